@@ -1,0 +1,1 @@
+"""Postgres: engine, schema, studies, slots, caches."""

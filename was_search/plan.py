@@ -1,0 +1,216 @@
+"""The plan: what a search exports and the runtime loads. A directory of ``plan.json`` and ``plan.safetensors``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search.errors import PlanError
+from was_search.score import SCORE_KINDS, ScoreKind
+from was_search.shape import PROJECTIONS, FloatArray, ModelShape
+
+SCHEMA_VERSION = 1
+JSON_NAME = "plan.json"
+TENSORS_NAME = "plan.safetensors"
+_MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sparsities, thresholds and norms of one model, with where they come from.
+
+    Attributes:
+        model: hub id or folder name of the model.
+        revision: hub revision, or "" for a folder.
+        fingerprint: sha256 of the checkpoint's configuration and weights as stored.
+        shape: widths of the seven projections of every block.
+        score: ``l1``, ``l2`` or ``none``.
+        budget: the target: parameter-weighted mean of ``sparsities``.
+        dense_prefix: tokens at a sequence's start that are never masked.
+        sparsities: nominal, float64 [L, 7].
+        thresholds: float32 [L, 7].
+        norms: L rows of seven float32 [in_features] arrays; empty for ``none``.
+        achieved: counted sparsity by split name.
+        metrics: figures with their protocol, as JSON.
+        provenance: study, trial, seed, versions, as JSON.
+    """
+
+    model: str
+    revision: str
+    fingerprint: str
+    shape: ModelShape
+    score: ScoreKind
+    budget: float
+    dense_prefix: int
+    sparsities: FloatArray
+    thresholds: npt.NDArray[np.float32]
+    norms: tuple[tuple[npt.NDArray[np.float32], ...], ...]
+    achieved: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = (self.shape.n_blocks, len(PROJECTIONS))
+        for name in ("sparsities", "thresholds"):
+            value = getattr(self, name)
+            if value.shape != expected:
+                raise PlanError(f"{name}: shape must be {expected}, got {value.shape}")
+            if not np.all(np.isfinite(value)) or value.min() < 0.0:
+                raise PlanError(f"{name}: must be finite and not negative, got {value.min()} to {value.max()}")
+        if self.sparsities.max() >= 1.0:
+            raise PlanError(f"sparsities: must be under 1, got {self.sparsities.max()}")
+        if self.score not in SCORE_KINDS:
+            raise PlanError(f"score: must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}")
+        if self.dense_prefix < 0:
+            raise PlanError(f"dense_prefix: must not be negative, got {self.dense_prefix}")
+        if self.score != "none":
+            widths = tuple(tuple(n.shape for n in row) for row in self.norms)
+            wanted = tuple(tuple((w,) for w in row) for row in self.shape.in_features)
+            if widths != wanted:
+                raise PlanError("norms: one float32 array of in_features is needed for every projection")
+
+    def require_model(self, fingerprint: str, shape: ModelShape) -> None:
+        """Refuse another model.
+
+        Raises:
+            PlanError: the fingerprints differ (both are in the message) or the shapes do.
+        """
+        if fingerprint != self.fingerprint:
+            raise PlanError(
+                f"this plan belongs to another model: plan {self.model} {self.fingerprint}, "
+                f"model at hand {fingerprint}; export a plan for this model"
+            )
+        self.require_shape(shape)
+
+    def require_shape(self, shape: ModelShape) -> None:
+        """Refuse a module whose projections have other widths, with a PlanError that names the first difference."""
+        if shape == self.shape:
+            return
+        if shape.n_blocks != self.shape.n_blocks:
+            raise PlanError(f"plan for {self.shape.n_blocks} blocks, the model has {shape.n_blocks}")
+        for b in range(shape.n_blocks):
+            for p, name in enumerate(PROJECTIONS):
+                ours = (self.shape.out_features[b][p], self.shape.in_features[b][p])
+                theirs = (shape.out_features[b][p], shape.in_features[b][p])
+                if ours != theirs:
+                    raise PlanError(f"block {b}, {name}: plan for a {ours} weight, the model has {theirs}")
+
+    def save(self, folder: Path) -> Path:
+        """Write the two files into ``folder`` (made if missing); each file appears whole or not at all."""
+        from safetensors.numpy import save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "sparsities": np.ascontiguousarray(self.sparsities, np.float64),
+            "thresholds": np.ascontiguousarray(self.thresholds, np.float32),
+        }
+        for b, row in enumerate(self.norms):
+            for name, norms in zip(PROJECTIONS, row, strict=True):
+                tensors[f"norms.{b}.{name}"] = np.ascontiguousarray(norms, np.float32)
+        payload = save(tensors)
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "shape": self.shape.to_json(),
+            "projections": list(PROJECTIONS),
+            "score": self.score,
+            "budget": self.budget,
+            "dense_prefix": self.dense_prefix,
+            "levels": [round(float(v), 6) for v in self.shape.levels(self.sparsities)],
+            "sparsities": [[round(float(v), 6) for v in row] for row in self.sparsities],
+            "achieved": self.achieved,
+            "metrics": self.metrics,
+            "provenance": self.provenance,
+            "tensors": {"file": TENSORS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)},
+        }
+        document["sha256"] = _document_hash(document)
+        _write(folder / TENSORS_NAME, payload)
+        _write(folder / JSON_NAME, (json.dumps(document, indent=2) + "\n").encode())
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read a plan and check every length, shape and hash.
+
+        Raises:
+            PlanError: a file is missing, truncated, changed, of another schema version, or inconsistent.
+        """
+        from safetensors.numpy import load
+
+        document = _read_document(folder)
+        tensors_path = folder / TENSORS_NAME
+        try:
+            declared = document["tensors"]
+            size = tensors_path.stat().st_size
+            if size != declared["bytes"]:
+                raise PlanError(
+                    f"{tensors_path}: {declared['bytes']} bytes expected, got {size}; the plan is truncated, copy it again"
+                )
+            payload = tensors_path.read_bytes()
+            if hashlib.sha256(payload).hexdigest() != declared["sha256"]:
+                raise PlanError(f"{tensors_path}: sha256 differs from {JSON_NAME}; the plan was changed, export it again")
+            tensors = load(payload)
+            shape = ModelShape.from_json(document["shape"])
+            norms = tuple(
+                tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks)
+            )
+            return cls(
+                model=str(document["model"]),
+                revision=str(document["revision"]),
+                fingerprint=str(document["fingerprint"]),
+                shape=shape,
+                score=document["score"],
+                budget=float(document["budget"]),
+                dense_prefix=int(document["dense_prefix"]),
+                sparsities=tensors["sparsities"],
+                thresholds=tensors["thresholds"],
+                norms=norms,
+                achieved=dict(document["achieved"]),
+                metrics=dict(document["metrics"]),
+                provenance=dict(document["provenance"]),
+            )
+        except PlanError:
+            raise
+        except FileNotFoundError as error:
+            raise PlanError(f"{tensors_path}: not found; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}") from error
+        except Exception as error:  # safetensors, JSON and numpy each raise their own
+            raise PlanError(f"{folder}: not a readable plan ({error}); export it again") from error
+
+
+def _document_hash(document: dict[str, Any]) -> str:
+    body = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    path = folder / JSON_NAME
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise PlanError(f"{path}: larger than {_MAX_JSON_BYTES} bytes; not a plan")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PlanError(
+            f"{path}: cannot be read ({error.strerror}); a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
+        ) from error
+    except ValueError as error:
+        raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        raise PlanError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again")
+    if document.get("sha256") != _document_hash(document):
+        raise PlanError(f"{path}: sha256 does not match its content; the plan was changed, export it again")
+    return document
+
+
+def _write(path: Path, payload: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(payload)
+    temporary.replace(path)

@@ -1,0 +1,150 @@
+"""What an evaluation is: the frozen protocol printed beside every figure, and the Evaluator contract."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from was_search.errors import ConfigError
+from was_search.shape import FloatArray, IntArray
+
+SPLITS = ("calibration", "search", "test")
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """Everything that decides a loss besides the model and the vector.
+
+    Attributes:
+        data: name of the data set or file, without folders.
+        data_hash: sha256 of the split's text.
+        split: ``calibration``, ``search`` or ``test``.
+        sequence_length: tokens of one sequence (the window), BOS included.
+        stride: tokens between the starts of two windows; ``sequence_length`` means no overlap. With overlap
+            only the last ``stride`` tokens of a window are predicted, the others are context.
+        n_sequences: sequences evaluated.
+        bos: whether every sequence starts with the tokenizer's BOS.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: the model's weights and activations.
+        batch_size: sequences per forward; fixed, because rounding may depend on it.
+        dense_prefix: tokens at a sequence's start that are never masked (and not counted as achieved sparsity).
+    """
+
+    data: str
+    data_hash: str
+    split: str
+    sequence_length: int
+    stride: int
+    n_sequences: int
+    bos: bool
+    dtype: str
+    batch_size: int
+    dense_prefix: int
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length: must be at least 2 tokens, got {self.sequence_length}")
+        if not 1 <= self.stride <= self.sequence_length:
+            raise ConfigError(f"stride: must be in [1, sequence_length={self.sequence_length}], got {self.stride}")
+        if self.n_sequences < 1:
+            raise ConfigError(f"n_sequences: must be at least 1, got {self.n_sequences}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size: must be at least 1, got {self.batch_size}")
+        if not 0 <= self.dense_prefix < self.sequence_length:
+            raise ConfigError(f"dense_prefix: must be in [0, sequence_length), got {self.dense_prefix}")
+
+    @property
+    def predicted_per_sequence(self) -> int:
+        """Tokens predicted in one sequence: the loss is a mean over these."""
+        return min(self.stride, self.sequence_length - 1)
+
+    @property
+    def predicted_tokens(self) -> int:
+        return self.n_sequences * self.predicted_per_sequence
+
+    def describe(self) -> str:
+        """One line for tables and logs."""
+        window = f"{self.n_sequences} x {self.sequence_length} tokens"
+        if self.stride != self.sequence_length:
+            window += f", stride {self.stride}"
+        return (
+            f"{self.data} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {self.dtype}, "
+            f"batch {self.batch_size}, {'BOS' if self.bos else 'no BOS'}, first {self.dense_prefix} token(s) dense"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> EvaluationProtocol:
+        return cls(**value)
+
+
+def content_hash(*parts: Any) -> str:
+    """sha256 over JSON of ``parts``: the key of a cache entry, the same in every process."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    raise TypeError(f"cannot hash a {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        losses: mean nats per predicted token of each sequence evaluated, float64 [n], in the protocol's order.
+        tokens: predicted tokens evaluated.
+        seconds: time spent, in seconds.
+        stopped_early: whether the incumbent was found better before the last sequence.
+        achieved: share of channels dropped, counted, float64 [L, 7]; over the tokens outside the dense prefix.
+    """
+
+    losses: FloatArray
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    achieved: FloatArray
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean nats per predicted token over the sequences evaluated; NaN where one of them is."""
+        return float(self.losses.mean())
+
+
+class Evaluator(Protocol):
+    """Holds a model and the shared histograms; evaluates vectors.
+
+    Pure with respect to its inputs: the same sparsities give the same losses on the same device and dtype.
+    Batches are fixed and stopping happens only between them, so that losses do not depend on what else runs.
+    Not thread-safe: one call at a time.
+    """
+
+    def evaluate(self, sparsities: FloatArray, incumbent_losses: FloatArray | None = None) -> Evaluation:
+        """Evaluate nominal ``sparsities`` [L, 7]; with ``incumbent_losses`` it may stop early.
+
+        Raises:
+            InfeasibleError: a sparsity outside [0, 1).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token ids of one split under one protocol: int64 [n_sequences, sequence_length], in shuffled, fixed order."""
+
+    protocol: EvaluationProtocol
+    tokens: IntArray

@@ -1,0 +1,45 @@
+"""The weight-aware score and the mask made from it, in plain torch.
+
+``s_j = abs(x_j) * norm(W[:, j], p)``: how much input channel j can move the output. p = none is TEAL
+(magnitude alone), 1 is WAS, 2 is WINA. A channel is kept when its score reaches the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScoreKind = Literal["l1", "l2", "none"]
+SCORE_KINDS: tuple[ScoreKind, ...] = ("l1", "l2", "none")
+
+MaskOp = Callable[[Tensor, Tensor, float], Tensor]
+"""(x [..., d], norms [d] float32, threshold) -> x with the dropped channels set to zero."""
+
+
+def column_norms(weight: Tensor, kind: ScoreKind) -> Tensor:
+    """Norm of every column of ``weight`` [out, in]; returns [in] float32 (ones for ``none``).
+
+    The sum runs in float32 over row chunks, so that no float32 copy of a large half-precision weight is made.
+    """
+    if kind == "none":
+        return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+    for rows in weight.detach().split(1024):
+        part = rows.float()
+        total += part.abs().sum(dim=0) if kind == "l1" else part.square().sum(dim=0)
+    return total if kind == "l1" else total.sqrt()
+
+
+def scores(x: Tensor, norms: Tensor) -> Tensor:
+    """``abs(x) * norms`` in float32; x [..., d] of any float dtype, norms [d] float32."""
+    return x.detach().abs().float() * norms
+
+
+def masked(x: Tensor, norms: Tensor, threshold: float) -> Tensor:
+    """x with the channels whose score is under ``threshold`` set to zero; the reference :data:`MaskOp`."""
+    if threshold <= 0.0:
+        return x
+    return torch.where(scores(x, norms) >= threshold, x, torch.zeros((), dtype=x.dtype, device=x.device))

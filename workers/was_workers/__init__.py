@@ -1,0 +1,1 @@
+"""Ray: the evaluation actor, the pool and the coordinator."""
