@@ -35,7 +35,7 @@ class Plan:
         dense_prefix: tokens at a sequence's start that are never masked.
         sparsities: nominal, float64 [L, 7].
         thresholds: float32 [L, 7].
-        norms: L rows of seven float32 [in_features] arrays; empty for ``none``.
+        norms: L rows of seven float32 [in_features] arrays; ones for ``none``.
         achieved: counted sparsity by split name.
         metrics: figures with their protocol, as JSON.
         provenance: study, trial, seed, versions, as JSON.
@@ -69,11 +69,10 @@ class Plan:
             raise PlanError(f"score: must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}")
         if self.dense_prefix < 0:
             raise PlanError(f"dense_prefix: must not be negative, got {self.dense_prefix}")
-        if self.score != "none":
-            widths = tuple(tuple(n.shape for n in row) for row in self.norms)
-            wanted = tuple(tuple((w,) for w in row) for row in self.shape.in_features)
-            if widths != wanted:
-                raise PlanError("norms: one float32 array of in_features is needed for every projection")
+        widths = tuple(tuple(n.shape for n in row) for row in self.norms)
+        wanted = tuple(tuple((w,) for w in row) for row in self.shape.in_features)
+        if widths != wanted:
+            raise PlanError("norms: one float32 array of in_features is needed for every projection")
 
     def require_model(self, fingerprint: str, shape: ModelShape) -> None:
         """Refuse another model.

@@ -1,0 +1,64 @@
+"""A slot: one of the N evaluations that a study of N trials consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from was_search.shape import FloatArray
+
+
+class SlotState(StrEnum):
+    """Life of a slot. It finishes exactly once: complete, stopped or failed."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+    @property
+    def finished(self) -> bool:
+        return self in (SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One row of the slot table.
+
+    Attributes:
+        number: 0 .. N-1; the seeds come first.
+        state: see :class:`SlotState`.
+        attempt: hand-outs so far; 0 before the first.
+        origin: ``seed:uniform``, ``seed:greedy-uniform``, ``seed:fisher`` or ``sampler:<name>``; "" before a vector is chosen.
+        params: the raw suggestion by Optuna parameter name, None before a vector is chosen.
+        levels: the projected vector, float64 [L].
+        sparsities: nominal, float64 [L, 7].
+        losses: mean nats per token of each sequence evaluated, float64 [n].
+        loss_nats: mean of ``losses``.
+        tokens: predicted tokens evaluated.
+        seconds: of the finishing attempt.
+        achieved: counted parameter-weighted sparsity of the model, a float in [0, 1].
+        worker: who evaluated it.
+        trial_id: Optuna's id of the trial in the same database.
+        error: why it failed.
+    """
+
+    number: int
+    state: SlotState
+    attempt: int = 0
+    origin: str = ""
+    params: dict[str, float] | None = None
+    levels: FloatArray | None = None
+    sparsities: FloatArray | None = None
+    losses: FloatArray | None = None
+    loss_nats: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    achieved: float | None = None
+    worker: str = ""
+    trial_id: int | None = None
+    error: str = ""
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
