@@ -1,0 +1,114 @@
+"""Mask the inputs of the seven projections with forward hooks, and count what was dropped.
+
+The one way to mask in calibration, pricing and evaluation. No transformers code is copied: hooks sit on the
+linear modules found by :mod:`was_search.structure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from was_search.score import MaskOp, ScoreKind, column_norms, masked, scores
+from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.structure import Structure
+
+Observer = Callable[[int, int, Tensor], None]
+"""(block, projection, scores [batch, positions, d] float32) -> None; sees only tokens outside the dense prefix."""
+
+
+def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]:
+    """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices."""
+    rows: list[list[Tensor]] = [[] for _ in structure.blocks]
+    for b, _, linear in structure.linears():
+        rows[b].append(column_norms(linear.weight, kind))
+    return rows
+
+
+class Masking:
+    """Context manager: while open, every projection sees only the channels whose score reaches its threshold.
+
+    Owned by one thread; inputs must be [batch, positions, d] and start at a sequence's first token (no cache).
+
+    Args:
+        structure: the model's blocks.
+        norms: from :func:`structure_norms`.
+        thresholds: [L, 7], or None to mask nothing (to observe only).
+        dense_prefix: positions at a sequence's start left unmasked.
+        mask_op: a fused replacement of :func:`was_search.score.masked`.
+        count: count dropped channels, read with :meth:`achieved`.
+        observer: called with the scores of the inputs before masking.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        norms: list[list[Tensor]],
+        thresholds: npt.NDArray[np.float32] | None,
+        *,
+        dense_prefix: int = 1,
+        mask_op: MaskOp = masked,
+        count: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self._structure = structure
+        self._norms = norms
+        self._thresholds = thresholds
+        self._prefix = dense_prefix
+        self._mask_op = mask_op
+        self._observer = observer
+        self._counting = count
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._seen = np.zeros((len(structure.blocks), N_PROJECTIONS), np.int64)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Masking:
+        for b, p, linear in self._structure.linears():
+            self._handles.append(linear.register_forward_pre_hook(self._hook(b, p)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def achieved(self) -> FloatArray:
+        """Share of channels dropped outside the dense prefix since the start, [L, 7]; needs ``count=True``."""
+        result = np.zeros(self._seen.shape)
+        for (b, p), kept in self._kept.items():
+            result[b, p] = 1.0 - float(kept) / max(int(self._seen[b, p]), 1)
+        return result
+
+    def _hook(self, b: int, p: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor] | None]:
+        threshold = 0.0 if self._thresholds is None else float(self._thresholds[b, p])
+        norms = self._norms[b][p]
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+            x: Tensor = args[0]
+            body = x[:, self._prefix :]
+            if self._observer is not None:
+                self._observer(b, p, scores(body, norms))
+            if threshold <= 0.0:
+                if self._counting:
+                    self._add(b, p, body.numel(), body.new_full((), body.numel(), dtype=torch.int64))
+                return None
+            dropped = self._mask_op(body, norms, threshold)
+            if self._counting:
+                # A zero input scores 0, under any positive threshold: what is kept is what is not zero.
+                self._add(b, p, body.numel(), torch.count_nonzero(dropped))
+            return (torch.cat([x[:, : self._prefix], dropped], dim=1),)
+
+        return hook
+
+    def _add(self, b: int, p: int, seen: int, kept: Tensor) -> None:
+        self._seen[b, p] += seen
+        self._kept[b, p] = self._kept[b, p] + kept if (b, p) in self._kept else kept

@@ -1,0 +1,95 @@
+"""The Fisher price of sparsity: one backward pass prices every projection at every level.
+
+With g the gradient of the summed nats at a projection's output and dy the output's change when its input is
+masked at sparsity s, ``price(b, p, s) = 1/2 mean_t (g_t . dy_t)^2``. The change is linear in what is dropped,
+``g_t . dy_t = - sum over dropped j of (W^T g_t)_j x_tj``, so one sorted sum per token serves all levels: channels
+are put into the bins between the levels' thresholds and summed up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from was_search.evaluation import sequence_nats
+from was_search.score import scores
+from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
+from was_search.structure import Structure
+
+DEFAULT_GRID: FloatArray = np.round(np.arange(0.0, 0.951, 0.025), 6)
+"""Sparsities at which projections are priced, [39]."""
+
+
+def price_sums(
+    model: nn.Module,
+    structure: Structure,
+    norms: list[list[Tensor]],
+    tokens: IntArray,
+    level_thresholds: npt.NDArray[np.float32],
+    *,
+    batch_size: int,
+    dense_prefix: int,
+    predicted: int,
+) -> tuple[FloatArray, int]:
+    """Sum over tokens of ``1/2 (g_t . dy_t)^2`` for every projection and level, and the number of tokens.
+
+    Sums and token counts add up over shards. Memory is that of a forward and backward of one batch; the
+    weights need no gradient.
+
+    Args:
+        model: a causal LM; its parameters may be frozen.
+        structure: its blocks.
+        norms: from ``structure_norms``.
+        tokens: [n, sequence_length].
+        level_thresholds: [L, 7, G], the threshold of every level of the grid, rising; level 0 has threshold 0.
+        batch_size: sequences per forward and backward.
+        dense_prefix: positions that are never masked and so cost nothing.
+        predicted: tokens predicted in one sequence, from its end.
+    """
+    device = next(model.parameters()).device
+    G = level_thresholds.shape[-1]
+    sums = torch.zeros((len(structure.blocks), N_PROJECTIONS, G), dtype=torch.float64, device=device)
+    bounds = torch.as_tensor(level_thresholds, device=device)
+    inputs: dict[tuple[int, int], Tensor] = {}
+    handles = []
+
+    def keep_input(b: int, p: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[b, p] = args[0].detach()
+
+        return hook
+
+    def price(b: int, p: int) -> Any:
+        def hook(linear: nn.Linear, _: Any, grad_output: tuple[Tensor, ...]) -> None:
+            x = inputs.pop((b, p))[:, dense_prefix:].flatten(0, 1)
+            g = grad_output[0][:, dense_prefix:].flatten(0, 1)
+            contribution = (g @ linear.weight).float() * x.float()
+            # Bin i holds the channels dropped at level i but not at level i - 1; the last bin is never dropped.
+            bins = torch.searchsorted(bounds[b, p], scores(x, norms[b][p]), right=True)
+            binned = contribution.new_zeros((len(x), G + 1)).scatter_add_(1, bins, contribution)
+            dropped = binned.cumsum(1)[:, :G].double()
+            sums[b, p] += 0.5 * dropped.square().sum(0)
+
+        return hook
+
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    for b, p, linear in structure.linears():
+        handles.append(linear.register_forward_pre_hook(keep_input(b, p)))
+        handles.append(linear.register_full_backward_hook(price(b, p)))
+    # Frozen weights give no gradient path: the embeddings' output starts one.
+    handles.append(embeddings.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_(True)))
+    try:
+        with torch.enable_grad():
+            for start in range(0, len(tokens), batch_size):
+                batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
+                sequence_nats(model, batch, predicted).sum().backward()
+                inputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    n_tokens = len(tokens) * (tokens.shape[1] - dense_prefix)
+    return sums.cpu().numpy(), n_tokens

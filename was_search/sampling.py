@@ -1,0 +1,146 @@
+"""Choose the next vector: Optuna's samplers on an in-memory study that is re-fed from finished slots.
+
+Nothing here knows of Postgres or Ray. Sampler state is never persisted: a new :class:`Suggester` told of the
+same slots goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Literal, get_args
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from was_search.errors import ConfigError
+from was_search.slots import Slot, SlotState
+from was_search.space import Space
+
+SamplerName = Literal["tpe", "cmaes", "gp", "qmc", "random", "was-monotone"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+
+# Every evaluation is chosen by us and logged by us; Optuna's own lines would double them.
+logging.getLogger("optuna").setLevel(logging.WARNING)
+
+
+def make_sampler(name: SamplerName, space: Space, seed: int, sigma: float) -> BaseSampler:
+    """The Optuna sampler called ``name`` for ``space``; ``sigma`` is the step around its centre.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match name:
+            case "tpe" | "was-monotone":
+                return optuna.samplers.TPESampler(
+                    seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0
+                )
+            case "cmaes":
+                return optuna.samplers.CmaEsSampler(seed=seed, x0=dict(space.centre), sigma0=sigma, n_startup_trials=0)
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=True)
+            case "qmc":
+                return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_asynchronous_seeding=False)
+            case "random":
+                return optuna.samplers.RandomSampler(seed=seed)
+    raise ConfigError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {name!r}")
+
+
+class Suggester:
+    """Suggests parameters for slots and learns from finished ones. Not thread-safe.
+
+    The first ``n_startup`` suggestions of the model-based samplers are Gaussian steps from the space's centre
+    (uniform points in a box of many dimensions are nearly all worse than its centre).
+
+    Args:
+        name: the sampler.
+        space: its parameters.
+        seed: of the sampler and the startup steps.
+        n_startup: startup suggestions; 0 for samplers that need none.
+    """
+
+    def __init__(self, name: SamplerName, space: Space, *, seed: int, n_startup: int = 8) -> None:
+        self._space = space
+        self._seed = seed
+        widths = [d.high - d.low for d in space.distributions.values()]  # type: ignore[attr-defined]
+        self._sigma = float(np.mean(widths)) / 6.0
+        self._study = optuna.create_study(
+            direction="minimize", sampler=make_sampler(name, space, seed, self._sigma)
+        )
+        self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
+        self._trials: dict[int, int] = {}
+
+    def restore(self, slots: list[Slot]) -> None:
+        """Tell the sampler of slots that an earlier run proposed: finished ones and those still to be evaluated."""
+        for slot in slots:
+            if slot.params is None or set(slot.params) != set(self._space.distributions):
+                continue
+            if slot.origin.startswith("sampler:"):
+                self._startup_left = max(0, self._startup_left - 1)
+            self.observe(slot.number, slot.params)
+            if slot.state.finished:
+                seen = 0 if slot.losses is None else len(slot.losses)
+                self.tell(slot.number, slot.state, slot.loss_nats, seen)
+
+    def observe(self, number: int, params: dict[str, float]) -> None:
+        """Add a slot whose parameters were not suggested here, as running; out-of-range ones are left out."""
+        distributions = self._space.distributions
+        if any(not distributions[name]._contains(value) for name, value in params.items()):
+            return
+        trial = FrozenTrial(
+            number=-1,
+            trial_id=-1,
+            state=TrialState.RUNNING,
+            value=None,
+            values=None,
+            datetime_start=None,
+            datetime_complete=None,
+            params=dict(params),
+            distributions=distributions,
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+        )
+        trial_id = self._study._storage.create_new_trial(self._study._study_id, template_trial=trial)
+        self._trials[number] = self._study._storage.get_trial_number_from_id(trial_id)
+
+    def suggest(self, number: int) -> dict[str, float]:
+        """Parameters for slot ``number``."""
+        if self._startup_left > 0:
+            self._startup_left -= 1
+            params = self._step(number)
+            self.observe(number, params)
+            return params
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = self._study.ask(self._space.distributions)
+        self._trials[number] = trial.number
+        return {name: float(value) for name, value in trial.params.items()}
+
+    def tell(self, number: int, state: SlotState, loss_nats: float | None, sequences: int) -> None:
+        """The outcome of slot ``number``; slots unknown to the sampler (seeds of other tables) are passed over."""
+        trial_number = self._trials.pop(number, None)
+        if trial_number is None:
+            return
+        if state is SlotState.COMPLETE:
+            self._study.tell(trial_number, loss_nats)
+        elif state is SlotState.STOPPED and loss_nats is not None:
+            trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(
+                self._study._study_id, trial_number
+            )
+            self._study._storage.set_trial_intermediate_value(trial_id, sequences, loss_nats)
+            self._study.tell(trial_number, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial_number, state=TrialState.FAIL)
+
+    def _step(self, number: int) -> dict[str, float]:
+        rng = np.random.default_rng([self._seed, number])
+        params = {}
+        for name, distribution in self._space.distributions.items():
+            value = self._space.centre[name] + self._sigma * rng.standard_normal()
+            params[name] = float(np.clip(value, distribution.low, distribution.high))  # type: ignore[attr-defined]
+        return params

@@ -1,0 +1,175 @@
+"""Every option of a run, from defaults, a TOML file and flags, in this order; the last one wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from was_search.errors import ConfigError
+from was_search.sampling import SAMPLERS, SamplerName
+from was_search.score import SCORE_KINDS, ScoreKind
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run.
+
+    Attributes:
+        model: a local folder or a hub id.
+        revision: hub revision; "" takes the default branch.
+        data: a text file, a folder, or ``wikitext2``, ``c4``, ``alpaca``.
+        target: the budget, in (0, 0.95).
+        trials: slots of the study.
+        study: its name; "" derives one from model, data and target.
+        sampler: who suggests vectors.
+        radius: how far levels may lie from the seed's.
+        score: the norm in the weight-aware score.
+        seed: of samplers and of the order of sequences.
+        workers: Ray actors that hold the model.
+        gpus_per_worker: GPUs of one worker, fractions too; -1 means 1 on a GPU machine, 0 elsewhere.
+        ray: ``auto`` (the cluster of RAY_ADDRESS, else local), ``local``, or an address.
+        storage: a Postgres URL or ``embedded``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``auto`` is bfloat16 on a GPU and float32 on CPU.
+        sequence_length: tokens of one sequence.
+        stride: tokens between windows; 0 means sequence_length.
+        calibration_sequences: at most so many for histograms.
+        pricing_sequences: at most so many of these for Fisher prices.
+        greedy_sequences: at most so many of these for the block-error table.
+        search_sequences: at most so many for the fitness.
+        test_sequences: at most so many for the report.
+        batch_size: sequences per forward.
+        dense_prefix: tokens at a sequence's start that are never masked.
+        early_stopping: stop trials that are worse than the incumbent.
+        significance: of the early-stopping test.
+        trial_timeout: seconds after which an evaluation is taken for lost.
+        max_attempts: hand-outs of one vector before its slot fails.
+        plan: folder for the exported plan; "" derives one under ``was-runs``.
+    """
+
+    model: str = ""
+    revision: str = ""
+    data: str = ""
+    target: float = 0.6
+    trials: int = 100
+    study: str = ""
+    sampler: SamplerName = "tpe"
+    radius: float = 0.2
+    score: ScoreKind = "l2"
+    seed: int = 0
+    workers: int = 1
+    gpus_per_worker: float = -1.0
+    ray: str = "auto"
+    storage: str = "embedded"
+    device: DeviceName = "auto"
+    dtype: DTypeName = "auto"
+    sequence_length: int = 2048
+    stride: int = 0
+    calibration_sequences: int = 64
+    pricing_sequences: int = 32
+    greedy_sequences: int = 8
+    search_sequences: int = 64
+    test_sequences: int = 256
+    batch_size: int = 4
+    dense_prefix: int = 1
+    early_stopping: bool = True
+    significance: float = 0.01
+    trial_timeout: float = 1800.0
+    max_attempts: int = 3
+    plan: str = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
+        self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
+        for name in _COUNTS:
+            self._range(name, getattr(self, name) >= 1, "must be at least 1")
+        self._range("sequence_length", self.sequence_length >= 2, "must be at least 2 tokens")
+        self._range("stride", 0 <= self.stride <= self.sequence_length, "must be in [0, sequence_length]")
+        self._range("dense_prefix", 0 <= self.dense_prefix < self.sequence_length, "must be in [0, sequence_length)")
+        self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
+        self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
+        self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
+        gpus = self.gpus_per_worker
+        self._range("gpus_per_worker", gpus == -1 or gpus >= 0, "must be 0 or more")
+        self._range("gpus_per_worker", gpus <= 1 or gpus == int(gpus), "must be a whole number above 1")
+        for name, allowed in _CHOICES.items():
+            self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+
+    def _range(self, name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise ConfigError(f"{name}: {rule}, got {getattr(self, name)!r}")
+
+    def require(self, *names: str) -> None:
+        """Raise a ConfigError for a missing text option."""
+        for name in names:
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
+
+    def to_json(self) -> dict[str, Any]:
+        """All options; the password of a storage URL is left out."""
+        from urllib.parse import urlsplit
+
+        value = dataclasses.asdict(self)
+        parts = urlsplit(self.storage)
+        if parts.password is not None:
+            value["storage"] = self.storage.replace(f":{parts.password}@", ":***@", 1)
+        return value
+
+
+_COUNTS = (
+    "trials",
+    "workers",
+    "calibration_sequences",
+    "pricing_sequences",
+    "greedy_sequences",
+    "search_sequences",
+    "test_sequences",
+    "batch_size",
+    "max_attempts",
+)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sampler": SAMPLERS,
+    "score": SCORE_KINDS,
+    "device": typing.get_args(DeviceName),
+    "dtype": typing.get_args(DTypeName),
+}
+
+
+def load_settings(file: Path | None, flags: dict[str, Any]) -> Settings:
+    """Settings from ``file`` (TOML, option names with - or _), overridden by the ``flags`` that are not None.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown option, or a value outside its range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            document = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config: cannot read {file} ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config: {file} is not valid TOML: {error}") from error
+        values = {key.replace("-", "_"): value for key, value in document.items()}
+    known = {field.name for field in dataclasses.fields(Settings)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    values.update({key: value for key, value in flags.items() if value is not None})
+    return Settings(**values)
+
+
+def _typed(name: str, value: Any) -> Any:
+    wanted = type(Settings.__dataclass_fields__[name].default)
+    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (wanted, int) if wanted is float else wanted):
+        raise ConfigError(f"{name}: must be a {wanted.__name__}, got {value!r}")
+    if wanted is float and value != value:
+        raise ConfigError(f"{name}: must be a number, got {value!r}")
+    return wanted(value)
