@@ -143,8 +143,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def load_settings(file: Path | None, flags: dict[str, Any]) -> Settings:
-    """Settings from ``file`` (TOML, option names with - or _), overridden by the ``flags`` that are not None.
+def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | None = None) -> Settings:
+    """Settings from ``base`` (or the defaults), ``file`` (TOML) and the ``flags`` that are not None; the last wins.
+
+    Option names in the file are written with - or _.
 
     Raises:
         ConfigError: an unreadable file, an unknown option, or a value outside its range.
@@ -163,7 +165,7 @@ def load_settings(file: Path | None, flags: dict[str, Any]) -> Settings:
     if unknown:
         raise ConfigError(f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     values.update({key: value for key, value in flags.items() if value is not None})
-    return Settings(**values)
+    return dataclasses.replace(base, **values) if base is not None else Settings(**values)
 
 
 def _typed(name: str, value: Any) -> Any:

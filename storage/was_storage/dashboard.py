@@ -1,0 +1,130 @@
+"""optuna-dashboard on our database: the study's note and plots, and the web server."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import optuna
+from optuna.storages import BaseStorage
+
+from was_search.errors import ResourceError, StudyError
+from was_storage.database import Database
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 8080
+_logger = logging.getLogger(__name__)
+
+
+def annotate(storage: BaseStorage, study: str, *, note: str, figures: Mapping[str, Figure]) -> None:
+    """Show ``note`` (Markdown) and ``figures`` on the study's page in the dashboard.
+
+    Idempotent: a figure's name is its id, and saving it again replaces it; what is unchanged is not written.
+
+    Args:
+        storage: Optuna's, as :meth:`was_storage.database.Database.optuna_storage` gives it.
+        study: the study's name.
+        note: replaces the study's note.
+        figures: plotly figures by id: letters, digits, ``-``, ``_``, ``:`` and ``.``.
+
+    Raises:
+        StudyError: there is no such study, or a figure's id has other characters.
+    """
+    from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+    from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
+
+    try:
+        found = optuna.load_study(study_name=study, storage=storage)
+    except KeyError as error:
+        raise StudyError(f"study {study!r} has no Optuna study in this database") from error
+    if get_note(found) != note:
+        save_note(found, note)
+    saved = get_plotly_graph_objects(found._storage.get_study_system_attrs(found._study_id))
+    for name, figure in figures.items():
+        if saved.get(name) == figure.to_json():
+            continue
+        try:
+            save_plotly_graph_object(found, figure, graph_object_id=name)
+        except ValueError as error:
+            raise StudyError(
+                f"figure {name!r}: an id has letters, digits, '-', '_', ':' and '.' only"
+            ) from error
+
+
+class DashboardServer(ThreadingMixIn, WSGIServer):
+    """The dashboard's web server, bound but not yet serving; made by :func:`open_dashboard`."""
+
+    daemon_threads = True
+
+    def __init__(self, family: socket.AddressFamily, address: tuple[Any, ...], app: Any) -> None:
+        self.address_family = family
+        super().__init__(address, _QuietHandler)
+        self.set_app(app)
+
+    def server_bind(self) -> None:
+        # The parent looks its own name up, which blocks where the name server does not answer.
+        socket.socket.setsockopt(self.socket, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        return f"http://{host}:{self.server_port}/dashboard"
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        _logger.debug(format, *args)
+
+    def address_string(self) -> str:
+        return str(self.client_address[0])
+
+
+def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> DashboardServer:
+    """Bind the dashboard to an address; the caller serves and closes it. Port 0 takes any free one.
+
+    The dashboard has no login and lets everyone who reaches it edit studies: keep it on the loopback
+    address, or behind something that asks who it is.
+
+    Raises:
+        ResourceError: the port is taken or forbidden, or the host is none of this machine's.
+        StorageError: Optuna's tables are of another version.
+    """
+    from optuna_dashboard._app import create_app
+
+    # The cache re-reads unfinished trials only: a page of 10,000 trials stays quick.
+    storage = optuna.storages.get_storage(database.optuna_storage())
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return DashboardServer(family, address, create_app(storage))
+    except OverflowError as error:
+        raise ResourceError(f"dashboard: port must be 0 to 65535, got {port}") from error
+    except OSError as error:
+        raise ResourceError(
+            f"dashboard: cannot listen on {host}:{port} ({error.strerror or error}); "
+            "choose another port or host"
+        ) from error
+
+
+def serve(database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> None:
+    """Serve the dashboard until interrupted; ``database`` stays open, and with it the embedded server.
+
+    Raises:
+        ResourceError: the address cannot be used; see :func:`open_dashboard`.
+    """
+    with open_dashboard(database, host, port) as server:
+        _logger.info("dashboard on %s", server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return

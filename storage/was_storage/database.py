@@ -1,0 +1,160 @@
+"""Opens the database: the one way to reach Postgres, embedded or by URL."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError
+
+from was_search.errors import StorageError
+from was_storage.embedded import EmbeddedServer, default_home
+from was_storage.migrate import migrate, setup_lock
+from was_storage.translation import translated
+from was_storage.urls import display_url, normalise_url, parse_url
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+EMBEDDED = "embedded"
+OLDEST_POSTGRES = 120000
+_DEFAULT_ARGUMENTS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}  # fmt: skip
+
+
+class Database:
+    """An open database with our tables at their newest revision.
+
+    Ownership: whoever opens it closes it; closing ends its connections and its use of the embedded server.
+    Objects made from it (stores, sessions, the Optuna storage) must not outlive it. Thread-safe. At most
+    ten connections, usually two or three.
+    """
+
+    def __init__(self, url: str, server: EmbeddedServer | None = None) -> None:
+        """Use :meth:`open`."""
+        self._url = normalise_url(url)
+        self._server = server
+        self._lock = threading.Lock()
+        self._optuna: RDBStorage | None = None
+        self.engine: Engine = create_engine(self._url, **_engine_arguments(self._url))
+
+    @classmethod
+    def open(cls, storage: str = EMBEDDED, *, home: Path | None = None) -> Database:
+        """Connect, and create or upgrade our tables; several processes may do so at once.
+
+        Args:
+            storage: a Postgres URL, or ``embedded`` for the server under ``home``.
+            home: was-search's data folder; by default :func:`was_storage.embedded.default_home`.
+
+        Raises:
+            StorageError: not a Postgres URL; or the server cannot be reached, refuses the login, lacks the
+                database or a permission, is too old, or holds a newer was-search's tables.
+            TransientError: the server is just starting or stopping.
+        """
+        server = None
+        if storage == EMBEDDED:
+            server = EmbeddedServer.start((home or default_home()) / "postgres")
+        try:
+            database = cls(storage if server is None else server.url(), server)
+        except BaseException:
+            if server is not None:
+                server.close()
+            raise
+        try:
+            with database.translated(opening=True):
+                _check_server(database.engine)
+                migrate(database.engine)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @property
+    def url(self) -> str:
+        """The normalised URL, password included: for connecting, never for showing."""
+        return self._url
+
+    @property
+    def display_url(self) -> str:
+        """The URL without password."""
+        return display_url(self._url)
+
+    def optuna_storage(self) -> RDBStorage:
+        """Optuna's storage on the same database, made on first use and shared; its tables are created if
+        missing.
+
+        Raises:
+            StorageError: Optuna's tables are of another version.
+            TransientError: the connection was lost.
+        """
+        with self._lock:
+            if self._optuna is None:
+                self._optuna = self._open_optuna()
+            return self._optuna
+
+    def _open_optuna(self) -> RDBStorage:
+        from optuna.storages import RDBStorage
+
+        with self.translated(), setup_lock(self.engine):
+            try:
+                return RDBStorage(self._url, engine_kwargs=_engine_arguments(self._url))
+            except RuntimeError as error:
+                raise StorageError(f"database {self.display_url}: {error}") from error
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction: committed at the end, rolled back on an error, which is raised as ours."""
+        with self.translated(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def translated(self, *, opening: bool = False) -> Iterator[None]:
+        """Raise database errors inside the block as StorageError or TransientError."""
+        with translated(self.display_url, opening=opening):
+            yield
+
+    def close(self) -> None:
+        """End all connections, and the use of the embedded server. Idempotent."""
+        with self._lock:
+            optuna, self._optuna = self._optuna, None
+        if optuna is not None:
+            optuna.remove_session()
+            optuna.engine.dispose()
+        self.engine.dispose()
+        if self._server is not None:
+            self._server.close()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _engine_arguments(url: str) -> dict[str, Any]:
+    """A small pool that notices dead connections; what the URL says about the connection wins."""
+    arguments: dict[str, Any] = dict(_DEFAULT_ARGUMENTS)
+    arguments["application_name"] = f"was-search {socket.gethostname()}:{os.getpid()}"
+    given = parse_url(url).query
+    connect = {key: value for key, value in arguments.items() if key not in given}
+    return {"pool_size": 2, "max_overflow": 3, "pool_pre_ping": True, "connect_args": connect}
+
+
+def _check_server(engine: Engine) -> None:
+    with engine.connect() as connection:
+        try:
+            version = int(connection.execute(text("SHOW server_version_num")).scalar_one())
+        except (DBAPIError, ValueError) as error:
+            raise StorageError("the server speaks Postgres' protocol but is not Postgres") from error
+        if version < OLDEST_POSTGRES:
+            raise StorageError(f"Postgres 12 or newer is needed, the server is {version // 10000}")

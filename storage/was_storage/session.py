@@ -1,0 +1,340 @@
+"""The coordinator's session: the only writer of a study's slots and trials."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+from sqlalchemy import Connection, Row, func, select
+
+from was_search.errors import StudyError
+from was_search.slots import Slot, SlotState
+from was_storage import optuna_study, reconcile, slot_rows, trials
+from was_storage.database import Database
+from was_storage.fence import Fence
+from was_storage.plain import plain
+from was_storage.proposal import vector_columns
+from was_storage.schema import study as study_table
+
+_LONGEST_ERROR = 4000
+_logger = logging.getLogger(__name__)
+
+
+class CoordinatorSession:
+    """One coordinator's hold on one study, from :meth:`was_storage.studies.StudyStore.coordinate`; a
+    context manager.
+
+    Ownership: entering takes the study's lock and a new epoch, and repairs what a crash left
+    (:meth:`reconcile`); leaving releases the lock. Every write is conditional on the epoch, so a
+    coordinator that lost its lock (a database restart drops it) and was replaced can write nothing more.
+    Thread-safe: writes run one at a time. Every method that writes may be repeated after a TransientError:
+    it finishes what was begun.
+
+    Every method that writes raises:
+        StudyError: another coordinator has taken over, or the session is closed.
+        TransientError: the connection was lost or the database restarts; call again.
+
+    Attributes:
+        name: the study's.
+        optuna_study_id: of the Optuna study in the same database.
+        repaired: repairs made on entry.
+    """
+
+    def __init__(self, database: Database, study_id: int, name: str) -> None:
+        """Use :meth:`was_storage.studies.StudyStore.coordinate`."""
+        self.name = name
+        self.optuna_study_id = 0
+        self.repaired = 0
+        self._database = database
+        self._study_id = study_id
+        self._fence = Fence(database, study_id, name)
+        self._untold: set[int] = set()
+
+    def __enter__(self) -> CoordinatorSession:
+        """Take over the study.
+
+        Raises:
+            StudyError: another coordinator is alive, or the study was deleted.
+        """
+        self._fence.take_over()
+        try:
+            self.optuna_study_id = self._ensure_optuna_study()
+            self.repaired = self.reconcile()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock. Idempotent; writes are refused afterwards."""
+        self._fence.release()
+
+    @property
+    def epoch(self) -> int:
+        """The number of this takeover."""
+        return self._fence.epoch
+
+    def slots(self) -> list[Slot]:
+        """All slots, by number."""
+        with self._database.begin() as connection:
+            return [trials.slot_from_row(row) for row in slot_rows.read_all(connection, self._study_id)]
+
+    def finished_trials(self) -> list[FrozenTrial]:
+        """The finished slots that have a vector as Optuna trials, in the order they finished, from our
+        tables alone.
+
+        For filling an in-memory study; a trial's number is its slot's.
+        """
+        with self._database.begin() as connection:
+            rows = slot_rows.read_all(connection, self._study_id, proposed=True)
+        finished = [row for row in rows if SlotState(row.state).finished]
+        finished.sort(key=lambda row: (row.finished_at, row.number))
+        return [
+            trials.finished_trial(
+                trials.slot_from_row(row), trials.distributions_from_json(row.distributions)
+            )
+            for row in finished
+        ]
+
+    def propose(
+        self,
+        number: int,
+        *,
+        origin: str,
+        params: Mapping[str, float],
+        distributions: Mapping[str, BaseDistribution],
+        levels: npt.ArrayLike,
+        sparsities: npt.ArrayLike,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> Slot:
+        """Give a waiting slot its vector, and create its Optuna trial as RUNNING; returns the slot.
+
+        A slot's vector never changes: proposing the same again completes what was interrupted, another is
+        refused.
+
+        Args:
+            number: the slot's.
+            origin: where the vector comes from; see :class:`was_search.slots.Slot`.
+            params: raw suggestion by parameter name.
+            distributions: of the same names.
+            levels: the projected vector, [L].
+            sparsities: nominal, [L, 7].
+            attrs: further user attributes of the trial.
+
+        Raises:
+            StudyError: no such slot; it has another vector or is not waiting; params outside their
+                distributions; arrays whose shapes differ or that are not finite.
+        """
+        values = vector_columns(number, origin, params, distributions, levels, sparsities, attrs or {})
+        interrupted = self._store_vector(number, values)
+        return self._link_trial(number, interrupted=interrupted)
+
+    def start(self, number: int, worker: str, lease_seconds: float) -> int:
+        """Hand a waiting slot to ``worker``; returns the attempt, from 1. Repeated for the same worker it
+        changes nothing.
+
+        Raises:
+            StudyError: no such slot, it has no vector yet, or it is not waiting.
+        """
+        with self._fence.transaction() as connection:
+            row = self._row(connection, number)
+            if row.state == SlotState.RUNNING and row.epoch == self.epoch and row.worker == worker:
+                return int(row.attempt)
+            if row.state != SlotState.WAITING or row.trial_id is None:
+                found = row.state if row.state != SlotState.WAITING else "without a vector"
+                raise StudyError(
+                    f"slot {number}: only a proposed, waiting slot can be started, it is {found}"
+                )
+            attempt = int(row.attempt) + 1
+            lease = func.now() + func.make_interval(0, 0, 0, 0, 0, 0, float(lease_seconds))
+            self._write(
+                connection, number, state=SlotState.RUNNING, attempt=attempt, epoch=self.epoch, worker=worker,
+                lease_expires_at=lease, started_at=func.now(), error="",
+            )  # fmt: skip
+            return attempt
+
+    def requeue(self, number: int, reason: str) -> bool:
+        """Put a running slot back with its vector, trial and attempt count; False where it is not running."""
+        with self._fence.transaction() as connection:
+            if self._row(connection, number).state != SlotState.RUNNING:
+                return False
+            state = SlotState.WAITING
+            self._write(
+                connection, number, state=state, worker="", lease_expires_at=None, error=_storable(reason)
+            )
+            return True
+
+    def finish(
+        self,
+        number: int,
+        attempt: int,
+        state: SlotState,
+        *,
+        losses: npt.ArrayLike | None = None,
+        loss_nats: float | None = None,
+        tokens: int = 0,
+        seconds: float = 0.0,
+        achieved: float | None = None,
+        worker: str = "",
+        error: str = "",
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Commit a slot's result, then tell Optuna.
+
+        Only the attempt that is running counts: a late or second result is ignored. A loss that is not a
+        finite number makes the slot failed. Not telling Optuna (a crash, a lost connection) loses nothing:
+        repeating the call or :meth:`reconcile` does it.
+
+        Args:
+            number: the slot's.
+            attempt: as :meth:`start` gave it.
+            state: COMPLETE, STOPPED or FAILED.
+            losses: mean nats per token of each sequence seen, [n].
+            loss_nats: their mean; computed where None.
+            tokens: predicted tokens evaluated.
+            seconds: of this attempt.
+            achieved: counted sparsity, in [0, 1].
+            worker: who evaluated it.
+            error: why it failed.
+            attrs: further user attributes of the trial.
+
+        Returns:
+            Whether this attempt's result is the slot's.
+
+        Raises:
+            StudyError: no such slot, or ``state`` is not a finished one.
+        """
+        if not state.finished:
+            raise StudyError(f"state: a slot finishes complete, stopped or failed, got {state}")
+        result = trials.refuse_not_finite(
+            Slot(
+                number,
+                state,
+                attempt,
+                losses=None if losses is None else np.asarray(losses, np.float64).ravel(),
+                loss_nats=None if loss_nats is None else float(loss_nats),
+                tokens=int(tokens),
+                seconds=float(seconds),
+                achieved=None if achieved is None else float(achieved),
+                worker=worker,
+                error=_storable(error),
+            )
+        )
+        extra = plain(dict(attrs or {}))
+        with self._fence.transaction() as connection:
+            row = self._row(connection, number)
+            if row.attempt == attempt and row.state == SlotState.RUNNING:
+                self._untold.add(number)
+                self._commit_result(connection, result, {**(row.attrs or {}), **extra})
+            elif row.attempt != attempt or number not in self._untold:
+                return False
+        self._tell(number)
+        return True
+
+    def reconcile(self) -> int:
+        """Make slots and Optuna's trials agree one to one; returns the number of repairs. Runs on entry;
+        idempotent.
+
+        Slots left running by an earlier coordinator wait again, with the same vector and attempt count.
+        Trials that were created but not linked are linked; those that cannot be are told FAIL. Missing
+        trials are created, and finished slots are told.
+        """
+        storage = self._storage()
+        with self._fence.transaction() as connection:
+            repairs = slot_rows.requeue_left_running(connection, self._study_id, self.epoch)
+            repairs += reconcile.link_trials(connection, storage, self._study_id, self.optuna_study_id)
+        with self._fence.transaction() as connection:
+            repairs += reconcile.tell_finished(connection, storage, self._study_id, self.optuna_study_id)
+        if repairs:
+            _logger.info("study %s: %d repairs after an interruption", self.name, repairs)
+        return repairs
+
+    def extend(self, n_slots: int) -> int:
+        """Add waiting slots until there are ``n_slots``; never removes any. Returns the number of slots."""
+        with self._fence.transaction() as connection:
+            return slot_rows.add_slots(connection, self._study_id, n_slots)
+
+    def _store_vector(self, number: int, values: dict[str, Any]) -> bool:
+        """First commit of a proposal; returns whether the vector was there already."""
+        with self._fence.transaction() as connection:
+            row = self._row(connection, number)
+            if row.params is not None:
+                if row.params != values["params"] or row.levels != values["levels"]:
+                    raise StudyError(f"slot {number} has another vector already; it never changes")
+                return True
+            if row.state != SlotState.WAITING:
+                raise StudyError(
+                    f"slot {number}: only a waiting slot can be given a vector, it is {row.state}"
+                )
+            self._write(connection, number, **values)
+            return False
+
+    def _link_trial(self, number: int, *, interrupted: bool) -> Slot:
+        """Second commit of a proposal: the trial exists and the slot knows it; nobody can take over between."""
+        storage = self._storage()
+        refused = None
+        with self._fence.transaction() as connection:
+            row = self._row(connection, number)
+            if row.trial_id is None:
+                trial_id = self._unlinked_trial(storage, number) if interrupted else None
+                try:
+                    trial_id = (
+                        trials.create(storage, self.optuna_study_id, row) if trial_id is None else trial_id
+                    )
+                    self._write(connection, number, trial_id=trial_id)
+                except StudyError as error:
+                    refused = error
+                    self._write(connection, number, origin="", **dict.fromkeys(slot_rows.VECTOR))
+                row = self._row(connection, number)
+        if refused is not None:
+            raise refused
+        return trials.slot_from_row(row)
+
+    def _unlinked_trial(self, storage: RDBStorage, number: int) -> int | None:
+        waiting = trials.unfinished(storage, self.optuna_study_id)
+        return next((t._trial_id for t in waiting if t.user_attrs.get(trials.SLOT_ATTR) == number), None)
+
+    def _commit_result(self, connection: Connection, result: Slot, attrs: dict[str, Any]) -> None:
+        self._write(
+            connection, result.number, state=result.state,
+            losses=None if result.losses is None else result.losses.tolist(), loss_nats=result.loss_nats,
+            tokens=result.tokens, seconds=result.seconds, achieved=result.achieved, worker=result.worker,
+            error=result.error, attrs=attrs, lease_expires_at=None, finished_at=func.now(),
+        )  # fmt: skip
+
+    def _tell(self, number: int) -> None:
+        storage = self._storage()
+        with self._fence.transaction() as connection:
+            row = self._row(connection, number)
+            trials.tell(storage, trials.slot_from_row(row), row.attrs or {})
+        self._untold.discard(number)
+
+    def _ensure_optuna_study(self) -> int:
+        storage = self._storage()
+        with self._fence.transaction() as connection:
+            known = connection.execute(
+                select(study_table.c.optuna_study_id).where(study_table.c.id == self._study_id)
+            ).scalar()
+            return optuna_study.ensure(connection, storage, self._study_id, self.name, known)
+
+    def _storage(self) -> RDBStorage:
+        return self._database.optuna_storage()
+
+    def _row(self, connection: Connection, number: int) -> Row[Any]:
+        return slot_rows.read(connection, self._study_id, number)
+
+    def _write(self, connection: Connection, number: int, **values: Any) -> None:
+        slot_rows.write(connection, self._study_id, number, **values)
+
+
+def _storable(words: str) -> str:
+    return words.replace("\0", "")[:_LONGEST_ERROR]

@@ -1,0 +1,62 @@
+"""Reads and writes rows of the slot table inside a caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, func, select, text, update
+
+from was_search.errors import StudyError
+from was_search.slots import SlotState
+from was_storage.schema import slot
+
+VECTOR = ("params", "distributions", "attrs", "levels", "sparsities")
+"""The columns that a proposal fills."""
+
+
+def add_slots(connection: Connection, study_id: int, n_slots: int) -> int:
+    """Add waiting slots until the study has ``n_slots``, never removing any; returns how many it has."""
+    statement = text(
+        "INSERT INTO was.slot (study_id, number) "
+        "SELECT :study_id, n FROM generate_series(0, CAST(:last AS integer)) AS n ON CONFLICT DO NOTHING"
+    )
+    connection.execute(statement, {"study_id": study_id, "last": n_slots - 1})
+    return int(connection.execute(select(func.count()).where(slot.c.study_id == study_id)).scalar_one())
+
+
+def read_all(connection: Connection, study_id: int, *, proposed: bool = False) -> Sequence[Row[Any]]:
+    """The study's rows by number; with ``proposed`` only those that have a vector."""
+    query = select(slot).where(slot.c.study_id == study_id).order_by(slot.c.number)
+    if proposed:
+        query = query.where(slot.c.params.is_not(None))
+    return connection.execute(query).all()
+
+
+def read(connection: Connection, study_id: int, number: int) -> Row[Any]:
+    """One row.
+
+    Raises:
+        StudyError: the study has no such slot.
+    """
+    row = connection.execute(select(slot).where(_one(study_id, number))).one_or_none()
+    if row is None:
+        raise StudyError(f"the study has no slot {number}")
+    return row
+
+
+def write(connection: Connection, study_id: int, number: int, **values: Any) -> None:
+    """Set columns of one row."""
+    plain = {name: str(value) if isinstance(value, SlotState) else value for name, value in values.items()}
+    connection.execute(update(slot).where(_one(study_id, number)).values(**plain))
+
+
+def requeue_left_running(connection: Connection, study_id: int, epoch: int) -> int:
+    """Put back the slots that a coordinator before ``epoch`` left running; returns how many."""
+    left = (slot.c.study_id == study_id) & (slot.c.state == str(SlotState.RUNNING)) & (slot.c.epoch < epoch)
+    values = {"state": str(SlotState.WAITING), "worker": "", "lease_expires_at": None}
+    return connection.execute(update(slot).where(left).values(**values)).rowcount
+
+
+def _one(study_id: int, number: int) -> ColumnElement[bool]:
+    return (slot.c.study_id == study_id) & (slot.c.number == number)

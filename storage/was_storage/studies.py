@@ -1,0 +1,239 @@
+"""Studies: our row, its slots and the Optuna study of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sqlalchemy import Row, delete, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+
+from was_search.errors import StudyError
+from was_search.slots import SlotState
+from was_storage import optuna_study
+from was_storage.coordinator_lock import COORDINATOR_LOCK
+from was_storage.database import Database
+from was_storage.plain import plain
+from was_storage.schema import slot as slot_table
+from was_storage.schema import study as study_table
+from was_storage.session import CoordinatorSession
+from was_storage.slot_rows import add_slots
+
+MAX_NAME_CHARACTERS = 200
+_VERSIONED = ("was-search", "optuna", "torch", "transformers", "triton")
+_COUNTS = (
+    func.count().label("n_slots"),
+    *(func.count().filter(slot_table.c.state == str(state)).label(str(state)) for state in SlotState),
+    func.min(slot_table.c.loss_nats).filter(slot_table.c.state == str(SlotState.COMPLETE)).label("best"),
+)
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study as the database holds it.
+
+    Attributes:
+        identity: what decides its losses (model, data, protocol, budget); never changes.
+        config: the settings of the latest run; may change.
+        shape: the model's shape, as :meth:`was_search.shape.ModelShape.to_json` gives it.
+        epoch: how often a coordinator has taken it over.
+        n_slots: its number of trials, N.
+        counts: slots by state; all five states are present.
+        best_loss_nats: lowest loss of a complete slot, in nats per token; None before the first.
+        report: figures of the report data, {} before it was made.
+        versions: of the packages that created it.
+    """
+
+    id: int
+    name: str
+    optuna_study_id: int | None
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    shape: dict[str, Any]
+    epoch: int
+    created_at: datetime
+    n_slots: int
+    counts: dict[SlotState, int]
+    best_loss_nats: float | None
+    report: dict[str, Any]
+    versions: dict[str, str]
+
+
+Records = list[StudyRecord]
+
+
+class StudyStore:
+    """All studies of a database.
+
+    Every method is safe to call from several processes at once, leaves nothing half-made when its process
+    dies, and may be repeated. Thread-safe. Raises TransientError where the connection is lost.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def open_or_create(
+        self,
+        name: str,
+        *,
+        identity: Mapping[str, Any],
+        config: Mapping[str, Any],
+        shape: Mapping[str, Any],
+        n_slots: int,
+    ) -> StudyRecord:
+        """The study ``name``, made with ``n_slots`` waiting slots, or taken up again.
+
+        An existing study gets ``config``, and more slots where it has fewer than ``n_slots``; never fewer.
+
+        Raises:
+            StudyError: a name that is not 1-200 printable characters; no slots; an existing study whose
+                ``identity`` or ``shape`` differs (each differing key is listed); an Optuna study of that
+                name that is not ours.
+        """
+        check_name(name)
+        if n_slots < 1:
+            raise StudyError(f"n_slots: a study needs at least 1 trial, got {n_slots}")
+        asked = {"identity": plain(dict(identity)), "shape": plain(dict(shape))}
+        values = {"name": name, "config": plain(dict(config)), "versions": _versions(), **asked}
+        storage = self._database.optuna_storage()
+        with self._database.begin() as connection:
+            connection.execute(insert(study_table).values(**values).on_conflict_do_nothing())
+            row = connection.execute(
+                select(study_table).where(study_table.c.name == name).with_for_update()
+            ).one()
+            _check_same(row, asked)
+            connection.execute(
+                update(study_table).where(study_table.c.id == row.id).values(config=values["config"])
+            )
+            add_slots(connection, row.id, n_slots)
+            optuna_study.ensure(connection, storage, row.id, name, row.optuna_study_id)
+        return self.get(name)
+
+    def get(self, name: str) -> StudyRecord:
+        """The study ``name``.
+
+        Raises:
+            StudyError: there is none; the message lists those that there are.
+        """
+        found = self._read(name)
+        if not found:
+            known = ", ".join(record.name for record in self.list()[:20])
+            raise StudyError(f"study {name!r} does not exist; this database has {known or 'no studies yet'}")
+        return found[0]
+
+    def list(self) -> Records:
+        """All studies, oldest first."""
+        return self._read(None)
+
+    def set_report(self, name: str, report: Mapping[str, Any]) -> None:
+        """Replace the study's report.
+
+        Raises:
+            StudyError: there is no such study.
+        """
+        statement = update(study_table).where(study_table.c.name == name).values(report=plain(dict(report)))
+        with self._database.begin() as connection:
+            changed = connection.execute(statement).rowcount
+        if not changed:
+            self.get(name)
+
+    def delete(self, name: str) -> None:
+        """Delete the study, its slots and its Optuna study.
+
+        Raises:
+            StudyError: there is no such study, or a coordinator is running it.
+        """
+        record = self.get(name)
+        storage = self._database.optuna_storage()
+        with self._database.begin() as connection:
+            free = text("SELECT pg_try_advisory_xact_lock(:key, :id)")
+            if not connection.execute(free, {"key": COORDINATOR_LOCK, "id": record.id}).scalar():
+                raise StudyError(
+                    f"study {name!r} is being run by a coordinator; stop it before deleting the study"
+                )
+            query = (
+                select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
+            )
+            optuna_study.drop(storage, connection.execute(query).scalar())
+            connection.execute(delete(study_table).where(study_table.c.id == record.id))
+
+    def coordinate(self, name: str) -> CoordinatorSession:
+        """The one coordinator's session on the study; entering it takes the lock. See
+        :class:`CoordinatorSession`.
+
+        Raises:
+            StudyError: there is no such study.
+        """
+        record = self.get(name)
+        return CoordinatorSession(self._database, record.id, name)
+
+    def _read(self, name: str | None) -> Records:
+        counts = select(slot_table.c.study_id, *_COUNTS).group_by(slot_table.c.study_id).subquery()
+        query = select(study_table, *(c for c in counts.c if c.name != "study_id"))
+        query = query.outerjoin(counts, counts.c.study_id == study_table.c.id).order_by(study_table.c.id)
+        if name is not None:
+            query = query.where(study_table.c.name == name)
+        with self._database.begin() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+
+def check_name(name: str) -> None:
+    """Raise StudyError unless ``name`` is 1-200 printable characters without blanks at its ends."""
+    if not name or len(name) > MAX_NAME_CHARACTERS:
+        raise StudyError(f"study name: must have 1 to {MAX_NAME_CHARACTERS} characters, got {len(name)}")
+    if not name.isprintable() or name != name.strip():
+        raise StudyError(f"study name: must be printable, without blanks at its ends, got {name!r}")
+
+
+def _check_same(row: Row[Any], asked: dict[str, dict[str, Any]]) -> None:
+    missing = object()
+    differences = []
+    for part, wanted in asked.items():
+        stored = getattr(row, part)
+        for key in sorted({*stored, *wanted}):
+            has, want = stored.get(key, missing), wanted.get(key, missing)
+            if has != want:
+                shown = ["nothing" if value is missing else _short(value) for value in (has, want)]
+                differences.append(f"{key}: study has {shown[0]}, asked for {shown[1]}")
+    if differences:
+        raise StudyError(
+            f"study {row.name!r} exists with other settings; choose another name or the same settings:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, str) else repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _record(row: Row[Any]) -> StudyRecord:
+    fields = row._mapping
+    return StudyRecord(
+        id=row.id,
+        name=row.name,
+        optuna_study_id=row.optuna_study_id,
+        identity=row.identity,
+        config=row.config,
+        shape=row.shape,
+        epoch=row.epoch,
+        created_at=row.created_at,
+        n_slots=row.n_slots or 0,
+        counts={state: fields[str(state)] or 0 for state in SlotState},
+        best_loss_nats=row.best,
+        report=row.report,
+        versions=row.versions,
+    )

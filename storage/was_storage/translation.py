@@ -1,0 +1,124 @@
+"""The one seam where errors of the database, SQLAlchemy and Optuna become ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, TimeoutError
+
+from was_search.errors import StorageError, TransientError, WasError
+
+# (part of the driver's message, what it means and what to do); the first that matches wins.
+_AT_CONNECT = (
+    ("password authentication failed", "the user name or password is wrong"),
+    ("no password supplied", "the server wants a password and the URL has none"),
+    (
+        "no pg_hba.conf entry",
+        "the server does not allow this user, database or address (pg_hba.conf); try ?sslmode=require",
+    ),
+    ("could not translate host name", "the host is unknown; check its spelling in the URL"),
+    ("connection refused", "no server listens there; start it, or check host and port"),
+    (
+        "no such file or directory",
+        "no server listens on that socket; start it, or check the folder in ?host=",
+    ),
+    ("timeout expired", "the server does not answer; check host, port and firewall"),
+    ("network is unreachable", "the host cannot be reached from here"),
+    ("no route to host", "the host cannot be reached from here"),
+    ("does not support ssl", "the server has no SSL, but the URL asks for it; try ?sslmode=prefer"),
+    ("certificate", "the server's certificate was not accepted; check sslmode and sslrootcert"),
+    ("invalid connection option", "an argument after '?' in the URL is not one that Postgres knows"),
+    ("invalid sslmode", "sslmode must be disable, allow, prefer, require, verify-ca or verify-full"),
+    ("invalid response to ssl negotiation", "that port is not a Postgres server's"),
+    ("expected authentication request", "that port is not a Postgres server's"),
+    (
+        "server closed the connection unexpectedly",
+        "the server hung up at once; is that port a Postgres server's?",
+    ),
+)
+_RESTARTING = ("starting up", "shutting down", "recovery mode", "not yet accepting connections")
+_LOST = (
+    "server closed the connection", "connection has been closed", "terminating connection", "connection already closed",
+    "could not receive data", "could not send data", "connection refused", "connection not open", "connection reset",
+    "no connection to the server", "timeout expired", "no such file or directory", "cursor already closed",
+)  # fmt: skip
+_TRANSIENT_CODES = ("40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03", "57P05")
+_BY_CODE = {
+    "28": "the login was refused",
+    "3D": "the database does not exist; create it first",
+    "42501": "the database user lacks a permission; it needs CREATE on the database and on schema public",
+    "25006": "the server is read-only (a standby?); use the primary",
+    "3F": "was-search's tables are missing; open the database again to create them",
+    "42P01": "was-search's tables are missing; open the database again to create them",
+    "53100": "the server's disk is full",
+}  # fmt: skip
+
+
+@contextmanager
+def translated(shown: str, *, opening: bool = False) -> Iterator[None]:
+    """Raise database errors inside the block as ours, with the cause chained.
+
+    Args:
+        shown: the database's URL for people, without password.
+        opening: whether the block makes the first connection: then a server that is down is for the user to
+            mend (StorageError); later it is a restart that a retry mends (TransientError).
+
+    Raises:
+        StorageError: the database cannot be reached or refuses.
+        TransientError: the connection was lost, the server restarts, a deadlock or a lock that was not free
+            in time.
+    """
+    try:
+        yield
+    except WasError:
+        raise
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise translate(error, shown, opening=opening) from error
+
+
+def translate(error: BaseException, shown: str, *, opening: bool = False) -> WasError:
+    """``error`` as a StorageError or TransientError; see :func:`translated`."""
+    cause = _driver_error(error)
+    if cause is None:
+        if isinstance(error, TimeoutError):
+            return TransientError(f"database {shown}: all connections are busy")
+        return StorageError(f"database {shown}: {_first_line(error)}")
+    code = getattr(cause.orig, "pgcode", None) or ""
+    text = str(cause.orig).lower()
+    detail = _first_line(cause.orig or cause)
+    if any(part in text for part in _RESTARTING):
+        return TransientError(f"database {shown} is restarting ({detail}); try again")
+    if "database" in text and "does not exist" in text and not code:
+        return StorageError(f"database {shown} does not exist: {detail}; create it first")
+    if "too many clients" in text or "remaining connection slots" in text:
+        return TransientError(
+            f"database {shown} has no free connection ({detail}); try again or raise max_connections"
+        )
+    lost = code[:2] == "08" or (not code and any(part in text for part in _LOST))
+    if code in _TRANSIENT_CODES or ((lost or cause.connection_invalidated) and not opening):
+        return TransientError(
+            f"database {shown}: the connection was lost or the server is busy ({detail}); try again"
+        )
+    if not code:
+        for part, meaning in _AT_CONNECT:
+            if part in text:
+                return StorageError(f"cannot connect to {shown}: {meaning} ({detail})")
+    meaning = _BY_CODE.get(code) or _BY_CODE.get(code[:2], "")
+    return StorageError(f"database {shown}: {meaning + ' ' if meaning else ''}({detail})")
+
+
+def _driver_error(error: BaseException | None) -> DBAPIError | None:
+    """The driver's error in the chain of causes: Optuna wraps SQLAlchemy's."""
+    while error is not None:
+        if isinstance(error, DBAPIError):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    """The message's last word of the driver without its continuation lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

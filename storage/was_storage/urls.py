@@ -1,0 +1,57 @@
+"""Database URLs: every accepted form becomes ``postgresql+psycopg2://``, and no password is ever shown."""
+
+from __future__ import annotations
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from was_search.errors import StorageError
+
+DRIVER = "postgresql+psycopg2"
+ACCEPTED = ("postgres", "postgresql", DRIVER)
+_SECRETS = ("password", "sslpassword")
+_EXAMPLE = "expected postgresql://user:password@host:5432/database, or 'embedded'"
+
+
+def parse_url(url: str) -> URL:
+    """``url`` as SQLAlchemy's URL with our driver; connection arguments (``?sslmode=require``) pass through.
+
+    Raises:
+        StorageError: not a Postgres URL, or a part that cannot be read.
+    """
+    scheme, separator, _ = url.strip().partition("://")
+    if not separator:
+        raise StorageError(f"storage: not a database URL; {_EXAMPLE}")
+    if scheme not in ACCEPTED:
+        raise StorageError(f"storage: only Postgres is supported, got {scheme!r}; {_EXAMPLE}")
+    try:
+        parsed = make_url(url.strip())
+    except (ArgumentError, ValueError):
+        # The cause's message may quote the URL, password included.
+        raise StorageError(f"storage: the URL cannot be read (is the port a number?); {_EXAMPLE}") from None
+    if "@" in (parsed.host or ""):
+        raise StorageError("storage: write '@' inside the user name or password as %40 in the URL")
+    return parsed.set(drivername=DRIVER)
+
+
+def normalise_url(url: str) -> str:
+    """The one form of ``url`` that everything connects with, password included; idempotent.
+
+    Accepts ``postgres://``, ``postgresql://``, ``postgresql+psycopg2://`` and socket URLs
+    (``?host=/folder``).
+
+    Raises:
+        StorageError: anything else; the message says what is accepted and never holds the password.
+    """
+    return parse_url(url).render_as_string(hide_password=False)
+
+
+def display_url(url: str) -> str:
+    """``url`` for people: passwords, also those among the connection arguments, are ``***``.
+
+    Raises:
+        StorageError: not a Postgres URL.
+    """
+    parsed = parse_url(url)
+    hidden = {key: "***" for key in _SECRETS if key in parsed.query}
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")

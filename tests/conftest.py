@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: a real Postgres for those marked ``postgres``."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from was_storage.database import Database
+from was_storage.embedded import EmbeddedServer
+
+
+@pytest.fixture(scope="session")
+def server_home() -> Iterator[Path]:
+    """A folder that the server's own account may enter: pytest's are private, and Postgres refuses to run as root."""
+    home = Path(tempfile.mkdtemp(prefix="was-test-"))
+    home.chmod(0o755)
+    yield home
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(server_home: Path) -> Iterator[EmbeddedServer]:
+    """The session's embedded Postgres."""
+    with EmbeddedServer.start(server_home / "postgres") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def postgres_url(postgres_server: EmbeddedServer) -> str:
+    """URL of a database made for this test module."""
+    return postgres_server.url(f"test_{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(scope="module")
+def database(postgres_url: str) -> Iterator[Database]:
+    """The module's database, open and migrated."""
+    with Database.open(postgres_url) as opened:
+        yield opened

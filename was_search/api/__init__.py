@@ -1,0 +1,36 @@
+"""The steps as plain functions of a Context: the composition root.
+
+    with Context(Settings(model="meta-llama/Llama-3.2-1B", data="wikitext2"), RichReporter()) as context:
+        result = run(context)
+"""
+
+from was_search.api.calibrate import calibrate, operating_point
+from was_search.api.context import Context
+from was_search.api.demo import demo, demo_settings
+from was_search.api.doctor import doctor
+from was_search.api.evaluate import evaluate, evaluate_on_tasks
+from was_search.api.export import export
+from was_search.api.generate import generate
+from was_search.api.run import run
+from was_search.api.search import search
+from was_search.api.seed import seed
+from was_search.api.studies import dashboard, status, studies
+
+__all__ = [
+    "Context",
+    "calibrate",
+    "dashboard",
+    "demo",
+    "demo_settings",
+    "doctor",
+    "evaluate",
+    "evaluate_on_tasks",
+    "export",
+    "generate",
+    "operating_point",
+    "run",
+    "search",
+    "seed",
+    "status",
+    "studies",
+]

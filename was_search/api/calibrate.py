@@ -1,0 +1,103 @@
+"""Step 1: score histograms of the dense model, and at an operating point."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search.api.context import Context
+from was_search.histogram import Histograms
+from was_search.protocol import content_hash
+from was_search.shape import FloatArray, ModelShape
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Histograms of the dense model on the calibration split, the model's shape and the cache key."""
+
+    key: str
+    shape: ModelShape
+    histograms: Histograms
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Histograms re-taken under the masks of a vector.
+
+    Attributes:
+        key: the cache key, which also names the histograms to workers.
+        histograms: taken under ``thresholds``.
+        thresholds: float32 [L, 7]; they achieve what is nominal on the calibration split.
+        achieved: counted on the calibration split, [L, 7].
+        passes: over the calibration split.
+    """
+
+    key: str
+    histograms: Histograms
+    thresholds: npt.NDArray[np.float32]
+    achieved: FloatArray
+    passes: int
+
+
+def calibrate(context: Context) -> Calibration:
+    """Histograms of the dense model's scores; cached by model, score and calibration protocol."""
+    started = time.perf_counter()
+    settings = context.settings
+    key = content_hash("histograms", 1, context.fingerprint, settings.score, context.tokens("calibration").protocol)
+    found = context.cache.get("histograms", key)
+    if found is not None:
+        shape = ModelShape.from_json(found.meta["shape"])
+        histograms = Histograms.from_bytes(found.payload, shape.n_blocks)
+        context.reporter.cached("calibrate", _describe(context), time.perf_counter() - started)
+        return Calibration(key, shape, histograms)
+
+    from was_workers.phases import histogram_runner
+
+    data, pool = context.tokens("calibration"), context.pool
+    shape = pool.infos[0].shape
+    with context.reporter.phase(f"calibrate on {_describe(context)}", pool.n_workers) as advance:
+        histograms, _ = histogram_runner(pool, data, advance=advance)(None)
+    histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))  # non-finite scores are refused here, not in a trial
+    context.cache.put("histograms", key, histograms.to_bytes(), {"shape": shape.to_json()})
+    return Calibration(key, shape, histograms)
+
+
+def operating_point(context: Context, calibration: Calibration, sparsities: FloatArray, name: str) -> OperatingPoint:
+    """Histograms at the vector called ``name``, re-taken until what is nominal is achieved; cached by vector."""
+    from was_search import calibration as maths
+
+    started = time.perf_counter()
+    rounded = np.round(sparsities, 9)
+    key = content_hash("operating-point", 2, calibration.key, rounded)
+    found = context.cache.get("operating-point", key)
+    if found is not None:
+        context.reporter.cached(f"calibrate at {name}", "operating point", time.perf_counter() - started)
+        return OperatingPoint(
+            key,
+            Histograms.from_bytes(found.payload, calibration.shape.n_blocks),
+            np.asarray(found.meta["thresholds"], np.float32),
+            np.asarray(found.meta["achieved"], np.float64),
+            int(found.meta["passes"]),
+        )
+
+    from was_workers.phases import histogram_runner
+
+    with context.reporter.phase(f"calibrate at {name}") as advance:
+        runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)
+        point = OperatingPoint(
+            key, *maths.operating_point(runner, calibration.histograms, rounded, calibration.shape)
+        )
+    meta = {
+        "thresholds": [[float(v) for v in row] for row in point.thresholds],
+        "achieved": point.achieved.tolist(),
+        "passes": point.passes,
+    }
+    context.cache.put("operating-point", key, point.histograms.to_bytes(), meta)
+    return point
+
+
+def _describe(context: Context) -> str:
+    return context.tokens("calibration").protocol.describe()

@@ -1,0 +1,221 @@
+"""What the steps share: settings, database, cache, tokens and workers, each opened when first needed."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search.errors import ResourceError
+from was_search.progress import Reporter
+from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
+from was_search.settings import Settings
+
+if TYPE_CHECKING:
+    from was_search.model import ModelSource
+    from was_search.text import SplitText
+    from was_storage.cache import ArtifactCache
+    from was_storage.database import Database
+    from was_workers.cluster import Cluster
+    from was_workers.pool import Pool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where workers run: ``device`` cpu or cuda, GPUs of each worker, and the dtype."""
+
+    device: str
+    gpus_per_worker: float
+    dtype: str
+
+
+class Context:
+    """Everything a step needs, opened lazily: what is cached starts no Ray and loads no model.
+
+    A context manager; owns the database and the Ray connection and closes both.
+    """
+
+    def __init__(self, settings: Settings, reporter: Reporter | None = None) -> None:
+        self.settings = settings
+        self.reporter = reporter or Reporter()
+        self._stack = ExitStack()
+        self._tokens: dict[str, TokenSet] = {}
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    @cached_property
+    def database(self) -> Database:
+        from was_storage.database import Database
+
+        return self._stack.enter_context(Database.open(self.settings.storage))
+
+    @cached_property
+    def cache(self) -> ArtifactCache:
+        from was_storage.cache import ArtifactCache
+
+        return ArtifactCache(self.database)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        from was_search.model import resolve_model
+
+        self.settings.require("model")
+        return resolve_model(self.settings.model, self.settings.revision)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        from platformdirs import user_cache_path
+
+        from was_search.fingerprint import fingerprint
+
+        return fingerprint(self.source, user_cache_path("was-search"))
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        from was_workers.cluster import connect
+
+        with self.reporter.phase("start Ray"):
+            return self._stack.enter_context(connect(self.settings.ray, workers=self.settings.workers))
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Device and dtype of the workers, decided before any is started.
+
+        Raises:
+            ResourceError: a GPU was asked for and there is none.
+        """
+        settings = self.settings
+        address = os.environ.get("RAY_ADDRESS", "local") if settings.ray == "auto" else settings.ray
+        if settings.device == "cpu":
+            if settings.gpus_per_worker > 0:
+                raise ResourceError(f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}")
+            gpus = 0
+        elif address == "local":
+            import torch
+
+            gpus = torch.cuda.device_count()
+        else:
+            gpus = int(self.cluster.gpus)
+        wants_gpu = settings.device == "cuda" or settings.gpus_per_worker > 0
+        if wants_gpu and not gpus:
+            asked = "--device cuda" if settings.device == "cuda" else f"--gpus-per-worker {settings.gpus_per_worker:g}"
+            raise ResourceError(
+                f"{asked} was asked for and no GPU was found; 'was-search doctor' tells what this machine has, "
+                "--device cpu runs without one"
+            )
+        device = "cuda" if wants_gpu or (settings.device == "auto" and gpus and settings.gpus_per_worker != 0) else "cpu"
+        share = 0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
+        dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+        return Placement(device, share, dtype)
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The workers; the first is ready when this returns."""
+        from was_workers.pool import Pool
+        from was_workers.worker import WorkerSpec
+
+        settings, placement = self.settings, self.placement
+        threads = max(1, (os.cpu_count() or 1) // settings.workers) if self.cluster.local else 0
+        spec = WorkerSpec(
+            model=str(self.source.folder or self.source.name),
+            revision=self.source.revision,
+            dtype=placement.dtype,
+            device=placement.device,
+            score=settings.score,
+            threads=threads,
+            significance=settings.significance,
+        )
+        cluster = self.cluster
+        with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):
+            pool = self._stack.enter_context(
+                Pool(cluster, spec, n_workers=settings.workers, gpus_per_worker=placement.gpus_per_worker)
+            )
+            pool.wait_idle()
+        return pool
+
+    def tokens(self, split: str) -> TokenSet:
+        """Token ids of ``split`` under the settings' protocol; cached, so that a second run needs no tokenizer."""
+        if split not in self._tokens:
+            self._tokens[split] = self._load_tokens(split)
+        return self._tokens[split]
+
+    def tokens_uncached(self, split: str) -> TokenSet:
+        """The same token ids without the database, for steps that need no other part of it."""
+        return _tokenise(self.source, self._text(split), self._token_options(split))
+
+    def _text(self, split: str) -> SplitText:
+        from was_search.text import load_text
+
+        self.settings.require("data")
+        return load_text(self.settings.data, split)
+
+    def _token_options(self, split: str) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "sequence_length": settings.sequence_length,
+            "stride": settings.stride or settings.sequence_length,
+            "n_sequences": getattr(settings, f"{split}_sequences"),
+            "dtype": self.placement.dtype,
+            "batch_size": settings.batch_size,
+            "dense_prefix": settings.dense_prefix,
+            "seed": settings.seed,
+        }
+
+    def _load_tokens(self, split: str) -> TokenSet:
+        text, options = self._text(split), self._token_options(split)
+        key = content_hash("tokens", 1, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
+        found = self.cache.get("tokens", key)
+        if found is not None:
+            return TokenSet(EvaluationProtocol.from_json(found.meta["protocol"]), unpack_array(found.payload))
+        data = _tokenise(self.source, text, options)
+        self.cache.put("tokens", key, pack_array(data.tokens), {"protocol": data.protocol.to_json()})
+        return data
+
+    def default_plan_folder(self, study: str) -> Path:
+        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / study / "plan"
+
+
+def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> TokenSet:
+    from was_search.model import load_tokenizer
+    from was_search.tokens import tokenise, windows_available
+
+    tokenizer = load_tokenizer(source.name, source.revision)
+    there = windows_available(
+        text, tokenizer, sequence_length=options["sequence_length"], stride=options["stride"]
+    )
+    return tokenise(text, tokenizer, **{**options, "n_sequences": min(options["n_sequences"], max(there, 1))})
+
+
+def pack_array(array: npt.NDArray[Any]) -> bytes:
+    """An array as npy bytes, never pickled."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def unpack_array(payload: bytes) -> npt.NDArray[Any]:
+    """An array from :func:`pack_array`."""
+    return np.asarray(np.load(io.BytesIO(payload), allow_pickle=False))
+
+
+def perplexity(loss_nats: float) -> float:
+    """exp of the mean nats per predicted token; inf where that overflows."""
+    return math.exp(loss_nats) if loss_nats < 700 else math.inf

@@ -1,0 +1,53 @@
+"""The whole main job on the packaged demo checkpoint, on CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from was_search.api.context import Context
+from was_search.api.generate import generate
+from was_search.api.run import RunResult, next_commands, run
+from was_search.plan import Plan
+from was_search.settings import Settings
+
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo_data"
+
+DEMO_OPTIONS: dict[str, Any] = {
+    "model": str(DEMO_FOLDER / "model"),
+    "data": str(DEMO_FOLDER / "text"),
+    "target": 0.6,
+    "trials": 48,
+    "workers": 2,
+    "ray": "local",
+    "device": "cpu",
+    "sequence_length": 256,
+    "calibration_sequences": 96,
+    "pricing_sequences": 64,
+    "greedy_sequences": 8,
+    "search_sequences": 64,
+    "test_sequences": 192,
+    "batch_size": 8,
+}
+"""What the demo sets; everything else has its default. Fixed before any result was seen."""
+
+
+def demo_settings(**overrides: Any) -> Settings:
+    """The demo's settings with ``overrides``."""
+    return Settings(**{**DEMO_OPTIONS, **overrides})
+
+
+def demo(context: Context, *, prompt: str = "def read_lines(path):\n", max_new_tokens: int = 48) -> RunResult:
+    """Run everything, decode a few tokens with the plan and print what to try next."""
+    result = run(context)
+    if result.plan is None:
+        return result
+    context.reporter.note("\nDecoding with the plan:")
+    generate(context, Plan.load(result.plan), prompt, max_new_tokens=max_new_tokens)
+    context.reporter.note(f"\nPlan: [bold]{result.plan}[/]\nNext:")
+    for command in next_commands(context, result.search, result.plan):
+        context.reporter.text(f"  {command}")
+    return result
+
+

@@ -1,0 +1,76 @@
+"""Step 6: decode with a plan through the sparse runtime."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from was_search.api.context import Context
+from was_search.api.evaluate import load_for
+from was_search.errors import ConfigError
+from was_search.plan import Plan
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Text decoded from a prompt; ``achieved`` is the counted sparsity of the one-token steps (None: dense)."""
+
+    text: str
+    tokens: int
+    seconds: float
+    achieved: float | None
+
+
+def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens: int = 64) -> Generation:
+    """Greedy decoding of ``prompt``, sparse with a plan, dense without.
+
+    Raises:
+        ConfigError: an empty prompt, or no room for it in the model's positions.
+        PlanError: the plan belongs to another model.
+    """
+    import torch
+
+    from was_kernels import sparsify
+    from was_search.model import load_tokenizer
+
+    if not prompt:
+        raise ConfigError("prompt: must not be empty")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+    tokenizer = load_tokenizer(context.source.name, context.source.revision)
+    model, structure = load_for(context, plan)
+    inputs = tokenizer(prompt, return_tensors="pt").to(context.placement.device)
+    there = inputs["input_ids"].shape[1]
+    room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
+    if there + max_new_tokens > room:
+        raise ConfigError(f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions")
+
+    def run() -> tuple[str, int, float]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(  # type: ignore[operator]
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+            )
+        new = output[0, there:]
+        return str(tokenizer.decode(new, skip_special_tokens=True)), len(new), time.perf_counter() - started
+
+    if plan is None:
+        result = Generation(*run(), achieved=None)
+    else:
+        handle = sparsify(model, plan)
+        try:
+            with handle.counting() as counts:
+                text, tokens, seconds = run()
+            result = Generation(text, tokens, seconds, structure.shape.sparsity(counts.achieved()))
+        finally:
+            handle.restore()
+    context.reporter.text(prompt + result.text)
+    speed = f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
+    sparsity = "dense" if result.achieved is None else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
+    context.reporter.note(f"[dim]{speed}, {sparsity}, {context.placement.device}[/]")
+    context.reporter.result({"text": result.text, "tokens": result.tokens, "seconds": result.seconds, "achieved": result.achieved})
+    return result

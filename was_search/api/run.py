@@ -1,0 +1,159 @@
+"""All steps, skipping what is cached, and the table that compares the winner with its baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from was_search.api.calibrate import Calibration, calibrate, operating_point
+from was_search.api.context import Context, perplexity
+from was_search.api.export import Candidate, Figures, export, measure
+from was_search.api.search import SearchResult, search
+from was_search.plan import Plan
+from was_search.statistics import Interval, paired_interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on the search and the test split, at its own operating point.
+
+    ``nominal`` is the parameter-weighted sparsity asked for; intervals are None where there is nothing to compare.
+    """
+
+    name: str
+    nominal: float
+    search: Figures
+    test: Figures
+    calibration_achieved: float
+    against_uniform: Interval | None
+    against_seed: Interval | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``run`` made: the search, the plan's folder and the comparison."""
+
+    search: SearchResult
+    plan: Path | None
+    rows: list[Row]
+
+
+def run(context: Context) -> RunResult:
+    """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report."""
+    found = search(context)
+    if found.drained:
+        return RunResult(found, None, [])
+    folder = export(context, found)
+    rows = compare(context, found, Plan.load(folder))
+    show(context, rows)
+    context.reporter.result(
+        {
+            "study": found.study,
+            "plan": str(folder),
+            "rows": [
+                {
+                    "name": row.name,
+                    "nominal_sparsity": row.nominal,
+                    "search": row.search.to_json(context),
+                    "test": row.test.to_json(context),
+                    "test_against_uniform": vars(row.against_uniform) if row.against_uniform else None,
+                    "test_against_seed": vars(row.against_seed) if row.against_seed else None,
+                }
+                for row in rows
+            ],
+        }
+    )
+    return RunResult(found, folder, rows)
+
+
+def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
+    """Dense, the three seeds and the exported plan on the search and test splits.
+
+    Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
+    split and are compared at it.
+    """
+    calibration = calibrate(context)
+    candidates = [Candidate(seed.name if seed.name != "fisher" else "fisher seed", seed.sparsities) for seed in found.seeds]
+    origin = plan.provenance["origin"]
+    label = f"best (slot {plan.provenance['slot']})" + (" = its seed" if origin.startswith("seed:") else "")
+    candidates.append(Candidate(label, plan.sparsities))
+    rows = [_dense(context, calibration)]
+    for candidate in candidates:
+        point = operating_point(context, calibration, candidate.sparsities, candidate.name)
+        search_figures, test = (measure(context, calibration, candidate, split, point) for split in ("search", "test"))
+        by_name = {row.name: row for row in rows}
+        rows.append(
+            Row(
+                candidate.name,
+                calibration.shape.sparsity(candidate.sparsities),
+                search_figures,
+                test,
+                calibration.shape.sparsity(point.achieved),
+                _interval(test, by_name.get("uniform")),
+                _interval(test, by_name.get("fisher seed")),
+            )
+        )
+    return rows
+
+
+def show(context: Context, rows: list[Row]) -> None:
+    """Print the comparison with its protocols."""
+    body = []
+    for row in rows:
+        body.append(
+            [
+                row.name,
+                f"{100 * row.nominal:.2f}",
+                f"{100 * row.calibration_achieved:.2f} / {100 * row.search.achieved:.2f} / {100 * row.test.achieved:.2f}",
+                f"{row.search.evaluation.loss_nats:.4f}",
+                f"{row.test.evaluation.loss_nats:.4f}",
+                f"{perplexity(row.test.evaluation.loss_nats):.3f}",
+                str(row.against_uniform or ""),
+                str(row.against_seed or ""),
+            ]
+        )
+    context.reporter.table(
+        f"Results at a budget of {100 * context.settings.target:g} %",
+        [
+            "",
+            "nominal %",
+            "achieved % (calib/search/test)",
+            "search nats",
+            "test nats",
+            "test ppl",
+            "test - uniform, 95 %",
+            "test - seed, 95 %",
+        ],
+        body,
+        caption="\n".join(
+            [
+                "nats per token; differences on the test split, paired by sequence, negative is better",
+                *(f"{split}: {context.tokens(split).protocol.describe()}" for split in ("calibration", "search", "test")),
+            ]
+        ),
+    )
+
+
+def _dense(context: Context, calibration: Calibration) -> Row:
+    search_figures, test = (measure(context, calibration, None, split, None) for split in ("search", "test"))
+    return Row("dense", 0.0, search_figures, test, 0.0, None, None)
+
+
+def _interval(test: Figures, baseline: Row | None) -> Interval | None:
+    if baseline is None or len(test.evaluation.losses) < 2:
+        return None
+    return paired_interval(test.evaluation.losses, baseline.test.evaluation.losses)
+
+
+def next_commands(context: Context, found: SearchResult, folder: Path) -> list[str]:
+    """Commands worth trying after a run."""
+    plan = str(folder)
+    storage: dict[str, Any] = {} if context.settings.storage == "embedded" else {"--storage": "URL"}
+    suffix = "".join(f" {key} {value}" for key, value in storage.items())
+    return [
+        f"was-search dashboard --study {found.study}{suffix}",
+        f"was-search status --study {found.study}{suffix}",
+        f"was-search evaluate --plan {plan} --split search",
+        f"was-search generate --plan {plan} --prompt 'def main():' --max-new-tokens 64",
+    ]

@@ -1,0 +1,186 @@
+"""Step 3: the study. Slots in Postgres, vectors from Optuna, evaluations on the workers."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from was_search.api.calibrate import Calibration, calibrate, operating_point
+from was_search.api.context import Context, perplexity
+from was_search.api.seed import seed
+from was_search.protocol import content_hash
+from was_search.seeds import Seed
+from was_search.slots import Slot, SlotState
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A study's slots after a search; ``drained`` says that it was interrupted and has slots left."""
+
+    study: str
+    slots: list[Slot]
+    seeds: list[Seed]
+    drained: bool
+
+    @property
+    def best(self) -> Slot | None:
+        complete = [s for s in self.slots if s.state is SlotState.COMPLETE and s.loss_nats is not None]
+        return min(complete, key=lambda s: (s.loss_nats, s.number), default=None)
+
+    def count(self, state: SlotState) -> int:
+        return sum(slot.state is state for slot in self.slots)
+
+
+def search(context: Context) -> SearchResult:
+    """Create or resume the study and run it to its last slot; ctrl-C drains it.
+
+    Raises:
+        StudyError: the study exists with another model, target or data, or has a live coordinator.
+    """
+    from was_storage.studies import StudyStore
+
+    settings = context.settings
+    calibration = calibrate(context)
+    seeds = seed(context, calibration)
+    name = study_name(context)
+    store = StudyStore(context.database)
+    store.open_or_create(
+        name,
+        identity=identity(context),
+        config=settings.to_json(),
+        shape=calibration.shape.to_json(),
+        n_slots=settings.trials,
+    )
+    point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
+    data = context.tokens("search")
+    started = time.perf_counter()
+    with store.coordinate(name) as book, _drain_on_interrupt() as drain:
+        slots = book.slots()
+        if all(slot.state.finished for slot in slots):
+            result = SearchResult(name, slots, seeds, drained=False)
+            context.reporter.cached("search", f"study {name}, {_tally(result)}", time.perf_counter() - started)
+            return result
+
+        from was_workers.search import SearchLoop, SearchOptions
+
+        options = SearchOptions(
+            target=settings.target,
+            sampler=settings.sampler,
+            radius=settings.radius,
+            seed=settings.seed,
+            early_stopping=settings.early_stopping,
+            trial_timeout=settings.trial_timeout,
+            max_attempts=settings.max_attempts,
+        )
+        pool = context.pool
+        with context.reporter.search(name, data.protocol.describe()) as show:
+            loop = SearchLoop(
+                book,
+                pool,
+                data,
+                point.histograms,
+                point.key,
+                shape=calibration.shape,
+                seeds=seeds,
+                options=options,
+                drain=drain,
+                progress=show,
+            )
+            slots = loop.run()
+    result = SearchResult(name, slots, seeds, drained=not all(slot.state.finished for slot in slots))
+    report_study(context, result, calibration)
+    return result
+
+
+def identity(context: Context) -> dict[str, Any]:
+    """What makes a study that study: another value of any of these is another study."""
+    settings = context.settings
+    search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
+    return {
+        "model": context.fingerprint,
+        "target": settings.target,
+        "score": settings.score,
+        "sampler": settings.sampler,
+        "radius": settings.radius,
+        "seed": settings.seed,
+        "search data": search_protocol.to_json(),
+        "calibration data": calibration.to_json(),
+    }
+
+
+def study_name(context: Context) -> str:
+    """The settings' study name, or one made of model, data, target, sampler and a hash of the identity."""
+    settings = context.settings
+    if settings.study:
+        return settings.study
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
+    digest = content_hash(identity(context))[:8]
+    return f"{model}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+
+
+def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
+    """Write the note and the two plots that optuna-dashboard shows."""
+    from was_search.plots import levels_figure, progress_figure
+    from was_storage.dashboard import annotate
+
+    best = result.best
+    if best is None or best.levels is None:
+        return
+    levels = {seed.name: seed.levels for seed in result.seeds}
+    figures = {
+        "levels": levels_figure(best.levels, levels, context.settings.target),
+        "progress": progress_figure(result.slots),
+    }
+    annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
+
+
+def _note(context: Context, result: SearchResult, best: Slot) -> str:
+    import json
+
+    assert best.loss_nats is not None
+    settings = json.dumps(context.settings.to_json(), indent=2)
+    return (
+        f"# {result.study}\n\n"
+        f"{_tally(result)}. Best: slot {best.number}, {best.loss_nats:.4f} nats per token "
+        f"(perplexity {perplexity(best.loss_nats):.3f}) on {context.tokens('search').protocol.describe()}; "
+        f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
+        f"The objective is the mean loss in nats per token. Trials `PRUNED` were stopped early: their sequences "
+        f"showed that the best was better.\n\n## Settings\n\n```json\n{settings}\n```\n"
+    )
+
+
+def _tally(result: SearchResult) -> str:
+    return (
+        f"{len(result.slots)} slots: {result.count(SlotState.COMPLETE)} complete, "
+        f"{result.count(SlotState.STOPPED)} stopped early, {result.count(SlotState.FAILED)} failed"
+    )
+
+
+@contextmanager
+def _drain_on_interrupt() -> Iterator[threading.Event]:
+    """An event set by the first ctrl-C (or SIGTERM); the second one interrupts at once."""
+    drain = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield drain
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if drain.is_set():
+            raise KeyboardInterrupt
+        drain.set()
+
+    before = {sig: signal.signal(sig, handle) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield drain
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)

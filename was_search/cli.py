@@ -1,0 +1,377 @@
+"""The command line: one command a step. Options come from defaults, ``--config FILE`` and flags; flags win."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from was_search import __version__
+from was_search.errors import ConfigError, WasError
+from was_search.plan import Plan
+from was_search.progress import JsonReporter, Reporter, RichReporter
+from was_search.settings import Settings, load_settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find how much of each layer's input an LLM can skip while decoding, and export it as a plan.",
+)
+
+EXIT_ERROR = 1
+EXIT_DRAINED = 3
+"""The study was interrupted and has slots left; the same command goes on with it."""
+
+
+def _option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
+    return Annotated[annotation, typer.Option(*names, help=help_text, **extra)]
+
+
+SHARED: dict[str, Any] = {
+    "config": _option(Path | None, "TOML file with options by their long names.", rich_help_panel="General"),
+    "quiet": _option(bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"),
+    "as_json": _option(bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel="General"),
+}
+STORAGE: dict[str, Any] = {
+    "storage": _option(
+        str | None, "Postgres URL, or embedded.", envvar="WAS_SEARCH_STORAGE", rich_help_panel="General"
+    ),
+}
+MODEL: dict[str, Any] = {
+    "model": _option(str | None, "Local folder or hub id."),
+    "revision": _option(str | None, "Hub revision."),
+    "data": _option(str | None, "Text file, folder, or wikitext2, c4, alpaca."),
+    "device": _option(str | None, "auto, cpu or cuda."),
+    "dtype": _option(str | None, "auto, float32, bfloat16 or float16."),
+    "sequence_length": _option(int | None, "Tokens of one sequence."),
+    "stride": _option(int | None, "Tokens between windows; 0 means no overlap."),
+    "test_sequences": _option(int | None, "At most so many sequences of the test split."),
+    "batch_size": _option(int | None, "Sequences per forward."),
+    "seed": _option(int | None, "Of the samplers and of the order of sequences."),
+}
+CLUSTER: dict[str, Any] = {
+    "workers": _option(int | None, "Ray workers; each holds the model.", rich_help_panel="Cluster"),
+    "gpus_per_worker": _option(float | None, "GPUs of one worker; fractions share a GPU.", rich_help_panel="Cluster"),
+    "ray": _option(str | None, "auto, local, or a cluster's address.", rich_help_panel="Cluster"),
+}
+CALIBRATE: dict[str, Any] = {
+    "score": _option(str | None, "Norm in the score: l1, l2 or none."),
+    "calibration_sequences": _option(int | None, "At most so many sequences for histograms."),
+    "dense_prefix": _option(int | None, "Tokens at a sequence's start that are never masked."),
+}
+SEED: dict[str, Any] = {
+    "target": _option(float | None, "Budget: share of the projections' weights to skip, in (0, 0.95)."),
+    "pricing_sequences": _option(int | None, "At most so many of the calibration sequences for Fisher prices."),
+    "greedy_sequences": _option(int | None, "At most so many of the calibration sequences for the greedy table."),
+}
+SEARCH: dict[str, Any] = {
+    "trials": _option(int | None, "Trials of the study; more than it has extends it.", rich_help_panel="Search"),
+    "study": _option(str | None, "Name of the study; made from model, target and options if not given.", rich_help_panel="Search"),
+    "sampler": _option(str | None, "tpe, cmaes, gp, qmc, random or was-monotone.", rich_help_panel="Search"),
+    "radius": _option(float | None, "How far levels may lie from the seed's.", rich_help_panel="Search"),
+    "search_sequences": _option(int | None, "At most so many sequences for the fitness.", rich_help_panel="Search"),
+    "early_stopping": _option(
+        bool | None, "Stop trials that are worse than the best.", "--early-stopping/--no-early-stopping", rich_help_panel="Search"
+    ),
+    "significance": _option(float | None, "Of the early-stopping test.", rich_help_panel="Search"),
+    "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
+    "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
+}
+PLAN_OUT: dict[str, Any] = {"plan": _option(str | None, "Folder for the exported plan.")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the shared options of a command were."""
+
+    config: Path | None
+    reporter: Reporter
+    flags: dict[str, Any]
+
+    def settings(self, base: Settings | None = None) -> Settings:
+        return load_settings(self.config, self.flags, base)
+
+    def run(self, step: Callable[[Any], Any], base: Settings | None = None) -> Any:
+        """Run ``step`` on a context made of the options over ``base``."""
+        from was_search.api import Context
+
+        with Context(self.settings(base), self.reporter) as context:
+            return step(context)
+
+
+def _command(*groups: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command: its options are the groups' and the function's own keyword-only ones."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        shared: dict[str, Any] = {}
+        for group in (*groups, SHARED):
+            shared.update(group)
+        for parameter in own:
+            shared.pop(parameter.name, None)
+        parameters = own + [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if name in ("quiet", "as_json") else None,
+                annotation=annotation,
+            )
+            for name, annotation in shared.items()
+        ]
+
+        def wrapper(**options: Any) -> None:
+            mine = {parameter.name: options.pop(parameter.name) for parameter in own}
+            as_json, quiet = options.pop("as_json"), options.pop("quiet")
+            reporter = JsonReporter() if as_json else Reporter() if quiet else RichReporter()
+            function(Call(options.pop("config"), reporter, options), **mine)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        wrapper.__doc__ = function.__doc__
+        wrapper.__name__ = function.__name__
+        app.command(function.__name__.strip("_"))(wrapper)
+        return function
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"was-search {__version__}\n")
+        raise typer.Exit
+
+
+@_command(MODEL, CALIBRATE, CLUSTER, STORAGE)
+def calibrate(call: Call) -> None:
+    """Take score histograms of the dense model on the calibration split."""
+    from was_search import api
+
+    def step(context: Any) -> None:
+        found = api.calibrate(context)
+        shape = found.shape
+        context.reporter.note(f"{shape.n_blocks} blocks, {shape.params.sum() / 1e6:,.1f} M weights in the seven projections")
+        context.reporter.result({"key": found.key, "shape": shape.to_json()})
+
+    call.run(step)
+
+
+@_command(MODEL, CALIBRATE, SEED, CLUSTER, STORAGE)
+def seed(call: Call) -> None:
+    """Make the greedy table and the Fisher-priced seed vector."""
+    from was_search import api
+
+    def step(context: Any) -> None:
+        seeds = api.seed(context)
+        rows = [[seed.name, *(f"{100 * level:.0f}" for level in seed.levels)] for seed in seeds]
+        columns = ["seed", *(str(b) for b in range(len(seeds[0].levels)))]
+        context.reporter.table("Levels by block, %", columns, rows)
+        context.reporter.result({seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()} for seed in seeds})
+
+    call.run(step)
+
+
+@_command(MODEL, CALIBRATE, SEED, SEARCH, CLUSTER, STORAGE)
+def search(call: Call) -> None:
+    """Create or resume a study and run it to its last trial."""
+    from was_search import api
+
+    def step(context: Any) -> bool:
+        found = api.search(context)
+        best = found.best
+        if best is not None:
+            context.reporter.note(f"best: slot {best.number} ({best.origin}), {best.loss_nats:.4f} nats per token on {context.tokens('search').protocol.describe()}")
+        context.reporter.result(
+            {
+                "study": found.study,
+                "best_slot": best.number if best else None,
+                "best_loss_nats": best.loss_nats if best else None,
+                "drained": found.drained,
+            }
+        )
+        return bool(found.drained)
+
+    _end(call.run(step))
+
+
+@_command(MODEL, CALIBRATE, SEED, SEARCH, PLAN_OUT, CLUSTER, STORAGE)
+def export(call: Call) -> None:
+    """Re-calibrate the best vector of a study and write the plan."""
+    from was_search import api
+
+    def step(context: Any) -> None:
+        folder = api.export(context)
+        context.reporter.note(f"plan: [bold]{folder}[/]")
+        context.reporter.result({"plan": str(folder)})
+
+    call.run(step)
+
+
+@_command(MODEL, CALIBRATE, SEED, SEARCH, PLAN_OUT, CLUSTER, STORAGE)
+def run(call: Call) -> None:
+    """Calibrate, seed, search, export and compare, skipping what is cached."""
+    from was_search import api
+
+    def step(context: Any) -> bool:
+        found = api.run(context)
+        if found.plan is not None:
+            context.reporter.note(f"plan: [bold]{found.plan}[/]")
+        return bool(found.search.drained)
+
+    _end(call.run(step))
+
+
+PlanIn = Annotated[Path | None, typer.Option("--plan", help="Folder of a plan; the settings it was made with are the defaults.")]
+
+
+@_command(MODEL, CALIBRATE)
+def evaluate(
+    call: Call,
+    *,
+    plan: PlanIn = None,
+    split: Annotated[str, typer.Option(help="calibration, search or test.")] = "test",
+    tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = "",
+    limit: Annotated[int | None, typer.Option(help="First items of each task only.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
+    calibration_sequences: Annotated[int | None, typer.Option(help="At most so many sequences of the calibration split.")] = None,
+    search_sequences: Annotated[int | None, typer.Option(help="At most so many sequences of the search split.")] = None,
+) -> None:
+    """Perplexity or tasks of a plan and of the dense model."""
+    from was_search import api
+    from was_search.protocol import SPLITS
+
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
+    loaded, base = _load_plan(plan)
+    call.flags.update(calibration_sequences=calibration_sequences, search_sequences=search_sequences)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+
+    def step(context: Any) -> Any:
+        if names:
+            return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path)
+        return api.evaluate(context, loaded, split)
+
+    call.run(step, base)
+
+
+@_command({name: MODEL[name] for name in ("model", "revision", "device", "dtype")})
+def generate(
+    call: Call,
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    plan: PlanIn = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+) -> None:
+    """Decode greedily with a plan's sparse runtime, or densely without a plan."""
+    from was_search import api
+
+    loaded, base = _load_plan(plan)
+    call.run(lambda context: api.generate(context, loaded, prompt, max_new_tokens=max_new_tokens), base)
+
+
+@_command(STORAGE)
+def status(call: Call, *, study: Annotated[str, typer.Option(help="Name; the newest one if not given.")] = "") -> None:
+    """Show where a study stands."""
+    from was_search import api
+
+    call.run(lambda context: api.status(context, study))
+
+
+@_command(STORAGE)
+def studies(call: Call) -> None:
+    """List the studies of a database."""
+    from was_search import api
+
+    call.run(api.studies)
+
+
+@_command(STORAGE)
+def dashboard(
+    call: Call,
+    *,
+    study: Annotated[str, typer.Option(help="Study to point to.")] = "",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+) -> None:
+    """Serve optuna-dashboard on the studies."""
+    from was_search import api
+
+    call.run(lambda context: api.dashboard(context, study=study, host=host, port=port))
+
+
+@_command(STORAGE, {"trials": SEARCH["trials"], "workers": CLUSTER["workers"], "target": SEED["target"]}, PLAN_OUT)
+def demo(call: Call) -> None:
+    """Run the whole main job on the packaged demo checkpoint, on CPU."""
+    from was_search import api
+
+    found = call.run(api.demo, api.demo_settings())
+    _end(found.search.drained)
+
+
+@_command(STORAGE, {"ray": CLUSTER["ray"]})
+def doctor(
+    call: Call,
+    *,
+    services: Annotated[bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")] = True,
+) -> None:
+    """Tell what this machine has and what to do about what is missing."""
+    from was_search import api
+
+    checks = call.run(lambda context: api.doctor(context, start_services=services))
+    if any(check.good is False for check in checks):
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
+    """A plan and the settings that it was made with."""
+    if folder is None:
+        return None, None
+    plan = Plan.load(folder)
+    made_with = dict(plan.provenance.get("settings", {}))
+    made_with["plan"] = ""
+    return plan, load_settings(None, {key: value for key, value in made_with.items() if key in Settings.__dataclass_fields__})
+
+
+def _end(drained: bool) -> None:
+    if drained:
+        _stderr().print(
+            f"interrupted: what was running has been finished and saved; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_DRAINED)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, never a traceback."""
+    try:
+        app()
+    except WasError as error:
+        if "--json" in sys.argv:
+            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
+        _stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        _stderr().print(f"interrupted; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True)
+        # Ray's and Postgres' exit handlers have run with the contexts; a second interrupt must not hang in theirs.
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

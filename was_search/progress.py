@@ -1,0 +1,197 @@
+"""What a user sees while a step runs: one bar per phase, notes, tables; or JSON lines; or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+Advance = Callable[[], None]
+
+
+class StudyProgress(Protocol):
+    """What a search bar needs to know; ``was_workers.search.SearchProgress`` fits."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def finished(self) -> int: ...
+    @property
+    def stopped(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def best(self) -> Any: ...
+    @property
+    def current(self) -> Any: ...
+
+
+class Reporter:
+    """Shows nothing but what is asked for with :meth:`result`; the base of the other two (``--quiet``)."""
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """A phase of ``total`` parts; the value advances it by one part."""
+        yield lambda: None
+
+    @contextmanager
+    def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
+        """The search phase; losses shown are on the split named by ``protocol``."""
+        yield lambda _: None
+
+    def cached(self, name: str, detail: str, seconds: float) -> None:
+        """A phase that was read from the cache."""
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        """A table for people."""
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The step's result, for programs."""
+
+    def text(self, text: str) -> None:
+        """Output that was asked for, such as generated text: shown in every mode for people."""
+        sys.stdout.write(text + "\n")
+
+
+class JsonReporter(Reporter):
+    """One JSON object a line on standard output; ``event`` names its kind."""
+
+    def _emit(self, event: str, **values: Any) -> None:
+        sys.stdout.write(json.dumps({"event": event, **values}, default=str) + "\n")
+        sys.stdout.flush()
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        started = time.perf_counter()
+        self._emit("phase", name=name, state="started", total=total)
+        yield lambda: None
+        self._emit("phase", name=name, state="finished", seconds=round(time.perf_counter() - started, 3))
+
+    @contextmanager
+    def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
+        def show(progress: StudyProgress) -> None:
+            self._emit(
+                "trial",
+                study=name,
+                protocol=protocol,
+                finished=progress.finished,
+                total=progress.total,
+                stopped=progress.stopped,
+                failed=progress.failed,
+                best_loss_nats=progress.best.loss_nats if progress.best else None,
+                slot=progress.current.number if progress.current else None,
+                loss_nats=progress.current.loss_nats if progress.current else None,
+            )
+
+        yield show
+
+    def cached(self, name: str, detail: str, seconds: float) -> None:
+        self._emit("phase", name=name, state="cached", detail=detail, seconds=round(seconds, 3))
+
+    def note(self, text: str) -> None:
+        self._emit("note", text=text)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        self._emit("result", **value)
+
+    def text(self, text: str) -> None:
+        self._emit("text", text=text)
+
+
+class RichReporter(Reporter):
+    """Bars, notes and tables on a terminal; plain lines where standard output is none."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        started = time.perf_counter()
+        with self._bar() as bar:
+            task = bar.add_task(name, total=total)
+            yield lambda: bar.advance(task)
+        self.console.print(f"[green]✓[/] {name} [dim]{_clock(time.perf_counter() - started)}[/]")
+
+    @contextmanager
+    def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
+        started = time.perf_counter()
+        first: list[int] = []
+        last: list[StudyProgress] = []
+        self.console.print(f"  study [bold]{name}[/], losses on {protocol}", soft_wrap=True)
+        with self._bar("{task.fields[figures]}") as bar:
+            task = bar.add_task("search", total=None, figures="")
+
+            def show(progress: StudyProgress) -> None:
+                first.append(progress.finished)
+                last[:] = [progress]
+                minutes = (time.perf_counter() - started) / 60
+                rate = (progress.finished - first[0]) / minutes if minutes > 0 else 0.0
+                bar.update(task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate))
+
+            yield show
+        if last:
+            done = last[0]
+            rate = (done.finished - first[0]) / max((time.perf_counter() - started) / 60, 1e-9)
+            self.console.print(
+                f"[green]✓[/] search {done.finished}/{done.total} trials, {_figures(done, rate, current=False)} "
+                f"[dim]{_clock(time.perf_counter() - started)}[/]"
+            )
+
+    def cached(self, name: str, detail: str, seconds: float) -> None:
+        self.console.print(f"[green]✓[/] {name}: cached [dim]({detail}, {seconds:.2f} s)[/]")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        table = RichTable(title=title, caption=caption, title_justify="left", caption_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def text(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _bar(self, *extra: str) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            *(TextColumn(text) for text in extra),
+            console=self.console,
+            transient=True,
+        )
+
+
+def _figures(progress: StudyProgress, rate: float, *, current: bool = True) -> str:
+    parts = []
+    if progress.best is not None:
+        parts.append(f"best {progress.best.loss_nats:.4f} nats (ppl {math.exp(progress.best.loss_nats):.3f}, #{progress.best.number})")
+    if current and progress.current is not None and progress.current.loss_nats is not None:
+        parts.append(f"current {progress.current.loss_nats:.4f}")
+    parts.append(f"{rate:.1f} trials/min")
+    parts.append(f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early")
+    if progress.failed:
+        parts.append(f"[red]{progress.failed} failed[/]")
+    return ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,41 @@
+"""Intervals for paired per-sequence losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from was_search.shape import FloatArray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of paired differences with its 95 % interval, nats per token."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0.0 or self.high < 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def paired_interval(losses: FloatArray, baseline: FloatArray, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of ``losses - baseline`` [n] over the same sequences; negative is better.
+
+    Sequences are taken as independent; neighbouring windows of one text are only nearly so.
+    """
+    from scipy.stats import t
+
+    if losses.shape != baseline.shape or losses.ndim != 1 or len(losses) < 2:
+        raise ValueError(f"losses: two equal runs of at least 2 are needed, got {losses.shape} and {baseline.shape}")
+    difference = losses - baseline
+    mean = float(difference.mean())
+    error = float(difference.std(ddof=1)) / float(np.sqrt(len(difference)))
+    half = float(t.ppf(0.5 + confidence / 2, len(difference) - 1)) * error
+    return Interval(mean, mean - half, mean + half)

@@ -1,0 +1,68 @@
+"""Connect to Ray: a local one of our own, or a running cluster to which our packages are shipped."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from was_search.errors import ResourceError
+
+PACKAGES = ("was_search", "was_storage", "was_workers", "was_kernels")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray offers. ``local`` says that it was started by this process and ends with it."""
+
+    local: bool
+    address: str
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
+    """Ray for ``auto`` (the cluster named by RAY_ADDRESS, else local), ``local``, or an address.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "local") if ray_option == "auto" else ray_option
+    local = address == "local"
+    try:
+        if local:
+            # An inherited address would win over "local" in child processes.
+            os.environ.pop("RAY_ADDRESS", None)
+            ray.init(
+                address="local",
+                num_cpus=max(workers, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        else:
+            modules = [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
+            ray.init(
+                address=address,
+                runtime_env={"py_modules": modules},
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ResourceError(
+            f"ray: no cluster could be reached at {address!r} ({str(error).splitlines()[0] if str(error) else error!r}); "
+            "start one with 'ray start --head', or use --ray local"
+        ) from error
+    try:
+        offered = ray.cluster_resources()
+        yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,88 @@
+"""Calibration, pricing and the greedy baseline, spread over the workers of a pool.
+
+Shards are cut at whole batches, so the batches, and with them every rounding, are the same whatever the number
+of workers; counts and sums are merged in the order of the shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from was_search.calibration import PassRunner
+from was_search.histogram import Histograms
+from was_search.protocol import TokenSet
+from was_search.shape import FloatArray, IntArray, ModelShape
+from was_search.table import Table
+from was_workers.pool import Pool
+
+Advance = Callable[[], None]
+
+
+def shards(tokens: IntArray, batch_size: int, n: int) -> list[IntArray]:
+    """At most ``n`` runs of whole batches of ``tokens`` [sequences, sequence_length], of nearly equal length."""
+    starts = np.arange(0, len(tokens), batch_size)
+    return [tokens[part[0] : part[-1] + batch_size] for part in np.array_split(starts, min(n, len(starts)))]
+
+
+def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
+    """Passes over ``data`` on the pool; ``advance`` is called after each shard."""
+    protocol = data.protocol
+    parts = [ray.put(part) for part in shards(data.tokens, protocol.batch_size, pool.n_workers)]
+
+    def run_pass(thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
+        found = pool.map(
+            [("histograms", part, thresholds, protocol.batch_size, protocol.dense_prefix) for part in parts],
+            done=advance,
+        )
+        histograms, seen, dropped = found[0]
+        for other, more_seen, more_dropped in found[1:]:
+            histograms, seen, dropped = histograms + other, seen + more_seen, dropped + more_dropped
+        return histograms, dropped / np.maximum(seen, 1)
+
+    return run_pass
+
+
+def fisher_prices(
+    pool: Pool, data: TokenSet, dense: Histograms, grid: FloatArray, *, batch_size: int, advance: Advance = lambda: None
+) -> FloatArray:
+    """Mean Fisher price, nats per token, of every projection at every sparsity of ``grid``: [L, 7, G].
+
+    ``batch_size`` is of the backward pass and bounds its memory.
+    """
+    shape = (dense.n_blocks, 7)
+    thresholds = np.stack([dense.thresholds(np.full(shape, level)) for level in grid], axis=-1)
+    # One batch a shard would leave nothing to balance; four a worker even out slower ones.
+    parts = shards(data.tokens, batch_size, 4 * pool.n_workers)
+    protocol = data.protocol
+    found = pool.map(
+        [("prices", p, thresholds, batch_size, protocol.dense_prefix, protocol.predicted_per_sequence) for p in parts],
+        done=advance,
+    )
+    sums = np.sum([part for part, _ in found], axis=0)
+    return np.asarray(sums / sum(n for _, n in found), np.float64)
+
+
+def greedy_table(
+    pool: Pool,
+    data: TokenSet,
+    dense: Histograms,
+    shape: ModelShape,
+    *,
+    step: float = 0.05,
+    advance: Advance = lambda: None,
+) -> Table:
+    """The component-level greedy by block-output error, a block a call."""
+    protocol = data.protocol
+    tokens, histograms = ray.put(data.tokens), ray.put(dense)
+    blocks = pool.map(
+        [
+            ("block_table", b, tokens, histograms, protocol.batch_size, protocol.dense_prefix, step)
+            for b in range(shape.n_blocks)
+        ],
+        done=advance,
+    )
+    return Table("greedy", tuple(blocks))

@@ -1,0 +1,256 @@
+"""The pool: Ray actors that each hold a model, and calls that survive the loss of one."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+
+from was_search.errors import ResourceError, TransientError
+from was_workers.cluster import Cluster
+from was_workers.worker import Worker, WorkerInfo, WorkerSpec
+
+_RECOVERIES = 8
+"""Failures in a row to become ready before a worker is given up."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended. ``lost`` says that the worker died or missed its deadline: the call may be repeated."""
+
+    ticket: int
+    worker: str
+    value: Any = None
+    error: BaseException | None = None
+    lost: bool = False
+
+
+@dataclass
+class _Member:
+    index: int
+    actor: Any
+    info: WorkerInfo | None = None
+    failures: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"worker-{self.index}" + (f"@{self.info.name}" if self.info else "")
+
+
+@dataclass
+class _Call:
+    member: _Member
+    ticket: int  # -1: the call that makes a worker ready
+    deadline: float
+
+
+class Pool:
+    """A fixed number of actors; one call at a time on each. Used by one thread; closes with its context.
+
+    ``submit`` needs an idle worker, ``wait`` returns what has ended. Actors restart by themselves
+    (``max_restarts=-1``); a worker that was lost becomes idle again once it has loaded its model. Calls are never
+    repeated by Ray (``max_task_retries=0``): the caller decides.
+
+    Args:
+        cluster: from ``connect``.
+        spec: what the workers load.
+        n_workers: how many.
+        gpus_per_worker: GPUs of each; fractions share a GPU.
+    """
+
+    def __init__(self, cluster: Cluster, spec: WorkerSpec, *, n_workers: int, gpus_per_worker: float) -> None:
+        needed = n_workers * gpus_per_worker
+        if cluster.local and needed > cluster.gpus + 1e-9:
+            raise ResourceError(
+                f"{n_workers} worker(s) with {gpus_per_worker:g} GPU each were asked for and this machine has "
+                f"{cluster.gpus:g}; lower --workers or --gpus-per-worker, or use --device cpu"
+            )
+        actor_class = ray.remote(Worker).options(
+            num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0
+        )
+        self._members = [_Member(i, actor_class.remote(spec)) for i in range(n_workers)]
+        self._idle: deque[_Member] = deque()
+        self._calls: dict[Any, _Call] = {}
+        self._next_ticket = 0
+        self._ready: list[Outcome] = []
+        self._recovering: list[tuple[float, _Member]] = []
+        for member in self._members:
+            self._prepare(member)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the actors; calls in flight are lost."""
+        for member in self._members:
+            ray.kill(member.actor, no_restart=True)
+        self._members.clear()
+        self._idle.clear()
+        self._calls.clear()
+
+    @property
+    def n_workers(self) -> int:
+        return len(self._members)
+
+    @property
+    def n_idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def next_idle(self) -> str:
+        """Name of the worker that the next ``submit`` takes."""
+        return self._idle[0].name
+
+    @property
+    def infos(self) -> list[WorkerInfo]:
+        """Workers that have loaded their model so far."""
+        return [member.info for member in self._members if member.info is not None]
+
+    def submit(self, method: str, *args: Any, deadline_seconds: float = 3600.0) -> int:
+        """Start ``method`` on the worker that ``next_idle`` names; returns the call's ticket."""
+        member = self._idle.popleft()
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._start(member, ticket, method, args, deadline_seconds)
+        return ticket
+
+    def wait(self, timeout_seconds: float) -> list[Outcome]:
+        """Calls that ended, at the latest after ``timeout_seconds``; may be none.
+
+        Raises:
+            WasError: a worker cannot load its model.
+            ResourceError: every worker has been given up.
+        """
+        if self._calls:
+            ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_seconds)
+            if ready:  # take all that are there, without waiting
+                ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+            for reference in ready:
+                self._settle(reference, self._calls.pop(reference))
+        elif self._recovering:
+            time.sleep(min(timeout_seconds, 0.25))
+        self._expire()
+        self._recover()
+        if not self._members:
+            raise ResourceError("every worker was lost and could not be restarted; see Ray's logs, then run again")
+        outcomes, self._ready = self._ready, []
+        return outcomes
+
+    def wait_idle(self, timeout_seconds: float = 600.0) -> None:
+        """Block until a worker is idle.
+
+        Raises:
+            ResourceError: none became ready in time.
+        """
+        end = time.monotonic() + timeout_seconds
+        while not self._idle:
+            if time.monotonic() > end:
+                raise ResourceError(f"no worker became ready within {timeout_seconds:.0f} s; are there enough free resources?")
+            self._ready = self.wait(1.0)
+
+    def map(
+        self,
+        calls: Sequence[tuple[Any, ...]],
+        *,
+        done: Callable[[], None] = lambda: None,
+        max_attempts: int = 3,
+        deadline_seconds: float = 3600.0,
+    ) -> list[Any]:
+        """Results of ``calls``, each (method, *args), in their order; lost ones are repeated.
+
+        Raises:
+            TransientError: a call was lost ``max_attempts`` times.
+        """
+        waiting = deque(enumerate(calls))
+        attempts = [0] * len(calls)
+        results: list[Any] = [None] * len(calls)
+        running: dict[int, int] = {}
+        left = len(calls)
+        while left:
+            while waiting and self._idle:
+                index, call = waiting.popleft()
+                attempts[index] += 1
+                ticket = self.submit(*call, deadline_seconds=deadline_seconds)
+                running[ticket] = index
+            for outcome in self.wait(1.0):
+                index = running.pop(outcome.ticket)
+                if outcome.error is None:
+                    results[index] = outcome.value
+                    left -= 1
+                    done()
+                elif (outcome.lost or isinstance(outcome.error, TransientError)) and attempts[index] < max_attempts:
+                    waiting.append((index, calls[index]))
+                elif outcome.lost:
+                    raise TransientError(
+                        f"{calls[index][0]}: lost {max_attempts} times, last on {outcome.worker}: {outcome.error}"
+                    )
+                else:
+                    raise outcome.error
+        return results
+
+    def _start(self, member: _Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float) -> None:
+        reference = getattr(member.actor, method).remote(*args)
+        self._calls[reference] = _Call(member, ticket, time.monotonic() + seconds)
+
+    def _prepare(self, member: _Member) -> None:
+        self._start(member, -1, "prepare", (), 3600.0)
+
+    def _settle(self, reference: Any, call: _Call) -> None:
+        member = call.member
+        try:
+            value = ray.get(reference, timeout=60)
+        except (RayActorError, WorkerCrashedError, GetTimeoutError) as error:
+            self._lost(call, error)
+            return
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            if call.ticket < 0:
+                if isinstance(cause, TransientError) and member.failures < _RECOVERIES:
+                    self._lost(call, cause)
+                    return
+                raise cause from (error if cause is not error else None)
+            self._idle.append(member)
+            self._ready.append(Outcome(call.ticket, member.name, error=cause))
+            return
+        if call.ticket < 0:
+            member.info, member.failures = value, 0
+        else:
+            self._ready.append(Outcome(call.ticket, member.name, value=value))
+        self._idle.append(member)
+
+    def _lost(self, call: _Call, error: BaseException) -> None:
+        member = call.member
+        if call.ticket >= 0:
+            self._ready.append(Outcome(call.ticket, member.name, error=error, lost=True))
+        member.failures += 1
+        if member.failures > _RECOVERIES:
+            ray.kill(member.actor, no_restart=True)
+            self._members.remove(member)
+            return
+        self._recovering.append((time.monotonic() + min(0.25 * 2.0**member.failures, 10.0), member))
+
+    def _recover(self) -> None:
+        now = time.monotonic()
+        due = [member for at, member in self._recovering if at <= now]
+        self._recovering = [entry for entry in self._recovering if entry[0] > now]
+        for member in due:
+            self._prepare(member)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for reference, call in list(self._calls.items()):
+            if now > call.deadline:
+                del self._calls[reference]
+                ray.kill(call.member.actor, no_restart=False)
+                self._lost(call, TimeoutError(f"no answer from {call.member.name} before the deadline"))

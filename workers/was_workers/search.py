@@ -1,0 +1,357 @@
+"""The coordinator's loop: choose vectors, hand slots out, commit results. One per study; owns no truth."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from was_search.errors import InfeasibleError, TransientError
+from was_search.histogram import Histograms
+from was_search.protocol import Evaluation, TokenSet
+from was_search.sampling import SamplerName, Suggester
+from was_search.seeds import Seed
+from was_search.shape import FloatArray, ModelShape
+from was_search.slots import Slot, SlotState
+from was_search.space import LevelSpace, MonotoneSpace, Space, level_params, open_distributions
+from was_workers.pool import Outcome, Pool
+
+
+class SlotBook(Protocol):
+    """What the loop needs of storage: ``was_storage``'s coordinator session."""
+
+    def slots(self) -> list[Slot]: ...
+
+    def propose(
+        self,
+        number: int,
+        *,
+        origin: str,
+        params: Mapping[str, float],
+        distributions: Mapping[str, Any],
+        levels: FloatArray,
+        sparsities: FloatArray,
+        attrs: Mapping[str, Any],
+    ) -> None: ...
+
+    def start(self, number: int, worker: str, lease_seconds: float) -> int: ...
+
+    def requeue(self, number: int, reason: str) -> None: ...
+
+    def finish(
+        self,
+        number: int,
+        attempt: int,
+        state: SlotState,
+        *,
+        losses: FloatArray | None = None,
+        loss_nats: float | None = None,
+        tokens: int = 0,
+        seconds: float = 0.0,
+        achieved: float | None = None,
+        worker: str = "",
+        error: str = "",
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool: ...
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a search runs; see :class:`was_search.settings.Settings` for each."""
+
+    target: float
+    sampler: SamplerName
+    radius: float
+    seed: int
+    early_stopping: bool
+    trial_timeout: float
+    max_attempts: int
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """The state of a study, for a progress bar.
+
+    ``best`` is the best complete slot; ``current`` the slot that has just finished.
+    """
+
+    total: int
+    complete: int
+    stopped: int
+    failed: int
+    best: Slot | None
+    current: Slot | None
+
+    @property
+    def finished(self) -> int:
+        return self.complete + self.stopped + self.failed
+
+
+def best_slot(slots: list[Slot]) -> Slot | None:
+    """The complete slot with the least loss; stopped and failed ones are never best."""
+    complete = [s for s in slots if s.state is SlotState.COMPLETE and s.loss_nats is not None]
+    return min(complete, key=lambda s: (s.loss_nats, s.number), default=None)
+
+
+class SearchLoop:
+    """Runs a study to its last slot, or until asked to drain.
+
+    Seeds come first and are evaluated in full. Once all have finished, the best of them is the centre of the
+    search space, the same one after every restart.
+
+    Args:
+        book: the study's slots, guarded by the coordinator's lock.
+        pool: workers.
+        data: tokens of the search split.
+        histograms: at the operating point, with a ``key`` that names them.
+        shape: the model's.
+        seeds: in the order of the first slots.
+        options: see there.
+        drain: once set, nothing more is handed out and the loop ends with the calls in flight.
+        progress: called after every finished slot.
+    """
+
+    def __init__(
+        self,
+        book: SlotBook,
+        pool: Pool,
+        data: TokenSet,
+        histograms: Histograms,
+        key: str,
+        *,
+        shape: ModelShape,
+        seeds: list[Seed],
+        options: SearchOptions,
+        drain: threading.Event,
+        progress: Callable[[SearchProgress], None] = lambda _: None,
+    ) -> None:
+        self._book = book
+        self._pool = pool
+        self._data = ray.put(data)
+        self._histograms = ray.put(histograms)
+        self._key = key
+        self._shape = shape
+        self._seeds = seeds
+        self._options = options
+        self._drain = drain
+        self._progress = progress
+        self._slots = {slot.number: slot for slot in book.slots()}
+        self._flight: dict[int, tuple[int, int, float]] = {}
+        self._space: Space | None = None
+        self._suggester: Suggester | None = None
+
+    def run(self) -> list[Slot]:
+        """All slots at the end; some are unfinished if the loop was drained.
+
+        Raises:
+            WasError: a worker met an error that repeating cannot mend; the slot is not consumed.
+        """
+        self._report(None)
+        while self._flight or (not self._drain.is_set() and self._unfinished()):
+            if not self._drain.is_set():
+                self._hand_out()
+            for outcome in self._pool.wait(0.5):
+                self._settle(outcome)
+        return self._book.slots()
+
+    def _unfinished(self) -> bool:
+        return any(not slot.state.finished for slot in self._slots.values())
+
+    def _hand_out(self) -> None:
+        while self._pool.n_idle:
+            number = self._next()
+            if number is None:
+                return
+            slot = self._slots[number]
+            incumbent = None
+            if self._options.early_stopping and not slot.origin.startswith("seed:"):
+                best = best_slot(list(self._slots.values()))
+                incumbent = best.losses if best else None
+            # Committed before it is sent: an evaluation that no slot knows of cannot happen.
+            worker = self._pool.next_idle
+            attempt = self._book.start(number, worker, self._options.trial_timeout)
+            ticket = self._pool.submit(
+                "evaluate",
+                self._data,
+                self._key,
+                self._histograms,
+                slot.sparsities,
+                incumbent,
+                deadline_seconds=self._options.trial_timeout,
+            )
+            self._flight[ticket] = (number, attempt, time.monotonic())
+            self._refresh(number, state=SlotState.RUNNING, attempt=attempt, worker=worker)
+
+    def _next(self) -> int | None:
+        """The next slot to hand out: one with a vector first, else a new proposal; None if there is none now."""
+        waiting = [s for s in self._slots.values() if s.state is SlotState.WAITING]
+        for slot in waiting:
+            if slot.sparsities is not None:
+                return slot.number
+        if not waiting:
+            return None
+        number = waiting[0].number
+        known = {s.origin for s in self._slots.values()}
+        missing = [seed for seed in self._seeds if f"seed:{seed.name}" not in known]
+        if missing:
+            # With fewer slots than seeds the last ones, the best, are kept.
+            seed = missing[-len(waiting) :][0]
+            self._propose_seed(number, seed)
+            return number
+        if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
+            return None
+        self._propose_sampled(number)
+        return number
+
+    def _propose_seed(self, number: int, seed: Seed) -> None:
+        self._propose(
+            number,
+            f"seed:{seed.name}",
+            level_params(seed.levels),
+            open_distributions(self._shape.n_blocks),
+            seed.levels,
+            seed.sparsities,
+        )
+
+    def _propose_sampled(self, number: int) -> None:
+        if self._suggester is None or self._space is None:
+            self._space = self._make_space()
+            self._suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
+            self._suggester.restore(self._in_space())
+        params = self._suggester.suggest(number)
+        levels = self._space.levels(params)
+        self._propose(
+            number,
+            f"sampler:{self._options.sampler}",
+            params,
+            self._space.distributions,
+            levels,
+            self._space.table.sparsities(levels),
+        )
+
+    def _make_space(self) -> Space:
+        if self._options.sampler == "was-monotone":
+            greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
+            return MonotoneSpace(self._shape, greedy.table, self._options.target)
+        seed = self._centre()
+        return LevelSpace(self._shape, seed.table, seed.levels, self._options.target, self._options.radius)
+
+    def _centre(self) -> Seed:
+        losses = {
+            slot.origin.removeprefix("seed:"): slot.loss_nats
+            for slot in self._slots.values()
+            if slot.origin.startswith("seed:") and slot.state is SlotState.COMPLETE and slot.loss_nats is not None
+        }
+        scored = [seed for seed in self._seeds if seed.name in losses]
+        return min(scored, key=lambda seed: losses[seed.name]) if scored else self._seeds[-1]
+
+    def _in_space(self) -> list[Slot]:
+        """Slots whose sparsities come from the space's own table: a seed of another table is another function."""
+        assert self._space is not None
+        own = {f"seed:{seed.name}" for seed in self._seeds if seed.table.name == self._space.table.name}
+        ordered = sorted(self._slots.values(), key=lambda s: s.number)
+        slots = [s for s in ordered if s.origin in own or s.origin.startswith("sampler:")]
+        if self._options.sampler == "was-monotone":
+            return [s for s in slots if s.origin.startswith("sampler:")]
+        return slots
+
+    def _propose(
+        self,
+        number: int,
+        origin: str,
+        params: dict[str, float],
+        distributions: Mapping[str, Any],
+        levels: FloatArray,
+        sparsities: FloatArray,
+    ) -> None:
+        attrs = {
+            "nominal_sparsity": round(self._shape.sparsity(sparsities), 6),
+            "sparsities": np.round(sparsities, 4).tolist(),
+        }
+        self._book.propose(
+            number,
+            origin=origin,
+            params=params,
+            distributions=distributions,
+            levels=levels,
+            sparsities=sparsities,
+            attrs=attrs,
+        )
+        self._refresh(number, origin=origin, params=params, levels=levels, sparsities=sparsities)
+
+    def _settle(self, outcome: Outcome) -> None:
+        number, attempt, started = self._flight.pop(outcome.ticket)
+        seconds = time.monotonic() - started
+        if outcome.error is None:
+            self._finish_evaluation(number, attempt, outcome, outcome.value)
+        elif outcome.lost or isinstance(outcome.error, TransientError):
+            reason = f"{type(outcome.error).__name__} on {outcome.worker}: {_first_line(outcome.error)}"
+            if attempt < self._options.max_attempts:
+                self._book.requeue(number, reason)
+                self._refresh(number, state=SlotState.WAITING)
+            else:
+                self._fail(number, attempt, outcome.worker, seconds, f"lost {attempt} times; last: {reason}")
+        elif isinstance(outcome.error, InfeasibleError):
+            self._fail(number, attempt, outcome.worker, seconds, _first_line(outcome.error))
+        else:
+            self._book.requeue(number, _first_line(outcome.error))
+            raise outcome.error
+
+    def _finish_evaluation(self, number: int, attempt: int, outcome: Outcome, evaluation: Evaluation) -> None:
+        loss = evaluation.loss_nats
+        if not math.isfinite(loss):
+            self._fail(number, attempt, outcome.worker, evaluation.seconds, f"the loss is {loss}, not a finite number")
+            return
+        state = SlotState.STOPPED if evaluation.stopped_early else SlotState.COMPLETE
+        result = {
+            "losses": evaluation.losses,
+            "loss_nats": loss,
+            "tokens": evaluation.tokens,
+            "seconds": evaluation.seconds,
+            "achieved": self._shape.sparsity(evaluation.achieved),
+            "worker": outcome.worker,
+        }
+        self._book.finish(number, attempt, state, attrs={"perplexity": round(math.exp(loss), 5)}, **result)
+        self._done(number, state, result)
+
+    def _fail(self, number: int, attempt: int, worker: str, seconds: float, error: str) -> None:
+        result = {"worker": worker, "seconds": seconds, "error": error}
+        self._book.finish(number, attempt, SlotState.FAILED, **result)  # type: ignore[arg-type]
+        self._done(number, SlotState.FAILED, result)
+
+    def _done(self, number: int, state: SlotState, result: dict[str, Any]) -> None:
+        self._refresh(number, state=state, **result)
+        slot = self._slots[number]
+        if self._suggester is not None:
+            self._suggester.tell(number, state, slot.loss_nats, 0 if slot.losses is None else len(slot.losses))
+        self._report(slot)
+
+    def _refresh(self, number: int, **changes: Any) -> None:
+        import dataclasses
+
+        self._slots[number] = dataclasses.replace(self._slots[number], **changes)
+
+    def _report(self, current: Slot | None) -> None:
+        slots = list(self._slots.values())
+        count = {state: sum(s.state is state for s in slots) for state in SlotState}
+        self._progress(
+            SearchProgress(
+                total=len(slots),
+                complete=count[SlotState.COMPLETE],
+                stopped=count[SlotState.STOPPED],
+                failed=count[SlotState.FAILED],
+                best=best_slot(slots),
+                current=current,
+            )
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

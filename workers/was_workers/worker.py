@@ -1,0 +1,260 @@
+"""What a worker process does: hold one model and answer calls. A plain class, wrapped as a Ray actor by the pool."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search import __version__
+from was_search.errors import TransientError
+from was_search.histogram import Histograms
+from was_search.protocol import Evaluation, TokenSet
+from was_search.score import MaskOp, ScoreKind, masked
+from was_search.shape import FloatArray, IntArray, ModelShape
+from was_search.table import BlockTable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from was_search.structure import Structure
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """How a worker loads its model.
+
+    Attributes:
+        model: local folder or hub id, the same on every node.
+        revision: hub revision.
+        dtype: of weights and activations.
+        device: ``cpu`` or ``cuda``.
+        score: kind of the column norms.
+        threads: CPU threads of torch; 0 leaves torch's own choice.
+        significance: of the early-stopping test.
+    """
+
+    model: str
+    revision: str
+    dtype: str
+    device: str
+    score: ScoreKind
+    threads: int = 0
+    significance: float = 0.01
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Who a worker is, once its model is loaded. ``peak_bytes`` is GPU memory, or the process's on CPU."""
+
+    host: str
+    pid: int
+    device: str
+    shape: ModelShape
+    version: str
+    load_seconds: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+
+class Worker:
+    """One model on one device. Calls are stateless but for the loaded model and a memory of shared data.
+
+    The model is loaded at the first call and kept: a restarted process loads it again by itself, and an
+    unreadable model is an ordinary error of that call instead of a failed start.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._loaded: _Loaded | None = None
+        self._histograms: tuple[str, Histograms] | None = None
+
+    def prepare(self) -> WorkerInfo:
+        """Load the model if that has not been done."""
+        loaded = self._model()
+        return WorkerInfo(
+            socket.gethostname(), os.getpid(), loaded.device, loaded.structure.shape, __version__, loaded.seconds
+        )
+
+    def norms(self) -> list[list[npt.NDArray[np.float32]]]:
+        """Column norms, L rows of seven float32 [in_features]."""
+        return [[norm.cpu().numpy() for norm in row] for row in self._model().norms]
+
+    def histograms(
+        self, tokens: IntArray, thresholds: npt.NDArray[np.float32] | None, batch_size: int, dense_prefix: int
+    ) -> tuple[Histograms, IntArray, IntArray]:
+        """See :func:`was_search.calibration.histogram_pass`."""
+        from was_search.calibration import histogram_pass
+
+        loaded = self._model()
+        with _transient_memory():
+            return histogram_pass(
+                loaded.model,
+                loaded.structure,
+                loaded.norms,
+                tokens,
+                thresholds,
+                batch_size=batch_size,
+                dense_prefix=dense_prefix,
+                mask_op=loaded.mask_op,
+            )
+
+    def prices(
+        self,
+        tokens: IntArray,
+        level_thresholds: npt.NDArray[np.float32],
+        batch_size: int,
+        dense_prefix: int,
+        predicted: int,
+    ) -> tuple[FloatArray, int]:
+        """See :func:`was_search.pricing.price_sums`."""
+        from was_search.pricing import price_sums
+
+        loaded = self._model()
+        with _transient_memory():
+            return price_sums(
+                loaded.model,
+                loaded.structure,
+                loaded.norms,
+                tokens,
+                level_thresholds,
+                batch_size=batch_size,
+                dense_prefix=dense_prefix,
+                predicted=predicted,
+            )
+
+    def block_table(
+        self, block: int, tokens: IntArray, dense: Histograms, batch_size: int, dense_prefix: int, step: float
+    ) -> BlockTable:
+        """Greedy table of one block by block-output error on ``tokens``."""
+        from was_search.block_error import block_error, capture_inputs
+        from was_search.greedy import block_path
+
+        loaded = self._model()
+        with _transient_memory():
+            inputs = capture_inputs(loaded.model, loaded.structure, block, tokens, batch_size)
+            error = block_error(
+                loaded.structure,
+                loaded.norms,
+                block,
+                inputs,
+                dense,
+                dense_prefix=dense_prefix,
+                mask_op=loaded.mask_op,
+            )
+            return block_path(error, loaded.structure.shape.params[block], step=step)
+
+    def evaluate(
+        self,
+        data: TokenSet,
+        key: str,
+        histograms: Histograms,
+        sparsities: FloatArray,
+        incumbent_losses: FloatArray | None,
+    ) -> Evaluation:
+        """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once."""
+        from was_search.evaluation import ModelEvaluator
+
+        loaded = self._model()
+        if self._histograms is None or self._histograms[0] != key:
+            self._histograms = (key, histograms)
+        evaluator = ModelEvaluator(
+            loaded.model,
+            loaded.structure,
+            loaded.norms,
+            data,
+            self._histograms[1],
+            mask_op=loaded.mask_op,
+            significance=self._spec.significance,
+        )
+        with _transient_memory():
+            return evaluator.evaluate(sparsities, incumbent_losses)
+
+    def evaluate_thresholds(self, data: TokenSet, thresholds: npt.NDArray[np.float32] | None) -> Evaluation:
+        """Evaluate given thresholds, or the dense model for None."""
+        from was_search.evaluation import evaluate_thresholds
+
+        loaded = self._model()
+        with _transient_memory():
+            return evaluate_thresholds(
+                loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.mask_op
+            )
+
+    def peak_bytes(self) -> int:
+        """Greatest memory held since the last call: of torch on the GPU, of the process on CPU (since its start)."""
+        import torch
+
+        if self._spec.device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return int(peak)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _model(self) -> _Loaded:
+        if self._loaded is None:
+            self._loaded = _load(self._spec)
+        return self._loaded
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: nn.Module
+    structure: Structure
+    norms: list[list[Tensor]]
+    mask_op: MaskOp
+    device: str
+    seconds: float
+
+
+def _load(spec: WorkerSpec) -> _Loaded:
+    import time
+
+    import torch
+
+    from was_search.masking import structure_norms
+    from was_search.model import load_model
+    from was_search.structure import find_structure
+
+    started = time.perf_counter()
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    with _transient_memory():
+        model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+        structure = find_structure(model)
+        norms = structure_norms(structure, spec.score)
+    device = torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
+    return _Loaded(model, structure, norms, _mask_op(spec.device), device, time.perf_counter() - started)
+
+
+def _mask_op(device: str) -> MaskOp:
+    if device != "cuda":
+        return masked
+    from was_kernels.score_mask import score_mask
+
+    op: MaskOp = score_mask
+    return op
+
+
+class _transient_memory:  # noqa: N801 - reads as a statement
+    """Turns the GPU's out-of-memory error into a TransientError: another worker may have taken the memory."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            raise TransientError(
+                f"GPU out of memory ({error}); use a smaller --batch-size, fewer workers a GPU, or more GPUs"
+            ) from None
