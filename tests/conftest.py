@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 
 
 @pytest.fixture(scope="session")
 def server_home() -> Iterator[Path]:
-    """A folder that the server's own account may enter: pytest's are private, and Postgres refuses to run as root."""
+    """A folder that the server's own account may enter: pytest's are private, and Postgres refuses root."""
     home = Path(tempfile.mkdtemp(prefix="was-test-"))
     home.chmod(0o755)
     yield home
@@ -26,6 +28,11 @@ def server_home() -> Iterator[Path]:
 def postgres_server(server_home: Path) -> Iterator[EmbeddedServer]:
     """The session's embedded Postgres."""
     with EmbeddedServer.start(server_home / "postgres") as server:
+        engine = create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with engine.connect() as connection:  # no test cuts the power: do not wait for the disk
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+                connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+            connection.execute(text("SELECT pg_reload_conf()"))
         yield server
 
 

@@ -214,7 +214,7 @@ def export(call: Call) -> None:
 
     def step(context: Any) -> None:
         folder = api.export(context)
-        context.reporter.note(f"plan: [bold]{folder}[/]")
+        context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 
     call.run(step)
@@ -228,7 +228,7 @@ def run(call: Call) -> None:
     def step(context: Any) -> bool:
         found = api.run(context)
         if found.plan is not None:
-            context.reporter.note(f"plan: [bold]{found.plan}[/]")
+            context.reporter.note(f"plan: {found.plan}")
         return bool(found.search.drained)
 
     _end(call.run(step))

@@ -39,9 +39,10 @@ def _segments(prices: FloatArray, grid: FloatArray, params: IntArray) -> list[tu
     found: list[tuple[float, int, float, float]] = []
     for curve in range(len(prices)):
         hull = convex_hull(grid, prices[curve])
-        for a, b in zip(hull[:-1], hull[1:], strict=True):
-            spent = params[curve] * (grid[b] - grid[a])
-            found.append((float((prices[curve, b] - prices[curve, a]) / spent), curve, float(grid[a]), float(grid[b])))
+        # Rounding may put a segment's price below that of the one before it; the order within a curve must hold.
+        slopes = np.maximum.accumulate(np.diff(prices[curve][hull]) / np.diff(grid[hull])) / params[curve]
+        for a, b, slope in zip(hull[:-1], hull[1:], slopes, strict=True):
+            found.append((float(slope), curve, float(grid[a]), float(grid[b])))
     found.sort(key=lambda segment: (segment[0], segment[2], segment[1]))
     return found
 
@@ -107,6 +108,9 @@ def block_path(
         params: weights [7].
         step: share of the block's parameters dropped by one step.
         highest: no projection goes above this sparsity; where a full step would, it takes what is left.
+
+    Raises:
+        InfeasibleError: an error that is not finite.
     """
     count = np.asarray(params, np.int64)
     quantum = step * float(count.sum())
@@ -120,6 +124,8 @@ def block_path(
                 raised = current.copy()
                 raised[p] = min(highest, current[p] + quantum / float(count[p]))
                 cost = error(raised)
+                if not np.isfinite(cost):
+                    raise InfeasibleError(f"block error: must be finite, got {cost} at sparsities {raised.tolist()}")
                 # A clipped step drops fewer parameters: compare the error that each parameter adds.
                 trials.append(((cost - reached) / (float(count[p]) * (raised[p] - current[p])), cost, raised))
         _, reached, current = min(trials, key=lambda trial: trial[0])
@@ -142,7 +148,7 @@ def _checked(
     count = np.asarray(params, np.int64)
     if price.shape != (*count.shape, len(levels)):
         raise InfeasibleError(f"prices: shape must be {(*count.shape, len(levels))}, got {price.shape}")
-    if levels[0] != 0.0 or np.any(np.diff(levels) <= 0.0):
+    if levels[0] != 0.0 or not np.all(np.diff(levels) > 0.0):
         raise InfeasibleError("grid: must rise strictly from 0")
     if not np.all(np.isfinite(price)):
         raise InfeasibleError("prices: must be finite; the model's gradients overflow, use bfloat16 or float32")

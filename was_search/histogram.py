@@ -24,7 +24,8 @@ _FINITE_BINS = 0x7F80  # the first bin of inf; NaN patterns lie above
 
 def bin_counts(scores: Tensor) -> Tensor:
     """Counts of ``scores`` (float32, any shape, >= 0) in the fixed bins: [32768] int64 on the same device."""
-    bins = scores.contiguous().view(torch.int32).flatten() >> 16
+    # A NaN made by inf * 0 carries a sign bit; without it, it counts as the NaN that it is.
+    bins = (scores.contiguous().view(torch.int32).flatten() >> 16) & (N_BINS - 1)
     return torch.bincount(bins, minlength=N_BINS)
 
 
@@ -40,6 +41,9 @@ class Histograms:
     """Score counts of every projection: int64 [L, 7, 32768]."""
 
     counts: IntArray
+
+    def __getstate__(self) -> dict[str, IntArray]:
+        return {"counts": self.counts}  # the cached sums would double what is sent to workers
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3 or self.counts.shape[1:] != (N_PROJECTIONS, N_BINS):
@@ -62,7 +66,8 @@ class Histograms:
         Linear inside a bin. Sparsity 0 gives threshold 0, which drops nothing.
 
         Raises:
-            InfeasibleError: a sparsity outside [0, 1), an empty histogram, or a quantile among non-finite scores.
+            InfeasibleError: another shape, a sparsity outside [0, 1), an empty histogram, or a quantile among
+                non-finite scores (or in the last finite bin, which has no upper edge).
         """
         wanted = np.asarray(sparsities, np.float64)
         if wanted.shape != self.counts.shape[:2]:
@@ -83,7 +88,7 @@ class Histograms:
             raise InfeasibleError(f"histogram of block {b}, projection {p} is empty")
         rank = sparsity * total
         i = int(np.searchsorted(cumulative, rank, side="left"))
-        if i >= _FINITE_BINS:
+        if i >= _FINITE_BINS - 1:
             raise InfeasibleError(f"scores of block {b}, projection {p} are not finite at sparsity {sparsity}")
         below = int(cumulative[i - 1]) if i else 0
         inside = (rank - below) / int(self.counts[b, p, i])

@@ -101,11 +101,11 @@ class Masking:
                 if self._counting:
                     self._add(b, p, body.numel(), body.new_full((), body.numel(), dtype=torch.int64))
                 return None
-            dropped = self._mask_op(body, norms, threshold)
+            kept = self._mask_op(body, norms, threshold)
             if self._counting:
                 # A zero input scores 0, under any positive threshold: what is kept is what is not zero.
-                self._add(b, p, body.numel(), torch.count_nonzero(dropped))
-            return (torch.cat([x[:, : self._prefix], dropped], dim=1),)
+                self._add(b, p, body.numel(), torch.count_nonzero(kept))
+            return (torch.cat([x[:, : self._prefix], kept], dim=1),)
 
         return hook
 

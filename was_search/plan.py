@@ -73,6 +73,8 @@ class Plan:
         wanted = tuple(tuple((w,) for w in row) for row in self.shape.in_features)
         if widths != wanted:
             raise PlanError("norms: one float32 array of in_features is needed for every projection")
+        if not all(np.all(np.isfinite(n)) and n.min() >= 0.0 for row in self.norms for n in row):
+            raise PlanError("norms: must be finite and not negative; the model's weights are damaged")
 
     def require_model(self, fingerprint: str, shape: ModelShape) -> None:
         """Refuse another model.
@@ -101,10 +103,13 @@ class Plan:
                     raise PlanError(f"block {b}, {name}: plan for a {ours} weight, the model has {theirs}")
 
     def save(self, folder: Path) -> Path:
-        """Write the two files into ``folder`` (made if missing); each file appears whole or not at all."""
+        """Write the two files into ``folder`` (made if missing); each file appears whole or not at all.
+
+        Raises:
+            PlanError: the folder cannot be written.
+        """
         from safetensors.numpy import save
 
-        folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, npt.NDArray[Any]] = {
             "sparsities": np.ascontiguousarray(self.sparsities, np.float64),
             "thresholds": np.ascontiguousarray(self.thresholds, np.float32),
@@ -130,9 +135,14 @@ class Plan:
             "provenance": self.provenance,
             "tensors": {"file": TENSORS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)},
         }
+        document = json.loads(json.dumps(document))  # as it will be read: keys are text, tuples are lists
         document["sha256"] = _document_hash(document)
-        _write(folder / TENSORS_NAME, payload)
-        _write(folder / JSON_NAME, (json.dumps(document, indent=2) + "\n").encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / TENSORS_NAME, payload)
+            _write(folder / JSON_NAME, (json.dumps(document, indent=2) + "\n").encode())
+        except OSError as error:
+            raise PlanError(f"plan: cannot write {folder} ({error.strerror}); choose another folder") from error
         return folder
 
     @classmethod
@@ -199,7 +209,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
         raise PlanError(
             f"{path}: cannot be read ({error.strerror}); a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         version = document.get("schema_version") if isinstance(document, dict) else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from was_search.protocol import perplexity
 from was_search.shape import FloatArray
 from was_search.slots import Slot, SlotState
 
@@ -51,7 +52,7 @@ def progress_figure(slots: list[Slot]) -> Any:
         points = [(i, s) for i, s in enumerate(done) if s.state is state]
         figure.add_scatter(
             x=[i + 1 for i, _ in points],
-            y=[round(math.exp(s.loss_nats or 0.0), 5) for _, s in points],
+            y=[round(perplexity(s.loss_nats or 0.0), 5) for _, s in points],
             text=[f"slot {s.number}, {s.origin}" for _, s in points],
             mode="markers",
             marker={"symbol": symbol},
@@ -60,7 +61,7 @@ def progress_figure(slots: list[Slot]) -> Any:
     best, trace = math.inf, []
     for s in done:
         if s.state is SlotState.COMPLETE and s.loss_nats is not None:
-            best = min(best, math.exp(s.loss_nats))
+            best = min(best, perplexity(s.loss_nats))
         trace.append(best if math.isfinite(best) else None)
     figure.add_scatter(x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best")
     figure.update_layout(

@@ -38,7 +38,7 @@ def price_sums(
     """Sum over tokens of ``1/2 (g_t . dy_t)^2`` for every projection and level, and the number of tokens.
 
     Sums and token counts add up over shards. Memory is that of a forward and backward of one batch; the
-    weights need no gradient.
+    weights need no gradient and get none.
 
     Args:
         model: a causal LM; its parameters may be frozen.
@@ -80,13 +80,19 @@ def price_sums(
     for b, p, linear in structure.linears():
         handles.append(linear.register_forward_pre_hook(keep_input(b, p)))
         handles.append(linear.register_full_backward_hook(price(b, p)))
+    starts: list[Tensor] = []
+
+    def start_gradient(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        starts[:] = [out.detach().requires_grad_(True)]
+        return starts[0]
+
     # Frozen weights give no gradient path: the embeddings' output starts one.
-    handles.append(embeddings.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_(True)))
+    handles.append(embeddings.register_forward_hook(start_gradient))
     try:
         with torch.enable_grad():
             for start in range(0, len(tokens), batch_size):
                 batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
-                sequence_nats(model, batch, predicted).sum().backward()
+                torch.autograd.grad(sequence_nats(model, batch, predicted).sum(), starts)
                 inputs.clear()
     finally:
         for handle in handles:

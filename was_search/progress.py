@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +10,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
+from rich.text import Text
+
+from was_search.protocol import perplexity
 
 Advance = Callable[[], None]
 
@@ -51,7 +54,7 @@ class Reporter:
         """A phase that was read from the cache."""
 
     def note(self, text: str) -> None:
-        """A line for people."""
+        """A line for people, shown as it is."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
         """A table for people."""
@@ -109,26 +112,33 @@ class JsonReporter(Reporter):
         self._emit("text", text=text)
 
 
+_MARKS = {"ok": "green", "missing": "red", "none": "yellow"}
+"""Colours of cells that hold just one of these words."""
+
+
 class RichReporter(Reporter):
-    """Bars, notes and tables on a terminal; plain lines where standard output is none."""
+    """Bars, notes and tables on a terminal; plain lines where standard output is none.
+
+    Names, protocols and notes hold square brackets (``[search]``), which rich would take for its markup.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+        self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
         started = time.perf_counter()
         with self._bar() as bar:
-            task = bar.add_task(name, total=total)
+            task = bar.add_task(escape(name), total=total)
             yield lambda: bar.advance(task)
-        self.console.print(f"[green]✓[/] {name} [dim]{_clock(time.perf_counter() - started)}[/]")
+        self.console.print(f"[green]✓[/] {escape(name)} [dim]{_clock(time.perf_counter() - started)}[/]")
 
     @contextmanager
     def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
         started = time.perf_counter()
         first: list[int] = []
         last: list[StudyProgress] = []
-        self.console.print(f"  study [bold]{name}[/], losses on {protocol}", soft_wrap=True)
+        self.console.print(f"  study [bold]{escape(name)}[/], losses on {escape(protocol)}", soft_wrap=True)
         with self._bar("{task.fields[figures]}") as bar:
             task = bar.add_task("search", total=None, figures="")
 
@@ -149,21 +159,21 @@ class RichReporter(Reporter):
             )
 
     def cached(self, name: str, detail: str, seconds: float) -> None:
-        self.console.print(f"[green]✓[/] {name}: cached [dim]({detail}, {seconds:.2f} s)[/]")
+        self.console.print(f"[green]✓[/] {escape(name)}: cached [dim]({escape(detail)}, {seconds:.2f} s)[/]")
 
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-        table = RichTable(title=title, caption=caption, title_justify="left", caption_justify="left")
+        table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell, style=_MARKS.get(cell, "")) for cell in row))
         self.console.print(table)
 
     def text(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def _bar(self, *extra: str) -> Progress:
         return Progress(
@@ -183,7 +193,7 @@ class RichReporter(Reporter):
 def _figures(progress: StudyProgress, rate: float, *, current: bool = True) -> str:
     parts = []
     if progress.best is not None:
-        parts.append(f"best {progress.best.loss_nats:.4f} nats (ppl {math.exp(progress.best.loss_nats):.3f}, #{progress.best.number})")
+        parts.append(f"best {progress.best.loss_nats:.4f} nats (ppl {perplexity(progress.best.loss_nats):.3f}, #{progress.best.number})")
     if current and progress.current is not None and progress.current.loss_nats is not None:
         parts.append(f"current {progress.current.loss_nats:.4f}")
     parts.append(f"{rate:.1f} trials/min")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -99,6 +100,11 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "to_json"):
         return value.to_json()
     raise TypeError(f"cannot hash a {type(value).__name__}")
+
+
+def perplexity(loss_nats: float) -> float:
+    """exp of the mean nats per predicted token; inf where that overflows."""
+    return math.exp(loss_nats) if loss_nats < 700 else math.inf
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,13 @@ SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
 
-def make_sampler(name: SamplerName, space: Space, seed: int, sigma: float) -> BaseSampler:
-    """The Optuna sampler called ``name`` for ``space``; ``sigma`` is the step around its centre.
+def make_sampler(
+    name: SamplerName, space: Space, seed: int, sigma: float, start: dict[str, float] | None = None
+) -> BaseSampler:
+    """The Optuna sampler called ``name`` for ``space``.
+
+    ``sigma`` is the step of CMA-ES, as a share of each parameter's range; ``start`` is where it begins (None: the
+    space's centre).
 
     Raises:
         ConfigError: an unknown name.
@@ -40,7 +45,9 @@ def make_sampler(name: SamplerName, space: Space, seed: int, sigma: float) -> Ba
                     seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0
                 )
             case "cmaes":
-                return optuna.samplers.CmaEsSampler(seed=seed, x0=dict(space.centre), sigma0=sigma, n_startup_trials=0)
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed, x0=dict(start or space.centre), sigma0=sigma, n_startup_trials=0
+                )
             case "gp":
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=True)
             case "qmc":
@@ -48,6 +55,10 @@ def make_sampler(name: SamplerName, space: Space, seed: int, sigma: float) -> Ba
             case "random":
                 return optuna.samplers.RandomSampler(seed=seed)
     raise ConfigError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {name!r}")
+
+
+_STEP = 1 / 6
+"""Standard deviation of the first steps around the centre, as a share of a parameter's range."""
 
 
 class Suggester:
@@ -67,24 +78,43 @@ class Suggester:
         self._space = space
         self._seed = seed
         widths = [d.high - d.low for d in space.distributions.values()]  # type: ignore[attr-defined]
-        self._sigma = float(np.mean(widths)) / 6.0
-        self._study = optuna.create_study(
-            direction="minimize", sampler=make_sampler(name, space, seed, self._sigma)
-        )
+        self._sigma = _STEP * float(np.mean(widths))
+        self._name: SamplerName = name
+        self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
         self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
         self._trials: dict[int, int] = {}
 
     def restore(self, slots: list[Slot]) -> None:
-        """Tell the sampler of slots that an earlier run proposed: finished ones and those still to be evaluated."""
+        """Tell the sampler of slots that an earlier run proposed: finished ones and those still to be evaluated.
+
+        What was suggested once is not suggested again: random numbers go on from a new seed, QMC at the next
+        point of its sequence. CMA-ES, whose state is not kept, starts again at the best slot.
+        """
+        suggested = 0
         for slot in slots:
             if slot.params is None or set(slot.params) != set(self._space.distributions):
                 continue
             if slot.origin.startswith("sampler:"):
                 self._startup_left = max(0, self._startup_left - 1)
+                suggested += 1
             self.observe(slot.number, slot.params)
             if slot.state.finished:
                 seen = 0 if slot.losses is None else len(slot.losses)
                 self.tell(slot.number, slot.state, slot.loss_nats, seen)
+        if suggested:
+            self._go_on(suggested)
+
+    def _go_on(self, suggested: int) -> None:
+        sampler = self._study.sampler
+        if isinstance(sampler, optuna.samplers.QMCSampler):
+            for _ in range(suggested):
+                sampler._find_sample_id(self._study, self._space.distributions)
+            return
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        best = min(complete, key=lambda trial: trial.values[0], default=None)
+        seed = int(np.random.SeedSequence([self._seed, suggested]).generate_state(1)[0])
+        start = dict(best.params) if best is not None else None
+        self._study.sampler = make_sampler(self._name, self._space, seed, _STEP, start)
 
     def observe(self, number: int, params: dict[str, float]) -> None:
         """Add a slot whose parameters were not suggested here, as running; out-of-range ones are left out."""

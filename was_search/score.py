@@ -27,7 +27,7 @@ def column_norms(weight: Tensor, kind: ScoreKind) -> Tensor:
     if kind == "none":
         return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for rows in weight.detach().split(1024):
+    for rows in torch.split(weight.detach(), 1024):
         part = rows.float()
         total += part.abs().sum(dim=0) if kind == "l1" else part.square().sum(dim=0)
     return total if kind == "l1" else total.sqrt()

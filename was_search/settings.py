@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -94,12 +95,13 @@ class Settings:
         self._range("sequence_length", self.sequence_length >= 2, "must be at least 2 tokens")
         self._range("stride", 0 <= self.stride <= self.sequence_length, "must be in [0, sequence_length]")
         self._range("dense_prefix", 0 <= self.dense_prefix < self.sequence_length, "must be in [0, sequence_length)")
+        self._range("seed", 0 <= self.seed < 2**32, "must be in [0, 2^32)")
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
         gpus = self.gpus_per_worker
         self._range("gpus_per_worker", gpus == -1 or gpus >= 0, "must be 0 or more")
-        self._range("gpus_per_worker", gpus <= 1 or gpus == int(gpus), "must be a whole number above 1")
+        self._range("gpus_per_worker", gpus <= 1 or gpus.is_integer(), "must be a whole number above 1")
         for name, allowed in _CHOICES.items():
             self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
 
@@ -114,13 +116,14 @@ class Settings:
                 raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
 
     def to_json(self) -> dict[str, Any]:
-        """All options; the password of a storage URL is left out."""
+        """All options; a password in the storage URL is left out."""
         from urllib.parse import urlsplit
 
         value = dataclasses.asdict(self)
         parts = urlsplit(self.storage)
         if parts.password is not None:
             value["storage"] = self.storage.replace(f":{parts.password}@", ":***@", 1)
+        value["storage"] = re.sub(r"(?<=[?&]password=)[^&#]*", "***", value["storage"])
         return value
 
 
@@ -168,10 +171,15 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
     return dataclasses.replace(base, **values) if base is not None else Settings(**values)
 
 
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def _typed(name: str, value: Any) -> Any:
-    wanted = type(Settings.__dataclass_fields__[name].default)
-    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (wanted, int) if wanted is float else wanted):
-        raise ConfigError(f"{name}: must be a {wanted.__name__}, got {value!r}")
-    if wanted is float and value != value:
-        raise ConfigError(f"{name}: must be a number, got {value!r}")
-    return wanted(value)
+    wanted = type(getattr(Settings, name))  # the default's
+    allowed = (int, float) if wanted is float else wanted
+    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, allowed) or value != value:
+        raise ConfigError(f"{name}: must be {_WORDS[wanted]}, got {value!r}")
+    try:
+        return wanted(value)
+    except OverflowError:
+        raise ConfigError(f"{name}: must be a number that fits a float, got {str(value)[:8]}...") from None

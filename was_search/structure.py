@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from was_search.errors import ModelError
 from was_search.shape import PROJECTIONS, ModelShape
 
 _SUFFIXES = {f"{name}_proj": name for name in PROJECTIONS}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUSED = ("qkv_proj", "gate_up_proj", "c_attn", "query_key_value", "Wqkv", "dense_h_to_4h", "W_pack", "c_fc")
 
 
@@ -54,7 +56,7 @@ def find_structure(model: nn.Module) -> Structure:
 
     Raises:
         ModelError: no such list, naming what was looked for and what is missing; or a projection that occurs
-            more than once in a block (a mixture of experts).
+            more than once in a block, or experts beside it (a mixture of experts); or a quantised projection.
     """
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
@@ -75,14 +77,22 @@ def find_structure(model: nn.Module) -> Structure:
 def _block(name: str, module: nn.Module, wanted: str) -> Block:
     found: dict[str, nn.Linear] = {}
     for path, child in module.named_modules():
+        if "experts" in path.split("."):
+            raise ModelError(
+                f"{name}.{path}: a mixture of experts; only models with the seven projections {wanted} once in "
+                "each block are supported"
+            )
         leaf = path.rsplit(".", 1)[-1]
         projection = _SUFFIXES.get(leaf)
         if projection is None:
             continue
-        if not isinstance(child, nn.Linear):
+        # Quantised layers may derive from Linear, with packed or scaled weights that norms would misread.
+        if not isinstance(child, nn.Linear) or not _is_plain(child):
+            weight = getattr(child, "weight", None)
+            dtype = f" of {weight.dtype}" if isinstance(weight, torch.Tensor) else ""
             raise ModelError(
-                f"{name}.{path}: a {type(child).__name__} where a torch.nn.Linear is needed; quantised or "
-                "converted projections are not supported, load the checkpoint in bf16, fp16 or fp32"
+                f"{name}.{path}: a {type(child).__name__}{dtype} where a torch.nn.Linear in bf16, fp16 or fp32 is "
+                "needed; quantised or converted projections are not supported, load the checkpoint unquantised"
             )
         if projection in found:
             raise ModelError(
@@ -96,6 +106,11 @@ def _block(name: str, module: nn.Module, wanted: str) -> Block:
             f"{name}: looked for the linear maps {wanted}; missing: {', '.join(missing)}" + _fused_hint(module)
         )
     return Block(name, module, found)
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    shape = (linear.out_features, linear.in_features)
+    return linear.weight.dtype in _FLOATS and tuple(linear.weight.shape) == shape
 
 
 def _leaf_names(module: nn.Module) -> list[str]:

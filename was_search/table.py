@@ -28,11 +28,12 @@ class BlockTable:
     sparsities: FloatArray
 
     def __post_init__(self) -> None:
-        if self.levels.ndim != 1 or self.sparsities.shape != (len(self.levels), N_PROJECTIONS):
+        rows = self.levels.shape
+        if len(rows) != 1 or rows[0] < 1 or self.sparsities.shape != (*rows, N_PROJECTIONS):
             raise InfeasibleError(
-                f"block table: shapes [rows] and [rows, 7] needed, got {self.levels.shape} and {self.sparsities.shape}"
+                f"block table: shapes [rows] and [rows, 7] needed, got {rows} and {self.sparsities.shape}"
             )
-        if self.levels[0] != 0.0 or np.any(np.diff(self.levels) <= 0.0):
+        if self.levels[0] != 0.0 or not np.all(np.diff(self.levels) > 0.0):
             raise InfeasibleError("block table: levels must rise strictly from 0")
 
     def row(self, level: float) -> FloatArray:

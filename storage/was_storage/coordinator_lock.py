@@ -26,7 +26,7 @@ _SETTINGS = {
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
     "idle_session_timeout": "0",
-}  # fmt: skip
+}
 
 
 class CoordinatorLock:

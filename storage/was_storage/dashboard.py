@@ -104,11 +104,11 @@ def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT
 
     # The cache re-reads unfinished trials only: a page of 10,000 trials stays quick.
     storage = optuna.storages.get_storage(database.optuna_storage())
+    if not 0 <= port <= 65535:
+        raise ResourceError(f"dashboard: port must be 0 to 65535, got {port}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return DashboardServer(family, address, create_app(storage))
-    except OverflowError as error:
-        raise ResourceError(f"dashboard: port must be 0 to 65535, got {port}") from error
     except OSError as error:
         raise ResourceError(
             f"dashboard: cannot listen on {host}:{port} ({error.strerror or error}); "

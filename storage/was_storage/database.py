@@ -29,7 +29,7 @@ _DEFAULT_ARGUMENTS = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
-}  # fmt: skip
+}
 
 
 class Database:
@@ -157,4 +157,6 @@ def _check_server(engine: Engine) -> None:
         except (DBAPIError, ValueError) as error:
             raise StorageError("the server speaks Postgres' protocol but is not Postgres") from error
         if version < OLDEST_POSTGRES:
-            raise StorageError(f"Postgres 12 or newer is needed, the server is {version // 10000}")
+            raise StorageError(
+                f"Postgres {OLDEST_POSTGRES // 10000} or newer is needed, the server is {version // 10000}"
+            )

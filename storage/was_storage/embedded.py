@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 def default_home() -> Path:
-    """``WAS_SEARCH_HOME``, else /var/lib/was-search for root, else was-search's folder among the user's data."""
+    """``WAS_SEARCH_HOME``, else /var/lib/was-search for root, else the user's data folder."""
     override = os.environ.get(HOME_VARIABLE)
     if override:
         return Path(override)
@@ -209,9 +209,9 @@ def _create_database(socket_folder: Path, database: str) -> None:
         )
         if known.scalar() is not None:
             return
-        quoted = engine.dialect.identifier_preparer.quote_identifier(database)
+        quoted = database.replace('"', '""')
         try:
-            connection.execute(text(f"CREATE DATABASE {quoted}".replace(":", "\\:")))
+            connection.execute(text(f'CREATE DATABASE "{quoted}"'.replace(":", "\\:")))
         except DBAPIError as error:
             if (
                 getattr(error.orig, "pgcode", None) not in _DUPLICATE_DATABASE

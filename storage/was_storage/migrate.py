@@ -12,7 +12,8 @@ from was_search.errors import StorageError
 from was_storage.schema import HEAD, SCHEMA
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-SETUP_LOCK = 0x77617300  # "was\0": taken while tables are made, ours or Optuna's
+SETUP_LOCK = 0x77617300  # "was" and 0: taken while tables are made, ours or Optuna's
+SETUP_SECONDS = 60.0
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def setup_lock(engine: Engine) -> Iterator[Connection]:
     The lock is Postgres' own advisory lock and ends with the transaction, also when the process dies.
     """
     with engine.begin() as connection:
-        connection.execute(text("SET LOCAL lock_timeout = '60s'"))
+        connection.execute(text(f"SET LOCAL lock_timeout = {round(SETUP_SECONDS * 1000)}"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SETUP_LOCK})
         yield connection
 

@@ -82,7 +82,7 @@ def check_reachable(folder: Path, account: pwd.struct_passwd | None) -> None:
     if account is None:
         return
     for parent in folder.parents:
-        if parent.exists() and not parent.stat().st_mode & _TRAVERSE:
+        if parent.is_dir() and not parent.stat().st_mode & _TRAVERSE:
             raise StorageError(
                 f"embedded Postgres: {parent} is private to root and the server runs as {account.pw_name!r}: "
                 "set WAS_SEARCH_HOME to a folder outside it, such as /var/lib/was-search"

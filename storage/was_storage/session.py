@@ -27,8 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CoordinatorSession:
-    """One coordinator's hold on one study, from :meth:`was_storage.studies.StudyStore.coordinate`; a
-    context manager.
+    """One coordinator's hold on one study; a context manager made by ``StudyStore.coordinate``.
 
     Ownership: entering takes the study's lock and a new epoch, and repairs what a crash left
     (:meth:`reconcile`); leaving releases the lock. Every write is conditional on the epoch, so a
@@ -157,9 +156,16 @@ class CoordinatorSession:
             attempt = int(row.attempt) + 1
             lease = func.now() + func.make_interval(0, 0, 0, 0, 0, 0, float(lease_seconds))
             self._write(
-                connection, number, state=SlotState.RUNNING, attempt=attempt, epoch=self.epoch, worker=worker,
-                lease_expires_at=lease, started_at=func.now(), error="",
-            )  # fmt: skip
+                connection,
+                number,
+                state=SlotState.RUNNING,
+                attempt=attempt,
+                epoch=self.epoch,
+                worker=worker,
+                lease_expires_at=lease,
+                started_at=func.now(),
+                error="",
+            )
             return attempt
 
     def requeue(self, number: int, reason: str) -> bool:
@@ -279,7 +285,7 @@ class CoordinatorSession:
             return False
 
     def _link_trial(self, number: int, *, interrupted: bool) -> Slot:
-        """Second commit of a proposal: the trial exists and the slot knows it; nobody can take over between."""
+        """Second commit of a proposal: the trial exists and the slot knows it, with no takeover between."""
         storage = self._storage()
         refused = None
         with self._fence.transaction() as connection:
@@ -305,11 +311,20 @@ class CoordinatorSession:
 
     def _commit_result(self, connection: Connection, result: Slot, attrs: dict[str, Any]) -> None:
         self._write(
-            connection, result.number, state=result.state,
-            losses=None if result.losses is None else result.losses.tolist(), loss_nats=result.loss_nats,
-            tokens=result.tokens, seconds=result.seconds, achieved=result.achieved, worker=result.worker,
-            error=result.error, attrs=attrs, lease_expires_at=None, finished_at=func.now(),
-        )  # fmt: skip
+            connection,
+            result.number,
+            state=result.state,
+            losses=None if result.losses is None else result.losses.tolist(),
+            loss_nats=result.loss_nats,
+            tokens=result.tokens,
+            seconds=result.seconds,
+            achieved=result.achieved,
+            worker=result.worker,
+            error=result.error,
+            attrs=attrs,
+            lease_expires_at=None,
+            finished_at=func.now(),
+        )
 
     def _tell(self, number: int) -> None:
         storage = self._storage()

@@ -40,10 +40,20 @@ _AT_CONNECT = (
 )
 _RESTARTING = ("starting up", "shutting down", "recovery mode", "not yet accepting connections")
 _LOST = (
-    "server closed the connection", "connection has been closed", "terminating connection", "connection already closed",
-    "could not receive data", "could not send data", "connection refused", "connection not open", "connection reset",
-    "no connection to the server", "timeout expired", "no such file or directory", "cursor already closed",
-)  # fmt: skip
+    "server closed the connection",
+    "connection has been closed",
+    "connection already closed",
+    "connection not open",
+    "connection refused",
+    "connection reset",
+    "no connection to the server",
+    "terminating connection",
+    "could not receive data",
+    "could not send data",
+    "timeout expired",
+    "no such file or directory",
+    "cursor already closed",
+)
 _TRANSIENT_CODES = ("40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03", "57P05")
 _BY_CODE = {
     "28": "the login was refused",
@@ -53,7 +63,7 @@ _BY_CODE = {
     "3F": "was-search's tables are missing; open the database again to create them",
     "42P01": "was-search's tables are missing; open the database again to create them",
     "53100": "the server's disk is full",
-}  # fmt: skip
+}
 
 
 @contextmanager

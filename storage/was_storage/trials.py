@@ -196,7 +196,7 @@ def result_attrs(slot: Slot) -> dict[str, Any]:
 
 
 def refuse_not_finite(slot: Slot) -> Slot:
-    """``slot`` as failed where its loss is not a finite number, or missing in a complete one; else unchanged."""
+    """``slot`` with its mean loss; failed where that is not a finite number, or missing in a complete one."""
     if slot.state not in (SlotState.COMPLETE, SlotState.STOPPED):
         return slot
     losses = np.asarray([] if slot.losses is None else slot.losses, np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -214,8 +213,3 @@ def pack_array(array: npt.NDArray[Any]) -> bytes:
 def unpack_array(payload: bytes) -> npt.NDArray[Any]:
     """An array from :func:`pack_array`."""
     return np.asarray(np.load(io.BytesIO(payload), allow_pickle=False))
-
-
-def perplexity(loss_nats: float) -> float:
-    """exp of the mean nats per predicted token; inf where that overflows."""
-    return math.exp(loss_nats) if loss_nats < 700 else math.inf

@@ -45,7 +45,7 @@ def demo(context: Context, *, prompt: str = "def read_lines(path):\n", max_new_t
         return result
     context.reporter.note("\nDecoding with the plan:")
     generate(context, Plan.load(result.plan), prompt, max_new_tokens=max_new_tokens)
-    context.reporter.note(f"\nPlan: [bold]{result.plan}[/]\nNext:")
+    context.reporter.note(f"\nPlan: {result.plan}\nNext:")
     for command in next_commands(context, result.search, result.plan):
         context.reporter.text(f"  {command}")
     return result

@@ -33,7 +33,7 @@ def doctor(context: Context, *, start_services: bool = True) -> list[Check]:
     checks = [_python(), _packages(), _gpu(), _triton(), _tasks()]
     if start_services:
         checks += [_guard("Postgres", lambda: _postgres(context)), _guard("Ray", lambda: _ray(context))]
-    marks = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]none[/]"}
+    marks = {True: "ok", False: "missing", None: "none"}
     context.reporter.table(
         f"was-search {__version__}",
         ["", "", "found", "what to do"],

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from was_search.api.context import Context, perplexity
+from was_search.api.context import Context
 from was_search.plan import Plan
-from was_search.protocol import Evaluation, EvaluationProtocol
+from was_search.protocol import Evaluation, EvaluationProtocol, perplexity
 from was_search.statistics import paired_interval
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import numpy as np
 
 from was_search import __version__
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
-from was_search.api.context import Context, pack_array, perplexity, unpack_array
+from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.search import SearchResult, report_study
 from was_search.errors import StudyError
 from was_search.plan import Plan
-from was_search.protocol import Evaluation, content_hash
+from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.shape import FloatArray
 from was_search.slots import Slot
 

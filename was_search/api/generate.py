@@ -71,6 +71,6 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
     context.reporter.text(prompt + result.text)
     speed = f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
     sparsity = "dense" if result.achieved is None else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
-    context.reporter.note(f"[dim]{speed}, {sparsity}, {context.placement.device}[/]")
+    context.reporter.note(f"{speed}, {sparsity}, {context.placement.device}")
     context.reporter.result({"text": result.text, "tokens": result.tokens, "seconds": result.seconds, "achieved": result.achieved})
     return result

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from was_search.api.calibrate import Calibration, calibrate, operating_point
-from was_search.api.context import Context, perplexity
+from was_search.api.context import Context
 from was_search.api.export import Candidate, Figures, export, measure
 from was_search.api.search import SearchResult, search
 from was_search.plan import Plan
+from was_search.protocol import perplexity
 from was_search.statistics import Interval, paired_interval
 
 

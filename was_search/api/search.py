@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from was_search.api.calibrate import Calibration, calibrate, operating_point
-from was_search.api.context import Context, perplexity
+from was_search.api.context import Context
 from was_search.api.seed import seed
-from was_search.protocol import content_hash
+from was_search.protocol import content_hash, perplexity
 from was_search.seeds import Seed
 from was_search.slots import Slot, SlotState
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from was_search.api.context import Context, perplexity
+from was_search.api.context import Context
+from was_search.protocol import perplexity
 from was_search.slots import SlotState
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -38,11 +39,11 @@ class SlotBook(Protocol):
         levels: FloatArray,
         sparsities: FloatArray,
         attrs: Mapping[str, Any],
-    ) -> None: ...
+    ) -> object: ...
 
     def start(self, number: int, worker: str, lease_seconds: float) -> int: ...
 
-    def requeue(self, number: int, reason: str) -> None: ...
+    def requeue(self, number: int, reason: str) -> object: ...
 
     def finish(
         self,
@@ -309,7 +310,7 @@ class SearchLoop:
             self._fail(number, attempt, outcome.worker, evaluation.seconds, f"the loss is {loss}, not a finite number")
             return
         state = SlotState.STOPPED if evaluation.stopped_early else SlotState.COMPLETE
-        result = {
+        result: dict[str, Any] = {
             "losses": evaluation.losses,
             "loss_nats": loss,
             "tokens": evaluation.tokens,
@@ -321,9 +322,8 @@ class SearchLoop:
         self._done(number, state, result)
 
     def _fail(self, number: int, attempt: int, worker: str, seconds: float, error: str) -> None:
-        result = {"worker": worker, "seconds": seconds, "error": error}
-        self._book.finish(number, attempt, SlotState.FAILED, **result)  # type: ignore[arg-type]
-        self._done(number, SlotState.FAILED, result)
+        self._book.finish(number, attempt, SlotState.FAILED, worker=worker, seconds=seconds, error=error)
+        self._done(number, SlotState.FAILED, {"worker": worker, "seconds": seconds, "error": error})
 
     def _done(self, number: int, state: SlotState, result: dict[str, Any]) -> None:
         self._refresh(number, state=state, **result)
@@ -333,8 +333,6 @@ class SearchLoop:
         self._report(slot)
 
     def _refresh(self, number: int, **changes: Any) -> None:
-        import dataclasses
-
         self._slots[number] = dataclasses.replace(self._slots[number], **changes)
 
     def _report(self, current: Slot | None) -> None:

@@ -1,0 +1,92 @@
+"""The dashboard: notes, plots and the server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import urllib.request
+
+import optuna
+import plotly.graph_objects as go
+import pytest
+from optuna_dashboard import get_note
+from sqlalchemy import event
+from was_storage import dashboard
+from was_storage.dashboard import annotate, open_dashboard, serve
+from was_storage.database import Database
+from was_storage.studies import StudyStore
+
+from tests.storage.small_study import new_study, vector
+from was_search.errors import ResourceError, StudyError
+
+pytestmark = pytest.mark.postgres
+
+
+def test_annotating_twice_writes_once(database: Database) -> None:
+    storage = database.optuna_storage()
+    name = new_study(database).name
+    figures = {"levels": go.Figure(go.Bar(y=list(range(2000)))), "history": go.Figure()}
+    annotate(storage, name, note="# Note\n" * 1000, figures=figures)
+    study = optuna.load_study(study_name=name, storage=storage)
+    assert get_note(study) == "# Note\n" * 1000
+    writes: list[str] = []
+    event.listen(storage.engine, "before_cursor_execute", lambda *a: writes.append(str(a[2])))
+    annotate(storage, name, note="# Note\n" * 1000, figures=figures)
+    assert not [statement for statement in writes if not statement.startswith("SELECT")]
+    annotate(storage, name, note="short", figures={"levels": go.Figure()})
+    assert get_note(study) == "short"
+
+
+def test_bad_annotations_are_refused(database: Database) -> None:
+    storage = database.optuna_storage()
+    with pytest.raises(StudyError, match="study 'nope' has no Optuna study"):
+        annotate(storage, "nope", note="", figures={})
+    with pytest.raises(StudyError, match=r"figure 'a b': an id has letters"):
+        annotate(storage, new_study(database).name, note="", figures={"a b": go.Figure()})
+
+
+def test_the_server_shows_study_trials_note_and_plots(database: Database) -> None:
+    record = new_study(database)
+    with StudyStore(database).coordinate(record.name) as session:
+        session.propose(0, **vector(0))
+    annotate(database.optuna_storage(), record.name, note="hello", figures={"levels": go.Figure()})
+    with open_dashboard(database, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert server.url.startswith("http://127.0.0.1:")
+            base = server.url.removesuffix("/dashboard")
+            with urllib.request.urlopen(server.url) as page:
+                assert b"<html" in page.read().lower()
+            with urllib.request.urlopen(f"{base}/api/studies/{record.optuna_study_id}") as answer:
+                detail = json.load(answer)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert detail["name"] == record.name
+    assert len(detail["trials"]) == 1
+    assert detail["note"]["body"] == "hello"
+    assert [plot["graph_object"] is not None for plot in detail["plotly_graph_objects"]] == [True]
+
+
+def test_a_port_that_is_taken(database: Database) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=rf"cannot listen on 127.0.0.1:{port} .*in use.*another port"):
+            serve(database, port=port)
+
+
+def test_addresses_that_cannot_be(database: Database) -> None:
+    with pytest.raises(ResourceError, match=r"cannot listen on host\.invalid:8080"):
+        open_dashboard(database, "host.invalid")
+    with pytest.raises(ResourceError, match="port must be 0 to 65535, got 70000"):
+        open_dashboard(database, port=70000)
+
+
+def test_serving_ends_with_an_interrupt(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: object, poll_interval: float = 0.5) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dashboard.DashboardServer, "serve_forever", interrupted)
+    serve(database, port=0)

@@ -1,0 +1,153 @@
+"""After a crash at any statement, slots and trials agree one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from was_storage import trials
+from was_storage.database import Database
+from was_storage.session import CoordinatorSession
+from was_storage.studies import StudyStore
+
+from tests.storage.small_study import assert_one_to_one, new_study, terminate_connections, vector
+from was_search.slots import SlotState
+
+pytestmark = pytest.mark.postgres
+
+
+class Crash(BaseException):
+    """The process died here."""
+
+
+@contextmanager
+def _crashing(database: Database, n: int) -> Iterator[Database]:
+    """Another process's database, which dies before its n-th statement or commit, of ours or Optuna's."""
+    left = n
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Crash
+
+    victim = Database.open(database.url)
+    try:
+        for engine in (victim.engine, victim.optuna_storage().engine):
+            event.listen(engine, "before_cursor_execute", count)
+            event.listen(engine, "commit", count)
+        yield victim
+    finally:
+        terminate_connections(database)
+        victim.close()
+
+
+def _live(session: CoordinatorSession, number: int, state: SlotState) -> None:
+    """What a coordinator does with a slot, wherever it stands."""
+    slot = session.slots()[number]
+    if slot.params is None:
+        session.propose(number, **vector(number))
+    if not slot.state.finished:
+        attempt = slot.attempt if slot.state is SlotState.RUNNING else session.start(number, "w", 60)
+        session.finish(number, attempt, state, losses=[1.0, 2.0], worker="w", attrs={"ppl": 4.5})
+
+
+@pytest.mark.parametrize("state", [SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED])
+def test_a_crash_at_any_statement_is_mended(database: Database, state: SlotState) -> None:
+    store = StudyStore(database)
+    name = new_study(database, 120).name
+    crashes = 0
+    for number in range(120):
+        try:
+            with _crashing(database, number + 1) as victim, StudyStore(victim).coordinate(name) as session:
+                _live(session, number, state)
+        except Crash:
+            crashes += 1
+        with store.coordinate(name) as session:
+            assert_one_to_one(database, session)
+            assert session.reconcile() == 0
+            _live(session, number, state)
+            assert session.slots()[number].state is state
+            assert_one_to_one(database, session)
+        if crashes < number + 1:
+            break
+    else:
+        pytest.fail("more statements than slots: the last boundaries were not reached")
+    assert crashes > 30
+
+
+def test_a_crash_while_mending_is_mended(database: Database) -> None:
+    store = StudyStore(database)
+    name = new_study(database, 4).name
+    with store.coordinate(name) as session:
+        for number, state in enumerate((SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED)):
+            _live(session, number, state)
+        session.propose(3, **vector(3))
+        session.start(3, "w", 60)
+    for n in range(1, 300):
+        known = store.get(name).optuna_study_id
+        assert known is not None
+        storage = database.optuna_storage()
+        if n % 60 == 1:
+            storage.delete_study(known)  # everything is to be created and told again
+        try:
+            with _crashing(database, n % 60 + 10) as victim, StudyStore(victim).coordinate(name):
+                pass
+        except Crash:
+            pass
+        if n % 15 == 0:
+            with store.coordinate(name) as session:
+                assert_one_to_one(database, session)
+        if n > 125:
+            break
+
+
+def test_duplicates_fail_and_trials_made_by_hand_stay(database: Database) -> None:
+    store = StudyStore(database)
+    name = new_study(database, 3).name
+    storage = database.optuna_storage()
+    with store.coordinate(name) as session:
+        session.propose(0, **vector(0))
+        study_id = session.optuna_study_id
+        by_hand = storage.create_new_trial(study_id)
+        template = storage.get_trial(session.slots()[0].trial_id or 0)
+        duplicate = storage.create_new_trial(study_id, template_trial=template)
+        template.user_attrs[trials.SLOT_ATTR] = 2  # a slot without a vector
+        orphan = storage.create_new_trial(study_id, template_trial=template)
+        assert session.reconcile() == 2
+        assert session.reconcile() == 0
+        for surplus in (duplicate, orphan):
+            trial = storage.get_trial(surplus)
+            assert trial.state.name == "FAIL"
+            assert trial.user_attrs["error"].startswith("surplus trial of slot")
+        assert storage.get_trial(by_hand).state.name == "RUNNING"
+        storage.set_trial_state_values(by_hand, trials.TrialState.FAIL)
+        assert_one_to_one(database, session, surplus=3)
+
+
+def test_running_slots_of_an_earlier_coordinator_wait_again(database: Database) -> None:
+    store = StudyStore(database)
+    name = new_study(database, 2).name
+    with store.coordinate(name) as session:
+        for number in (0, 1):
+            session.propose(number, **vector(number))
+            session.start(number, "w", 60)
+        assert session.reconcile() == 0  # its own are left alone
+        before = session.slots()
+    with store.coordinate(name) as session:
+        assert session.repaired == 2
+        after = session.slots()
+        assert [slot.state for slot in after] == [SlotState.WAITING] * 2
+        assert [(s.attempt, s.trial_id, s.params) for s in after] == [
+            (s.attempt, s.trial_id, s.params) for s in before
+        ]
+        assert session.start(0, "w", 60) == 2
+    with database.begin() as connection:
+        leases = connection.execute(
+            text("SELECT lease_expires_at > now() FROM was.slot WHERE state = 'running' AND study_id = :id"),
+            {"id": store.get(name).id},
+        )
+        assert leases.scalars().all() == [True]
