@@ -75,6 +75,7 @@ CALIBRATE: dict[str, Any] = {
 SEED: dict[str, Any] = {
     "target": _option(float | None, "Budget: share of the projections' weights to skip, in (0, 0.95)."),
     "pricing_sequences": _option(int | None, "At most so many of the calibration sequences for Fisher prices."),
+    "reprice_rounds": _option(int | None, "Times that the Fisher seed is priced again at its sparse point."),
     "greedy_sequences": _option(int | None, "At most so many of the calibration sequences for the greedy table."),
 }
 SEARCH: dict[str, Any] = {

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -34,20 +35,45 @@ def convex_hull(grid: FloatArray, prices: FloatArray) -> IntArray:
     return np.asarray(hull, np.int64)
 
 
-def _segments(prices: FloatArray, grid: FloatArray, params: IntArray) -> list[tuple[float, int, float, float]]:
-    """All hull segments as (price per parameter, curve, from, to), cheapest first; order within a curve is kept."""
-    found: list[tuple[float, int, float, float]] = []
+@dataclass(frozen=True)
+class _Segment:
+    """A piece of one curve's hull: ``slope`` is the price of dropping one more parameter."""
+
+    slope: float
+    curve: int
+    start: float
+    end: float
+
+
+def _segments(
+    prices: FloatArray, grid: FloatArray, params: IntArray, lower: FloatArray, upper: FloatArray
+) -> list[_Segment]:
+    """Hull segments of all curves between their bounds, cheapest first; the order within a curve is kept."""
+    found: list[_Segment] = []
     for curve in range(len(prices)):
-        hull = convex_hull(grid, prices[curve])
+        inside = grid[(grid > lower[curve]) & (grid < upper[curve])]
+        points = np.concatenate([[lower[curve]], inside, [upper[curve]]])
+        if points[0] >= points[-1]:
+            continue
+        price = np.interp(points, grid, prices[curve])
+        hull = convex_hull(points, price)
         # Rounding may put a segment's price below that of the one before it; the order within a curve must hold.
-        slopes = np.maximum.accumulate(np.diff(prices[curve][hull]) / np.diff(grid[hull])) / params[curve]
+        slopes = np.maximum.accumulate(np.diff(price[hull]) / np.diff(points[hull])) / params[curve]
         for a, b, slope in zip(hull[:-1], hull[1:], slopes, strict=True):
-            found.append((float(slope), curve, float(grid[a]), float(grid[b])))
-    found.sort(key=lambda segment: (segment[0], segment[2], segment[1]))
+            found.append(_Segment(float(slope), curve, float(points[a]), float(points[b])))
+    found.sort(key=lambda segment: (segment.slope, segment.start, segment.curve))
     return found
 
 
-def spend(prices: npt.ArrayLike, grid: npt.ArrayLike, params: npt.ArrayLike, target: float) -> FloatArray:
+def spend(
+    prices: npt.ArrayLike,
+    grid: npt.ArrayLike,
+    params: npt.ArrayLike,
+    target: float,
+    *,
+    lower: npt.ArrayLike = 0.0,
+    upper: npt.ArrayLike = 1.0,
+) -> FloatArray:
     """Sparsities that meet ``target`` exactly at the least total price, over all projections at once.
 
     Args:
@@ -55,41 +81,67 @@ def spend(prices: npt.ArrayLike, grid: npt.ArrayLike, params: npt.ArrayLike, tar
         grid: [G] sparsities, rising from 0.
         params: [L, 7] weights.
         target: parameter-weighted mean of the result.
+        lower: least sparsities, [L, 7] or a scalar; prices between grid points are interpolated.
+        upper: greatest sparsities, likewise; the grid's end bounds them too.
 
     Returns:
         float64 [L, 7].
 
     Raises:
-        InfeasibleError: non-finite prices, or a target above what the grid reaches.
+        InfeasibleError: non-finite prices, or a target outside what the bounds allow.
     """
     price, levels, count = _checked(prices, grid, params)
-    shape = count.shape
-    if not 0.0 <= target <= levels[-1]:
-        raise InfeasibleError(f"target: must be in [0, {levels[-1]}], got {target}")
-    left = target * float(count.sum())
-    result = np.zeros(count.size)
-    for _, curve, start, end in _segments(price.reshape(-1, len(levels)), levels, count.ravel()):
-        cost = float(count.ravel()[curve]) * (end - start)
+    low, high = _bounds(lower, upper, levels, count.shape)
+    flat = count.ravel().astype(np.float64)
+    result = low.ravel().copy()
+    left = target * float(flat.sum()) - float(result @ flat)
+    room = float(high.ravel() @ flat) - float(result @ flat)
+    if not -1e-9 * flat.sum() <= left <= room + 1e-9 * flat.sum():
+        raise InfeasibleError(
+            f"target: must be in [{result @ flat / flat.sum():.4f}, {high.ravel() @ flat / flat.sum():.4f}], got {target}"
+        )
+    for segment in _segments(price.reshape(-1, len(levels)), levels, count.ravel(), low.ravel(), high.ravel()):
+        cost = flat[segment.curve] * (segment.end - segment.start)
         if cost >= left:
-            result[curve] = start + left / float(count.ravel()[curve])
+            result[segment.curve] = segment.start + max(left, 0.0) / flat[segment.curve]
             break
-        result[curve] = end
+        result[segment.curve] = segment.end
         left -= cost
-    return result.reshape(shape)
+    return result.reshape(count.shape)
 
 
-def path(prices: npt.ArrayLike, grid: npt.ArrayLike, params: npt.ArrayLike) -> BlockTable:
+def path(
+    prices: npt.ArrayLike,
+    grid: npt.ArrayLike,
+    params: npt.ArrayLike,
+    *,
+    lower: npt.ArrayLike = 0.0,
+    upper: npt.ArrayLike = 1.0,
+) -> BlockTable:
     """One block's table: the greedy of :func:`spend` on its seven projections, a row where it turns.
 
-    ``prices`` [7, G], ``grid`` [G], ``params`` [7].
+    Where the bounds leave room below or above, the table goes on in a straight line: to nothing dropped, and to
+    the grid's end. ``prices`` [7, G], ``grid`` [G], ``params``, ``lower`` and ``upper`` [7].
     """
     price, levels, count = _checked(prices, grid, params)
-    current = np.zeros(N_PROJECTIONS)
-    rows = [current.copy()]
-    for _, curve, _, end in _segments(price, levels, count):
-        current[curve] = end
+    low, high = _bounds(lower, upper, levels, count.shape)
+    current = low.copy()
+    rows = [np.zeros(N_PROJECTIONS), current.copy()]
+    for segment in _segments(price, levels, count, low, high):
+        current[segment.curve] = segment.end
         rows.append(current.copy())
+    rows.append(np.full(N_PROJECTIONS, levels[-1]))
     return _block_table(rows, count)
+
+
+def _bounds(
+    lower: npt.ArrayLike, upper: npt.ArrayLike, grid: FloatArray, shape: tuple[int, ...]
+) -> tuple[FloatArray, FloatArray]:
+    low = np.broadcast_to(np.clip(np.asarray(lower, np.float64), 0.0, grid[-1]), shape)
+    high = np.broadcast_to(np.clip(np.asarray(upper, np.float64), 0.0, grid[-1]), shape)
+    if np.any(low > high):
+        raise InfeasibleError("lower: must not be above upper")
+    return low, high
 
 
 def block_path(

@@ -4,6 +4,10 @@ With g the gradient of the summed nats at a projection's output and dy the outpu
 masked at sparsity s, ``price(b, p, s) = 1/2 mean_t (g_t . dy_t)^2``. The change is linear in what is dropped,
 ``g_t . dy_t = - sum over dropped j of (W^T g_t)_j x_tj``, so one sorted sum per token serves all levels: channels
 are put into the bins between the levels' thresholds and summed up.
+
+The same pass through the masked model prices steps away from a sparse point: dy is then the change from the
+present masks, and the loss is no longer flat there, so its first-order term ``mean_t (g_t . dy_t)`` counts too.
+On the dense model that term is left out: the training has made it vanish, and what is left of it is noise.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from was_search.evaluation import sequence_nats
+from was_search.masking import Masking
 from was_search.score import scores
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
 from was_search.structure import Structure
@@ -34,8 +39,9 @@ def price_sums(
     batch_size: int,
     dense_prefix: int,
     predicted: int,
+    thresholds: npt.NDArray[np.float32] | None = None,
 ) -> tuple[FloatArray, int]:
-    """Sum over tokens of ``1/2 (g_t . dy_t)^2`` for every projection and level, and the number of tokens.
+    """Sum over tokens of the price of every projection and level, and the number of tokens.
 
     Sums and token counts add up over shards. Memory is that of a forward and backward of one batch; the
     weights need no gradient and get none.
@@ -49,6 +55,11 @@ def price_sums(
         batch_size: sequences per forward and backward.
         dense_prefix: positions that are never masked and so cost nothing.
         predicted: tokens predicted in one sequence, from its end.
+        thresholds: [L, 7], the sparse point to price from; None is the dense model.
+
+    Returns:
+        Sums of ``1/2 (g_t . dy_t)^2``, at a sparse point of ``g_t . dy_t + 1/2 (g_t . dy_t)^2``: [L, 7, G]
+        float64, nats; and the number of tokens.
     """
     device = next(model.parameters()).device
     G = level_thresholds.shape[-1]
@@ -69,10 +80,15 @@ def price_sums(
             g = grad_output[0][:, dense_prefix:].flatten(0, 1)
             contribution = (g @ linear.weight).float() * x.float()
             # Bin i holds the channels dropped at level i but not at level i - 1; the last bin is never dropped.
-            bins = torch.searchsorted(bounds[b, p], scores(x, norms[b][p]), right=True)
+            score = scores(x, norms[b][p])
+            bins = torch.searchsorted(bounds[b, p], score, right=True)
             binned = contribution.new_zeros((len(x), G + 1)).scatter_add_(1, bins, contribution)
-            dropped = binned.cumsum(1)[:, :G].double()
-            sums[b, p] += 0.5 * dropped.square().sum(0)
+            change = -binned.cumsum(1)[:, :G].double()
+            if thresholds is not None:
+                present = contribution.where(score < float(thresholds[b, p]), 0.0)
+                change += present.sum(1, keepdim=True).double()
+                sums[b, p] += change.sum(0)
+            sums[b, p] += 0.5 * change.square().sum(0)
 
         return hook
 
@@ -89,7 +105,7 @@ def price_sums(
     # Frozen weights give no gradient path: the embeddings' output starts one.
     handles.append(embeddings.register_forward_hook(start_gradient))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), Masking(structure, norms, thresholds, dense_prefix=dense_prefix):
             for start in range(0, len(tokens), batch_size):
                 batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
                 torch.autograd.grad(sequence_nats(model, batch, predicted).sum(), starts)

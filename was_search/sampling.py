@@ -39,6 +39,7 @@ def make_sampler(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # x0 and sigma0 of CMA-ES go in Optuna 6
         match name:
             case "tpe" | "was-monotone":
                 return optuna.samplers.TPESampler(

@@ -43,6 +43,7 @@ class Settings:
         stride: tokens between windows; 0 means sequence_length.
         calibration_sequences: at most so many for histograms.
         pricing_sequences: at most so many of these for Fisher prices.
+        reprice_rounds: times that the Fisher seed is priced again at its sparse point.
         greedy_sequences: at most so many of these for the block-error table.
         search_sequences: at most so many for the fitness.
         test_sequences: at most so many for the report.
@@ -75,6 +76,7 @@ class Settings:
     stride: int = 0
     calibration_sequences: int = 64
     pricing_sequences: int = 32
+    reprice_rounds: int = 1
     greedy_sequences: int = 8
     search_sequences: int = 64
     test_sequences: int = 256
@@ -96,6 +98,7 @@ class Settings:
         self._range("stride", 0 <= self.stride <= self.sequence_length, "must be in [0, sequence_length]")
         self._range("dense_prefix", 0 <= self.dense_prefix < self.sequence_length, "must be in [0, sequence_length)")
         self._range("seed", 0 <= self.seed < 2**32, "must be in [0, 2^32)")
+        self._range("reprice_rounds", self.reprice_rounds >= 0, "must not be negative")
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")

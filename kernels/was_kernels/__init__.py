@@ -1,1 +1,42 @@
-"""Sparse decoding: Triton ops and the runtime that applies a plan. Importing this package imports no triton."""
+"""Sparse decoding: Triton ops and the runtime that applies a plan. Importing this imports no triton."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from was_kernels.runtime import SparseModel, sparsify
+    from was_kernels.sparse_linear import SparseLinear
+
+__all__ = ["SparseLinear", "SparseModel", "available", "sparsify"]
+
+_LAZY = {
+    "SparseLinear": "was_kernels.sparse_linear",
+    "SparseModel": "was_kernels.runtime",
+    "sparsify": "was_kernels.runtime",
+}
+
+
+def available() -> tuple[bool, str]:
+    """Whether the Triton kernels can run here, and why (not) in one line; imports no triton."""
+    import torch
+
+    try:
+        triton = f"triton {version('triton')}"
+    except PackageNotFoundError:
+        return False, "triton is not installed"
+    if not torch.cuda.is_available():
+        return False, f"{triton}, no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    if torch.version.hip is None and major < 8:
+        return False, f"{triton}, {name} has compute capability {major}.{minor}, at least 8.0 is needed"
+    return True, f"{triton}, {name}"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

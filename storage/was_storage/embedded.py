@@ -109,6 +109,8 @@ class EmbeddedServer:
                 user.remove()
                 if not _live_users(self.folder):
                     postgres_binaries.stop(self.folder, postgres_binaries.server_account())
+                    if self.socket_folder != self.folder:
+                        self.socket_folder.rmdir()
         except (OSError, StorageError) as error:
             _logger.warning("embedded Postgres in %s was not stopped: %s", self.folder, error)
 

@@ -12,7 +12,7 @@ from sqlalchemy import Row, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from was_search.errors import StudyError
-from was_search.slots import SlotState
+from was_search.slots import Slot, SlotState
 from was_storage import optuna_study
 from was_storage.coordinator_lock import COORDINATOR_LOCK
 from was_storage.database import Database
@@ -20,7 +20,8 @@ from was_storage.plain import plain
 from was_storage.schema import slot as slot_table
 from was_storage.schema import study as study_table
 from was_storage.session import CoordinatorSession
-from was_storage.slot_rows import add_slots
+from was_storage.slot_rows import add_slots, read_all
+from was_storage.trials import slot_from_row
 
 MAX_NAME_CHARACTERS = 200
 _VERSIONED = ("was-search", "optuna", "torch", "transformers", "triton")
@@ -63,6 +64,8 @@ class StudyRecord:
 
 
 Records = list[StudyRecord]
+Slots = list[Slot]
+Slots = list[Slot]
 
 
 class StudyStore:
@@ -127,6 +130,16 @@ class StudyStore:
     def list(self) -> Records:
         """All studies, oldest first."""
         return self._read(None)
+
+    def slots(self, name: str) -> Slots:
+        """All slots of the study, by number, as they stand now; needs no coordinator's lock.
+
+        Raises:
+            StudyError: there is no such study.
+        """
+        record = self.get(name)
+        with self._database.begin() as connection:
+            return [slot_from_row(row) for row in read_all(connection, record.id)]
 
     def set_report(self, name: str, report: Mapping[str, Any]) -> None:
         """Replace the study's report.

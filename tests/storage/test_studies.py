@@ -209,3 +209,12 @@ def test_a_study_deleted_in_the_dashboard_is_made_anew_from_the_slots(
         trials = database.optuna_storage().get_all_trials(session.optuna_study_id)
     assert [trial.user_attrs["note"] for trial in trials] == ["kept"] * 3
     assert store.get(name).optuna_study_id == session.optuna_study_id
+
+
+def test_slots_are_read_without_the_coordinators_lock(database: Database, store: StudyStore) -> None:
+    name = new_study(database, 2).name
+    with store.coordinate(name) as session:
+        session.propose(1, **vector(1))
+        assert [slot.params for slot in store.slots(name)] == [None, vector(1)["params"]]
+    with pytest.raises(StudyError, match="'nope' does not exist"):
+        store.slots("nope")

@@ -134,7 +134,7 @@ class Context:
         settings, placement = self.settings, self.placement
         threads = max(1, (os.cpu_count() or 1) // settings.workers) if self.cluster.local else 0
         spec = WorkerSpec(
-            model=str(self.source.folder or self.source.name),
+            model=self.source.location,
             revision=self.source.revision,
             dtype=placement.dtype,
             device=placement.device,
@@ -194,13 +194,9 @@ class Context:
 
 def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> TokenSet:
     from was_search.model import load_tokenizer
-    from was_search.tokens import tokenise, windows_available
+    from was_search.tokens import tokenise
 
-    tokenizer = load_tokenizer(source.name, source.revision)
-    there = windows_available(
-        text, tokenizer, sequence_length=options["sequence_length"], stride=options["stride"]
-    )
-    return tokenise(text, tokenizer, **{**options, "n_sequences": min(options["n_sequences"], max(there, 1))})
+    return tokenise(text, load_tokenizer(source), **options)
 
 
 def pack_array(array: npt.NDArray[Any]) -> bytes:

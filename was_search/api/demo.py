@@ -25,7 +25,7 @@ DEMO_OPTIONS: dict[str, Any] = {
     "sequence_length": 256,
     "calibration_sequences": 96,
     "pricing_sequences": 64,
-    "greedy_sequences": 8,
+    "greedy_sequences": 4,
     "search_sequences": 64,
     "test_sequences": 192,
     "batch_size": 8,

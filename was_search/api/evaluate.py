@@ -37,7 +37,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
     Raises:
         PlanError: the plan belongs to another model.
     """
-    from was_kernels.runtime import mask_op_for
+    from was_kernels.mask_op import mask_op_for
     from was_search.evaluation import evaluate_thresholds
     from was_search.masking import structure_norms
 
@@ -72,7 +72,7 @@ def evaluate_on_tasks(
     from was_search.tasks import evaluate_tasks
 
     model, _ = load_for(context, plan)
-    tokenizer = load_tokenizer(context.source.name, context.source.revision)
+    tokenizer = load_tokenizer(context.source)
     options: dict[str, Any] = {
         "limit": limit,
         "batch_size": context.settings.batch_size,
@@ -98,12 +98,7 @@ def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]
             plan.require_model(context.fingerprint, plan.shape)
     placement = context.placement
     with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
-        model = load_model(
-            str(context.source.folder or context.source.name),
-            revision=context.source.revision,
-            dtype=placement.dtype,
-            device=placement.device,
-        )
+        model = load_model(context.source, dtype=placement.dtype, device=placement.device)
         structure = find_structure(model)
     if plan is not None:
         plan.require_shape(structure.shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from was_search import __version__
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
@@ -23,11 +24,16 @@ from was_search.slots import Slot
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A vector with the name it has in tables."""
+class Contender:
+    """A slot that may be exported, with the name it has in tables."""
 
     name: str
-    sparsities: FloatArray
+    slot: Slot
+
+    @property
+    def sparsities(self) -> FloatArray:
+        assert self.slot.sparsities is not None
+        return self.slot.sparsities
 
 
 @dataclass(frozen=True)
@@ -48,31 +54,60 @@ class Figures:
         }
 
 
-def measure(
-    context: Context, calibration: Calibration, candidate: Candidate | None, split: str, point: OperatingPoint | None
-) -> Figures:
-    """Evaluate a candidate's own operating ``point`` (or the dense model for None) on ``split``; cached."""
-    data = context.tokens(split)
-    thresholds = None if point is None else point.thresholds
-    key = content_hash(
-        "evaluation", 1, context.fingerprint, context.settings.score, data.protocol, context.placement.device, thresholds
-    )
+@dataclass(frozen=True)
+class Request:
+    """One evaluation: a candidate (None: the dense model) at its own operating point on a split."""
+
+    name: str
+    split: str
+    point: OperatingPoint | None
+
+
+def measure(context: Context, calibration: Calibration, requests: list[Request]) -> list[Figures]:
+    """Evaluate the ``requests``, those that are not cached side by side on the workers; results in their order."""
     started = time.perf_counter()
-    found = context.cache.get("evaluation", key)
-    name = "dense" if candidate is None else candidate.name
-    label = f"evaluate {name} on {split}"
-    if found is not None:
-        context.reporter.cached(label, data.protocol.describe(), time.perf_counter() - started)
-        packed = unpack_array(found.payload)
-        evaluation = Evaluation(
-            packed, int(found.meta["tokens"]), float(found.meta["seconds"]), False, np.asarray(found.meta["achieved"])
-        )
+    found = [_cached(context, request) for request in requests]
+    missing = [i for i, evaluation in enumerate(found) if evaluation is None]
+    if missing:
+        calls = [
+            ("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i])) for i in missing
+        ]
+        names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
+        pool = context.pool
+        with context.reporter.phase(f"evaluate {names}", len(calls)) as advance:
+            for i, evaluation in zip(missing, pool.map(calls, done=advance), strict=True):
+                found[i] = evaluation
+                _remember(context, requests[i], evaluation)
     else:
-        with context.reporter.phase(label):
-            (evaluation,) = context.pool.map([("evaluate_thresholds", data, thresholds)])
-        meta = {"tokens": evaluation.tokens, "seconds": evaluation.seconds, "achieved": evaluation.achieved.tolist()}
-        context.cache.put("evaluation", key, pack_array(evaluation.losses), meta)
-    return Figures(evaluation, split, calibration.shape.sparsity(evaluation.achieved))
+        context.reporter.cached("evaluate", f"{len(requests)} evaluations", time.perf_counter() - started)
+    return [
+        Figures(evaluation, request.split, calibration.shape.sparsity(evaluation.achieved))
+        for evaluation, request in zip(found, requests, strict=True)
+        if evaluation is not None
+    ]
+
+
+def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
+    return None if request.point is None else request.point.thresholds
+
+
+def _key(context: Context, request: Request) -> str:
+    protocol = context.tokens(request.split).protocol
+    settings, device = context.settings, context.placement.device
+    return content_hash("evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request))
+
+
+def _cached(context: Context, request: Request) -> Evaluation | None:
+    found = context.cache.get("evaluation", _key(context, request))
+    if found is None:
+        return None
+    losses, achieved = unpack_array(found.payload), np.asarray(found.meta["achieved"], np.float64)
+    return Evaluation(losses, int(found.meta["tokens"]), float(found.meta["seconds"]), False, achieved)
+
+
+def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
+    meta = {"tokens": evaluation.tokens, "seconds": evaluation.seconds, "achieved": evaluation.achieved.tolist()}
+    context.cache.put("evaluation", _key(context, request), pack_array(evaluation.losses), meta)
 
 
 def export(context: Context, result: SearchResult | None = None) -> Path:
@@ -91,21 +126,25 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     if best is None or best.sparsities is None:
         raise StudyError(f"study {result.study!r} has no complete trial yet; run 'was-search search' first")
     calibration = calibrate(context)
-    contenders = [(Candidate(f"best (slot {best.number})", best.sparsities), best)]
+    contenders = [Contender(f"best (slot {best.number})", best)]
     if not best.origin.startswith("seed:"):
-        seeds = [s for s in result.slots if s.origin == "seed:fisher" and s.sparsities is not None]
-        contenders += [(Candidate("fisher seed", _array(slot.sparsities)), slot) for slot in seeds]
-    measured = []
-    for candidate, slot in contenders:
-        point = operating_point(context, calibration, candidate.sparsities, candidate.name)
-        measured.append((measure(context, calibration, candidate, "search", point), point, candidate, slot))
-    figures, point, candidate, slot = min(measured, key=lambda entry: entry[0].evaluation.loss_nats)
-    if slot is not best:
+        contenders += [Contender("fisher seed", s) for s in result.slots if s.origin == "seed:fisher"]
+    points = [operating_point(context, calibration, c.sparsities, c.name) for c in contenders]
+    on_search = measure(
+        context, calibration, [Request(c.name, "search", p) for c, p in zip(contenders, points, strict=True)]
+    )
+    winner = min(range(len(contenders)), key=lambda i: on_search[i].evaluation.loss_nats)
+    chosen, point, figures = contenders[winner], points[winner], on_search[winner]
+    if winner:
         context.reporter.note(
-            f"re-calibrated, the {candidate.name} is better on the search split than slot {best.number}: it is exported"
+            f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
         )
-    test = measure(context, calibration, candidate, "test", point)
-    dense = {split: measure(context, calibration, None, split, None).to_json(context) for split in ("search", "test")}
+    test, dense_search, dense_test = measure(
+        context,
+        calibration,
+        [Request(chosen.name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
+    )
+    dense = {"search": dense_search.to_json(context), "test": dense_test.to_json(context)}
     folder = context.default_plan_folder(result.study)
     metrics = {"search": figures.to_json(context), "test": test.to_json(context), "dense": dense}
     plan = Plan(
@@ -116,7 +155,7 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         score=context.settings.score,
         budget=context.settings.target,
         dense_prefix=context.settings.dense_prefix,
-        sparsities=candidate.sparsities,
+        sparsities=chosen.sparsities,
         thresholds=point.thresholds,
         norms=_norms(context, calibration),
         achieved={
@@ -125,14 +164,14 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
             "test": test.achieved,
         },
         metrics=metrics,
-        provenance=_provenance(context, result, slot, point),
+        provenance=_provenance(context, result, chosen.slot, point),
     )
     plan.save(folder)
     store = StudyStore(context.database)
     store.set_report(
         result.study,
         {
-            "exported": {"slot": slot.number, "candidate": candidate.name, "achieved": plan.achieved},
+            "exported": {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved},
             "metrics": metrics,
         },
     )
@@ -185,7 +224,3 @@ def _provenance(context: Context, result: SearchResult, slot: Slot, point: Opera
         "versions": {"was-search": __version__, **{name: version(name) for name in ("torch", "transformers", "optuna")}},
     }
 
-
-def _array(value: FloatArray | None) -> FloatArray:
-    assert value is not None
-    return value

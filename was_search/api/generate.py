@@ -37,7 +37,7 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         raise ConfigError("prompt: must not be empty")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
-    tokenizer = load_tokenizer(context.source.name, context.source.revision)
+    tokenizer = load_tokenizer(context.source)
     model, structure = load_for(context, plan)
     inputs = tokenizer(prompt, return_tensors="pt").to(context.placement.device)
     there = inputs["input_ids"].shape[1]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from was_search.api.calibrate import Calibration, calibrate, operating_point
+from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
-from was_search.api.export import Candidate, Figures, export, measure
+from was_search.api.export import Figures, Request, export, measure
 from was_search.api.search import SearchResult, search
 from was_search.plan import Plan
 from was_search.protocol import perplexity
@@ -75,27 +75,27 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     split and are compared at it.
     """
     calibration = calibrate(context)
-    candidates = [Candidate(seed.name if seed.name != "fisher" else "fisher seed", seed.sparsities) for seed in found.seeds]
-    origin = plan.provenance["origin"]
-    label = f"best (slot {plan.provenance['slot']})" + (" = its seed" if origin.startswith("seed:") else "")
-    candidates.append(Candidate(label, plan.sparsities))
-    rows = [_dense(context, calibration)]
-    for candidate in candidates:
-        point = operating_point(context, calibration, candidate.sparsities, candidate.name)
-        search_figures, test = (measure(context, calibration, candidate, split, point) for split in ("search", "test"))
-        by_name = {row.name: row for row in rows}
-        rows.append(
-            Row(
-                candidate.name,
-                calibration.shape.sparsity(candidate.sparsities),
-                search_figures,
-                test,
-                calibration.shape.sparsity(point.achieved),
-                _interval(test, by_name.get("uniform")),
-                _interval(test, by_name.get("fisher seed")),
-            )
+    vectors = {("fisher seed" if seed.name == "fisher" else seed.name): seed.sparsities for seed in found.seeds}
+    is_seed = plan.provenance["origin"].startswith("seed:")
+    vectors[f"best (slot {plan.provenance['slot']}{', a seed' if is_seed else ''})"] = plan.sparsities
+    points: dict[str, OperatingPoint | None] = {"dense": None}
+    for name, sparsities in vectors.items():
+        points[name] = operating_point(context, calibration, sparsities, name)
+    requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
+    figures = measure(context, calibration, requests)
+    rows: dict[str, Row] = {}
+    for i, (name, point) in enumerate(points.items()):
+        on_search, on_test = figures[2 * i : 2 * i + 2]
+        rows[name] = Row(
+            name,
+            0.0 if point is None else calibration.shape.sparsity(vectors[name]),
+            on_search,
+            on_test,
+            0.0 if point is None else calibration.shape.sparsity(point.achieved),
+            _interval(on_test, rows.get("uniform")),
+            _interval(on_test, rows.get("fisher seed")),
         )
-    return rows
+    return list(rows.values())
 
 
 def show(context: Context, rows: list[Row]) -> None:
@@ -134,11 +134,6 @@ def show(context: Context, rows: list[Row]) -> None:
             ]
         ),
     )
-
-
-def _dense(context: Context, calibration: Calibration) -> Row:
-    search_figures, test = (measure(context, calibration, None, split, None) for split in ("search", "test"))
-    return Row("dense", 0.0, search_figures, test, 0.0, None, None)
 
 
 def _interval(test: Figures, baseline: Row | None) -> Interval | None:

@@ -112,6 +112,9 @@ def identity(context: Context) -> dict[str, Any]:
         "sampler": settings.sampler,
         "radius": settings.radius,
         "seed": settings.seed,
+        "pricing sequences": settings.pricing_sequences,
+        "greedy sequences": settings.greedy_sequences,
+        "reprice rounds": settings.reprice_rounds,
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
     }

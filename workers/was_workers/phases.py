@@ -15,7 +15,7 @@ import ray
 from was_search.calibration import PassRunner
 from was_search.histogram import Histograms
 from was_search.protocol import TokenSet
-from was_search.shape import FloatArray, IntArray, ModelShape
+from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
 from was_search.table import Table
 from was_workers.pool import Pool
 
@@ -47,19 +47,30 @@ def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: N
 
 
 def fisher_prices(
-    pool: Pool, data: TokenSet, dense: Histograms, grid: FloatArray, *, batch_size: int, advance: Advance = lambda: None
+    pool: Pool,
+    data: TokenSet,
+    histograms: Histograms,
+    grid: FloatArray,
+    *,
+    batch_size: int,
+    thresholds: npt.NDArray[np.float32] | None = None,
+    advance: Advance = lambda: None,
 ) -> FloatArray:
     """Mean Fisher price, nats per token, of every projection at every sparsity of ``grid``: [L, 7, G].
 
-    ``batch_size`` is of the backward pass and bounds its memory.
+    ``batch_size`` is of the backward pass and bounds its memory. With ``thresholds`` [L, 7] the prices are of
+    steps from this sparse point, where ``histograms`` were taken; see :mod:`was_search.pricing`.
     """
-    shape = (dense.n_blocks, 7)
-    thresholds = np.stack([dense.thresholds(np.full(shape, level)) for level in grid], axis=-1)
+    shape = (histograms.n_blocks, N_PROJECTIONS)
+    levels = np.stack([histograms.thresholds(np.full(shape, level)) for level in grid], axis=-1)
     # One batch a shard would leave nothing to balance; four a worker even out slower ones.
     parts = shards(data.tokens, batch_size, 4 * pool.n_workers)
     protocol = data.protocol
     found = pool.map(
-        [("prices", p, thresholds, batch_size, protocol.dense_prefix, protocol.predicted_per_sequence) for p in parts],
+        [
+            ("prices", part, levels, batch_size, protocol.dense_prefix, protocol.predicted_per_sequence, thresholds)
+            for part in parts
+        ],
         done=advance,
     )
     sums = np.sum([part for part, _ in found], axis=0)
@@ -72,7 +83,7 @@ def greedy_table(
     dense: Histograms,
     shape: ModelShape,
     *,
-    step: float = 0.05,
+    step: float,
     advance: Advance = lambda: None,
 ) -> Table:
     """The component-level greedy by block-output error, a block a call."""

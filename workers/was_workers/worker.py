@@ -113,6 +113,7 @@ class Worker:
         batch_size: int,
         dense_prefix: int,
         predicted: int,
+        thresholds: npt.NDArray[np.float32] | None = None,
     ) -> tuple[FloatArray, int]:
         """See :func:`was_search.pricing.price_sums`."""
         from was_search.pricing import price_sums
@@ -128,6 +129,7 @@ class Worker:
                 batch_size=batch_size,
                 dense_prefix=dense_prefix,
                 predicted=predicted,
+                thresholds=thresholds,
             )
 
     def block_table(
@@ -220,28 +222,20 @@ def _load(spec: WorkerSpec) -> _Loaded:
 
     import torch
 
+    from was_kernels.mask_op import mask_op_for
     from was_search.masking import structure_norms
-    from was_search.model import load_model
+    from was_search.model import load_model, resolve_model
     from was_search.structure import find_structure
 
     started = time.perf_counter()
     if spec.threads:
         torch.set_num_threads(spec.threads)
     with _transient_memory():
-        model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+        model = load_model(resolve_model(spec.model, spec.revision), dtype=spec.dtype, device=spec.device)
         structure = find_structure(model)
         norms = structure_norms(structure, spec.score)
     device = torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
-    return _Loaded(model, structure, norms, _mask_op(spec.device), device, time.perf_counter() - started)
-
-
-def _mask_op(device: str) -> MaskOp:
-    if device != "cuda":
-        return masked
-    from was_kernels.score_mask import score_mask
-
-    op: MaskOp = score_mask
-    return op
+    return _Loaded(model, structure, norms, mask_op_for(spec.device), device, time.perf_counter() - started)
 
 
 class _transient_memory:  # noqa: N801 - reads as a statement

@@ -1,0 +1,61 @@
+"""The ops in plain torch: what the Triton kernels must compute, and what runs where there is no GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kept_channels(x: Tensor, norms: Tensor, threshold: float, dense: Tensor | None = None) -> Tensor:
+    """Which channels are kept: ``abs(x) * norms >= threshold`` in float32, or all of them.
+
+    A NaN score is not kept. A threshold of zero or less keeps everything, NaN included.
+
+    Args:
+        x: [..., d], any float dtype.
+        norms: [d] float32.
+        threshold: the score under which a channel is dropped.
+        dense: bool, one flag per row of x (``x.numel() / d`` of them): rows that keep every channel.
+
+    Returns:
+        bool [..., d].
+    """
+    if threshold <= 0.0:
+        return torch.ones_like(x, dtype=torch.bool)
+    keep = x.detach().abs().float() * norms >= threshold
+    return keep if dense is None else keep | dense.reshape(*x.shape[:-1], 1)
+
+
+def score_mask_reference(x: Tensor, norms: Tensor, threshold: float, dense: Tensor | None = None) -> Tensor:
+    """x [..., d] with dropped channels set to zero, in x's dtype; arguments as :func:`kept_channels`."""
+    if threshold <= 0.0:
+        return x
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(kept_channels(x, norms, threshold, dense), x, zero)
+
+
+def sparse_gemv_reference(
+    x: Tensor,
+    weight: Tensor,
+    norms: Tensor,
+    threshold: float,
+    bias: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``, summed in float32, in x's dtype.
+
+    Args:
+        x: [B, d_in].
+        weight: [d_out, d_in], any strides.
+        norms: [d_in] float32.
+        threshold: the score under which a channel is dropped; every row has its own mask.
+        bias: [d_out] or None.
+        dense: bool [B]: rows that keep every channel.
+
+    Returns:
+        [B, d_out] in x's dtype.
+    """
+    y = score_mask_reference(x, norms, threshold, dense).float() @ weight.t().float()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)

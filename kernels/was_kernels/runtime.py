@@ -1,0 +1,193 @@
+"""Apply a plan to a transformers model: swap its projections for sparse ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from was_kernels import available
+from was_kernels.counting import KeptCounts, ProjectionCount
+from was_kernels.positions import DensePrefix
+from was_kernels.sparse_linear import SparseLinear, norms_like
+from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
+from was_search.plan import Plan
+from was_search.shape import N_PROJECTIONS, ModelShape
+from was_search.structure import Structure, find_structure
+
+Backend = Literal["auto", "triton", "reference"]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass
+class _Swap:
+    parent: nn.Module
+    name: str
+    linear: nn.Linear
+    sparse: SparseLinear
+
+
+class SparseModel:
+    """A model running a plan, from :func:`sparsify` until :meth:`restore`; as a context it gives the model.
+
+    Owned by one thread, like the model.
+
+    Attributes:
+        model: the model, changed in place.
+        plan: what is applied.
+        shape: the model's projections.
+        backend: ``triton`` or ``reference``.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, shape: ModelShape, backend: str) -> None:
+        self.model = model
+        self.plan = plan
+        self.shape = shape
+        self.backend = backend
+        self._swaps: list[_Swap] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> nn.Module:
+        return self.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the model its own linear maps back, weights bit-identical; a second call does nothing."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+        while self._swaps:
+            swap = self._swaps[-1]
+            with torch.no_grad():
+                swap.sparse.restore_layout()
+            setattr(swap.parent, swap.name, swap.linear)
+            self._swaps.pop()
+
+    @contextmanager
+    def counting(self) -> Iterator[KeptCounts]:
+        """Count kept channels in the one-token steps made inside; the counts may be read during and after.
+
+        It adds a few small operations to each projection: leave it off when timing.
+        """
+        if not self._swaps:
+            raise ConfigError("counting: the plan is no longer applied; call sparsify again")
+        counts = [ProjectionCount(swap.sparse.weight.device) for swap in self._swaps]
+        for swap, count in zip(self._swaps, counts, strict=True):
+            swap.sparse.count = count
+        rows = [counts[b : b + N_PROJECTIONS] for b in range(0, len(counts), N_PROJECTIONS)]
+        try:
+            yield KeptCounts(self.shape, rows)
+        finally:
+            for swap in self._swaps:
+                swap.sparse.count = None
+
+
+def sparsify(
+    model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerprint: str | None = None
+) -> SparseModel:
+    """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
+
+    Tokens outside the plan's dense prefix have their inputs masked in prefill and decoding alike; one-token
+    steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any batch).
+    Restore before saving the model or moving its layers to other dtypes.
+
+    Args:
+        model: a transformers causal language model, or its decoder.
+        plan: thresholds and norms for this model.
+        backend: ``auto`` takes Triton where all projections are on a GPU and their dtype has kernels, else
+            the plain reference; ``triton`` and ``reference`` insist.
+        fingerprint: the checkpoint's, if known; checked against the plan's.
+
+    Returns:
+        A handle that undoes the change with ``restore()``, or on leaving it as a context.
+
+    Raises:
+        PlanError: the plan belongs to another model, or the model runs a plan already.
+        ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
+        ResourceError: ``triton`` was asked for and is not there.
+        ConfigError: ``backend`` is not one of the three, or ``triton`` cannot take the model's dtype.
+    """
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise PlanError("this model runs a plan already; call restore() on it before sparsify")
+    structure = find_structure(model)
+    if fingerprint is not None:
+        plan.require_model(fingerprint, structure.shape)
+    plan.require_shape(structure.shape)
+    _require_own_weights(structure)
+    chosen = _choose_backend(backend, structure)
+    prefix = DensePrefix(plan.dense_prefix) if plan.dense_prefix > 0 else None
+    handle = SparseModel(model, plan, structure.shape, chosen)
+    try:
+        if prefix is not None:
+            handle._hooks.extend(prefix.attach(_decoder(model, structure)))
+        for b, p, linear in structure.linears():
+            parent, name = _parent(structure.blocks[b].module, linear)
+            norms = norms_like(torch.tensor(plan.norms[b][p]), linear)
+            with torch.no_grad():
+                sparse = SparseLinear(
+                    linear, norms, float(plan.thresholds[b, p]), prefix=prefix, triton=chosen == "triton"
+                )
+            handle._swaps.append(_Swap(parent, name, linear, sparse))
+            setattr(parent, name, sparse)
+    except BaseException:
+        handle.restore()
+        raise
+    return handle
+
+
+def _require_own_weights(structure: Structure) -> None:
+    linears = [linear for _, _, linear in structure.linears()]
+    if any(linear.weight.device.type == "meta" for linear in linears):
+        raise ModelError("some projections are not loaded (meta device): offloaded models cannot run a plan")
+    if len({id(linear.weight) for linear in linears}) < len(linears):
+        raise ModelError("some projections share one weight: models with shared blocks cannot run a plan")
+
+
+def _choose_backend(backend: str, structure: Structure) -> Literal["triton", "reference"]:
+    if backend not in ("auto", "triton", "reference"):
+        raise ConfigError(f"backend: must be auto, triton or reference, got {backend!r}")
+    if backend == "reference":
+        return "reference"
+    weights = [linear.weight for _, _, linear in structure.linears()]
+    dtypes = {weight.dtype for weight in weights}
+    on_gpu = all(weight.is_cuda for weight in weights)
+    good, reason = available()
+    if backend == "auto":
+        return "triton" if on_gpu and good and dtypes <= set(_DTYPES) else "reference"
+    if not dtypes <= set(_DTYPES):
+        raise ConfigError(f"backend: triton takes float16, bfloat16 and float32, the model has {dtypes}")
+    if not (on_gpu and good) and not _interpreter():
+        where = reason if not good else "the model is not wholly on a GPU"
+        raise ResourceError(f"backend triton: {where}; use backend auto or reference")
+    return "triton"
+
+
+def _interpreter() -> bool:
+    try:
+        from was_kernels import score_mask
+        from was_kernels.launch import interpreted
+    except ImportError:
+        return False
+    return interpreted(score_mask._score_mask_kernel)
+
+
+def _decoder(model: nn.Module, structure: Structure) -> nn.Module:
+    """The module that holds the list of blocks: ``model.layers.0`` -> ``model``."""
+    path = structure.blocks[0].name.split(".")[:-2]
+    return model.get_submodule(".".join(path))
+
+
+def _parent(block: nn.Module, linear: nn.Linear) -> tuple[nn.Module, str]:
+    path = next(path for path, module in block.named_modules() if module is linear)
+    parent, _, name = path.rpartition(".")
+    return block.get_submodule(parent), name

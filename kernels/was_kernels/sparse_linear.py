@@ -1,0 +1,92 @@
+"""A linear map that skips the weights of dropped input channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from was_kernels.counting import ProjectionCount
+from was_kernels.positions import DensePrefix
+from was_kernels.reference import kept_channels, score_mask_reference
+
+MAX_ROWS = 16
+"""Rows of a one-token step that the sparse GEMV takes; larger batches use masked dense products."""
+
+
+class SparseLinear(nn.Module):
+    """Replaces an ``nn.Linear`` in place: same parameters, weight held column-major, inputs masked.
+
+    One-token steps of up to 16 rows use the Triton sparse GEMV (``triton=True``); everything else masks the
+    input and multiplies densely. For inference: the GEMV passes no gradient.
+
+    The linear's own weight parameter is kept, so its identity, name and dtype stay; only its storage changes
+    to [in_features, out_features]. One weight at a time exists twice, for the moment of the copy.
+
+    Args:
+        linear: what is replaced; it shares its parameters, and must not be used until :meth:`restore_layout`.
+        norms: float32 [in_features], on the weight's device.
+        threshold: the score under which a channel is dropped; zero or less drops nothing.
+        prefix: tells which tokens are dense; None masks every token.
+        triton: use the Triton kernels.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, norms: Tensor, threshold: float, *, prefix: DensePrefix | None, triton: bool
+    ) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.norms: Tensor
+        self.register_buffer("norms", norms, persistent=False)
+        self.threshold = threshold
+        self.count: ProjectionCount | None = None
+        self._prefix = prefix
+        self._triton = triton
+        self._mask_op = score_mask_reference
+        if triton:
+            from was_kernels.score_mask import score_mask
+            from was_kernels.sparse_gemv import sparse_gemv
+
+            self._mask_op = score_mask
+            self._gemv = sparse_gemv
+        self.train(linear.training)
+        self.weight.data = self.weight.data.t().contiguous().t()
+
+    @property
+    def weight_t(self) -> Tensor:
+        """[in_features, out_features]: the same memory as ``weight``, contiguous."""
+        return self.weight.t()
+
+    def restore_layout(self) -> None:
+        """Put the weight back in row-major order, bit for bit; the replaced linear may be used again."""
+        self.weight.data = self.weight.data.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        rows = x.numel() // self.in_features
+        one_token = x.dim() < 3 or x.shape[-2] == 1
+        dense = None if self._prefix is None else self._prefix.dense(x)
+        if self.count is not None and one_token:
+            self.count.add(kept_channels(x.reshape(rows, -1), self.norms, self.threshold), dense)
+        if self.threshold <= 0.0:
+            return F.linear(x, self.weight, self.bias)
+        if self._triton and one_token and rows <= MAX_ROWS and x.dtype == self.weight.dtype:
+            flat = x.reshape(rows, self.in_features)
+            y = self._gemv(flat, self.weight_t, self.norms, self.threshold, self.bias, dense)
+            return y.view(*x.shape[:-1], self.out_features)
+        return F.linear(self._mask_op(x, self.norms, self.threshold, dense), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, threshold={self.threshold:.4g}, "
+            f"{'triton' if self._triton else 'reference'}"
+        )
+
+
+def norms_like(values: Tensor, linear: nn.Linear) -> Tensor:
+    """``values`` as float32 on the device of the linear's weight."""
+    return values.to(device=linear.weight.device, dtype=torch.float32).contiguous()

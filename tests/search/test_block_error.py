@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from was_search.block_error import block_error, capture_inputs
+from was_search.calibration import histogram_pass
+from was_search.masking import structure_norms
+
+
+@pytest.fixture(scope="module")
+def calibrated(llama, structure, tokens):
+    norms = structure_norms(structure, "l2")
+    return norms, histogram_pass(llama, structure, norms, tokens, None, batch_size=4, dense_prefix=1)[0]
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_inputs_are_those_of_the_dense_model(llama, structure, tokens, block):
+    with torch.inference_mode():
+        states = llama(input_ids=torch.as_tensor(tokens), output_hidden_states=True).hidden_states
+    captured = capture_inputs(llama, structure, block, tokens, 4)
+    assert len(captured) == 3  # 4, 4 and 2 sequences
+    found = torch.cat([args[0] if args else kwargs["hidden_states"] for args, kwargs in captured])
+    torch.testing.assert_close(found, states[block])  # batches of other sizes: default float32 tolerance
+    assert not structure.blocks[block].module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_error_against_zeroed_weights(llama, structure, tokens, calibrated, prefix):
+    """Masking whole channels that are small everywhere equals zeroing weight columns, where thresholds say so."""
+    norms, dense = calibrated
+    inputs = capture_inputs(llama, structure, 1, tokens, 4)
+    error = block_error(structure, norms, 1, inputs, dense, dense_prefix=prefix)
+    sparsities = np.array([0.3, 0.0, 0.5, 0.2, 0.7, 0.0, 0.9])
+    thresholds = dense.thresholds(np.tile(sparsities, (3, 1)))[1]
+
+    module = copy.deepcopy(structure.blocks[1].module)
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    for p, name in enumerate(names):
+        linear, column = module.get_submodule(name), norms[1][p]
+
+        def edit(_m, args, column=column, limit=float(thresholds[p])):
+            x = args[0].clone()
+            small = x.abs() * column < limit
+            small[:, :prefix] = False
+            x[small] = 0.0
+            return (x,)
+
+        linear.register_forward_pre_hook(edit)
+    off = total = 0.0
+    with torch.inference_mode():
+        for args, kwargs in inputs:
+            dense_out = structure.blocks[1].module(*args, **kwargs)[:, prefix:].double()
+            off += float((module(*args, **kwargs)[:, prefix:].double() - dense_out).square().sum())
+            total += float(dense_out.square().sum())
+    assert error(sparsities) == pytest.approx((off / total) ** 0.5, rel=1e-5)  # float32 sums against float64
+
+
+def test_no_sparsity_has_no_error_and_more_has_more(llama, structure, tokens, calibrated):
+    norms, dense = calibrated
+    error = block_error(
+        structure, norms, 0, capture_inputs(llama, structure, 0, tokens, 5), dense, dense_prefix=1
+    )
+    assert error(np.zeros(7)) == 0.0
+    assert 0.0 < error(np.full(7, 0.2)) < error(np.full(7, 0.6)) < error(np.full(7, 0.9))
+
+
+def test_other_blocks_are_left_alone(llama, structure, tokens, calibrated):
+    norms, dense = calibrated
+    inputs = capture_inputs(llama, structure, 1, tokens, 5)
+    only = block_error(structure, norms, 1, inputs, dense, dense_prefix=1)(np.full(7, 0.5))
+    assert only == block_error(structure, norms, 1, inputs, dense, dense_prefix=1)(np.full(7, 0.5))
+    assert not any(linear._forward_pre_hooks for _, _, linear in structure.linears())

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+from was_search.plots import levels_figure, progress_figure
+from was_search.slots import Slot, SlotState
+
+START = datetime(2025, 1, 1)
+
+
+def slot(number: int, minute: int | None, loss: float | None, state: SlotState = SlotState.COMPLETE) -> Slot:
+    at = None if minute is None else START + timedelta(minutes=minute)
+    return Slot(number, state, origin="sampler:tpe", loss_nats=loss, finished_at=at)
+
+
+def traces(figure) -> dict[str, object]:
+    return {trace.name: trace for trace in figure.data}
+
+
+def test_progress_runs_in_the_order_of_finishing():
+    figure = progress_figure(
+        [
+            slot(0, 5, 2.0),
+            slot(1, 1, 3.0),
+            slot(2, 2, 2.5, SlotState.STOPPED),
+            slot(3, 3, None, SlotState.FAILED),
+            slot(4, 4, 2.2),
+            slot(5, None, None, SlotState.RUNNING),
+        ]
+    )
+    found = traces(figure)
+    assert list(found["complete"].x) == [1, 3, 4]
+    np.testing.assert_allclose(found["complete"].y, np.exp([3.0, 2.2, 2.0]), atol=1e-5)
+    assert list(found["complete"].text) == [
+        "slot 1, sampler:tpe",
+        "slot 4, sampler:tpe",
+        "slot 0, sampler:tpe",
+    ]
+    assert list(found["stopped early (mean so far)"].x) == [2]
+    # A stopped trial's running mean is never the best, though it is lower here.
+    np.testing.assert_allclose(found["best"].y, np.exp([3.0, 3.0, 2.2, 2.0]))
+
+
+def test_before_the_first_complete_trial_there_is_no_best():
+    found = traces(progress_figure([slot(0, 1, 2.0, SlotState.STOPPED), slot(1, 2, 2.5)]))
+    assert found["best"].y[0] is None
+    assert found["best"].y[1] == pytest.approx(math.exp(2.5))
+
+
+@pytest.mark.parametrize("slots", [[], [slot(0, None, None, SlotState.WAITING)]])
+def test_an_empty_study(slots):
+    assert len(traces(progress_figure(slots))["best"].x) == 0
+
+
+def test_slots_without_a_time_come_last_by_number():
+    found = traces(progress_figure([slot(2, None, 1.2), slot(1, None, 1.1), slot(0, 9, 1.0)]))
+    assert [text.split(",")[0] for text in found["complete"].text] == ["slot 0", "slot 1", "slot 2"]
+
+
+def test_losses_beyond_every_perplexity():
+    found = traces(progress_figure([slot(0, 1, 5000.0), slot(1, 2, 1.0)]))
+    assert found["complete"].y[0] == math.inf
+    assert found["best"].y[0] is None
+    traces(progress_figure([slot(0, 1, math.nan)]))
+
+
+def test_levels_of_the_best_beside_the_seeds():
+    flat = np.full(4, 0.6)
+    fisher = np.array([0.4, 0.8, 0.6, 0.6])
+    figure = levels_figure(fisher + 0.01, {"uniform": flat, "greedy-uniform": flat, "fisher": fisher}, 0.6)
+    found = traces(figure)
+    assert list(found) == ["uniform, greedy-uniform", "fisher seed", "best"]
+    np.testing.assert_allclose(found["best"].y, fisher + 0.01)
+    np.testing.assert_allclose(found["fisher seed"].y, fisher)
+    assert "60 %" in figure.layout.title.text

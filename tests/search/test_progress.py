@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+from rich.console import Console
+from was_search.progress import JsonReporter, Reporter, RichReporter
+from was_search.slots import Slot, SlotState
+
+PROTOCOL = "a.txt [search] sha256:01234567, 10 x 128 tokens"
+
+
+@dataclass(frozen=True)
+class State:
+    total: int = 20
+    finished: int = 0
+    stopped: int = 0
+    failed: int = 0
+    best: Slot | None = None
+    current: Slot | None = None
+
+
+STATES = [
+    State(),
+    State(finished=1, best=(slot := Slot(3, SlotState.COMPLETE, loss_nats=1.25)), current=slot),
+    State(finished=4, stopped=1, failed=1, best=slot, current=Slot(7, SlotState.FAILED)),
+]
+
+
+@pytest.fixture
+def rich():
+    return RichReporter(Console(file=io.StringIO(), highlight=False, width=160))
+
+
+def shown(reporter: RichReporter) -> str:
+    return reporter.console.file.getvalue()
+
+
+def use(reporter: Reporter) -> None:
+    with reporter.phase(f"calibrate on {PROTOCOL}", 2) as advance:
+        advance()
+        advance()
+    with reporter.search("study [/x]", PROTOCOL) as show:
+        for state in STATES:
+            show(state)
+    reporter.cached("price [q]", PROTOCOL, 0.5)
+    reporter.note("plan: /data/[/x]/plan :dog:")
+    reporter.table("Title [t]", ["", "[c]"], [["[search]", "[/]"]], caption=PROTOCOL)
+    reporter.result({"a": 1})
+    reporter.text("generated [search] :dog:")
+
+
+def test_square_brackets_are_shown(rich):
+    """Protocols, study names and paths hold them; taken for markup they would vanish or be an error."""
+    use(rich)
+    text = shown(rich)
+    assert f"calibrate on {PROTOCOL}" in text
+    assert f"study study [/x], losses on {PROTOCOL}" in text
+    assert f"price [q]: cached ({PROTOCOL}, 0.50 s)" in text
+    assert "plan: /data/[/x]/plan :dog:" in text
+    assert "Title [t]" in text
+    assert "[c]" in text
+    assert "[search]" in text
+    assert "generated [search] :dog:" in text
+
+
+def test_the_search_line(rich):
+    with rich.search("s", PROTOCOL) as show:
+        for state in STATES:
+            show(state)
+    text = shown(rich)
+    assert "search 4/20 trials, best 1.2500 nats (ppl 3.490, #3)" in text
+    assert "25 % stopped early, 1 failed" in text
+
+
+def test_a_search_that_shows_nothing(rich):
+    with rich.search("s", PROTOCOL):
+        pass
+    assert "trials" not in shown(rich)
+
+
+def test_a_loss_beyond_every_perplexity(rich):
+    with rich.search("s", PROTOCOL) as show:
+        show(replace(STATES[1], best=Slot(3, SlotState.COMPLETE, loss_nats=5000.0)))
+    assert "best 5000.0000 nats (ppl inf, #3)" in shown(rich)
+
+
+def test_a_phase_that_fails_is_not_marked_done(rich):
+    with pytest.raises(RuntimeError, match="inside"), rich.phase("calibrate"):
+        raise RuntimeError("inside")
+    assert "✓" not in shown(rich)
+
+
+def test_long_phases_are_told_in_minutes(rich, monkeypatch):
+    times = iter([0.0, 600.0])
+    monkeypatch.setattr("was_search.progress.time.perf_counter", lambda: next(times))
+    with rich.phase("calibrate"):
+        pass
+    assert "calibrate 10.0 min" in shown(rich)
+
+
+def test_json_is_one_object_a_line(capsys):
+    use(JsonReporter())
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == [
+        "phase", "phase", "trial", "trial", "trial", "phase", "note", "result", "text",
+    ]  # fmt: skip
+    started, finished = events[:2]
+    assert (started["state"], started["total"], finished["state"]) == ("started", 2, "finished")
+    assert finished["seconds"] >= 0
+    assert events[2]["best_loss_nats"] is None
+    assert events[3] == {
+        "event": "trial",
+        "study": "study [/x]",
+        "protocol": PROTOCOL,
+        "finished": 1,
+        "total": 20,
+        "stopped": 0,
+        "failed": 0,
+        "best_loss_nats": 1.25,
+        "slot": 3,
+        "loss_nats": 1.25,
+    }
+    assert (events[5]["state"], events[5]["detail"]) == ("cached", PROTOCOL)
+    assert events[6]["text"] == "plan: /data/[/x]/plan :dog:"
+    assert events[7] == {"event": "result", "a": 1}
+    assert events[8]["text"] == "generated [search] :dog:"
+
+
+def test_quiet_shows_only_the_text_asked_for(capsys):
+    use(Reporter())
+    assert capsys.readouterr().out == "generated [search] :dog:\n"

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from was_search.errors import ConfigError
+from was_search.settings import Settings, load_settings
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str):
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_the_last_one_wins(toml):
+    file = toml('target = 0.5\nbatch-size = 8\nsampler = "cmaes"\n')
+    base = Settings(target=0.4, batch_size=2, trials=7, seed=3)
+    found = load_settings(file, {"target": 0.7, "trials": None, "seed": 9}, base)
+    assert found.target == 0.7  # flag over file
+    assert found.batch_size == 8  # file over base
+    assert found.sampler == "cmaes"
+    assert found.trials == 7  # base over default; a flag of None is no flag
+    assert found.seed == 9  # flag over base
+    assert found.radius == 0.2  # the default
+
+
+def test_names_with_dashes_and_underscores_are_the_same(toml):
+    assert load_settings(toml("batch_size = 3"), {}) == load_settings(toml("batch-size = 3"), {})
+
+
+def test_defaults():
+    assert load_settings(None, {}) == Settings()
+
+
+def test_a_flag_that_is_false_counts(toml):
+    assert load_settings(toml("early-stopping = true"), {"early_stopping": False}).early_stopping is False
+
+
+def test_whole_numbers_are_numbers(toml):
+    found = load_settings(toml("trial-timeout = 60\ngpus-per-worker = 2"), {})
+    assert (found.trial_timeout, found.gpus_per_worker) == (60.0, 2.0)
+    assert isinstance(found.trial_timeout, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("target", 0.0, "must be above 0 and below 0.95"),
+        ("target", 0.95, "must be above 0 and below 0.95"),
+        ("target", float("inf"), "must be above 0 and below 0.95"),
+        ("trials", 0, "must be at least 1"),
+        ("workers", 0, "must be at least 1"),
+        ("calibration_sequences", 0, "must be at least 1"),
+        ("pricing_sequences", 0, "must be at least 1"),
+        ("greedy_sequences", 0, "must be at least 1"),
+        ("search_sequences", -1, "must be at least 1"),
+        ("test_sequences", 0, "must be at least 1"),
+        ("batch_size", 0, "must be at least 1"),
+        ("max_attempts", 0, "must be at least 1"),
+        ("sequence_length", 1, "must be at least 2 tokens"),
+        ("stride", -1, "must be in [0, sequence_length]"),
+        ("stride", 2049, "must be in [0, sequence_length]"),
+        ("dense_prefix", 2048, "must be in [0, sequence_length)"),
+        ("seed", -1, "must be in [0, 2^32)"),
+        ("seed", 2**32, "must be in [0, 2^32)"),
+        ("reprice_rounds", -1, "must not be negative"),
+        ("radius", 0.0, "must be in (0, 1]"),
+        ("radius", 1.1, "must be in (0, 1]"),
+        ("significance", 0.0, "must be in (0, 0.5)"),
+        ("significance", 0.5, "must be in (0, 0.5)"),
+        ("trial_timeout", 0.0, "must be positive, in seconds"),
+        ("gpus_per_worker", -0.5, "must be 0 or more"),
+        ("gpus_per_worker", 1.5, "must be a whole number above 1"),
+        ("gpus_per_worker", float("inf"), "must be a whole number above 1"),
+        ("sampler", "grid", "must be one of tpe, cmaes, gp, qmc, random, was-monotone"),
+        ("score", "l3", "must be one of l1, l2, none"),
+        ("device", "tpu", "must be one of auto, cpu, cuda"),
+        ("dtype", "int8", "must be one of auto, float32, bfloat16, float16"),
+        ("trials", "ten", "must be a whole number"),
+        ("trials", 10.0, "must be a whole number"),
+        ("trials", True, "must be a whole number"),
+        ("target", "0.6", "must be a number"),
+        ("target", True, "must be a number"),
+        ("target", float("nan"), "must be a number"),
+        ("model", 7, "must be text"),
+        ("early_stopping", "yes", "must be true or false"),
+        ("early_stopping", 1, "must be true or false"),
+    ],
+)
+def test_every_option_says_its_rule_and_the_value(name, value, rule):
+    with pytest.raises(ConfigError, match="^" + re.escape(f"{name}: {rule}, got {value!r}") + "$"):
+        Settings(**{name: value})
+
+
+def test_a_number_too_large_for_a_float():
+    with pytest.raises(
+        ConfigError, match=r"trial_timeout: must be a number that fits a float, got 10000000\.\.\."
+    ):
+        Settings(trial_timeout=10**400)
+
+
+@pytest.mark.parametrize("gpus", [-1, 0, 0.25, 1, 2])
+def test_gpus_per_worker(gpus):
+    assert Settings(gpus_per_worker=gpus).gpus_per_worker == gpus
+
+
+def test_refuses_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"config: cannot read .*none\.toml \(No such file or directory\)"):
+        load_settings(tmp_path / "none.toml", {})
+    with pytest.raises(ConfigError, match=r"config: cannot read .* \(Is a directory\)"):
+        load_settings(tmp_path, {})
+
+
+@pytest.mark.parametrize("content", [b"target = ", b"\xff\xfe\x00"])
+def test_refuses_a_file_that_is_not_toml(tmp_path, content):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config: .*bad\.toml is not valid TOML: "):
+        load_settings(path, {})
+
+
+def test_refuses_unknown_options(toml):
+    with pytest.raises(
+        ConfigError, match=r"config: unknown option bogus, run; known: batch_size, .*workers$"
+    ):
+        load_settings(toml("bogus = 1\n[run]\ntarget = 0.5"), {})
+
+
+def test_values_of_the_file_are_checked_too(toml):
+    with pytest.raises(ConfigError, match="trials: must be at least 1, got 0"):
+        load_settings(toml("trials = 0"), {})
+
+
+def test_required_options():
+    Settings(model="m", data="d").require("model", "data")
+    with pytest.raises(ConfigError, match="data: missing; give --data or put it into the TOML file"):
+        Settings(model="m").require("model", "data")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://ada:s3cret@host:5432/db", "postgresql://ada:***@host:5432/db"),
+        ("postgresql://ada:ada@host/db", "postgresql://ada:***@host/db"),
+        ("postgresql://ada:p%40ss@host/db?sslmode=require", "postgresql://ada:***@host/db?sslmode=require"),
+        (
+            "postgresql://host/db?user=ada&password=s3cret&x=1",
+            "postgresql://host/db?user=ada&password=***&x=1",
+        ),
+        ("postgresql://ada@host/db", "postgresql://ada@host/db"),
+        ("embedded", "embedded"),
+    ],
+)
+def test_json_leaves_the_password_out(url, shown):
+    settings = Settings(storage=url)
+    found = settings.to_json()
+    assert found["storage"] == shown
+    assert settings.storage == url
+    assert {**found, "storage": url} == dataclasses.asdict(settings)
+
+
+def test_every_option_is_documented():
+    for field in dataclasses.fields(Settings):
+        assert re.search(rf"^        {field.name}: \S", Settings.__doc__ or "", re.MULTILINE), field.name
