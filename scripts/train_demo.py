@@ -17,8 +17,13 @@ its own.
 
 Schedule. AdamW (betas 0.9 and 0.95, weight decay 0.1 on matrices, gradient norm at most 1), a linear
 warm-up over 3 % of the time and a cosine to zero, both in wall-clock time. Seeds: `--seed` (default 0)
-for the weights, `--seed` + 1 for the windows, `--seed` + 2 for the tokenizer's sample. Time-boxed
-training does not repeat bit for bit.
+for the weights and the dropout, `--seed` + 1 for the windows, `--seed` + 2 for the tokenizer's sample.
+Time-boxed training does not repeat bit for bit.
+
+Dropout. While training, the input of each of a block's seven projections loses `--dropout` (default 0.1)
+of its entries: without it so small a network has no redundancy, and dropping 60 % of every projection's
+input channels takes its loss on the test text from 1.66 to 3.5 nats per token. The stored checkpoint is
+a plain Llama and has no dropout.
 """
 
 import argparse
@@ -196,7 +201,23 @@ def learning_rate_factor(progress: float) -> float:
     return min(progress / 0.03, 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def initial_model(seed: int, device: torch.device) -> LlamaForCausalLM:
+class DropoutLinear(torch.nn.Linear):
+    """A linear layer without bias whose input loses a share `p` of its entries in train mode.
+
+    It takes over the weight of `linear`, under the same name.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, p: float) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.dropout(input, self.p, self.training))
+
+
+def initial_model(seed: int, device: torch.device, dropout: float) -> LlamaForCausalLM:
+    """The untrained model in train mode, with dropout on the inputs of each block's seven projections."""
     torch.manual_seed(seed)
     config = model_config()
     config._attn_implementation = "causal_without_mask"
@@ -205,7 +226,12 @@ def initial_model(seed: int, device: torch.device) -> LlamaForCausalLM:
         for block in model.model.layers:
             for projection in (block.self_attn.o_proj, block.mlp.down_proj):
                 projection.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
-    return model.to(device)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, torch.nn.Linear):
+                    setattr(part, name, DropoutLinear(layer, dropout))
+    return model.to(device).train()
 
 
 def train(
@@ -356,6 +382,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128, help="windows a step")
     parser.add_argument("--sequence", type=int, default=1024, help="tokens a window")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--dropout", type=float, default=0.1, help="on the projections' inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-files", type=int, default=None, help="for a quick try")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -393,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = torch.from_numpy(np.concatenate(repeated).astype(np.int32)).to(device)
     say(f"{unique_tokens:,} tokens, {len(stream):,} a pass")
 
-    model = initial_model(arguments.seed, device)
+    model = initial_model(arguments.seed, device, arguments.dropout)
     folder = arguments.output / "model"
     figures = train(
         model,
@@ -421,7 +448,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokenizers": tokenizers.__version__,
         },
         "settings": {
-            name: getattr(arguments, name) for name in ("batch", "sequence", "learning_rate", "seed")
+            name: getattr(arguments, name)
+            for name in ("batch", "sequence", "learning_rate", "dropout", "seed")
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "selection": selection,

@@ -19,7 +19,9 @@ BlockInputs = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @torch.inference_mode()
-def capture_inputs(model: nn.Module, structure: Structure, block: int, tokens: IntArray, batch_size: int) -> BlockInputs:
+def capture_inputs(
+    model: nn.Module, structure: Structure, block: int, tokens: IntArray, batch_size: int
+) -> BlockInputs:
     """Inputs of ``block`` in the dense model on ``tokens`` [n, sequence_length]; kept on the model's device."""
     device = next(model.parameters()).device
     captured: BlockInputs = []

@@ -43,7 +43,9 @@ def project(
         raise InfeasibleError("raw: levels must be finite")
     least, most = float(share @ low), float(share @ high)
     if not least - 1e-12 <= target <= most + 1e-12:
-        raise InfeasibleError(f"target: must be reachable within the levels' bounds [{least:.4f}, {most:.4f}], got {target}")
+        raise InfeasibleError(
+            f"target: must be reachable within the levels' bounds [{least:.4f}, {most:.4f}], got {target}"
+        )
     shifts = np.unique(np.concatenate([low - wanted, high - wanted]))
     means = np.array([share @ np.clip(wanted + shift, low, high) for shift in shifts])
     right = int(np.clip(np.searchsorted(means, target), 1, max(len(shifts) - 1, 1)))

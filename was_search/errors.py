@@ -1,16 +1,16 @@
 """The errors of was-search. The search treats the three kinds differently.
 
-    WasError
-    ├── InfeasibleError   a value that cannot be evaluated: the trial fails, the search goes on
-    ├── TransientError    a worker lost, out of memory, a database restarting: retried with a cap
-    └── WrongInputError   bad input, a mismatch: stop and say what to do next
-        ├── ConfigError       an option out of its range
-        ├── ModelError        a model that cannot be read or whose structure does not fit
-        ├── DataError         text that cannot be read, is empty or too short
-        ├── PlanError         a plan that is damaged or belongs to another model
-        ├── StudyError        a study that exists with other settings, or does not exist
-        ├── StorageError      a database that cannot be reached or refuses
-        └── ResourceError     a GPU, Ray cluster or package that is not there
+WasError
+├── InfeasibleError   a value that cannot be evaluated: the trial fails, the search goes on
+├── TransientError    a worker lost, out of memory, a database restarting: retried with a cap
+└── WrongInputError   bad input, a mismatch: stop and say what to do next
+    ├── ConfigError       an option out of its range
+    ├── ModelError        a model that cannot be read or whose structure does not fit
+    ├── DataError         text that cannot be read, is empty or too short
+    ├── PlanError         a plan that is damaged or belongs to another model
+    ├── StudyError        a study that exists with other settings, or does not exist
+    ├── StorageError      a database that cannot be reached or refuses
+    └── ResourceError     a GPU, Ray cluster or package that is not there
 """
 
 from __future__ import annotations

@@ -1,153 +1,188 @@
-"""Find and load a model: a local folder or a hub id. Remote code and pickled weights are never loaded."""
+"""Load a model and its tokenizer from a checkpoint. Remote code is never run."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from was_search.checkpoint import ModelSource, read_config, reason, resolve_model
+from was_search.errors import ConfigError, ModelError, ResourceError
 
-from was_search.errors import ModelError, ResourceError
+if TYPE_CHECKING:
+    from torch import nn
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+__all__ = [
+    "DTYPES",
+    "ModelSource",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "resolve_model",
+]
 
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from.
-
-    Attributes:
-        name: as the user gave it.
-        display_name: without folders.
-        folder: the checkpoint's files, for a hub id its snapshot in the local cache.
-        revision: the hub's commit; "" for a folder.
-    """
-
-    name: str
-    display_name: str
-    folder: Path
-    revision: str
-
-    @property
-    def location(self) -> str:
-        """What to resolve on another machine: the folder of a local checkpoint, else the hub id."""
-        return self.name if self.revision else str(self.folder)
-
-    def tokenizer_hash(self) -> str:
-        """sha256 over the tokenizer's files."""
-        digest = hashlib.sha256()
-        for name in _TOKENIZER_FILES:
-            path = self.folder / name
-            if path.is_file():
-                digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
-
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, by name."""
-        return sorted(self.folder.glob("*.safetensors"))
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights and activations may be."""
 
 
-def resolve_model(name: str, revision: str = "") -> ModelSource:
-    """The source called ``name``; a hub id is fetched into the local cache if it is not there.
+def load_tokenizer(source: ModelSource | str, revision: str = "") -> Any:
+    """The tokenizer of a checkpoint, given as a source, a folder or a hub id.
 
     Raises:
-        ModelError: no such folder or hub id, the hub cannot be reached, or files are missing.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        if not path.is_dir():
-            raise ModelError(f"model: {path} is a file; give the checkpoint's folder")
-        return _checked(ModelSource(name, path.resolve().name, path.resolve(), ""))
-    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"model: {name!r} does not exist, and is no hub id either")
-    snapshot = _snapshot(name, revision)  # its folder is called after the commit
-    return _checked(ModelSource(name, name.rsplit("/", 1)[-1], snapshot, snapshot.name))
-
-
-def _snapshot(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "merges.txt"],
-            )
-        )
-    except GatedRepoError as error:
-        raise ModelError(f"model: {name} needs its licence accepted on the hub and a token (hf auth login)") from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"model: {name} has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"model: no folder and no hub model is called {name!r}") from error
-    except Exception as error:  # connection errors of several libraries
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model: {name!r} is no local folder, is not in the local hub cache, and the hub cannot be reached "
-            f"({reason}); download it elsewhere and give its folder"
-        ) from error
-
-
-def _checked(source: ModelSource) -> ModelSource:
-    if not (source.folder / "config.json").is_file():
-        raise ModelError(f"model: {source.folder} has no config.json; give the folder of a transformers checkpoint")
-    if not source.weight_files():
-        pickled = [p.name for p in source.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        hint = f"; {pickled[0]} is pickled and is not loaded, convert it to safetensors" if pickled else ""
-        raise ModelError(f"model: {source.folder} has no *.safetensors weights{hint}")
-    return source
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        ModelError: it cannot be read.
+        ModelError: the checkpoint is not there or has no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
 
+    if isinstance(source, str):
+        source = resolve_model(source, revision)
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"model: the tokenizer of {source.display_name} cannot be read ({_reason(error)})") from error
+        raise ModelError(f"model: {source.folder} has no tokenizer that can be read ({reason(error)})") from error
 
 
-def load_model(source: ModelSource, *, dtype: str, device: str) -> nn.Module:
+def load_model(
+    source: ModelSource | str,
+    *,
+    revision: str = "",
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+) -> nn.Module:
     """A causal language model in evaluation mode with frozen weights.
 
+    Args:
+        source: as :func:`resolve_model` returns it, or a name for it.
+        revision: of a name that is a hub id.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` as in :func:`pick_dtype`.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``.
+        device_map: spreads the blocks over several GPUs, as transformers takes it; then ``device`` is not used.
+
     Raises:
-        ModelError: unreadable or truncated files, or an architecture that transformers does not know as a causal LM.
-        ResourceError: no GPU for ``cuda``.
+        ModelError: unreadable or incomplete weights, a model that needs code of its own, or one that is not a
+            causal language model.
+        ResourceError: no GPU for ``cuda``, or accelerate is missing for ``device_map``.
+        ConfigError: an unknown dtype or device.
+        torch.OutOfMemoryError: the GPU is too full.
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ResourceError("device: cuda was asked for and no GPU was found; use --device cpu")
-    logging.disable_progress_bar()
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if isinstance(source, str):
+        source = resolve_model(source, revision)
+    if device_map is not None and not _has_accelerate():
+        raise ResourceError("device_map: needs the package accelerate; pip install accelerate")
+    _check_architecture(source)
+    placement = device_map
+    if placement is None and device != "cpu" and _has_accelerate():
+        placement = {"": device}  # straight to the GPU, not by way of main memory
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            low_cpu_mem_usage=True,
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=getattr(torch, dtype),
+                device_map=placement,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ModelError(f"model: {source.folder} cannot be loaded as a causal language model ({_reason(error)})") from error
-    model.to(device)
-    return model.eval().requires_grad_(False)
+        raise ModelError(
+            f"model: {source.folder} cannot be loaded as a causal language model ({reason(error)})"
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random ones
+        raise ModelError(
+            f"model: {source.folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
+            "not a whole causal language model"
+        )
+    if placement is None:
+        model.to(device)
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
 
 
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def _check_architecture(source: ModelSource) -> None:
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = read_config(source)
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        if "auto_map" in values:
+            raise ModelError(
+                f"model: {source.folder} (model_type {kind!r}) needs code of its own, which is never run; "
+                "use a model whose architecture transformers holds"
+            )
+        raise ModelError(
+            f"model: transformers {transformers.__version__} knows no model_type {kind!r} ({source.folder}); "
+            "a newer transformers may"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"model: {source.folder / 'config.json'} is not valid ({reason(error)})") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model: {source.folder} is a {kind} model, not a causal language model")
+
+
+def pick_device(asked: str) -> str:
+    """``asked`` itself, or for ``auto`` ``cuda`` where there is a GPU and else ``cpu``.
+
+    Raises:
+        ConfigError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        ResourceError: that GPU is not there.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        return "cuda" if count else "cpu"
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", asked)
+    if found is None:
+        raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, got {asked!r}")
+    if asked != "cpu" and int(found[1] or 0) >= count:
+        raise ResourceError(f"device: {asked} was asked for and {count or 'no'} GPU was found; use --device cpu")
+    return asked
+
+
+def pick_dtype(asked: str, device: str) -> str:
+    """``asked`` itself, or for ``auto`` ``bfloat16`` on a GPU and ``float32`` on CPU.
+
+    Raises:
+        ConfigError: neither ``auto`` nor one of :data:`DTYPES`.
+    """
+    if asked == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    if asked not in DTYPES:
+        raise ConfigError(f"dtype: must be one of auto, {', '.join(DTYPES)}, got {asked!r}")
+    return asked
+
+
+def _has_accelerate() -> bool:
+    return find_spec("accelerate") is not None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, whose state is put back."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()

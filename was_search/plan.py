@@ -62,7 +62,9 @@ class Plan:
             if value.shape != expected:
                 raise PlanError(f"{name}: shape must be {expected}, got {value.shape}")
             if not np.all(np.isfinite(value)) or value.min() < 0.0:
-                raise PlanError(f"{name}: must be finite and not negative, got {value.min()} to {value.max()}")
+                raise PlanError(
+                    f"{name}: must be finite and not negative, got {value.min()} to {value.max()}"
+                )
         if self.sparsities.max() >= 1.0:
             raise PlanError(f"sparsities: must be under 1, got {self.sparsities.max()}")
         if self.score not in SCORE_KINDS:
@@ -133,7 +135,11 @@ class Plan:
             "achieved": self.achieved,
             "metrics": self.metrics,
             "provenance": self.provenance,
-            "tensors": {"file": TENSORS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)},
+            "tensors": {
+                "file": TENSORS_NAME,
+                "sha256": hashlib.sha256(payload).hexdigest(),
+                "bytes": len(payload),
+            },
         }
         document = json.loads(json.dumps(document))  # as it will be read: keys are text, tuples are lists
         document["sha256"] = _document_hash(document)
@@ -142,7 +148,9 @@ class Plan:
             _write(folder / TENSORS_NAME, payload)
             _write(folder / JSON_NAME, (json.dumps(document, indent=2) + "\n").encode())
         except OSError as error:
-            raise PlanError(f"plan: cannot write {folder} ({error.strerror}); choose another folder") from error
+            raise PlanError(
+                f"plan: cannot write {folder} ({error.strerror}); choose another folder"
+            ) from error
         return folder
 
     @classmethod
@@ -165,7 +173,9 @@ class Plan:
                 )
             payload = tensors_path.read_bytes()
             if hashlib.sha256(payload).hexdigest() != declared["sha256"]:
-                raise PlanError(f"{tensors_path}: sha256 differs from {JSON_NAME}; the plan was changed, export it again")
+                raise PlanError(
+                    f"{tensors_path}: sha256 differs from {JSON_NAME}; the plan was changed, export it again"
+                )
             tensors = load(payload)
             shape = ModelShape.from_json(document["shape"])
             norms = tuple(
@@ -189,7 +199,9 @@ class Plan:
         except PlanError:
             raise
         except FileNotFoundError as error:
-            raise PlanError(f"{tensors_path}: not found; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}") from error
+            raise PlanError(
+                f"{tensors_path}: not found; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
+            ) from error
         except Exception as error:  # safetensors, JSON and numpy each raise their own
             raise PlanError(f"{folder}: not a readable plan ({error}); export it again") from error
 
@@ -213,7 +225,9 @@ def _read_document(folder: Path) -> dict[str, Any]:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         version = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again")
+        raise PlanError(
+            f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again"
+        )
     if document.get("sha256") != _document_hash(document):
         raise PlanError(f"{path}: sha256 does not match its content; the plan was changed, export it again")
     return document

@@ -28,7 +28,9 @@ def levels_figure(best: FloatArray, seeds: dict[str, FloatArray], target: float)
             mode="lines+markers",
             line={"color": _COLOURS.get(name), "dash": "dot" if name == "uniform" else "solid"},
         )
-    figure.add_scatter(y=np.round(best, 4), name="best", mode="lines+markers", line={"color": _COLOURS["best"], "width": 3})
+    figure.add_scatter(
+        y=np.round(best, 4), name="best", mode="lines+markers", line={"color": _COLOURS["best"], "width": 3}
+    )
     figure.update_layout(
         title=f"Levels at a budget of {100 * target:g} %",
         xaxis_title="block",
@@ -63,7 +65,9 @@ def progress_figure(slots: list[Slot]) -> Any:
         if s.state is SlotState.COMPLETE and s.loss_nats is not None:
             best = min(best, perplexity(s.loss_nats))
         trace.append(best if math.isfinite(best) else None)
-    figure.add_scatter(x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best")
+    figure.add_scatter(
+        x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best"
+    )
     figure.update_layout(
         title="Perplexity on the search split",
         xaxis_title="evaluations",

@@ -11,7 +11,15 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -56,7 +64,9 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line for people, shown as it is."""
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
+    ) -> None:
         """A table for people."""
 
     def result(self, value: Mapping[str, Any]) -> None:
@@ -123,7 +133,9 @@ class RichReporter(Reporter):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
+        self.console = console or Console(
+            highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132
+        )
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
@@ -147,7 +159,9 @@ class RichReporter(Reporter):
                 last[:] = [progress]
                 minutes = (time.perf_counter() - started) / 60
                 rate = (progress.finished - first[0]) / minutes if minutes > 0 else 0.0
-                bar.update(task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate))
+                bar.update(
+                    task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate)
+                )
 
             yield show
         if last:
@@ -164,8 +178,12 @@ class RichReporter(Reporter):
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-        table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
+    ) -> None:
+        table = RichTable(
+            title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left"
+        )
         for i, column in enumerate(columns):
             table.add_column(escape(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in rows:
@@ -193,7 +211,9 @@ class RichReporter(Reporter):
 def _figures(progress: StudyProgress, rate: float, *, current: bool = True) -> str:
     parts = []
     if progress.best is not None:
-        parts.append(f"best {progress.best.loss_nats:.4f} nats (ppl {perplexity(progress.best.loss_nats):.3f}, #{progress.best.number})")
+        parts.append(
+            f"best {progress.best.loss_nats:.4f} nats (ppl {perplexity(progress.best.loss_nats):.3f}, #{progress.best.number})"
+        )
     if current and progress.current is not None and progress.current.loss_nats is not None:
         parts.append(f"current {progress.current.loss_nats:.4f}")
     parts.append(f"{rate:.1f} trials/min")

@@ -51,7 +51,9 @@ class EvaluationProtocol:
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length: must be at least 2 tokens, got {self.sequence_length}")
         if not 1 <= self.stride <= self.sequence_length:
-            raise ConfigError(f"stride: must be in [1, sequence_length={self.sequence_length}], got {self.stride}")
+            raise ConfigError(
+                f"stride: must be in [1, sequence_length={self.sequence_length}], got {self.stride}"
+            )
         if self.n_sequences < 1:
             raise ConfigError(f"n_sequences: must be at least 1, got {self.n_sequences}")
         if self.batch_size < 1:
@@ -94,7 +96,11 @@ def content_hash(*parts: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+        return [
+            str(value.dtype),
+            list(value.shape),
+            hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest(),
+        ]
     if isinstance(value, np.generic):
         return value.item()
     if hasattr(value, "to_json"):

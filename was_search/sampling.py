@@ -81,7 +81,9 @@ class Suggester:
         widths = [d.high - d.low for d in space.distributions.values()]  # type: ignore[attr-defined]
         self._sigma = _STEP * float(np.mean(widths))
         self._name: SamplerName = name
-        self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
+        self._study = optuna.create_study(
+            direction="minimize", sampler=make_sampler(name, space, seed, _STEP)
+        )
         self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
         self._trials: dict[int, int] = {}
 

@@ -64,7 +64,10 @@ class ModelShape:
         return weighted / self.block_params
 
     def to_json(self) -> dict[str, Any]:
-        return {"in_features": [list(r) for r in self.in_features], "out_features": [list(r) for r in self.out_features]}
+        return {
+            "in_features": [list(r) for r in self.in_features],
+            "out_features": [list(r) for r in self.out_features],
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelShape:

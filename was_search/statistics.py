@@ -22,7 +22,7 @@ class Interval:
         return self.low > 0.0 or self.high < 0.0
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f} ± {(self.high - self.low) / 2:.4f}"
 
 
 def paired_interval(losses: FloatArray, baseline: FloatArray, confidence: float = 0.95) -> Interval:
@@ -33,7 +33,9 @@ def paired_interval(losses: FloatArray, baseline: FloatArray, confidence: float 
     from scipy.stats import t
 
     if losses.shape != baseline.shape or losses.ndim != 1 or len(losses) < 2:
-        raise ValueError(f"losses: two equal runs of at least 2 are needed, got {losses.shape} and {baseline.shape}")
+        raise ValueError(
+            f"losses: two equal runs of at least 2 are needed, got {losses.shape} and {baseline.shape}"
+        )
     difference = losses - baseline
     mean = float(difference.mean())
     error = float(difference.std(ddof=1)) / float(np.sqrt(len(difference)))

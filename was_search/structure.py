@@ -103,7 +103,8 @@ def _block(name: str, module: nn.Module, wanted: str) -> Block:
     missing = [f"{p}_proj" for p in PROJECTIONS if p not in found]
     if missing:
         raise ModelError(
-            f"{name}: looked for the linear maps {wanted}; missing: {', '.join(missing)}" + _fused_hint(module)
+            f"{name}: looked for the linear maps {wanted}; missing: {', '.join(missing)}"
+            + _fused_hint(module)
         )
     return Block(name, module, found)
 

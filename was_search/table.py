@@ -69,7 +69,9 @@ class Table:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "blocks": [{"levels": b.levels.tolist(), "sparsities": b.sparsities.tolist()} for b in self.blocks],
+            "blocks": [
+                {"levels": b.levels.tolist(), "sparsities": b.sparsities.tolist()} for b in self.blocks
+            ],
         }
 
     @classmethod

@@ -1,4 +1,4 @@
-"""From text to token ids: windows of one length in a fixed shuffled order."""
+"""From text to token ids: windows of one length, spread over the text, in a fixed shuffled order."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from was_search.errors import DataError
+from was_search.errors import ConfigError, DataError
 from was_search.protocol import EvaluationProtocol, TokenSet
 from was_search.shape import IntArray
 from was_search.text import SplitText
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer starts a text with its BOS of its own accord."""
-    if tokenizer.bos_token_id is None:
+    """Whether the tokenizer starts a text with its BOS of its own accord; tried on a text, whatever its flags say."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
         return False
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
+    with_special = tokenizer("a")["input_ids"]
+    without = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return list(with_special[:1]) == [bos] and list(without[:1]) != [bos]
 
 
 def text_ids(text: SplitText, tokenizer: Any) -> IntArray:
@@ -26,54 +28,97 @@ def text_ids(text: SplitText, tokenizer: Any) -> IntArray:
     return np.asarray(ids, np.int64)
 
 
+def windows_available(
+    text: SplitText, tokenizer: Any, *, sequence_length: int = 2048, stride: int | None = None, bos: bool | None = None
+) -> int:
+    """Windows that ``text`` fills: the most sequences :func:`tokenise` can give; 0 if it is too short for one.
+
+    Raises:
+        ConfigError: ``bos`` asked of a tokenizer that has none.
+    """
+    with_bos = _with_bos(tokenizer, bos)
+    return _count(len(text_ids(text, tokenizer)), sequence_length - with_bos, stride or sequence_length)
+
+
 def tokenise(
     text: SplitText,
     tokenizer: Any,
     *,
-    sequence_length: int,
-    stride: int,
-    n_sequences: int,
-    dtype: str,
-    batch_size: int,
-    dense_prefix: int,
-    seed: int,
+    sequence_length: int = 2048,
+    stride: int | None = None,
+    n_sequences: int | None = None,
+    at_most: bool = False,
     bos: bool | None = None,
+    dtype: str = "bfloat16",
+    batch_size: int = 8,
+    dense_prefix: int = 1,
+    seed: int = 0,
 ) -> TokenSet:
-    """Windows of ``text``: at most ``n_sequences``, spread evenly over it, in an order shuffled by ``seed``.
+    """Windows of ``text`` as :class:`TokenSet`, int64 [n_sequences, sequence_length].
 
-    With ``bos`` each window is BOS and ``sequence_length - 1`` tokens of text; None means as the tokenizer does of
-    its own accord. The tail that fills no window is left out.
+    The text is tokenised as a whole without special tokens. Window k starts at text token ``k * stride`` and is
+    ``sequence_length`` tokens, or BOS and ``sequence_length - 1`` tokens; the tail that fills no window is left
+    out. The windows taken are the centres of ``n_sequences`` equal stretches of the text, then shuffled by ``seed``.
+
+    Args:
+        text: one split.
+        tokenizer: a transformers tokenizer.
+        sequence_length: tokens of a sequence, BOS included.
+        stride: text tokens between window starts; None means ``sequence_length``.
+        n_sequences: how many windows; None means all.
+        at_most: take fewer than ``n_sequences`` where the text holds fewer, instead of an error.
+        bos: whether each sequence starts with BOS; None means as the tokenizer does of its own accord.
+        dtype: recorded in the protocol.
+        batch_size: recorded in the protocol.
+        dense_prefix: recorded in the protocol.
+        seed: of the order.
 
     Raises:
-        DataError: the text is too short for one window.
+        DataError: the text is too short for one sequence, or for ``n_sequences``.
+        ConfigError: a value outside its range, or ``bos`` asked of a tokenizer that has none.
     """
-    with_bos = adds_bos(tokenizer) if bos is None else bos
-    if with_bos and tokenizer.bos_token_id is None:
-        raise DataError("bos: asked for, but the tokenizer has no BOS token")
-    ids = text_ids(text, tokenizer)
-    span = sequence_length - int(with_bos)
-    there = (len(ids) - span) // stride + 1 if len(ids) >= span else 0
-    if there < 1:
-        raise DataError(
-            f"data: {text.name} [{text.split}] has {len(ids)} tokens, too short for one sequence of "
-            f"{sequence_length}; give more text or a smaller --sequence-length"
-        )
-    count = min(n_sequences, there)
-    chosen = np.linspace(0, there - 1, count).round().astype(np.int64)
-    chosen = np.random.default_rng(seed).permutation(chosen)
-    windows = np.stack([ids[start : start + span] for start in chosen * stride])
-    if with_bos:
-        windows = np.concatenate([np.full((count, 1), tokenizer.bos_token_id, np.int64), windows], axis=1)
+    with_bos = _with_bos(tokenizer, bos)
     protocol = EvaluationProtocol(
         data=text.name,
         data_hash=text.sha256,
         split=text.split,
         sequence_length=sequence_length,
-        stride=stride,
-        n_sequences=count,
+        stride=sequence_length if stride is None else stride,
+        n_sequences=1 if n_sequences is None else n_sequences,
         bos=with_bos,
         dtype=dtype,
         batch_size=batch_size,
         dense_prefix=dense_prefix,
-    )
-    return TokenSet(protocol, windows)
+    )  # checks the ranges before the text is tokenised
+    ids = text_ids(text, tokenizer)
+    span = sequence_length - with_bos
+    there = _count(len(ids), span, protocol.stride)
+    where = f"data: {text.name} [{text.split}]"
+    if there < 1:
+        raise DataError(
+            f"{where} has {len(ids)} tokens, one sequence needs {span}; give more text or a smaller sequence_length"
+        )
+    wanted = there if n_sequences is None else n_sequences
+    if wanted > there and not at_most:
+        raise DataError(
+            f"{where} has {there} sequences of {sequence_length} tokens, {wanted} were asked for; ask for fewer, "
+            "give more text, or a smaller sequence_length or stride"
+        )
+    count = min(wanted, there)
+    chosen = (2 * np.arange(count, dtype=np.int64) + 1) * there // (2 * count)
+    chosen = np.random.default_rng(seed).permutation(chosen)
+    tokens = np.empty((count, sequence_length), np.int64)
+    if with_bos:
+        tokens[:, 0] = tokenizer.bos_token_id
+    tokens[:, sequence_length - span :] = ids[chosen[:, None] * protocol.stride + np.arange(span)]
+    return TokenSet(EvaluationProtocol(**{**protocol.to_json(), "n_sequences": count}), tokens)
+
+
+def _with_bos(tokenizer: Any, bos: bool | None) -> bool:
+    if bos and tokenizer.bos_token_id is None:
+        raise ConfigError("bos: the tokenizer has no BOS token, so it must be false or left out, got true")
+    return adds_bos(tokenizer) if bos is None else bos
+
+
+def _count(n_tokens: int, span: int, stride: int) -> int:
+    return (n_tokens - span) // stride + 1 if n_tokens >= span else 0

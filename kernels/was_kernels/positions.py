@@ -65,7 +65,7 @@ class DensePrefix:
             raise ModelError("the decoder was called with neither input_ids nor inputs_embeds")
         batch, length = tokens.shape[:2]
         positions = token_positions(given, length, tokens.device)
-        self._flags = (positions < self.prefix).expand(batch, length).reshape(-1)
+        self._flags = (positions < self.prefix).expand(batch, length).reshape(-1).contiguous()
 
     def _after(self, *_: Any) -> None:
         self._flags = None

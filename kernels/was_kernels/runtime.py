@@ -92,9 +92,7 @@ class SparseModel:
                 swap.sparse.count = None
 
 
-def sparsify(
-    model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerprint: str | None = None
-) -> SparseModel:
+def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerprint: str | None = None) -> SparseModel:
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
     Tokens outside the plan's dense prefix have their inputs masked in prefill and decoding alike; one-token

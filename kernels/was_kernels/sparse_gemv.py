@@ -130,9 +130,7 @@ def _require(x: Tensor, weight_t: Tensor, norms: Tensor, bias: Tensor | None, de
     if bias is not None and (bias.shape != (d_out,) or not bias.is_contiguous()):
         raise ValueError(f"bias: contiguous [{d_out}] needed, got {list(bias.shape)}")
     rows = x.shape[0]
-    if dense is not None and (
-        dense.shape != (rows,) or dense.dtype != torch.bool or not dense.is_contiguous()
-    ):
+    if dense is not None and (dense.shape != (rows,) or dense.dtype != torch.bool or not dense.is_contiguous()):
         raise ValueError(f"dense: contiguous bool [{rows}] needed, got {dense.dtype} {list(dense.shape)}")
 
 
@@ -140,8 +138,7 @@ def _require(x: Tensor, weight_t: Tensor, norms: Tensor, bias: Tensor | None, de
     "was::sparse_gemv",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor weight_t, Tensor norms, float threshold, Tensor? bias=None, Tensor? dense=None) "
-        "-> Tensor"
+        "(Tensor x, Tensor weight_t, Tensor norms, float threshold, Tensor? bias=None, Tensor? dense=None) -> Tensor"
     ),
 )
 def _sparse_gemv_op(

@@ -65,7 +65,6 @@ class StudyRecord:
 
 Records = list[StudyRecord]
 Slots = list[Slot]
-Slots = list[Slot]
 
 
 class StudyStore:

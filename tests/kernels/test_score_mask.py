@@ -4,7 +4,10 @@ import pytest
 import torch
 from was_kernels.score_mask import score_mask
 
+from tests.kernels.where import need_kernels
 from was_search.score import masked
+
+need_kernels()
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -66,7 +69,14 @@ def test_nan_and_inf_as_the_reference(device, dtype):
 def test_layouts_are_read_right(device):
     x, norms = case(3, 8, 65, dtype=torch.float32)
     x, norms = x.to(device), norms.to(device)
-    for view in (x[:, 2:], x[:, ::2], x.transpose(0, 1), x[1:2, 3:4], x.expand(2, 3, 8, 65), x[:, :, 5:][..., ::2]):
+    for view in (
+        x[:, 2:],
+        x[:, ::2],
+        x.transpose(0, 1),
+        x[1:2, 3:4],
+        x.expand(2, 3, 8, 65),
+        x[:, :, 5:][..., ::2],
+    ):
         width = view.shape[-1]
         found = score_mask(view, norms[:width], 0.4)
         assert found.is_contiguous()
@@ -95,7 +105,9 @@ def test_the_registered_op(device):
     x, norms = x.to(device), norms.to(device)
     for threshold, dense in ((0.4, None), (0.0, None), (0.4, torch.ones(6, dtype=torch.bool, device=device))):
         arguments = (x, norms, threshold, dense)
-        torch.library.opcheck(torch.ops.was.score_mask.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.was.score_mask.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
         assert same(torch.ops.was.score_mask(*arguments), score_mask(*arguments))
 
 
@@ -110,10 +122,8 @@ def test_refusals(device):
 
 
 @pytest.mark.gpu
-def test_cuda_graph(device):
-    if device.type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
-    x, norms = (t.to(device) for t in case(2, 16, 300, dtype=torch.float16))
+def test_cuda_graph(cuda):
+    x, norms = (t.to(cuda) for t in case(2, 16, 300, dtype=torch.float16))
     score_mask(x, norms, 0.4)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -8,9 +8,13 @@ from torch import Tensor
 from was_kernels.reference import sparse_gemv_reference
 from was_kernels.sparse_gemv import Tiling, _launch, choose_tiling, sparse_gemv
 
+from tests.kernels.where import need_kernels
+
+need_kernels()
+
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-SHAPES = [(33, 1), (127, 65), (300, 200), (64, 128), (1, 7), (513, 96)]
+SHAPES = [(33, 1), (127, 65), (300, 200), (64, 128), (1, 7)]
 
 
 @dataclass
@@ -56,7 +60,14 @@ class Case:
 
 
 def case(
-    rows: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device, *, bias: bool = False, seed: int = 0
+    rows: int,
+    d_in: int,
+    d_out: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    bias: bool = False,
+    seed: int = 0,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, d_in, generator=generator).to(dtype)
@@ -71,7 +82,7 @@ def case(
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 17])
 def test_against_float64(device, dtype, d_in, d_out, rows):
     c = case(rows, d_in, d_out, dtype, device, bias=rows % 2 == 1)
-    for sparsity in (0.0, 0.5, 0.9):
+    for sparsity in (0.0, 0.6) if rows < 16 else (0.9,):
         threshold = c.quantile(sparsity) if sparsity else 0.0
         found = sparse_gemv(c.x, c.weight_t, c.norms, threshold, c.bias)
         c.check(found, threshold)
@@ -133,7 +144,11 @@ def test_nan_and_inf(device, rows, dtype):
 def test_dense_rows_keep_every_channel(device, rows):
     c = case(rows, 127, 65, torch.float32, device, bias=True)
     threshold = c.quantile(0.7)
-    for flags in (torch.ones(rows, dtype=torch.bool), torch.arange(rows) % 2 == 0, torch.zeros(rows, dtype=torch.bool)):
+    for flags in (
+        torch.ones(rows, dtype=torch.bool),
+        torch.arange(rows) % 2 == 0,
+        torch.zeros(rows, dtype=torch.bool),
+    ):
         dense = flags.to(device)
         found = sparse_gemv(c.x, c.weight_t, c.norms, threshold, c.bias, dense)
         c.check(found, threshold, dense)
@@ -144,7 +159,12 @@ def test_dense_rows_keep_every_channel(device, rows):
 def test_the_cut_does_not_matter(device, rows):
     c = case(rows, 300, 200, torch.float32, device, bias=True)
     threshold = c.quantile(0.5)
-    for tiling in (Tiling(64, 16, 19, 1, 4), Tiling(32, 32, 1, 10, 4), Tiling(256, 64, 2, 3, 4), Tiling(64, 32, 7, 2, 8)):
+    for tiling in (
+        Tiling(64, 16, 19, 1, 4),
+        Tiling(32, 32, 1, 10, 4),
+        Tiling(256, 64, 2, 3, 4),
+        Tiling(64, 32, 7, 2, 8),
+    ):
         c.check(_launch(c.x, c.weight_t, c.norms, threshold, c.bias, None, tiling), threshold)
 
 
@@ -179,7 +199,9 @@ def test_strided_inputs(device):
     columns = c.x.t().contiguous().t()
     assert columns.stride() == (1, 4)
     assert torch.equal(sparse_gemv(columns, c.weight_t, c.norms, 4.0), expected)
-    assert torch.equal(sparse_gemv(columns[1:2], c.weight_t, c.norms, 4.0), sparse_gemv(c.x[1:2], c.weight_t, c.norms, 4.0))
+    assert torch.equal(
+        sparse_gemv(columns[1:2], c.weight_t, c.norms, 4.0), sparse_gemv(c.x[1:2], c.weight_t, c.norms, 4.0)
+    )
     assert sparse_gemv(c.x[:0], c.weight_t, c.norms, 4.0).shape == (0, 33)
 
 
@@ -216,10 +238,8 @@ def test_refusals(device):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("d_in", "d_out"), [(4096, 4096), (4096, 11008), (11008, 4096)])
-def test_cuda_graph_at_model_size(device, rows, dtype, d_in, d_out):
-    if device.type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
-    c = case(rows, d_in, d_out, dtype, device)
+def test_cuda_graph_at_model_size(cuda, rows, dtype, d_in, d_out):
+    c = case(rows, d_in, d_out, dtype, cuda)
     threshold = c.quantile(0.6)
     weight_t = c.weight_t
     sparse_gemv(c.x, weight_t, c.norms, threshold)  # compiles

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
 from was_search.protocol import EvaluationProtocol, TokenSet
 from was_search.shape import IntArray
 from was_search.structure import Structure, find_structure
@@ -20,7 +21,7 @@ VOCABULARY = 61
 
 
 def build_llama(dtype: torch.dtype = torch.float32, n_blocks: int = 3, seed: int = 0) -> nn.Module:
-    """Three blocks, 4 heads on 2 key-value heads, widths 16 and 24; weights large enough that masks matter."""
+    """Three blocks, 4 heads on 2 key-value heads, widths 16 and 24; weights so large that masks matter."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

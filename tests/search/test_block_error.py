@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+
 from was_search.block_error import block_error, capture_inputs
 from was_search.calibration import histogram_pass
 from was_search.masking import structure_norms
@@ -28,8 +29,8 @@ def test_inputs_are_those_of_the_dense_model(llama, structure, tokens, block):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_error_against_zeroed_weights(llama, structure, tokens, calibrated, prefix):
-    """Masking whole channels that are small everywhere equals zeroing weight columns, where thresholds say so."""
+def test_error_against_an_edited_block(llama, structure, tokens, calibrated, prefix):
+    """A copy of the block whose maps zero their own small inputs, summed up in float64."""
     norms, dense = calibrated
     inputs = capture_inputs(llama, structure, 1, tokens, 4)
     error = block_error(structure, norms, 1, inputs, dense, dense_prefix=prefix)
@@ -60,9 +61,7 @@ def test_error_against_zeroed_weights(llama, structure, tokens, calibrated, pref
 
 def test_no_sparsity_has_no_error_and_more_has_more(llama, structure, tokens, calibrated):
     norms, dense = calibrated
-    error = block_error(
-        structure, norms, 0, capture_inputs(llama, structure, 0, tokens, 5), dense, dense_prefix=1
-    )
+    error = block_error(structure, norms, 0, capture_inputs(llama, structure, 0, tokens, 5), dense, dense_prefix=1)
     assert error(np.zeros(7)) == 0.0
     assert 0.0 < error(np.full(7, 0.2)) < error(np.full(7, 0.6)) < error(np.full(7, 0.9))
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+
 from was_search.budget import project
 from was_search.errors import InfeasibleError
 
@@ -52,7 +53,7 @@ def test_common_bounds_keep_the_order(problem):
 
 @given(problems())
 def test_optimality_conditions(problem):
-    """Nearest point: one shift for all free coordinates, a smaller one at the lower bound, a greater at the upper."""
+    """Nearest point: one shift for all free coordinates; bounds hold back those that would go further."""
     raw, weights, target, upper = problem
     levels = project(raw, weights, target, 0.0, upper)
     moved = levels - raw
@@ -87,9 +88,7 @@ def test_nearest_point_against_slsqp(seed):
 
 
 def test_a_point_of_the_budget_stays():
-    np.testing.assert_allclose(
-        project([0.2, 0.5, 0.8], [1, 2, 1], 0.5, 0.0, 1.0), [0.2, 0.5, 0.8], atol=1e-15
-    )
+    np.testing.assert_allclose(project([0.2, 0.5, 0.8], [1, 2, 1], 0.5, 0.0, 1.0), [0.2, 0.5, 0.8], atol=1e-15)
 
 
 @pytest.mark.parametrize(("target", "expected"), [(0.0, [0.0, 0.0]), (0.75, [0.9, 0.6])])

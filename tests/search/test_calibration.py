@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from was_search.calibration import histogram_pass, operating_point
 from was_search.evaluation import evaluate_thresholds
 from was_search.histogram import Histograms, bin_counts
@@ -44,7 +45,7 @@ def test_converges_where_one_pass_overshoots():
     assert abs(SHAPE.sparsity(achieved) - 0.6) <= 5e-4
     assert np.abs(achieved - wanted).max() <= 5e-3
     assert len(model.asked) == passes < 15  # one projection settles a pass at the latest
-    # What is returned belongs together: these thresholds were in force, and gave these histograms and figures.
+    # What is returned belongs together: the thresholds in force gave these histograms and figures.
     np.testing.assert_array_equal(thresholds, model.asked[-1])
     again, counted = FakeModel()(thresholds)
     np.testing.assert_array_equal(again.counts, histograms.counts)
@@ -126,10 +127,8 @@ def test_a_tiny_model_meets_its_nominal_sparsity(llama, structure, tokens, make_
     assert not none.any()
     wanted = np.full((3, 7), 0.6)
     once = run_pass(dense.thresholds(wanted))[1]
-    # 2,560 channels a projection in bins 0.8 % wide: a step of counting is 4e-4, a bin's content a few of them.
-    _, thresholds, achieved, passes = operating_point(
-        run_pass, dense, wanted, shape, tolerance=1e-3, max_passes=25
-    )
+    # 2,560 channels a projection in bins 0.8 % wide: counts step by 4e-4, and a bin holds a few of them.
+    _, thresholds, achieved, passes = operating_point(run_pass, dense, wanted, shape, tolerance=1e-3, max_passes=25)
     assert passes < 25
     assert abs(shape.sparsity(achieved) - 0.6) <= 1e-3
     assert np.abs(achieved - wanted).max() <= 1e-2 < np.abs(once - wanted).max()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from was_search.early_stop import MIN_SEQUENCES, is_worse
 
 RNG = np.random.default_rng(0)
@@ -26,7 +27,7 @@ def test_signed_ranks_by_brute_force():
 
 
 def test_false_positives_over_the_whole_way():
-    """Equal candidates: 14 looks of 1 % each, strongly correlated. About 4 % are stopped; 8 % would be wrong."""
+    """Equal candidates, 14 correlated looks of 1 % each: about 4 % are stopped; 8 % would be wrong."""
     rng = np.random.default_rng(1)
     stopped = sum(stops(INCUMBENT + rng.normal(0, 0.05, 64), INCUMBENT) for _ in range(300))
     assert stopped / 300 < 0.08  # three standard errors above 0.045

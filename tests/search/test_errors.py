@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+
 from was_search import errors
 
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from was_search import evaluation
 from was_search.calibration import histogram_pass
 from was_search.errors import InfeasibleError
@@ -25,9 +26,7 @@ def test_losses_against_transformers(llama, structure, tokens, make_data, stride
     predicted = min(stride, 16)
     with torch.inference_mode():
         expected = [transformers_loss(llama, sequence, predicted) for sequence in tokens]
-    np.testing.assert_allclose(
-        found.losses, expected, rtol=1e-5
-    )  # float32, one sequence a batch against four
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)  # float32, one sequence a batch against four
     assert found.tokens == 10 * predicted
     assert found.loss_nats == pytest.approx(np.mean(expected), rel=1e-5)
     assert not found.stopped_early
@@ -104,9 +103,7 @@ def test_a_loss_that_is_not_a_number_is_reported(make_llama, structure, tokens, 
 
     model = make_llama()
     model.lm_head.weight[3, 3] = float("nan")
-    found = evaluate_thresholds(
-        model, find_structure(model), structure_norms(structure, "l2"), make_data(tokens), None
-    )
+    found = evaluate_thresholds(model, find_structure(model), structure_norms(structure, "l2"), make_data(tokens), None)
     assert np.isnan(found.loss_nats)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.spatial import ConvexHull
+
 from was_search.errors import InfeasibleError
 from was_search.greedy import block_path, convex_hull, path, spend
 from was_search.pricing import DEFAULT_GRID
@@ -21,9 +22,7 @@ def problem(seed: int, L: int = 2, grid: np.ndarray = GRID) -> tuple[np.ndarray,
     """Rising prices that are not convex, as sampled ones are not, and a grouped-query shape."""
     rng = np.random.default_rng(seed)
     prices = np.zeros((L, 7, len(grid)))
-    prices[..., 1:] = np.cumsum(
-        rng.exponential(rng.uniform(0.1, 3, (L, 7, 1)), (L, 7, len(grid) - 1)), axis=-1
-    )
+    prices[..., 1:] = np.cumsum(rng.exponential(rng.uniform(0.1, 3, (L, 7, 1)), (L, 7, len(grid) - 1)), axis=-1)
     widths = [int(w) for w in rng.integers(2, 9, 3)]
     d, kv, ff = 2 * widths[0], widths[1], 3 * widths[2]
     return prices, ModelShape(((d, d, d, d, d, d, ff),) * L, ((d, kv, kv, d, ff, ff, d),) * L)
@@ -67,9 +66,7 @@ def test_spend_against_a_linear_program(seed, target):
     assert shape.sparsity(found) == pytest.approx(target, abs=1e-13)
     assert np.all((found >= 0) & (found <= 0.9))
     # HiGHS solves to a feasibility of 1e-7, times slopes of up to about 50.
-    assert hull_cost(prices, GRID, found) == pytest.approx(
-        linear_program(prices, GRID, shape.params, target), abs=1e-5
-    )
+    assert hull_cost(prices, GRID, found) == pytest.approx(linear_program(prices, GRID, shape.params, target), abs=1e-5)
 
 
 def test_spend_is_no_worse_than_any_point_of_the_grid():
@@ -101,7 +98,7 @@ def bounds_of(seed: int, L: int) -> tuple[np.ndarray, np.ndarray]:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_spend_between_bounds_against_a_linear_program(seed, share):
-    """The curve between two bounds is linear between grid points: the hull is that of the points inside it."""
+    """Curves are linear between grid points: the hull is that of the bounds and the points inside."""
     prices, shape = problem(seed)
     prices -= np.random.default_rng(seed).uniform(0, 3) * GRID  # such as at a sparse point, where some fall
     low, high = bounds_of(seed, 2)
@@ -118,9 +115,7 @@ def test_spend_between_bounds_against_a_linear_program(seed, share):
         x, y = fine[within], curve[within]
         cost += hull_cost(y[None], x, np.clip([s], x[0], x[-1])) if len(x) > 1 else y[0]
     dear = np.where(inside, curves, 1e4).reshape(2, 7, -1)
-    assert cost == pytest.approx(
-        linear_program(dear, fine, shape.params, target), abs=1e-4
-    )  # HiGHS, as above
+    assert cost == pytest.approx(linear_program(dear, fine, shape.params, target), abs=1e-4)  # HiGHS, as above
 
 
 @settings(deadline=None, max_examples=40)

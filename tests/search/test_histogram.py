@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
 from was_search.errors import InfeasibleError, StorageError
 from was_search.histogram import N_BINS, Histograms, bin_counts, bin_edges
 
@@ -64,7 +65,7 @@ def test_thresholds_of_many_scores_against_numpy(sparsity):
     found = threshold(scores, sparsity)
     exact = float(np.quantile(scores.astype(np.float64), sparsity))
     assert abs(found - exact) <= BIN_WIDTH * exact
-    # Inside a bin the density hardly changes, so interpolation is far better than the bin: measured under 1e-4.
+    # Inside a bin the density hardly changes: interpolation is far better than the bin, under 1e-4.
     assert np.mean(scores < found) == pytest.approx(sparsity, abs=3e-4)
 
 
@@ -79,9 +80,7 @@ def test_ties_share_a_bin():
 
 def test_zeros_are_dropped_first():
     scores = np.concatenate([np.zeros(70), np.full(30, 5.0)]).astype(np.float32)
-    assert (
-        0.0 < threshold(scores, 0.5) < 1e-38
-    )  # inside the bin of zero: above every zero, under everything else
+    assert 0.0 < threshold(scores, 0.5) < 1e-38  # inside the bin of zero: above every zero, under everything else
     assert threshold(scores, 0.71) > 5.0
 
 
@@ -102,9 +101,7 @@ def test_shards_add_up_in_any_order():
 
 
 def test_each_projection_has_its_own_threshold():
-    counts = (
-        torch.stack([bin_counts(torch.full((4,), 2.0**p)) for p in range(14)]).numpy().reshape(2, 7, N_BINS)
-    )
+    counts = torch.stack([bin_counts(torch.full((4,), 2.0**p)) for p in range(14)]).numpy().reshape(2, 7, N_BINS)
     found = Histograms(counts).thresholds(np.full((2, 7), 0.5)).ravel()
     expected = np.array([2.0**p * (1 + BIN_WIDTH / 2) for p in range(14)])  # the middle of the bin
     np.testing.assert_allclose(found, expected, rtol=1e-7)  # float32
@@ -112,9 +109,7 @@ def test_each_projection_has_its_own_threshold():
 
 def test_scores_that_are_not_finite_are_counted_above_all_others():
     negative_nan = torch.tensor(float("inf")) * torch.tensor(0.0)  # carries a sign bit on x86
-    scores = torch.stack(
-        [torch.tensor(1.0), torch.tensor(float("inf")), negative_nan, torch.tensor(float("nan"))]
-    )
+    scores = torch.stack([torch.tensor(1.0), torch.tensor(float("inf")), negative_nan, torch.tensor(float("nan"))])
     counts = bin_counts(scores)
     assert counts.sum() == 4
     assert counts[0x7F80:].sum() == 3
@@ -124,9 +119,7 @@ def test_scores_that_are_not_finite_are_counted_above_all_others():
 def test_refuses_a_quantile_among_scores_that_are_not_finite(bad):
     histogram = of(np.array([1.0, bad, bad], np.float32))
     assert histogram.thresholds(np.full((1, 7), 0.3))[0, 0] < 1.01
-    with pytest.raises(
-        InfeasibleError, match="scores of block 0, projection 0 are not finite at sparsity 0.5"
-    ):
+    with pytest.raises(InfeasibleError, match=r"scores of block 0, projection 0 are not finite at sparsity 0\.5"):
         histogram.thresholds(np.full((1, 7), 0.5))
 
 
@@ -169,7 +162,7 @@ def test_pickles_hold_the_counts_alone():
 
 def test_refuses_damaged_bytes():
     payload = of(np.ones(3)).to_bytes()
-    with pytest.raises(StorageError, match="cached histograms are damaged: .* calibrate again"):
+    with pytest.raises(StorageError, match=r"cached histograms are damaged: .* calibrate again"):
         Histograms.from_bytes(b"x" + payload, 1)
     size = 7 * N_BINS * 8
     for wrong, n_blocks in [
@@ -178,7 +171,5 @@ def test_refuses_damaged_bytes():
         (zlib.compress(b"\0" * (size + 8)), 1),
         (b"", 1),
     ]:
-        with pytest.raises(
-            StorageError, match=rf"{n_blocks * size} bytes expected for {n_blocks} blocks, got \d+"
-        ):
+        with pytest.raises(StorageError, match=rf"{n_blocks * size} bytes expected for {n_blocks} blocks, got \d+"):
             Histograms.from_bytes(wrong, n_blocks)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
 from was_search.masking import Masking, structure_norms
 from was_search.score import column_norms
 from was_search.structure import find_structure
@@ -35,9 +36,7 @@ class Edited(nn.Module):
 def edited_copy(model, thresholds, kind, prefix):
     model = copy.deepcopy(model)
     for b, layer in enumerate(model.model.layers):
-        names = [(layer.self_attn, n) for n in ("q", "k", "v", "o")] + [
-            (layer.mlp, n) for n in ("gate", "up", "down")
-        ]
+        names = [(layer.self_attn, n) for n in ("q", "k", "v", "o")] + [(layer.mlp, n) for n in ("gate", "up", "down")]
         for p, (parent, name) in enumerate(names):
             linear = getattr(parent, f"{name}_proj")
             norms = column_norms(linear.weight, kind)
@@ -98,9 +97,7 @@ def test_no_thresholds_changes_nothing_and_counts_nothing(llama, structure, toke
 def test_everything_dropped(llama, structure, tokens):
     with (
         torch.inference_mode(),
-        Masking(
-            structure, structure_norms(structure, "l2"), np.full((3, 7), 1e9, np.float32), count=True
-        ) as masking,
+        Masking(structure, structure_norms(structure, "l2"), np.full((3, 7), 1e9, np.float32), count=True) as masking,
     ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
     np.testing.assert_array_equal(masking.achieved(), np.ones((3, 7)))
@@ -125,9 +122,7 @@ def test_the_observer_sees_scores_before_masking_outside_the_prefix(llama, struc
     norms = structure_norms(structure, "none")
     with (
         torch.inference_mode(),
-        Masking(
-            structure, norms, thresholds, dense_prefix=2, observer=lambda b, p, s: seen.setdefault((b, p), s)
-        ),
+        Masking(structure, norms, thresholds, dense_prefix=2, observer=lambda b, p, s: seen.setdefault((b, p), s)),
     ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
     assert set(seen) == {(b, p) for b in range(3) for p in range(7)}

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
+
 from was_search.plots import levels_figure, progress_figure
 from was_search.slots import Slot, SlotState
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+
 from was_search.calibration import histogram_pass
 from was_search.masking import structure_norms
 from was_search.pricing import DEFAULT_GRID, price_sums
@@ -19,7 +20,7 @@ def level_thresholds(model, structure, norms, tokens):
 
 
 def brute_force(model, structure, norms, tokens, thresholds, prefix, predicted, present=None):
-    """Every sequence alone, every level by masking the input and multiplying it out; g by autograd on the outputs.
+    """Every sequence alone, every level by masking the input and multiplying it out; g by autograd.
 
     ``present`` [L, 7] are the thresholds of a sparse point, from which changes count to first order too.
     """
@@ -28,7 +29,7 @@ def brute_force(model, structure, norms, tokens, thresholds, prefix, predicted, 
         inputs, outputs, handles = {}, {}, []
         for b, p, linear in structure.linears():
 
-            def hook(linear, args, out, key=(b, p)):
+            def hook(linear, args, out, key=(b, p), inputs=inputs, outputs=outputs):
                 x = args[0]
                 inputs[key] = x.detach()
                 if present is not None:
@@ -79,8 +80,8 @@ def test_prices_against_brute_force(make_llama, tokens, dtype, prefix, predicted
     expected = brute_force(model, structure, norms, tokens, thresholds, prefix, predicted)
     assert np.all(expected[..., 1:] > 0)
     assert not sums[..., 0].any()
-    # g . dy is summed in float32 over at most 24 channels with cancellation, then squared: a relative error of
-    # 1e-3 on the sum over 160 tokens covers it; in float32 the backward pass adds its own rounding.
+    # g . dy is summed in float32 over at most 24 channels with cancellation, then squared: a relative error
+    # of 1e-3 on the sum over 160 tokens covers it; in float32 the backward pass adds its own rounding.
     np.testing.assert_allclose(sums, expected, rtol=1e-3, atol=1e-7 * expected.max())
 
 
@@ -122,9 +123,7 @@ def test_shards_add_up_whatever_the_batch(llama, structure, tokens):
     whole, n = run(tokens, 10)
     parts = [run(tokens[:3], 2), run(tokens[3:], 5)]
     assert sum(part[1] for part in parts) == n
-    np.testing.assert_allclose(
-        sum(part[0] for part in parts), whole, rtol=1e-3
-    )  # as above: float32, other batches
+    np.testing.assert_allclose(sum(part[0] for part in parts), whole, rtol=1e-3)  # as above: float32, other batches
 
 
 def test_a_masked_prefix_costs_nothing(llama, structure, tokens):
@@ -143,20 +142,16 @@ def test_leaves_no_gradients_and_no_hooks(make_llama, tokens):
     structure = find_structure(model)
     norms = structure_norms(structure, "l2")
     thresholds = level_thresholds(model, structure, norms, tokens)
-    sums, _ = price_sums(
-        model, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=1, predicted=16
-    )
+    sums, _ = price_sums(model, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=1, predicted=16)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_pre_hooks or m._backward_hooks or m._forward_hooks for m in model.modules())
     frozen = model.requires_grad_(False)
-    again, _ = price_sums(
-        frozen, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=1, predicted=16
-    )
+    again, _ = price_sums(frozen, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=1, predicted=16)
     np.testing.assert_array_equal(sums, again)
 
 
 def test_prices_predict_the_loss_of_small_sparsities(make_llama, tokens):
-    """What the price is for: it ranks projections as the KL of masking each alone does, where that is small."""
+    """What the price is for: it ranks projections as the KL of masking each alone does."""
     model = make_llama(torch.float64)
     structure = find_structure(model)
     norms = structure_norms(structure, "l2")
@@ -169,9 +164,7 @@ def test_prices_predict_the_loss_of_small_sparsities(make_llama, tokens):
             probabilities = model(input_ids=ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
     sampled = ids.numpy()
-    sums, n = price_sums(
-        model, structure, norms, sampled, thresholds, batch_size=50, dense_prefix=1, predicted=12
-    )
+    sums, n = price_sums(model, structure, norms, sampled, thresholds, batch_size=50, dense_prefix=1, predicted=12)
     from was_search.masking import Masking
 
     divergence = np.zeros((3, 7))

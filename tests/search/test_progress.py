@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from rich.console import Console
+
 from was_search.progress import JsonReporter, Reporter, RichReporter
 from was_search.slots import Slot, SlotState
 

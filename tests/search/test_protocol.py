@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from was_search.errors import ConfigError
 from was_search.protocol import Evaluation, EvaluationProtocol, content_hash, perplexity
 from was_search.shape import ModelShape
@@ -71,7 +72,10 @@ def test_every_rule(name, value, match):
 
 
 def test_hash_is_the_same_in_every_process():
-    code = "import numpy; from was_search.protocol import content_hash as h; print(h('a', 1, {'y': 2, 'x': [0.1]}, numpy.arange(3)))"
+    code = (
+        "import numpy; from was_search.protocol import content_hash\n"
+        "print(content_hash('a', 1, {'y': 2, 'x': [0.1]}, numpy.arange(3)))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

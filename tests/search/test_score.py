@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from was_search.score import SCORE_KINDS, column_norms, masked, scores
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from was_search.greedy import block_path, spend
 from was_search.pricing import DEFAULT_GRID
 from was_search.seeds import REPRICE_RADIUS, baseline_seeds, fisher_seed
@@ -59,6 +60,4 @@ def test_prices_taken_at_a_point_are_trusted_near_it_only(target):
     assert np.abs(seed.sparsities - around).max() <= REPRICE_RADIUS + 1e-12
     assert np.abs(seed.sparsities - around).max() > REPRICE_RADIUS / 2
     assert np.all((seed.sparsities >= 0) & (seed.sparsities <= DEFAULT_GRID[-1]))
-    np.testing.assert_allclose(
-        seed.table.max_levels, DEFAULT_GRID[-1]
-    )  # the search may leave the neighbourhood
+    np.testing.assert_allclose(seed.table.max_levels, DEFAULT_GRID[-1])  # the search may leave the neighbourhood

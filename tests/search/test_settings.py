@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+
 from was_search.errors import ConfigError
 from was_search.settings import Settings, load_settings
 
@@ -99,9 +100,7 @@ def test_every_option_says_its_rule_and_the_value(name, value, rule):
 
 
 def test_a_number_too_large_for_a_float():
-    with pytest.raises(
-        ConfigError, match=r"trial_timeout: must be a number that fits a float, got 10000000\.\.\."
-    ):
+    with pytest.raises(ConfigError, match=r"trial_timeout: must be a number that fits a float, got 10000000\.\.\."):
         Settings(trial_timeout=10**400)
 
 
@@ -126,9 +125,7 @@ def test_refuses_a_file_that_is_not_toml(tmp_path, content):
 
 
 def test_refuses_unknown_options(toml):
-    with pytest.raises(
-        ConfigError, match=r"config: unknown option bogus, run; known: batch_size, .*workers$"
-    ):
+    with pytest.raises(ConfigError, match=r"config: unknown option bogus, run; known: batch_size, .*workers$"):
         load_settings(toml("bogus = 1\n[run]\ntarget = 0.5"), {})
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from was_search.errors import ModelError
 from was_search.shape import PROJECTIONS, ModelShape
 
@@ -34,9 +35,7 @@ def test_sparsity_counts_parameters_one_by_one():
             dropped += IN[b][p] * OUT[b][p] * sparsities[b, p]
     assert shape.sparsity(sparsities) == pytest.approx(dropped / total, rel=1e-14)  # order of the sum only
     levels = shape.levels(sparsities)
-    assert (levels * shape.block_params).sum() / shape.block_params.sum() == pytest.approx(
-        dropped / total, rel=1e-14
-    )
+    assert (levels * shape.block_params).sum() / shape.block_params.sum() == pytest.approx(dropped / total, rel=1e-14)
 
 
 def test_equal_sparsities_give_that_level():

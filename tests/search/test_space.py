@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from was_search.errors import InfeasibleError
 from was_search.pricing import DEFAULT_GRID
 from was_search.seeds import fisher_seed
@@ -18,6 +21,7 @@ SHAPE = ModelShape(
 )
 
 
+@functools.cache
 def fisher_space(target: float = 0.6, radius: float = 0.2) -> LevelSpace:
     rng = np.random.default_rng(0)
     prices = rng.exponential(1, (L, 7, 1)) * DEFAULT_GRID**2

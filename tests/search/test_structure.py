@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+
 from was_search.errors import ModelError
 from was_search.shape import PROJECTIONS
 from was_search.structure import find_structure
@@ -70,16 +71,14 @@ def test_refuses_gpt2():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     )
-    with pytest.raises(
-        ModelError, match=rf"GPT2LMHeadModel: no list .* {WANTED} was found; .*\(c_attn, c_fc\)"
-    ):
+    with pytest.raises(ModelError, match=rf"GPT2LMHeadModel: no list .* {WANTED} was found; .*\(c_attn, c_fc\)"):
         find_structure(model)
 
 
 def test_refuses_fused_projections():
     match = (
-        rf"model\.layers\.0: looked for the linear maps {WANTED}; missing: q_proj, k_proj, v_proj, gate_proj, "
-        r"up_proj; it has fused maps \(gate_up_proj, qkv_proj\), which are not supported"
+        rf"model\.layers\.0: looked for the linear maps {WANTED}; missing: q_proj, k_proj, v_proj, "
+        r"gate_proj, up_proj; it has fused maps \(gate_up_proj, qkv_proj\), which are not supported"
     )
     with pytest.raises(ModelError, match=match):
         find_structure(build("Phi3"))
@@ -103,18 +102,14 @@ def test_refuses_fused_projections():
     ],
 )
 def test_refuses_a_mixture_of_experts(family, extra):
-    with pytest.raises(
-        ModelError, match=rf"mixture of experts; only models with the seven projections {WANTED}"
-    ):
+    with pytest.raises(ModelError, match=rf"mixture of experts; only models with the seven projections {WANTED}"):
         find_structure(build(family, **extra))
 
 
 def test_refuses_a_projection_that_occurs_twice():
     model = build("Llama")
     model.model.layers[1].extra = nn.ModuleDict({"up_proj": nn.Linear(4, 4)})
-    with pytest.raises(
-        ModelError, match=r"model\.layers\.1: up_proj occurs more than once \(a mixture of experts\?\)"
-    ):
+    with pytest.raises(ModelError, match=r"model\.layers\.1: up_proj occurs more than once \(a mixture of experts\?\)"):
         find_structure(model)
 
 
@@ -126,9 +121,7 @@ def test_refuses_a_model_without_blocks():
 def test_refuses_a_projection_that_is_not_linear():
     model = build("Llama")
     model.model.layers[0].mlp.up_proj = nn.Conv1d(4, 4, 1)
-    with pytest.raises(
-        ModelError, match=r"layers\.0\.mlp\.up_proj: a Conv1d of torch.float32 where a torch.nn.Linear"
-    ):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj: a Conv1d of torch.float32 where a torch.nn.Linear"):
         find_structure(model)
 
 
@@ -142,7 +135,5 @@ def test_refuses_packed_weights_in_a_subclass_of_linear(weight):
     packed = PackedLinear(16, 24, bias=False)
     packed.weight = nn.Parameter(weight, requires_grad=False)
     model.model.layers[1].mlp.up_proj = packed
-    with pytest.raises(
-        ModelError, match=r"a PackedLinear of torch\.\w+ where .*load the checkpoint unquantised"
-    ):
+    with pytest.raises(ModelError, match=r"a PackedLinear of torch\.\w+ where .*load the checkpoint unquantised"):
         find_structure(model)

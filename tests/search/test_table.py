@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from was_search.errors import InfeasibleError
 from was_search.shape import ModelShape
 from was_search.table import BlockTable, Table, uniform_table
@@ -23,9 +24,7 @@ TABLE = Table("greedy", tuple(staircase(params) for params in SHAPE.params))
 @given(st.floats(0, 0.9), st.floats(0, 0.9))
 def test_the_weighted_mean_of_a_row_is_its_level(a, b):
     levels = np.minimum([a, b], TABLE.max_levels)
-    np.testing.assert_allclose(
-        SHAPE.levels(TABLE.sparsities(levels)), levels, atol=1e-14
-    )  # float64 sums of 7
+    np.testing.assert_allclose(SHAPE.levels(TABLE.sparsities(levels)), levels, atol=1e-14)  # float64 sums of 7
 
 
 @given(st.floats(0, 0.9), st.floats(0, 0.9))
@@ -64,9 +63,7 @@ def test_refuses_levels_that_do_not_rise(levels):
         BlockTable(np.array(levels), np.zeros((2, 7)))
 
 
-@pytest.mark.parametrize(
-    ("levels", "rows"), [((2,), (3, 7)), ((2,), (2, 6)), ((0,), (0, 7)), ((1, 1), (1, 7))]
-)
+@pytest.mark.parametrize(("levels", "rows"), [((2,), (3, 7)), ((2,), (2, 6)), ((0,), (0, 7)), ((1, 1), (1, 7))])
 def test_refuses_other_shapes(levels, rows):
     with pytest.raises(InfeasibleError, match=r"block table: shapes \[rows\] and \[rows, 7\] needed, got"):
         BlockTable(np.zeros(levels), np.zeros(rows))

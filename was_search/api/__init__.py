@@ -1,7 +1,7 @@
 """The steps as plain functions of a Context: the composition root.
 
-    with Context(Settings(model="meta-llama/Llama-3.2-1B", data="wikitext2"), RichReporter()) as context:
-        result = run(context)
+with Context(Settings(model="meta-llama/Llama-3.2-1B", data="wikitext2"), RichReporter()) as context:
+    result = run(context)
 """
 
 from was_search.api.calibrate import calibrate, operating_point

@@ -46,7 +46,9 @@ def calibrate(context: Context) -> Calibration:
     """Histograms of the dense model's scores; cached by model, score and calibration protocol."""
     started = time.perf_counter()
     settings = context.settings
-    key = content_hash("histograms", 1, context.fingerprint, settings.score, context.tokens("calibration").protocol)
+    key = content_hash(
+        "histograms", 1, context.fingerprint, settings.score, context.tokens("calibration").protocol
+    )
     found = context.cache.get("histograms", key)
     if found is not None:
         shape = ModelShape.from_json(found.meta["shape"])
@@ -60,12 +62,16 @@ def calibrate(context: Context) -> Calibration:
     shape = pool.infos[0].shape
     with context.reporter.phase(f"calibrate on {_describe(context)}", pool.n_workers) as advance:
         histograms, _ = histogram_runner(pool, data, advance=advance)(None)
-    histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))  # non-finite scores are refused here, not in a trial
+    histograms.thresholds(
+        np.full((shape.n_blocks, 7), 0.5)
+    )  # non-finite scores are refused here, not in a trial
     context.cache.put("histograms", key, histograms.to_bytes(), {"shape": shape.to_json()})
     return Calibration(key, shape, histograms)
 
 
-def operating_point(context: Context, calibration: Calibration, sparsities: FloatArray, name: str) -> OperatingPoint:
+def operating_point(
+    context: Context, calibration: Calibration, sparsities: FloatArray, name: str
+) -> OperatingPoint:
     """Histograms at the vector called ``name``, re-taken until what is nominal is achieved; cached by vector."""
     from was_search import calibration as maths
 

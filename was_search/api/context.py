@@ -20,12 +20,13 @@ from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
 
 if TYPE_CHECKING:
-    from was_search.model import ModelSource
-    from was_search.text import SplitText
     from was_storage.cache import ArtifactCache
     from was_storage.database import Database
     from was_workers.cluster import Cluster
     from was_workers.pool import Pool
+
+    from was_search.model import ModelSource
+    from was_search.text import SplitText
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Context:
         address = os.environ.get("RAY_ADDRESS", "local") if settings.ray == "auto" else settings.ray
         if settings.device == "cpu":
             if settings.gpus_per_worker > 0:
-                raise ResourceError(f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}")
+                raise ResourceError(
+                    f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}"
+                )
             gpus = 0
         elif address == "local":
             import torch
@@ -115,14 +118,26 @@ class Context:
             gpus = int(self.cluster.gpus)
         wants_gpu = settings.device == "cuda" or settings.gpus_per_worker > 0
         if wants_gpu and not gpus:
-            asked = "--device cuda" if settings.device == "cuda" else f"--gpus-per-worker {settings.gpus_per_worker:g}"
+            asked = (
+                "--device cuda"
+                if settings.device == "cuda"
+                else f"--gpus-per-worker {settings.gpus_per_worker:g}"
+            )
             raise ResourceError(
                 f"{asked} was asked for and no GPU was found; 'was-search doctor' tells what this machine has, "
                 "--device cpu runs without one"
             )
-        device = "cuda" if wants_gpu or (settings.device == "auto" and gpus and settings.gpus_per_worker != 0) else "cpu"
-        share = 0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
-        dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+        device = (
+            "cuda"
+            if wants_gpu or (settings.device == "auto" and gpus and settings.gpus_per_worker != 0)
+            else "cpu"
+        )
+        share = (
+            0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
+        )
+        dtype = (
+            settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+        )
         return Placement(device, share, dtype)
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,5 +48,3 @@ def demo(context: Context, *, prompt: str = "def read_lines(path):\n", max_new_t
     for command in next_commands(context, result.search, result.plan):
         context.reporter.text(f"  {command}")
     return result
-
-

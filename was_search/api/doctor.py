@@ -52,7 +52,12 @@ def _guard(name: str, check: Callable[[], Check]) -> Check:
 
 def _python() -> Check:
     good = sys.version_info >= (3, 11) and platform.system() == "Linux"
-    return Check("Python", good, f"{platform.python_version()} on {platform.system()}", "" if good else "Linux and Python >= 3.11")
+    return Check(
+        "Python",
+        good,
+        f"{platform.python_version()} on {platform.system()}",
+        "" if good else "Linux and Python >= 3.11",
+    )
 
 
 def _packages() -> Check:
@@ -63,7 +68,9 @@ def _packages() -> Check:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    return Check("packages", not missing, ", ".join(found), f"pip install {' '.join(missing)}" if missing else "")
+    return Check(
+        "packages", not missing, ", ".join(found), f"pip install {' '.join(missing)}" if missing else ""
+    )
 
 
 def _gpu() -> Check:
@@ -79,7 +86,11 @@ def _gpu() -> Check:
         return Check("GPU", None, "no CUDA device", advice)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     free, total = torch.cuda.mem_get_info()
-    return Check("GPU", True, f"{', '.join(names)}; {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, CUDA {torch.version.cuda}")
+    return Check(
+        "GPU",
+        True,
+        f"{', '.join(names)}; {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, CUDA {torch.version.cuda}",
+    )
 
 
 def _triton() -> Check:
@@ -94,7 +105,9 @@ def _tasks() -> Check:
     try:
         return Check("lm-eval tasks", True, f"lm-eval {version('lm-eval')}")
     except PackageNotFoundError:
-        return Check("lm-eval tasks", None, "not installed", "for evaluate --tasks: pip install 'was-search[tasks]'")
+        return Check(
+            "lm-eval tasks", None, "not installed", "for evaluate --tasks: pip install 'was-search[tasks]'"
+        )
 
 
 def _postgres(context: Context) -> Check:

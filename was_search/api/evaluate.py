@@ -38,6 +38,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
         PlanError: the plan belongs to another model.
     """
     from was_kernels.mask_op import mask_op_for
+
     from was_search.evaluation import evaluate_thresholds
     from was_search.masking import structure_norms
 
@@ -68,6 +69,7 @@ def evaluate_on_tasks(
 ) -> dict[str, list[TaskResult]]:
     """lm-eval ``tasks`` for the dense model and for ``plan``, side by side: results by ``dense`` and ``plan``."""
     from was_kernels import sparsify
+
     from was_search.model import load_tokenizer
     from was_search.tasks import evaluate_tasks
 
@@ -94,8 +96,7 @@ def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]
     from was_search.structure import find_structure
 
     if plan is not None:
-        with context.reporter.phase("check the plan against the model"):
-            plan.require_model(context.fingerprint, plan.shape)
+        plan.require_model(context.fingerprint, plan.shape)
     placement = context.placement
     with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
         model = load_model(context.source, dtype=placement.dtype, device=placement.device)
@@ -110,9 +111,22 @@ def _show(context: Context, result: PlanEvaluation, plan: Plan | None) -> None:
         "protocol": result.protocol.to_json(),
         "dense": {"loss_nats": result.dense.loss_nats, "perplexity": perplexity(result.dense.loss_nats)},
     }
-    rows = [["dense", "0.00 %", "0.00 %", f"{result.dense.loss_nats:.4f}", f"{perplexity(result.dense.loss_nats):.3f}", ""]]
+    rows = [
+        [
+            "dense",
+            "0.00 %",
+            "0.00 %",
+            f"{result.dense.loss_nats:.4f}",
+            f"{perplexity(result.dense.loss_nats):.3f}",
+            "",
+        ]
+    ]
     if plan is not None and result.sparse is not None and result.achieved is not None:
-        gap = paired_interval(result.sparse.losses, result.dense.losses) if len(result.sparse.losses) > 1 else None
+        gap = (
+            paired_interval(result.sparse.losses, result.dense.losses)
+            if len(result.sparse.losses) > 1
+            else None
+        )
         value["plan"] = {
             "loss_nats": result.sparse.loss_nats,
             "perplexity": perplexity(result.sparse.loss_nats),
@@ -149,7 +163,10 @@ def _show_tasks(context: Context, results: Mapping[str, list[TaskResult]], limit
     columns = ["task", "dense", "plan"][: len(results) + 1]
     context.reporter.table("Tasks", columns, rows, caption=caption)
     context.reporter.result(
-        {"tasks": {name: [{**vars(task)} for task in found] for name, found in results.items()}, "limit": limit}
+        {
+            "tasks": {name: [{**vars(task)} for task in found] for name, found in results.items()},
+            "limit": limit,
+        }
     )
 
 

@@ -70,7 +70,8 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
         calls = [
-            ("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i])) for i in missing
+            ("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i]))
+            for i in missing
         ]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
         pool = context.pool
@@ -94,7 +95,9 @@ def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
 def _key(context: Context, request: Request) -> str:
     protocol = context.tokens(request.split).protocol
     settings, device = context.settings, context.placement.device
-    return content_hash("evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request))
+    return content_hash(
+        "evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request)
+    )
 
 
 def _cached(context: Context, request: Request) -> Evaluation | None:
@@ -106,7 +109,11 @@ def _cached(context: Context, request: Request) -> Evaluation | None:
 
 
 def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
-    meta = {"tokens": evaluation.tokens, "seconds": evaluation.seconds, "achieved": evaluation.achieved.tolist()}
+    meta = {
+        "tokens": evaluation.tokens,
+        "seconds": evaluation.seconds,
+        "achieved": evaluation.achieved.tolist(),
+    }
     context.cache.put("evaluation", _key(context, request), pack_array(evaluation.losses), meta)
 
 
@@ -142,7 +149,11 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     test, dense_search, dense_test = measure(
         context,
         calibration,
-        [Request(chosen.name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
+        [
+            Request(chosen.name, "test", point),
+            Request("dense", "search", None),
+            Request("dense", "test", None),
+        ],
     )
     dense = {"search": dense_search.to_json(context), "test": dense_test.to_json(context)}
     folder = context.default_plan_folder(result.study)
@@ -181,9 +192,10 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
 
 def stored_result(context: Context) -> SearchResult:
     """The study of the settings as it stands in the database, without running anything of it."""
+    from was_storage.studies import StudyStore
+
     from was_search.api.search import study_name
     from was_search.api.seed import seed
-    from was_storage.studies import StudyStore
 
     name = study_name(context)
     store = StudyStore(context.database)
@@ -221,6 +233,8 @@ def _provenance(context: Context, result: SearchResult, slot: Slot, point: Opera
         "calibration_protocol": context.tokens("calibration").protocol.to_json(),
         "settings": settings,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"was-search": __version__, **{name: version(name) for name in ("torch", "transformers", "optuna")}},
+        "versions": {
+            "was-search": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "optuna")},
+        },
     }
-

@@ -29,8 +29,8 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         PlanError: the plan belongs to another model.
     """
     import torch
-
     from was_kernels import sparsify
+
     from was_search.model import load_tokenizer
 
     if not prompt:
@@ -43,7 +43,9 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
     there = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
     if there + max_new_tokens > room:
-        raise ConfigError(f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions")
+        raise ConfigError(
+            f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions"
+        )
 
     def run() -> tuple[str, int, float]:
         started = time.perf_counter()
@@ -69,8 +71,16 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         finally:
             handle.restore()
     context.reporter.text(prompt + result.text)
-    speed = f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
-    sparsity = "dense" if result.achieved is None else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
+    speed = (
+        f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
+    )
+    sparsity = (
+        "dense"
+        if result.achieved is None
+        else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
+    )
     context.reporter.note(f"{speed}, {sparsity}, {context.placement.device}")
-    context.reporter.result({"text": result.text, "tokens": result.tokens, "seconds": result.seconds, "achieved": result.achieved})
+    context.reporter.result(
+        {"text": result.text, "tokens": result.tokens, "seconds": result.seconds, "achieved": result.achieved}
+    )
     return result

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
@@ -75,7 +77,9 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     split and are compared at it.
     """
     calibration = calibrate(context)
-    vectors = {("fisher seed" if seed.name == "fisher" else seed.name): seed.sparsities for seed in found.seeds}
+    vectors = {
+        ("fisher seed" if seed.name == "fisher" else seed.name): seed.sparsities for seed in found.seeds
+    }
     is_seed = plan.provenance["origin"].startswith("seed:")
     vectors[f"best (slot {plan.provenance['slot']}{', a seed' if is_seed else ''})"] = plan.sparsities
     points: dict[str, OperatingPoint | None] = {"dense": None}
@@ -106,7 +110,10 @@ def show(context: Context, rows: list[Row]) -> None:
             [
                 row.name,
                 f"{100 * row.nominal:.2f}",
-                f"{100 * row.calibration_achieved:.2f} / {100 * row.search.achieved:.2f} / {100 * row.test.achieved:.2f}",
+                " ".join(
+                    f"{100 * v:.1f}"
+                    for v in (row.calibration_achieved, row.search.achieved, row.test.achieved)
+                ),
                 f"{row.search.evaluation.loss_nats:.4f}",
                 f"{row.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(row.test.evaluation.loss_nats):.3f}",
@@ -119,18 +126,22 @@ def show(context: Context, rows: list[Row]) -> None:
         [
             "",
             "nominal %",
-            "achieved % (calib/search/test)",
+            "achieved % (c, s, t)",
             "search nats",
             "test nats",
             "test ppl",
-            "test - uniform, 95 %",
-            "test - seed, 95 %",
+            "test - uniform",
+            "test - seed",
         ],
         body,
         caption="\n".join(
             [
-                "nats per token; differences on the test split, paired by sequence, negative is better",
-                *(f"{split}: {context.tokens(split).protocol.describe()}" for split in ("calibration", "search", "test")),
+                "nats per token; achieved sparsity on the calibration, search and test split",
+                "test - X: difference on the test split, paired by sequence, with its 95 % interval; negative is better",
+                *(
+                    f"{split}: {context.tokens(split).protocol.describe()}"
+                    for split in ("calibration", "search", "test")
+                ),
             ]
         ),
     )
@@ -143,13 +154,12 @@ def _interval(test: Figures, baseline: Row | None) -> Interval | None:
 
 
 def next_commands(context: Context, found: SearchResult, folder: Path) -> list[str]:
-    """Commands worth trying after a run."""
-    plan = str(folder)
-    storage: dict[str, Any] = {} if context.settings.storage == "embedded" else {"--storage": "URL"}
-    suffix = "".join(f" {key} {value}" for key, value in storage.items())
+    """Commands worth trying after a run, as they can be typed here."""
+    program = "was-search" if shutil.which("was-search") else os.path.relpath(sys.argv[0])
+    storage = "" if context.settings.storage == "embedded" else " --storage URL"
     return [
-        f"was-search dashboard --study {found.study}{suffix}",
-        f"was-search status --study {found.study}{suffix}",
-        f"was-search evaluate --plan {plan} --split search",
-        f"was-search generate --plan {plan} --prompt 'def main():' --max-new-tokens 64",
+        f"{program} dashboard --study {found.study}{storage}",
+        f"{program} status --study {found.study}{storage}",
+        f"{program} evaluate --plan {folder} --split search",
+        f"{program} generate --plan {folder} --prompt 'def main():' --max-new-tokens 64",
     ]

@@ -67,7 +67,9 @@ def search(context: Context) -> SearchResult:
         slots = book.slots()
         if all(slot.state.finished for slot in slots):
             result = SearchResult(name, slots, seeds, drained=False)
-            context.reporter.cached("search", f"study {name}, {_tally(result)}", time.perf_counter() - started)
+            context.reporter.cached(
+                "search", f"study {name}, {_tally(result)}", time.perf_counter() - started
+            )
             return result
 
         from was_workers.search import SearchLoop, SearchOptions
@@ -132,8 +134,9 @@ def study_name(context: Context) -> str:
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
     """Write the note and the two plots that optuna-dashboard shows."""
-    from was_search.plots import levels_figure, progress_figure
     from was_storage.dashboard import annotate
+
+    from was_search.plots import levels_figure, progress_figure
 
     best = result.best
     if best is None or best.levels is None:
@@ -143,7 +146,9 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
         "levels": levels_figure(best.levels, levels, context.settings.target),
         "progress": progress_figure(result.slots),
     }
-    annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
+    annotate(
+        context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures
+    )
 
 
 def _note(context: Context, result: SearchResult, best: Slot) -> str:

@@ -64,7 +64,10 @@ def status(context: Context, name: str = "") -> StudyRecord | None:
         ["trials", f"{record.n_slots}: {counts}"],
         ["target", f"{100 * float(record.identity.get('target', 0)):g} % of the seven projections' weights"],
         ["best", best],
-        ["on", f"{protocol.get('data', '?')} [search], {protocol.get('n_sequences', '?')} x {protocol.get('sequence_length', '?')} tokens"],
+        [
+            "on",
+            f"{protocol.get('data', '?')} [search], {protocol.get('n_sequences', '?')} x {protocol.get('sequence_length', '?')} tokens",
+        ],
         ["exported", str(record.report.get("exported", {}).get("candidate", "not yet"))],
     ]
     context.reporter.table("Status", ["", ""], rows)

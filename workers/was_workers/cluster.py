@@ -39,8 +39,10 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     local = address == "local"
     try:
         if local:
-            # An inherited address would win over "local" in child processes.
+            # An inherited address would win over "local" in child processes, which find our packages as this one does.
             os.environ.pop("RAY_ADDRESS", None)
+            folders = dict.fromkeys(str(Path(module).parent) for module in _packages())
+            os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
             ray.init(
                 address="local",
                 num_cpus=max(workers, os.cpu_count() or 1),
@@ -49,10 +51,9 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
                 log_to_driver=False,
             )
         else:
-            modules = [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
             ray.init(
                 address=address,
-                runtime_env={"py_modules": modules},
+                runtime_env={"py_modules": _packages()},
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
@@ -66,3 +67,8 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
     finally:
         ray.shutdown()
+
+
+def _packages() -> list[str]:
+    """The folders of our four packages."""
+    return [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]

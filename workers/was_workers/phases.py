@@ -68,7 +68,15 @@ def fisher_prices(
     protocol = data.protocol
     found = pool.map(
         [
-            ("prices", part, levels, batch_size, protocol.dense_prefix, protocol.predicted_per_sequence, thresholds)
+            (
+                "prices",
+                part,
+                levels,
+                batch_size,
+                protocol.dense_prefix,
+                protocol.predicted_per_sequence,
+                thresholds,
+            )
             for part in parts
         ],
         done=advance,

@@ -80,6 +80,7 @@ class Pool:
         self._next_ticket = 0
         self._ready: list[Outcome] = []
         self._recovering: list[tuple[float, _Member]] = []
+        self._last_loss = ""
         for member in self._members:
             self._prepare(member)
 
@@ -143,7 +144,9 @@ class Pool:
         self._expire()
         self._recover()
         if not self._members:
-            raise ResourceError("every worker was lost and could not be restarted; see Ray's logs, then run again")
+            raise ResourceError(
+                "every worker was lost and could not be restarted; see Ray's logs, then run again"
+            )
         outcomes, self._ready = self._ready, []
         return outcomes
 
@@ -156,7 +159,9 @@ class Pool:
         end = time.monotonic() + timeout_seconds
         while not self._idle:
             if time.monotonic() > end:
-                raise ResourceError(f"no worker became ready within {timeout_seconds:.0f} s; are there enough free resources?")
+                raise ResourceError(
+                    f"no worker became ready within {timeout_seconds:.0f} s; are there enough free resources?"
+                )
             self._ready = self.wait(1.0)
 
     def map(
@@ -189,7 +194,9 @@ class Pool:
                     results[index] = outcome.value
                     left -= 1
                     done()
-                elif (outcome.lost or isinstance(outcome.error, TransientError)) and attempts[index] < max_attempts:
+                elif (outcome.lost or isinstance(outcome.error, TransientError)) and attempts[
+                    index
+                ] < max_attempts:
                     waiting.append((index, calls[index]))
                 elif outcome.lost:
                     raise TransientError(
@@ -199,7 +206,9 @@ class Pool:
                     raise outcome.error
         return results
 
-    def _start(self, member: _Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float) -> None:
+    def _start(
+        self, member: _Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float
+    ) -> None:
         reference = getattr(member.actor, method).remote(*args)
         self._calls[reference] = _Call(member, ticket, time.monotonic() + seconds)
 
@@ -234,6 +243,7 @@ class Pool:
         if call.ticket >= 0:
             self._ready.append(Outcome(call.ticket, member.name, error=error, lost=True))
         member.failures += 1
+        self._last_loss = f"{type(error).__name__}: {error}"
         if member.failures > _RECOVERIES:
             ray.kill(member.actor, no_restart=True)
             self._members.remove(member)

@@ -8,58 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
 
 from was_search.errors import InfeasibleError, TransientError
 from was_search.histogram import Histograms
-from was_search.protocol import Evaluation, TokenSet
+from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot, SlotState
 from was_search.space import LevelSpace, MonotoneSpace, Space, level_params, open_distributions
 from was_workers.pool import Outcome, Pool
-
-
-class SlotBook(Protocol):
-    """What the loop needs of storage: ``was_storage``'s coordinator session."""
-
-    def slots(self) -> list[Slot]: ...
-
-    def propose(
-        self,
-        number: int,
-        *,
-        origin: str,
-        params: Mapping[str, float],
-        distributions: Mapping[str, Any],
-        levels: FloatArray,
-        sparsities: FloatArray,
-        attrs: Mapping[str, Any],
-    ) -> object: ...
-
-    def start(self, number: int, worker: str, lease_seconds: float) -> int: ...
-
-    def requeue(self, number: int, reason: str) -> object: ...
-
-    def finish(
-        self,
-        number: int,
-        attempt: int,
-        state: SlotState,
-        *,
-        losses: FloatArray | None = None,
-        loss_nats: float | None = None,
-        tokens: int = 0,
-        seconds: float = 0.0,
-        achieved: float | None = None,
-        worker: str = "",
-        error: str = "",
-        attrs: Mapping[str, Any] | None = None,
-    ) -> bool: ...
+from was_workers.slot_book import SlotBook, durable
 
 
 @dataclass(frozen=True)
@@ -132,7 +95,7 @@ class SearchLoop:
         drain: threading.Event,
         progress: Callable[[SearchProgress], None] = lambda _: None,
     ) -> None:
-        self._book = book
+        self._book = durable(book)
         self._pool = pool
         self._data = ray.put(data)
         self._histograms = ray.put(histograms)
@@ -247,7 +210,9 @@ class SearchLoop:
         losses = {
             slot.origin.removeprefix("seed:"): slot.loss_nats
             for slot in self._slots.values()
-            if slot.origin.startswith("seed:") and slot.state is SlotState.COMPLETE and slot.loss_nats is not None
+            if slot.origin.startswith("seed:")
+            and slot.state is SlotState.COMPLETE
+            and slot.loss_nats is not None
         }
         scored = [seed for seed in self._seeds if seed.name in losses]
         return min(scored, key=lambda seed: losses[seed.name]) if scored else self._seeds[-1]
@@ -307,7 +272,13 @@ class SearchLoop:
     def _finish_evaluation(self, number: int, attempt: int, outcome: Outcome, evaluation: Evaluation) -> None:
         loss = evaluation.loss_nats
         if not math.isfinite(loss):
-            self._fail(number, attempt, outcome.worker, evaluation.seconds, f"the loss is {loss}, not a finite number")
+            self._fail(
+                number,
+                attempt,
+                outcome.worker,
+                evaluation.seconds,
+                f"the loss is {loss}, not a finite number",
+            )
             return
         state = SlotState.STOPPED if evaluation.stopped_early else SlotState.COMPLETE
         result: dict[str, Any] = {
@@ -318,7 +289,7 @@ class SearchLoop:
             "achieved": self._shape.sparsity(evaluation.achieved),
             "worker": outcome.worker,
         }
-        self._book.finish(number, attempt, state, attrs={"perplexity": round(math.exp(loss), 5)}, **result)
+        self._book.finish(number, attempt, state, attrs={"perplexity": round(perplexity(loss), 5)}, **result)
         self._done(number, state, result)
 
     def _fail(self, number: int, attempt: int, worker: str, seconds: float, error: str) -> None:
@@ -329,7 +300,9 @@ class SearchLoop:
         self._refresh(number, state=state, **result)
         slot = self._slots[number]
         if self._suggester is not None:
-            self._suggester.tell(number, state, slot.loss_nats, 0 if slot.losses is None else len(slot.losses))
+            self._suggester.tell(
+                number, state, slot.loss_nats, 0 if slot.losses is None else len(slot.losses)
+            )
         self._report(slot)
 
     def _refresh(self, number: int, **changes: Any) -> None:

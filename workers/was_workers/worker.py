@@ -15,7 +15,7 @@ from was_search import __version__
 from was_search.errors import TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet
-from was_search.score import MaskOp, ScoreKind, masked
+from was_search.score import MaskOp, ScoreKind
 from was_search.shape import FloatArray, IntArray, ModelShape
 from was_search.table import BlockTable
 
@@ -80,7 +80,12 @@ class Worker:
         """Load the model if that has not been done."""
         loaded = self._model()
         return WorkerInfo(
-            socket.gethostname(), os.getpid(), loaded.device, loaded.structure.shape, __version__, loaded.seconds
+            socket.gethostname(),
+            os.getpid(),
+            loaded.device,
+            loaded.structure.shape,
+            __version__,
+            loaded.seconds,
         )
 
     def norms(self) -> list[list[npt.NDArray[np.float32]]]:
@@ -221,8 +226,8 @@ def _load(spec: WorkerSpec) -> _Loaded:
     import time
 
     import torch
-
     from was_kernels.mask_op import mask_op_for
+
     from was_search.masking import structure_norms
     from was_search.model import load_model, resolve_model
     from was_search.structure import find_structure

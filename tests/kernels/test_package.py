@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+import was_kernels
+from was_kernels.mask_op import mask_op_for
+from was_kernels.reference import score_mask_reference
+
+from was_search.score import masked
+
+KERNELS = Path(was_kernels.__file__).parents[1]
+
+
+@pytest.mark.parametrize("module", ["was_kernels", "was_kernels.runtime", "was_kernels.mask_op"])
+def test_importing_imports_no_triton_kernels(module):
+    path = [str(KERNELS), str(KERNELS.parent)]
+    if module == "was_kernels":
+        then = "assert not {'triton', 'torch'} & set(sys.modules)"
+    else:
+        then = "assert not {'was_kernels.score_mask', 'was_kernels.launch'} & set(sys.modules)"
+    code = f"import sys; sys.path[:0] = {path!r}; import {module}; {then}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_the_package_shows():
+    from was_kernels.runtime import SparseModel, sparsify
+    from was_kernels.sparse_linear import SparseLinear
+
+    assert was_kernels.sparsify is sparsify
+    assert was_kernels.SparseLinear is SparseLinear
+    assert was_kernels.SparseModel is SparseModel
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        was_kernels.nothing  # noqa: B018
+
+
+def test_available_says_why(monkeypatch):
+    good, reason = was_kernels.available()
+    assert good is torch.cuda.is_available()
+    assert reason.startswith("triton ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert was_kernels.available()[1].endswith(", no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    assert "V100 has compute capability 7.0" in was_kernels.available()[1]
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(was_kernels, "version", missing)
+    assert was_kernels.available() == (False, "triton is not installed")
+
+
+def test_mask_op_for_cpu_is_the_plain_one():
+    assert mask_op_for("cpu") is masked
+    assert mask_op_for(torch.device("cpu")) is masked
+
+
+@pytest.mark.gpu
+def test_mask_op_for_a_gpu_is_fused(cuda):
+    from was_kernels.score_mask import score_mask
+
+    assert mask_op_for("cuda") is score_mask
+    assert mask_op_for(cuda) is score_mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_reference_is_the_searchs_mask(dtype):
+    torch.manual_seed(0)
+    x, norms = torch.randn(3, 5, 65).to(dtype), torch.rand(65)
+    x[0, 0, :3] = torch.tensor([float("nan"), float("inf"), 0.0]).to(dtype)
+    for threshold in (0.0, 0.2, 0.9):
+        found = score_mask_reference(x, norms, threshold)
+        assert torch.equal(found.nan_to_num(7.0), masked(x, norms, threshold).nan_to_num(7.0))

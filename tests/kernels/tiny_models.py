@@ -1,0 +1,100 @@
+"""Random transformers models of two blocks, and plans for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from was_search.masking import Masking, structure_norms
+from was_search.plan import Plan
+from was_search.shape import N_PROJECTIONS
+from was_search.structure import find_structure
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_SIZE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """float64 by default: the order of sums then never moves a score across a threshold."""
+    config, build = {
+        "llama": (LlamaConfig(**_SIZE, attention_bias=True, mlp_bias=True), LlamaForCausalLM),
+        "mistral": (MistralConfig(**_SIZE, sliding_window=6), MistralForCausalLM),
+        "qwen2": (Qwen2Config(**_SIZE), Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config(**_SIZE, head_dim=16), Qwen3ForCausalLM),
+    }[family]
+    torch.manual_seed(seed)
+    model = build(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:  # larger weights than the usual start, so that masks matter
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if "bias" in name else 0.2))
+    return model
+
+
+def tiny_plan(model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score: Any = "l2") -> Plan:
+    """Thresholds at the scores' quantile on random tokens; every third projection is left dense."""
+    structure = find_structure(model)
+    norms = structure_norms(structure, score)
+    samples: dict[tuple[int, int], list[float]] = {}
+
+    def observe(b: int, p: int, scores: torch.Tensor) -> None:
+        samples.setdefault((b, p), []).extend(scores.flatten().tolist())
+
+    tokens = torch.randint(2, 97, (4, 16), generator=torch.Generator().manual_seed(1), device="cpu")
+    with torch.inference_mode(), Masking(structure, norms, None, observer=observe):
+        model(tokens.to(next(model.parameters()).device), use_cache=False)
+    n_blocks = len(structure.blocks)
+    sparsities = np.full((n_blocks, N_PROJECTIONS), sparsity)
+    sparsities[0, 2] = 0.0
+    thresholds = np.array(
+        [
+            [np.quantile(samples[b, p], sparsities[b, p]) if sparsities[b, p] else 0.0 for p in range(N_PROJECTIONS)]
+            for b in range(n_blocks)
+        ],
+        np.float32,
+    )
+    return Plan(
+        model="tiny",
+        revision="",
+        fingerprint="f" * 64,
+        shape=structure.shape,
+        score=score,
+        budget=structure.shape.sparsity(sparsities),
+        dense_prefix=dense_prefix,
+        sparsities=sparsities,
+        thresholds=thresholds,
+        norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
+    )
+
+
+def masked_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the dense model with hooks that mask, from whole sequences and without a cache."""
+    structure = find_structure(model)
+    norms = [[torch.tensor(n, device=tokens.device) for n in row] for row in plan.norms]
+    masking = Masking(structure, norms, plan.thresholds, dense_prefix=plan.dense_prefix)
+    with torch.inference_mode(), masking:
+        logits: torch.Tensor = model(tokens, use_cache=False).logits
+    return logits

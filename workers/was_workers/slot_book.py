@@ -1,0 +1,83 @@
+"""What the search loop needs of storage, and writes to it that outlast a database restart."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from was_search.errors import TransientError
+from was_search.shape import FloatArray
+from was_search.slots import Slot, SlotState
+
+_logger = logging.getLogger(__name__)
+
+
+class SlotBook(Protocol):
+    """What the loop needs of storage: ``was_storage``'s coordinator session."""
+
+    def slots(self) -> list[Slot]: ...
+
+    def propose(
+        self,
+        number: int,
+        *,
+        origin: str,
+        params: Mapping[str, float],
+        distributions: Mapping[str, Any],
+        levels: FloatArray,
+        sparsities: FloatArray,
+        attrs: Mapping[str, Any],
+    ) -> object: ...
+
+    def start(self, number: int, worker: str, lease_seconds: float) -> int: ...
+
+    def requeue(self, number: int, reason: str) -> object: ...
+
+    def finish(
+        self,
+        number: int,
+        attempt: int,
+        state: SlotState,
+        *,
+        losses: FloatArray | None = None,
+        loss_nats: float | None = None,
+        tokens: int = 0,
+        seconds: float = 0.0,
+        achieved: float | None = None,
+        worker: str = "",
+        error: str = "",
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool: ...
+
+
+def durable(book: SlotBook, *, patience_seconds: float = 120.0) -> SlotBook:
+    """``book`` with every call repeated while it raises TransientError, for ``patience_seconds`` at most.
+
+    Every method of a book may be repeated: it finishes what was begun.
+    """
+    return cast(SlotBook, _Durable(book, patience_seconds))
+
+
+class _Durable:
+    def __init__(self, book: SlotBook, patience_seconds: float) -> None:
+        self._book = book
+        self._patience = patience_seconds
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._book, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            end, pause = time.monotonic() + self._patience, 0.1
+            while True:
+                try:
+                    return method(*args, **kwargs)
+                except TransientError as error:
+                    if time.monotonic() + pause > end:
+                        raise
+                    _logger.warning("%s: %s; trying again", name, error)
+                    time.sleep(pause)
+                    pause = min(2 * pause, 5.0)
+
+        return call
