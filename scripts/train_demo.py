@@ -448,8 +448,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokenizers": tokenizers.__version__,
         },
         "settings": {
-            name: getattr(arguments, name)
-            for name in ("batch", "sequence", "learning_rate", "dropout", "seed")
+            name: getattr(arguments, name) for name in ("batch", "sequence", "learning_rate", "dropout", "seed")
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "selection": selection,

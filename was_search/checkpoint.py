@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,20 @@ def _snapshot(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    options: dict[str, Any] = {
+        "revision": revision or None,
+        "allow_patterns": ["*.json", "model*.safetensors", "tokenizer.model", "*.txt"],
+        "ignore_patterns": ["*/*"],  # other formats of the same weights
+    }
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=["*.json", "model*.safetensors", "tokenizer.model", "*.txt"],
-                ignore_patterns=["*/*"],  # other formats of the same weights
-            )
-        )
+        try:
+            return Path(snapshot_download(name, **options))
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:  # without the hub, some versions give the cached files for a branch but not for a commit
+            with suppress(Exception):
+                return Path(snapshot_download(name, **options, local_files_only=True))
+            raise
     except GatedRepoError as error:
         raise ModelError(
             f"model: {name} needs its licence accepted on the hub and a token ('hf auth login')"

@@ -80,8 +80,9 @@ def _load(name: str, split: str, root: str) -> str:
                 f"{REPOSITORIES[name]} again"
             ) from error
         raise DataError(
-            f"data: {name} could not be loaded from the hub ({reason(error)}); without a network, download {_FILES[name]} "
-            f"of the data set {REPOSITORIES[name]} elsewhere into FOLDER/{name}/ and set {FOLDER_VARIABLE}=FOLDER"
+            f"data: {name} could not be loaded from the hub ({reason(error)}); without a network, download "
+            f"{_FILES[name]} of the data set {REPOSITORIES[name]} elsewhere into FOLDER/{name}/ and set "
+            f"{FOLDER_VARIABLE}=FOLDER"
         ) from error
     text = "\n\n".join(texts)
     if not text.strip():

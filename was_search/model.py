@@ -152,7 +152,8 @@ def pick_device(asked: str) -> str:
     if found is None:
         raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, got {asked!r}")
     if asked != "cpu" and int(found[1] or 0) >= count:
-        raise ResourceError(f"device: {asked} was asked for and {count or 'no'} GPU was found; use --device cpu")
+        there = f"only {count} found" if count else "no GPU was found"
+        raise ResourceError(f"device: {asked} was asked for and {there}; use --device cpu")
     return asked
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,12 @@ def evaluate_tasks(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ResourceError(
             f"tasks: lm-eval or a package that it needs is not installed ({error}); pip install was-search[tasks]"
         ) from error
     with _quiet():
-        manager = _manager(TaskManager, include_path)
+        manager = _manager(include_path)
         _check_names(tasks, list(manager.all_tasks))
         found = simple_evaluate(
             # lm-eval sets a padding token: not on the caller's tokenizer.
@@ -103,10 +103,15 @@ def evaluate_tasks(
     return _results(found or {})
 
 
-def _manager(base: Any, include_path: Path | None) -> Any:
-    """lm-eval's task manager, with its errors in loading a task told as a DataError."""
+@lru_cache(maxsize=1)
+def _manager(include_path: Path | None) -> Any:
+    """lm-eval's task manager, with its errors in loading a task told as a DataError.
 
-    class Manager(base):  # type: ignore[misc]
+    It reads some ten thousand YAML files, which takes seconds: once for the dense model and the plan.
+    """
+    from lm_eval.tasks import TaskManager
+
+    class Manager(TaskManager):  # type: ignore[misc]
         def load(self, task_list: Any) -> Any:
             try:
                 return super().load(task_list)

@@ -29,6 +29,8 @@ _DEFAULT_ARGUMENTS = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
+    # A role called like our schema would otherwise have it before "public": Optuna would put its tables there.
+    "options": "-csearch_path=public",
 }
 
 

@@ -16,7 +16,7 @@ FILES = ("test_score_mask.py", "test_sparse_gemv.py", "test_sparse_linear.py")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 @pytest.mark.parametrize("file", FILES)
 def test_on_cpu_under_the_interpreter(file: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",

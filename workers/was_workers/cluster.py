@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +33,17 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     """Ray for ``auto`` (the cluster named by RAY_ADDRESS, else local), ``local``, or an address.
 
     Raises:
-        ResourceError: no cluster answers at the address.
+        ResourceError: no cluster answers at the address, or it asks for a token that we do not have.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    from ray.exceptions import AuthenticationError
 
     address = os.environ.get("RAY_ADDRESS", "local") if ray_option == "auto" else ray_option
     local = address == "local"
+    before = signal.getsignal(signal.SIGTERM)
+    if not local:
+        _probe(address)
     try:
         if local:
             # An inherited address would win over "local" in child processes, which find our packages as this one does.
@@ -57,11 +64,20 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except AuthenticationError as error:
         raise ResourceError(
-            f"ray: no cluster could be reached at {address!r} ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "start one with 'ray start --head', or use --ray local"
+            f"ray: the cluster at {address!r} asks for a token and none was found here; put the head's "
+            "('ray get-auth-token') into RAY_AUTH_TOKEN, or its file's path into RAY_AUTH_TOKEN_PATH"
         ) from error
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        # A wrong token is the same ConnectionError as a wrong address.
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ResourceError(
+            f"ray: no cluster could be reached at {address!r} ({reason}); start one with 'ray start --head', "
+            "check that RAY_AUTH_MODE and the token are the head's, or use --ray local"
+        ) from error
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place, and a search could not be drained
     try:
         offered = ray.cluster_resources()
         yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
@@ -72,3 +88,16 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
 def _packages() -> list[str]:
     """The folders of our four packages."""
     return [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
+
+
+def _probe(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ResourceError(f"ray: must be auto, local or HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ResourceError(
+            f"ray: nothing answers at {address} ({error}); start a cluster with 'ray start --head', or use --ray local"
+        ) from error

@@ -1,0 +1,196 @@
+"""What a user sees of bad input: one line that says what to do, exit status 1, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from was_search import cli
+from was_search.api.demo import DEMO_FOLDER
+from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
+from was_search.shape import ModelShape
+
+MODEL, TEXT = str(DEMO_FOLDER / "model"), str(DEMO_FOLDER / "text")
+CPU = ["--device", "cpu", "--ray", "local"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Standard error of a command that must end with status 1 and without a traceback."""
+    monkeypatch.setattr(sys, "argv", ["was-search", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert end.value.code == 1, printed
+    assert "Traceback" not in printed
+    return printed
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    return lambda *arguments: fails(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize("target", ["0", "0.95", "1.2", "-0.1", "nan"])
+def test_target_outside_its_range(refused, target: str) -> None:
+    printed = refused("run", "--model", MODEL, "--data", TEXT, f"--target={target}")
+    assert "target: must be" in printed
+
+
+@pytest.mark.parametrize("option", ["trials", "workers", "batch-size"])
+def test_zero_of_something(refused, option: str) -> None:
+    printed = refused("run", "--model", MODEL, "--data", TEXT, f"--{option}", "0")
+    assert f"{option.replace('-', '_')}: must be at least 1, got 0" in printed
+
+
+def test_missing_options_are_named(refused) -> None:
+    assert "model: missing; give --model" in refused("run", "--data", TEXT)
+
+
+def test_model_that_is_not_there(refused, tmp_path: Path) -> None:
+    assert "does not exist" in refused("calibrate", "--model", str(tmp_path / "no"), "--data", TEXT, *CPU)
+
+
+def test_unknown_config_option(refused, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("trails = 4\n")
+    assert "unknown option trails" in refused("run", "--config", str(file))
+
+
+def test_no_gpu(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    printed = refused("calibrate", "--model", MODEL, "--data", TEXT, "--device", "cuda", "--ray", "local")
+    assert "--device cuda was asked for and no GPU was found" in printed
+    printed = refused("calibrate", "--model", MODEL, "--data", TEXT, "--gpus-per-worker", "0.25", "--ray", "local")
+    assert "--gpus-per-worker 0.25 was asked for and no GPU was found" in printed
+
+
+def test_no_cluster_at_an_address(refused) -> None:
+    printed = refused("calibrate", "--model", MODEL, "--data", TEXT, "--ray", "127.0.0.1:1")
+    assert "nothing answers at 127.0.0.1:1" in printed
+    printed = refused("calibrate", "--model", MODEL, "--data", TEXT, "--ray", "somewhere")
+    assert "must be auto, local or HOST:PORT" in printed
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://a/b", "postgresql"),
+        ("postgresql://user:secret@127.0.0.1:1/was", "server"),
+    ],
+)
+def test_wrong_database_url(refused, url: str, message: str) -> None:
+    printed = refused("studies", "--storage", url)
+    assert message in printed.lower()
+    assert "secret" not in printed
+
+
+class TestData:
+    @pytest.fixture
+    def calibrate(self, refused, database):
+        url = database.engine.url.render_as_string(hide_password=False)
+        return lambda data, *more: refused(
+            "calibrate", "--model", MODEL, "--data", str(data), *CPU, "--storage", url, *more
+        )
+
+    pytestmark = pytest.mark.postgres
+
+    def test_too_short(self, calibrate, tmp_path: Path) -> None:
+        (tmp_path / "short.txt").write_text("one line\nanother line\na third line\nand a fourth\n")
+        assert "has 11 tokens, one sequence needs 2048" in calibrate(tmp_path / "short.txt")
+
+    def test_empty(self, calibrate, tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").write_text("")
+        assert "is empty" in calibrate(tmp_path / "empty.txt")
+
+    def test_not_text(self, calibrate, tmp_path: Path) -> None:
+        (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 8)
+        assert "binary" in calibrate(tmp_path / "binary.txt")
+        (tmp_path / "latin.txt").write_bytes("Grüße\n".encode("latin-1") * 40)
+        assert "UTF-8" in calibrate(tmp_path / "latin.txt")
+
+    def test_missing(self, calibrate, tmp_path: Path) -> None:
+        assert "which does not exist" in calibrate(tmp_path / "gone.txt")
+
+
+class TestModel:
+    pytestmark = pytest.mark.postgres
+
+    def test_truncated_weights(self, refused, database, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(MODEL, folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1_000_000])
+        printed = refused("evaluate", "--model", str(folder), "--data", TEXT, "--device", "cpu", "--sequence-length", "64")
+        assert "damaged or truncated" in printed
+
+    def test_folder_without_weights(self, refused, tmp_path: Path) -> None:
+        shutil.copy(Path(MODEL) / "config.json", tmp_path / "config.json")
+        assert "has no weights" in refused("calibrate", "--model", str(tmp_path), "--data", TEXT, *CPU)
+
+    def test_folder_without_config(self, refused, tmp_path: Path) -> None:
+        assert "config.json" in refused("calibrate", "--model", str(tmp_path), "--data", TEXT, *CPU)
+
+
+class TestPlan:
+    @pytest.fixture
+    def plan(self, tmp_path: Path) -> Path:
+        shape = ModelShape(((8,) * 6 + (16,),) * 2, ((8,) * 4 + (16, 16, 8),) * 2)
+        return Plan(
+            model="other",
+            revision="",
+            fingerprint="0" * 64,
+            shape=shape,
+            score="l2",
+            budget=0.5,
+            dense_prefix=1,
+            sparsities=np.full((2, 7), 0.5),
+            thresholds=np.full((2, 7), 0.1, np.float32),
+            norms=tuple(tuple(np.ones(w, np.float32) for w in row) for row in shape.in_features),
+        ).save(tmp_path / "plan")
+
+    def evaluate(self, refused, plan: Path) -> str:
+        return refused(
+            "evaluate", "--model", MODEL, "--data", TEXT, "--plan", str(plan), "--device", "cpu", "--sequence-length", "64"
+        )
+
+    def test_of_another_model(self, refused, plan: Path) -> None:
+        printed = self.evaluate(refused, plan)
+        assert "belongs to another model" in printed
+        assert "0" * 64 in printed
+
+    def test_truncated(self, refused, plan: Path) -> None:
+        file = plan / TENSORS_NAME
+        file.write_bytes(file.read_bytes()[:-20])
+        assert "truncated" in self.evaluate(refused, plan)
+
+    def test_tampered(self, refused, plan: Path) -> None:
+        document = json.loads((plan / JSON_NAME).read_text())
+        document["budget"] = 0.4
+        (plan / JSON_NAME).write_text(json.dumps(document))
+        assert "the plan was changed" in self.evaluate(refused, plan)
+
+    def test_missing(self, refused, tmp_path: Path) -> None:
+        assert "plan.json" in self.evaluate(refused, tmp_path / "none")
+
+
+@pytest.mark.postgres
+def test_unknown_study(refused, database) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    assert "does not exist" in refused("status", "--study", "nothing", "--storage", url)
+
+
+
+
+def test_json_mode_reports_errors_as_json(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["was-search", "run", "--json", "--data", TEXT])
+    with pytest.raises(SystemExit):
+        cli.main()
+    event = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert event["event"] == "error"
+    assert event["kind"] == "ConfigError"

@@ -1,0 +1,201 @@
+"""What the deploy folder and the README tell people to type exists: commands, flags, files, images."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from was_search.cli import app
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+TEXTS = [path for path in (DEPLOY / "README.md", DEPLOY / "compose.yaml", ROOT / "README.md") if path.is_file()]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+IMAGE = f"{PROJECT['name']}:{PROJECT['version']}"
+
+_SPAN = re.compile(r"`([^`\n]+)`")
+_FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def compose() -> dict[str, Any]:
+    document = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    assert isinstance(document, dict)
+    return document
+
+
+def typed_lines(path: Path) -> Iterator[str]:
+    """Lines and phrases of ``path`` that are meant to be typed, without comments; continued lines are joined."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".yaml":
+        yield from (line.strip(" #") for line in text.splitlines() if line.lstrip().startswith("#"))
+        return
+    for block in _FENCE.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from _SPAN.findall(_FENCE.sub("", text))
+
+
+def commands_in(path: Path) -> Iterator[list[str]]:
+    """The arguments of every call of was-search in ``path``."""
+    for line in typed_lines(path):
+        words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else line.split()
+        for i, word in enumerate(words):
+            starts = i == 0 or words[i - 1] != "cd"
+            if word.rsplit("/", 1)[-1] == PROJECT["name"] and starts:
+                end = next((j for j in range(i + 1, len(words)) if words[j] in ("|", "&&", ";", ">")), len(words))
+                yield words[i + 1 : end]
+
+
+def named_commands() -> list[tuple[str, list[str]]]:
+    found = [(path.relative_to(ROOT).as_posix(), words) for path in TEXTS for words in commands_in(path)]
+    for name, service in compose()["services"].items():
+        command = service.get("command", [])
+        if command[:1] == [PROJECT["name"]]:
+            found.append((f"service {name}", command[1:]))
+    return [(where, words) for where, words in found if words]
+
+
+def flags_of(command: str) -> set[str]:
+    parameters = COMMANDS[command].params
+    return {"-h", "--help"} | {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)}
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [pytest.param(w, c, id=f"{w}: {' '.join(c)[:60]}") for w, c in named_commands()]
+)
+def test_named_command_exists(where: str, words: list[str]) -> None:
+    flags = [word.split("=", 1)[0] for word in words if word.startswith("-")]
+    if words[0].startswith("-"):
+        assert words[0] in ("--version", "--help", "-h"), f"{where}: was-search has no option {words[0]}"
+        return
+    assert words[0] in COMMANDS, f"{where}: was-search has no command {words[0]}"
+    unknown = sorted(set(flags) - flags_of(words[0]))
+    assert not unknown, f"{where}: was-search {words[0]} has no {', '.join(unknown)}"
+
+
+def test_the_texts_name_the_main_commands() -> None:
+    """Guards the extraction: an empty list of commands would pass everything."""
+    named = {words[0] for where, words in named_commands() if where.startswith("deploy/")}
+    assert {"run", "doctor", "dashboard", "status"} <= named
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_flags_named_alone_exist(path: Path) -> None:
+    """A flag that stands by itself in the text belongs to was-search, Ray or compose."""
+    ours = set().union(*(flags_of(name) for name in COMMANDS)) | {"--version"}
+    others = {"--num-gpus", "--num-cpus", "--node-ip-address", "--dashboard-host", "--volumes"}
+    alone = {line.split()[0] for line in typed_lines(path) if line.startswith("--")}
+    assert alone <= ours | others
+
+
+def test_no_password_on_a_command_line() -> None:
+    for where, words in named_commands():
+        assert not any(re.search(r"://[^/@\s]+:[^@\s]+@", word) for word in words), where
+
+
+def test_links_and_paths_exist() -> None:
+    for path in [*DEPLOY.glob("*.md"), *(p for p in TEXTS if p.suffix == ".md")]:
+        text = path.read_text(encoding="utf-8")
+        headings = {
+            re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+            for line in _FENCE.sub("", text).splitlines()
+            if line.startswith("#")
+        }
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            assert not file or (path.parent / file).exists(), f"{path.name} links to {target}"
+            assert file or anchor in headings, f"{path.name} links to {target}"
+        for named in re.findall(r"`((?:deploy|tests|docs|benchmarks|scripts|was_search)/[\w./-]+)`", text):
+            assert (ROOT / named).exists(), f"{path.name} names {named}"
+
+
+def test_compose_services_and_volumes_fit_together() -> None:
+    document = compose()
+    services = document["services"]
+    assert set(services) == {"postgres", "ray-head", "worker", "worker-gpu", "dashboard"}
+    for name, service in services.items():
+        for needed in service.get("depends_on", {}):
+            assert "healthcheck" in services[needed], f"{name} waits for {needed}, which tells nothing of its health"
+        for volume in service.get("volumes", []):
+            source = volume.split(":", 1)[0]
+            assert source.startswith("$") or source in document["volumes"]
+        for port in service.get("ports", []):
+            assert port.startswith("${WAS_LISTEN:-127.0.0.1}:"), f"{name} opens {port} to the network"
+
+
+def test_gpu_reservation_is_a_profile() -> None:
+    services = compose()["services"]
+    devices = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert devices[0]["capabilities"] == ["gpu"]
+    assert services["worker-gpu"]["profiles"] == ["gpu"]
+    assert services["worker"]["profiles"] == ["cpu"]
+    assert all("profiles" not in services[name] for name in ("postgres", "ray-head", "dashboard"))
+
+
+def test_only_coordinator_and_dashboard_know_the_database() -> None:
+    services = compose()["services"]
+    knowing = {name for name, s in services.items() if "WAS_SEARCH_STORAGE" in s.get("environment", {})}
+    assert knowing == {"ray-head", "dashboard"}
+    with_token = {name for name, s in services.items() if s.get("environment", {}).get("RAY_AUTH_MODE") == "token"}
+    assert with_token == {"ray-head", "worker", "worker-gpu"}
+
+
+def test_images_are_the_same_everywhere() -> None:
+    services = compose()["services"]
+    assert {s["image"] for s in services.values()} == {IMAGE, services["postgres"]["image"]}
+    assert int(services["postgres"]["image"].removeprefix("postgres:")) >= 16
+    for path in DEPLOY.iterdir():
+        if path.is_file():
+            named = set(re.findall(r"\bwas-search:[\w.]+", path.read_text(encoding="utf-8")))
+            assert named <= {IMAGE}, path.name
+            postgres = set(re.findall(r"\bpostgres:\d+\b(?!/)", path.read_text(encoding="utf-8"))) - {"postgres:5432"}
+            assert postgres <= {services["postgres"]["image"]}, path.name
+
+
+def test_build_uses_what_is_there() -> None:
+    for service in compose()["services"].values():
+        if "build" in service:
+            context = (DEPLOY / service["build"]["context"]).resolve()
+            assert context == ROOT
+            assert (context / service["build"]["dockerfile"]).is_file()
+    dockerfile = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    copied = [s for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE) for s in line.split()[:-1]]
+    assert copied
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    sent = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {line[1:] for line in sent if line.startswith("!")} == set(copied)
+    extras = re.findall(r"'\.\[([\w,]+)\]'", dockerfile)[0].split(",")
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
+    python = re.findall(r"^FROM python:(\d+\.\d+)-slim$", dockerfile, re.MULTILINE)[0]
+    assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
+
+
+def test_image_runs_without_root() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users[-1:] == ["was"]
+    home = {volume.split(":")[1] for s in compose()["services"].values() for volume in s.get("volumes", [])}
+    made = " ".join(line for line in lines if "mkdir" in line)
+    assert all(folder in made for folder in home if folder.startswith("/home/was/")), "a volume would belong to root"
+
+
+def test_example_environment_is_complete_and_holds_no_secret() -> None:
+    text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+    wanted = set(re.findall(r"\$\{(\w+)", text))
+    required = set(re.findall(r"\$\{(\w+):\?", text))
+    lines = (DEPLOY / ".env.example").read_text(encoding="utf-8").splitlines()
+    given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    assert set(given) == wanted
+    assert required == {"POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"}
+    assert all(not given[name] for name in (*required, "HF_TOKEN"))
+    assert ".env" in (DEPLOY / ".gitignore").read_text(encoding="utf-8").split()
