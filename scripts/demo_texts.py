@@ -191,8 +191,7 @@ def python_files(stdlib_roots: Sequence[Path], package_roots: Sequence[Path]) ->
                 subfolders[:] = sorted(
                     name
                     for name in subfolders
-                    if name != "__pycache__"
-                    and not (is_stdlib and name in ("site-packages", "dist-packages"))
+                    if name != "__pycache__" and not (is_stdlib and name in ("site-packages", "dist-packages"))
                 )
                 for name in sorted(names):
                     path = Path(folder, name)

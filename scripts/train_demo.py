@@ -1,6 +1,6 @@
 """Train the demo checkpoint: a 2.5M-parameter Llama on this machine's own Python sources.
 
-    python scripts/train_demo.py --minutes 7 --output runs/demo
+    python scripts/train_demo.py --minutes 5 --output runs/demo
 
 writes `model/` (a transformers checkpoint in bfloat16) and `training.json` (figures) below `--output`.
 
@@ -22,8 +22,8 @@ Time-boxed training does not repeat bit for bit.
 
 Dropout. While training, the input of each of a block's seven projections loses `--dropout` (default 0.1)
 of its entries: without it so small a network has no redundancy, and dropping 60 % of every projection's
-input channels takes its loss on the test text from 1.66 to 3.5 nats per token. The stored checkpoint is
-a plain Llama and has no dropout.
+input channels takes its loss on the test text from 1.66 to 3.5 nats per token (with it, from 1.90 to
+2.24). The stored checkpoint is a plain Llama and has no dropout.
 """
 
 import argparse

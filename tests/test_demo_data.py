@@ -84,5 +84,5 @@ def test_test_text_costs_less_than_1_6_nats_a_byte(model, tokenizer):
         with torch.no_grad():
             log_probabilities = model(inputs).logits[0, :-1].log_softmax(-1)
         nats -= log_probabilities.gather(1, inputs[0, 1:, None]).sum().item()
-    # 0.68 over the whole text; the bound is what the packaged demo promises
+    # 0.77 over the whole text; the bound is what the packaged demo promises
     assert nats / len(text.encode()) <= 1.6

@@ -42,12 +42,8 @@ def _option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
 
 SHARED: dict[str, Any] = {
     "config": _option(Path | None, "TOML file with options by their long names.", rich_help_panel="General"),
-    "quiet": _option(
-        bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"
-    ),
-    "as_json": _option(
-        bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel="General"
-    ),
+    "quiet": _option(bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"),
+    "as_json": _option(bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel="General"),
 }
 STORAGE: dict[str, Any] = {
     "storage": _option(
@@ -68,9 +64,7 @@ MODEL: dict[str, Any] = {
 }
 CLUSTER: dict[str, Any] = {
     "workers": _option(int | None, "Ray workers; each holds the model.", rich_help_panel="Cluster"),
-    "gpus_per_worker": _option(
-        float | None, "GPUs of one worker; fractions share a GPU.", rich_help_panel="Cluster"
-    ),
+    "gpus_per_worker": _option(float | None, "GPUs of one worker; fractions share a GPU.", rich_help_panel="Cluster"),
     "ray": _option(str | None, "auto, local, or a cluster's address.", rich_help_panel="Cluster"),
 }
 CALIBRATE: dict[str, Any] = {
@@ -80,18 +74,12 @@ CALIBRATE: dict[str, Any] = {
 }
 SEED: dict[str, Any] = {
     "target": _option(float | None, "Budget: share of the projections' weights to skip, in (0, 0.95)."),
-    "pricing_sequences": _option(
-        int | None, "At most so many of the calibration sequences for Fisher prices."
-    ),
+    "pricing_sequences": _option(int | None, "At most so many of the calibration sequences for Fisher prices."),
     "reprice_rounds": _option(int | None, "Times that the Fisher seed is priced again at its sparse point."),
-    "greedy_sequences": _option(
-        int | None, "At most so many of the calibration sequences for the greedy table."
-    ),
+    "greedy_sequences": _option(int | None, "At most so many of the calibration sequences for the greedy table."),
 }
 SEARCH: dict[str, Any] = {
-    "trials": _option(
-        int | None, "Trials of the study; more than it has extends it.", rich_help_panel="Search"
-    ),
+    "trials": _option(int | None, "Trials of the study; more than it has extends it.", rich_help_panel="Search"),
     "study": _option(
         str | None,
         "Name of the study; made from model, target and options if not given.",
@@ -99,9 +87,7 @@ SEARCH: dict[str, Any] = {
     ),
     "sampler": _option(str | None, "tpe, cmaes, gp, qmc, random or was-monotone.", rich_help_panel="Search"),
     "radius": _option(float | None, "How far levels may lie from the seed's.", rich_help_panel="Search"),
-    "search_sequences": _option(
-        int | None, "At most so many sequences for the fitness.", rich_help_panel="Search"
-    ),
+    "search_sequences": _option(int | None, "At most so many sequences for the fitness.", rich_help_panel="Search"),
     "early_stopping": _option(
         bool | None,
         "Stop trials that are worse than the best.",
@@ -109,12 +95,8 @@ SEARCH: dict[str, Any] = {
         rich_help_panel="Search",
     ),
     "significance": _option(float | None, "Of the early-stopping test.", rich_help_panel="Search"),
-    "trial_timeout": _option(
-        float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"
-    ),
-    "max_attempts": _option(
-        int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"
-    ),
+    "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
+    "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
 }
 PLAN_OUT: dict[str, Any] = {"plan": _option(str | None, "Folder for the exported plan.")}
 
@@ -208,10 +190,7 @@ def seed(call: Call) -> None:
         columns = ["seed", *(str(b) for b in range(len(seeds[0].levels)))]
         context.reporter.table("Levels by block, %", columns, rows)
         context.reporter.result(
-            {
-                seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()}
-                for seed in seeds
-            }
+            {seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()} for seed in seeds}
         )
 
     call.run(step)
@@ -227,7 +206,8 @@ def search(call: Call) -> None:
         best = found.best
         if best is not None:
             context.reporter.note(
-                f"best: slot {best.number} ({best.origin}), {best.loss_nats:.4f} nats per token on {context.tokens('search').protocol.describe()}"
+                f"best: slot {best.number} ({best.origin}), {best.loss_nats:.4f} nats per token on "
+                f"{context.tokens('search').protocol.describe()}"
             )
         context.reporter.result(
             {
@@ -283,15 +263,11 @@ def evaluate(
     split: Annotated[str, typer.Option(help="calibration, search or test.")] = "test",
     tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = "",
     limit: Annotated[int | None, typer.Option(help="First items of each task only.")] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with your own lm-eval task files.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
     calibration_sequences: Annotated[
         int | None, typer.Option(help="At most so many sequences of the calibration split.")
     ] = None,
-    search_sequences: Annotated[
-        int | None, typer.Option(help="At most so many sequences of the search split.")
-    ] = None,
+    search_sequences: Annotated[int | None, typer.Option(help="At most so many sequences of the search split.")] = None,
 ) -> None:
     """Perplexity or tasks of a plan and of the dense model."""
     from was_search import api
@@ -327,9 +303,7 @@ def generate(
 
 
 @_command(STORAGE)
-def status(
-    call: Call, *, study: Annotated[str, typer.Option(help="Name; the newest one if not given.")] = ""
-) -> None:
+def status(call: Call, *, study: Annotated[str, typer.Option(help="Name; the newest one if not given.")] = "") -> None:
     """Show where a study stands."""
     from was_search import api
 
@@ -358,9 +332,7 @@ def dashboard(
     call.run(lambda context: api.dashboard(context, study=study, host=host, port=port))
 
 
-@_command(
-    STORAGE, {"trials": SEARCH["trials"], "workers": CLUSTER["workers"], "target": SEED["target"]}, PLAN_OUT
-)
+@_command(STORAGE, {"trials": SEARCH["trials"], "workers": CLUSTER["workers"], "target": SEED["target"]}, PLAN_OUT)
 def demo(call: Call) -> None:
     """Run the whole main job on the packaged demo checkpoint, on CPU."""
     from was_search import api
@@ -373,9 +345,7 @@ def demo(call: Call) -> None:
 def doctor(
     call: Call,
     *,
-    services: Annotated[
-        bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")
-    ] = True,
+    services: Annotated[bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")] = True,
 ) -> None:
     """Tell what this machine has and what to do about what is missing."""
     from was_search import api
@@ -400,7 +370,8 @@ def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
 def _end(drained: bool) -> None:
     if drained:
         _stderr().print(
-            f"interrupted: what was running has been finished and saved; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}",
+            "interrupted: what was running has been finished and saved; resume with\n"
+            f"  was-search {escape(shlex.join(sys.argv[1:]))}",
             soft_wrap=True,
         )
         raise typer.Exit(EXIT_DRAINED)
@@ -416,15 +387,11 @@ def main() -> None:
         app()
     except WasError as error:
         if "--json" in sys.argv:
-            sys.stdout.write(
-                json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n"
-            )
+            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
         _stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
-        _stderr().print(
-            f"interrupted; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True
-        )
+        _stderr().print(f"interrupted; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True)
         # Ray's and Postgres' exit handlers have run with the contexts; a second interrupt must not hang in theirs.
         os._exit(130)
 

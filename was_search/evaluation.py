@@ -58,15 +58,11 @@ def evaluate_thresholds(
     started = time.perf_counter()
     losses: list[Tensor] = []
     stopped = False
-    masking = Masking(
-        structure, norms, thresholds, dense_prefix=protocol.dense_prefix, mask_op=mask_op, count=True
-    )
+    masking = Masking(structure, norms, thresholds, dense_prefix=protocol.dense_prefix, mask_op=mask_op, count=True)
     done = 0
     with torch.inference_mode(), masking:
         while done < len(data.tokens) and not stopped:
-            batch = torch.as_tensor(
-                data.tokens[done : done + protocol.batch_size], dtype=torch.long, device=device
-            )
+            batch = torch.as_tensor(data.tokens[done : done + protocol.batch_size], dtype=torch.long, device=device)
             losses.append(sequence_nats(model, batch, protocol.predicted_per_sequence).double())
             done += len(batch)
             if incumbent_losses is not None and done < len(data.tokens):

@@ -97,12 +97,9 @@ def spend(
     left = target * float(flat.sum()) - float(result @ flat)
     room = float(high.ravel() @ flat) - float(result @ flat)
     if not -1e-9 * flat.sum() <= left <= room + 1e-9 * flat.sum():
-        raise InfeasibleError(
-            f"target: must be in [{result @ flat / flat.sum():.4f}, {high.ravel() @ flat / flat.sum():.4f}], got {target}"
-        )
-    for segment in _segments(
-        price.reshape(-1, len(levels)), levels, count.ravel(), low.ravel(), high.ravel()
-    ):
+        least, most = result @ flat / flat.sum(), high.ravel() @ flat / flat.sum()
+        raise InfeasibleError(f"target: must be in [{least:.4f}, {most:.4f}], got {target}")
+    for segment in _segments(price.reshape(-1, len(levels)), levels, count.ravel(), low.ravel(), high.ravel()):
         cost = flat[segment.curve] * (segment.end - segment.start)
         if cost >= left:
             result[segment.curve] = segment.start + max(left, 0.0) / flat[segment.curve]
@@ -179,9 +176,7 @@ def block_path(
                 raised[p] = min(highest, current[p] + quantum / float(count[p]))
                 cost = error(raised)
                 if not np.isfinite(cost):
-                    raise InfeasibleError(
-                        f"block error: must be finite, got {cost} at sparsities {raised.tolist()}"
-                    )
+                    raise InfeasibleError(f"block error: must be finite, got {cost} at sparsities {raised.tolist()}")
                 # A clipped step drops fewer parameters: compare the error that each parameter adds.
                 trials.append(((cost - reached) / (float(count[p]) * (raised[p] - current[p])), cost, raised))
         _, reached, current = min(trials, key=lambda trial: trial[0])
@@ -207,7 +202,5 @@ def _checked(
     if levels[0] != 0.0 or not np.all(np.diff(levels) > 0.0):
         raise InfeasibleError("grid: must rise strictly from 0")
     if not np.all(np.isfinite(price)):
-        raise InfeasibleError(
-            "prices: must be finite; the model's gradients overflow, use bfloat16 or float32"
-        )
+        raise InfeasibleError("prices: must be finite; the model's gradients overflow, use bfloat16 or float32")
     return price, levels, count

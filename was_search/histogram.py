@@ -47,9 +47,7 @@ class Histograms:
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3 or self.counts.shape[1:] != (N_PROJECTIONS, N_BINS):
-            raise StorageError(
-                f"counts: shape must be [L, {N_PROJECTIONS}, {N_BINS}], got {self.counts.shape}"
-            )
+            raise StorageError(f"counts: shape must be [L, {N_PROJECTIONS}, {N_BINS}], got {self.counts.shape}")
 
     def __add__(self, other: Histograms) -> Histograms:
         return Histograms(self.counts + other.counts)
@@ -91,9 +89,7 @@ class Histograms:
         rank = sparsity * total
         i = int(np.searchsorted(cumulative, rank, side="left"))
         if i >= _FINITE_BINS - 1:
-            raise InfeasibleError(
-                f"scores of block {b}, projection {p} are not finite at sparsity {sparsity}"
-            )
+            raise InfeasibleError(f"scores of block {b}, projection {p} are not finite at sparsity {sparsity}")
         below = int(cumulative[i - 1]) if i else 0
         inside = (rank - below) / int(self.counts[b, p, i])
         return float(edges[i] + inside * (edges[i + 1] - edges[i]))
@@ -114,9 +110,7 @@ class Histograms:
             unpacker = zlib.decompressobj()
             raw = unpacker.decompress(payload, expected + 1)
         except zlib.error as error:
-            raise StorageError(
-                f"cached histograms are damaged: {error}; delete the row and calibrate again"
-            ) from error
+            raise StorageError(f"cached histograms are damaged: {error}; delete the row and calibrate again") from error
         if len(raw) != expected or not unpacker.eof:
             raise StorageError(
                 f"cached histograms: {expected} bytes expected for {n_blocks} blocks, got {len(raw)}; "

@@ -62,9 +62,7 @@ class Plan:
             if value.shape != expected:
                 raise PlanError(f"{name}: shape must be {expected}, got {value.shape}")
             if not np.all(np.isfinite(value)) or value.min() < 0.0:
-                raise PlanError(
-                    f"{name}: must be finite and not negative, got {value.min()} to {value.max()}"
-                )
+                raise PlanError(f"{name}: must be finite and not negative, got {value.min()} to {value.max()}")
         if self.sparsities.max() >= 1.0:
             raise PlanError(f"sparsities: must be under 1, got {self.sparsities.max()}")
         if self.score not in SCORE_KINDS:
@@ -148,9 +146,7 @@ class Plan:
             _write(folder / TENSORS_NAME, payload)
             _write(folder / JSON_NAME, (json.dumps(document, indent=2) + "\n").encode())
         except OSError as error:
-            raise PlanError(
-                f"plan: cannot write {folder} ({error.strerror}); choose another folder"
-            ) from error
+            raise PlanError(f"plan: cannot write {folder} ({error.strerror}); choose another folder") from error
         return folder
 
     @classmethod
@@ -169,7 +165,8 @@ class Plan:
             size = tensors_path.stat().st_size
             if size != declared["bytes"]:
                 raise PlanError(
-                    f"{tensors_path}: {declared['bytes']} bytes expected, got {size}; the plan is truncated, copy it again"
+                    f"{tensors_path}: {declared['bytes']} bytes expected, got {size}; the plan is truncated, "
+                    "copy it again"
                 )
             payload = tensors_path.read_bytes()
             if hashlib.sha256(payload).hexdigest() != declared["sha256"]:
@@ -178,9 +175,7 @@ class Plan:
                 )
             tensors = load(payload)
             shape = ModelShape.from_json(document["shape"])
-            norms = tuple(
-                tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks)
-            )
+            norms = tuple(tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks))
             return cls(
                 model=str(document["model"]),
                 revision=str(document["revision"]),
@@ -225,9 +220,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         version = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(
-            f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again"
-        )
+        raise PlanError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again")
     if document.get("sha256") != _document_hash(document):
         raise PlanError(f"{path}: sha256 does not match its content; the plan was changed, export it again")
     return document

@@ -65,9 +65,7 @@ def progress_figure(slots: list[Slot]) -> Any:
         if s.state is SlotState.COMPLETE and s.loss_nats is not None:
             best = min(best, perplexity(s.loss_nats))
         trace.append(best if math.isfinite(best) else None)
-    figure.add_scatter(
-        x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best"
-    )
+    figure.add_scatter(x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best")
     figure.update_layout(
         title="Perplexity on the search split",
         xaxis_title="evaluations",

@@ -64,9 +64,7 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line for people, shown as it is."""
 
-    def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
-    ) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
         """A table for people."""
 
     def result(self, value: Mapping[str, Any]) -> None:
@@ -133,9 +131,7 @@ class RichReporter(Reporter):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(
-            highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132
-        )
+        self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
@@ -159,9 +155,7 @@ class RichReporter(Reporter):
                 last[:] = [progress]
                 minutes = (time.perf_counter() - started) / 60
                 rate = (progress.finished - first[0]) / minutes if minutes > 0 else 0.0
-                bar.update(
-                    task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate)
-                )
+                bar.update(task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate))
 
             yield show
         if last:
@@ -178,12 +172,8 @@ class RichReporter(Reporter):
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
-    def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
-    ) -> None:
-        table = RichTable(
-            title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left"
-        )
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
         for i, column in enumerate(columns):
             table.add_column(escape(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in rows:
@@ -205,6 +195,7 @@ class RichReporter(Reporter):
             *(TextColumn(text) for text in extra),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,
         )
 
 
@@ -212,7 +203,8 @@ def _figures(progress: StudyProgress, rate: float, *, current: bool = True) -> s
     parts = []
     if progress.best is not None:
         parts.append(
-            f"best {progress.best.loss_nats:.4f} nats (ppl {perplexity(progress.best.loss_nats):.3f}, #{progress.best.number})"
+            f"best {progress.best.loss_nats:.4f} nats "
+            f"(ppl {perplexity(progress.best.loss_nats):.3f}, #{progress.best.number})"
         )
     if current and progress.current is not None and progress.current.loss_nats is not None:
         parts.append(f"current {progress.current.loss_nats:.4f}")

@@ -51,9 +51,7 @@ class EvaluationProtocol:
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length: must be at least 2 tokens, got {self.sequence_length}")
         if not 1 <= self.stride <= self.sequence_length:
-            raise ConfigError(
-                f"stride: must be in [1, sequence_length={self.sequence_length}], got {self.stride}"
-            )
+            raise ConfigError(f"stride: must be in [1, sequence_length={self.sequence_length}], got {self.stride}")
         if self.n_sequences < 1:
             raise ConfigError(f"n_sequences: must be at least 1, got {self.n_sequences}")
         if self.batch_size < 1:
@@ -69,6 +67,10 @@ class EvaluationProtocol:
     @property
     def predicted_tokens(self) -> int:
         return self.n_sequences * self.predicted_per_sequence
+
+    def brief(self) -> str:
+        """Data, split and size, for progress lines; :meth:`describe` says the rest."""
+        return f"{self.data} [{self.split}], {self.n_sequences} x {self.sequence_length} tokens"
 
     def describe(self) -> str:
         """One line for tables and logs."""

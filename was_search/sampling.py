@@ -42,9 +42,7 @@ def make_sampler(
         warnings.simplefilter("ignore", FutureWarning)  # x0 and sigma0 of CMA-ES go in Optuna 6
         match name:
             case "tpe" | "was-monotone":
-                return optuna.samplers.TPESampler(
-                    seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0
-                )
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0)
             case "cmaes":
                 return optuna.samplers.CmaEsSampler(
                     seed=seed, x0=dict(start or space.centre), sigma0=sigma, n_startup_trials=0
@@ -81,9 +79,7 @@ class Suggester:
         widths = [d.high - d.low for d in space.distributions.values()]  # type: ignore[attr-defined]
         self._sigma = _STEP * float(np.mean(widths))
         self._name: SamplerName = name
-        self._study = optuna.create_study(
-            direction="minimize", sampler=make_sampler(name, space, seed, _STEP)
-        )
+        self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
         self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
         self._trials: dict[int, int] = {}
 
@@ -162,9 +158,7 @@ class Suggester:
         if state is SlotState.COMPLETE:
             self._study.tell(trial_number, loss_nats)
         elif state is SlotState.STOPPED and loss_nats is not None:
-            trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(
-                self._study._study_id, trial_number
-            )
+            trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, trial_number)
             self._study._storage.set_trial_intermediate_value(trial_id, sequences, loss_nats)
             self._study.tell(trial_number, state=TrialState.PRUNED)
         else:

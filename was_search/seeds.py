@@ -10,7 +10,7 @@ from was_search.greedy import path, spend
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import Table, uniform_table
 
-REPRICE_RADIUS = 0.15
+REPRICE_RADIUS = 0.07
 """How far from the point where they were taken sparse prices are trusted, in sparsity."""
 
 

@@ -63,7 +63,7 @@ class Settings:
     trials: int = 100
     study: str = ""
     sampler: SamplerName = "tpe"
-    radius: float = 0.2
+    radius: float = 0.1
     score: ScoreKind = "l2"
     seed: int = 0
     workers: int = 1
@@ -96,9 +96,7 @@ class Settings:
             self._range(name, getattr(self, name) >= 1, "must be at least 1")
         self._range("sequence_length", self.sequence_length >= 2, "must be at least 2 tokens")
         self._range("stride", 0 <= self.stride <= self.sequence_length, "must be in [0, sequence_length]")
-        self._range(
-            "dense_prefix", 0 <= self.dense_prefix < self.sequence_length, "must be in [0, sequence_length)"
-        )
+        self._range("dense_prefix", 0 <= self.dense_prefix < self.sequence_length, "must be in [0, sequence_length)")
         self._range("seed", 0 <= self.seed < 2**32, "must be in [0, 2^32)")
         self._range("reprice_rounds", self.reprice_rounds >= 0, "must not be negative")
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
@@ -118,9 +116,7 @@ class Settings:
         """Raise a ConfigError for a missing text option."""
         for name in names:
             if not getattr(self, name):
-                raise ConfigError(
-                    f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file"
-                )
+                raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
 
     def to_json(self) -> dict[str, Any]:
         """All options; a password in the storage URL is left out."""

@@ -31,7 +31,7 @@ class Slot:
         number: 0 .. N-1; the seeds come first.
         state: see :class:`SlotState`.
         attempt: hand-outs so far; 0 before the first.
-        origin: ``seed:uniform``, ``seed:greedy-uniform``, ``seed:fisher`` or ``sampler:<name>``; "" before a vector is chosen.
+        origin: ``seed:<name>`` or ``sampler:<name>``; "" before a vector is chosen.
         params: the raw suggestion by Optuna parameter name, None before a vector is chosen.
         levels: the projected vector, float64 [L].
         sparsities: nominal, float64 [L, 7].

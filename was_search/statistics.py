@@ -33,9 +33,7 @@ def paired_interval(losses: FloatArray, baseline: FloatArray, confidence: float 
     from scipy.stats import t
 
     if losses.shape != baseline.shape or losses.ndim != 1 or len(losses) < 2:
-        raise ValueError(
-            f"losses: two equal runs of at least 2 are needed, got {losses.shape} and {baseline.shape}"
-        )
+        raise ValueError(f"losses: two equal runs of at least 2 are needed, got {losses.shape} and {baseline.shape}")
     difference = losses - baseline
     mean = float(difference.mean())
     error = float(difference.std(ddof=1)) / float(np.sqrt(len(difference)))

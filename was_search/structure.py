@@ -42,9 +42,7 @@ class Structure:
     def linears(self) -> list[tuple[int, int, nn.Linear]]:
         """Every projection as (block, projection index, module), block by block in the order of PROJECTIONS."""
         return [
-            (b, p, block.projections[name])
-            for b, block in enumerate(self.blocks)
-            for p, name in enumerate(PROJECTIONS)
+            (b, p, block.projections[name]) for b, block in enumerate(self.blocks) for p, name in enumerate(PROJECTIONS)
         ]
 
 
@@ -103,8 +101,7 @@ def _block(name: str, module: nn.Module, wanted: str) -> Block:
     missing = [f"{p}_proj" for p in PROJECTIONS if p not in found]
     if missing:
         raise ModelError(
-            f"{name}: looked for the linear maps {wanted}; missing: {', '.join(missing)}"
-            + _fused_hint(module)
+            f"{name}: looked for the linear maps {wanted}; missing: {', '.join(missing)}" + _fused_hint(module)
         )
     return Block(name, module, found)
 

@@ -69,9 +69,7 @@ class Table:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "blocks": [
-                {"levels": b.levels.tolist(), "sparsities": b.sparsities.tolist()} for b in self.blocks
-            ],
+            "blocks": [{"levels": b.levels.tolist(), "sparsities": b.sparsities.tolist()} for b in self.blocks],
         }
 
     @classmethod
@@ -87,7 +85,5 @@ class Table:
 
 def uniform_table(shape: ModelShape, highest: float = 0.99) -> Table:
     """Every projection at its block's level."""
-    block = BlockTable(
-        np.array([0.0, highest]), np.array([np.zeros(N_PROJECTIONS), np.full(N_PROJECTIONS, highest)])
-    )
+    block = BlockTable(np.array([0.0, highest]), np.array([np.zeros(N_PROJECTIONS), np.full(N_PROJECTIONS, highest)]))
     return Table("uniform", (block,) * shape.n_blocks)

@@ -63,9 +63,7 @@ class ArtifactCache:
         """
         query = select(artifact.c.meta, artifact.c.payload, artifact.c.sha256)
         with self._database.begin() as connection:
-            row = connection.execute(
-                query.where(artifact.c.kind == kind, artifact.c.key == key)
-            ).one_or_none()
+            row = connection.execute(query.where(artifact.c.kind == kind, artifact.c.key == key)).one_or_none()
         if row is None:
             return None
         payload = bytes(row.payload)
@@ -83,9 +81,7 @@ class ArtifactCache:
             StorageError: more than 400 MiB, or ``meta`` has no JSON form.
         """
         if len(payload) > MAX_PAYLOAD_BYTES:
-            raise StorageError(
-                f"payload: at most {MAX_PAYLOAD_BYTES} bytes can be cached, got {len(payload)}"
-            )
+            raise StorageError(f"payload: at most {MAX_PAYLOAD_BYTES} bytes can be cached, got {len(payload)}")
         values = {
             "kind": kind,
             "key": key,

@@ -53,9 +53,7 @@ def annotate(storage: BaseStorage, study: str, *, note: str, figures: Mapping[st
         try:
             save_plotly_graph_object(found, figure, graph_object_id=name)
         except ValueError as error:
-            raise StudyError(
-                f"figure {name!r}: an id has letters, digits, '-', '_', ':' and '.' only"
-            ) from error
+            raise StudyError(f"figure {name!r}: an id has letters, digits, '-', '_', ':' and '.' only") from error
 
 
 class DashboardServer(ThreadingMixIn, WSGIServer):
@@ -111,8 +109,7 @@ def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT
         return DashboardServer(family, address, create_app(storage))
     except OSError as error:
         raise ResourceError(
-            f"dashboard: cannot listen on {host}:{port} ({error.strerror or error}); "
-            "choose another port or host"
+            f"dashboard: cannot listen on {host}:{port} ({error.strerror or error}); choose another port or host"
         ) from error
 
 

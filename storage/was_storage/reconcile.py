@@ -23,9 +23,7 @@ def link_trials(connection: Connection, storage: BaseStorage, study_id: int, opt
     by hand and are left alone.
     """
     repairs = 0
-    rows: dict[int, Row[Any]] = {
-        row.number: row for row in slot_rows.read_all(connection, study_id, proposed=True)
-    }
+    rows: dict[int, Row[Any]] = {row.number: row for row in slot_rows.read_all(connection, study_id, proposed=True)}
     linked = {number: row.trial_id for number, row in rows.items() if row.trial_id is not None}
     for trial in trials.unfinished(storage, optuna_study_id):
         number = trial.user_attrs.get(trials.SLOT_ATTR)

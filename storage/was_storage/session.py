@@ -98,9 +98,7 @@ class CoordinatorSession:
         finished = [row for row in rows if SlotState(row.state).finished]
         finished.sort(key=lambda row: (row.finished_at, row.number))
         return [
-            trials.finished_trial(
-                trials.slot_from_row(row), trials.distributions_from_json(row.distributions)
-            )
+            trials.finished_trial(trials.slot_from_row(row), trials.distributions_from_json(row.distributions))
             for row in finished
         ]
 
@@ -150,9 +148,7 @@ class CoordinatorSession:
                 return int(row.attempt)
             if row.state != SlotState.WAITING or row.trial_id is None:
                 found = row.state if row.state != SlotState.WAITING else "without a vector"
-                raise StudyError(
-                    f"slot {number}: only a proposed, waiting slot can be started, it is {found}"
-                )
+                raise StudyError(f"slot {number}: only a proposed, waiting slot can be started, it is {found}")
             attempt = int(row.attempt) + 1
             lease = func.now() + func.make_interval(0, 0, 0, 0, 0, 0, float(lease_seconds))
             self._write(
@@ -174,9 +170,7 @@ class CoordinatorSession:
             if self._row(connection, number).state != SlotState.RUNNING:
                 return False
             state = SlotState.WAITING
-            self._write(
-                connection, number, state=state, worker="", lease_expires_at=None, error=_storable(reason)
-            )
+            self._write(connection, number, state=state, worker="", lease_expires_at=None, error=_storable(reason))
             return True
 
     def finish(
@@ -278,9 +272,7 @@ class CoordinatorSession:
                     raise StudyError(f"slot {number} has another vector already; it never changes")
                 return True
             if row.state != SlotState.WAITING:
-                raise StudyError(
-                    f"slot {number}: only a waiting slot can be given a vector, it is {row.state}"
-                )
+                raise StudyError(f"slot {number}: only a waiting slot can be given a vector, it is {row.state}")
             self._write(connection, number, **values)
             return False
 
@@ -293,9 +285,7 @@ class CoordinatorSession:
             if row.trial_id is None:
                 trial_id = self._unlinked_trial(storage, number) if interrupted else None
                 try:
-                    trial_id = (
-                        trials.create(storage, self.optuna_study_id, row) if trial_id is None else trial_id
-                    )
+                    trial_id = trials.create(storage, self.optuna_study_id, row) if trial_id is None else trial_id
                     self._write(connection, number, trial_id=trial_id)
                 except StudyError as error:
                     refused = error

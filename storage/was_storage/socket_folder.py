@@ -32,9 +32,7 @@ def choose_socket_folder(folder: Path) -> Path:
     short.mkdir(mode=0o700, exist_ok=True)
     found = short.lstat()
     if short.is_symlink() or found.st_uid not in (owner, os.geteuid()) or found.st_mode & 0o077:
-        raise StorageError(
-            f"embedded Postgres: {short} belongs to someone else; remove it or set {HOME_VARIABLE}"
-        )
+        raise StorageError(f"embedded Postgres: {short} belongs to someone else; remove it or set {HOME_VARIABLE}")
     return short
 
 

@@ -103,13 +103,9 @@ class StudyStore:
         storage = self._database.optuna_storage()
         with self._database.begin() as connection:
             connection.execute(insert(study_table).values(**values).on_conflict_do_nothing())
-            row = connection.execute(
-                select(study_table).where(study_table.c.name == name).with_for_update()
-            ).one()
+            row = connection.execute(select(study_table).where(study_table.c.name == name).with_for_update()).one()
             _check_same(row, asked)
-            connection.execute(
-                update(study_table).where(study_table.c.id == row.id).values(config=values["config"])
-            )
+            connection.execute(update(study_table).where(study_table.c.id == row.id).values(config=values["config"]))
             add_slots(connection, row.id, n_slots)
             optuna_study.ensure(connection, storage, row.id, name, row.optuna_study_id)
         return self.get(name)
@@ -163,12 +159,8 @@ class StudyStore:
         with self._database.begin() as connection:
             free = text("SELECT pg_try_advisory_xact_lock(:key, :id)")
             if not connection.execute(free, {"key": COORDINATOR_LOCK, "id": record.id}).scalar():
-                raise StudyError(
-                    f"study {name!r} is being run by a coordinator; stop it before deleting the study"
-                )
-            query = (
-                select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
-            )
+                raise StudyError(f"study {name!r} is being run by a coordinator; stop it before deleting the study")
+            query = select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
             optuna_study.drop(storage, connection.execute(query).scalar())
             connection.execute(delete(study_table).where(study_table.c.id == record.id))
 

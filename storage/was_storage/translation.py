@@ -103,14 +103,10 @@ def translate(error: BaseException, shown: str, *, opening: bool = False) -> Was
     if "database" in text and "does not exist" in text and not code:
         return StorageError(f"database {shown} does not exist: {detail}; create it first")
     if "too many clients" in text or "remaining connection slots" in text:
-        return TransientError(
-            f"database {shown} has no free connection ({detail}); try again or raise max_connections"
-        )
+        return TransientError(f"database {shown} has no free connection ({detail}); try again or raise max_connections")
     lost = code[:2] == "08" or (not code and any(part in text for part in _LOST))
     if code in _TRANSIENT_CODES or ((lost or cause.connection_invalidated) and not opening):
-        return TransientError(
-            f"database {shown}: the connection was lost or the server is busy ({detail}); try again"
-        )
+        return TransientError(f"database {shown}: the connection was lost or the server is busy ({detail}); try again")
     if not code:
         for part, meaning in _AT_CONNECT:
             if part in text:

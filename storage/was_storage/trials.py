@@ -127,9 +127,7 @@ def create(storage: BaseStorage, optuna_study_id: int, row: Row[Any]) -> int:
     Raises:
         StudyError: Optuna refuses its parameters (the study has others of the same name).
     """
-    template = running_template(
-        slot_from_row(row), distributions_from_json(row.distributions), row.attrs or {}
-    )
+    template = running_template(slot_from_row(row), distributions_from_json(row.distributions), row.attrs or {})
     try:
         return storage.create_new_trial(optuna_study_id, template_trial=template)
     except ValueError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from was_search import cli
 from was_search.api.demo import DEMO_FOLDER
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
@@ -126,7 +127,9 @@ class TestModel:
         shutil.copytree(MODEL, folder)
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1_000_000])
-        printed = refused("evaluate", "--model", str(folder), "--data", TEXT, "--device", "cpu", "--sequence-length", "64")
+        printed = refused(
+            "evaluate", "--model", str(folder), "--data", TEXT, "--device", "cpu", "--sequence-length", "64"
+        )
         assert "damaged or truncated" in printed
 
     def test_folder_without_weights(self, refused, tmp_path: Path) -> None:
@@ -156,7 +159,17 @@ class TestPlan:
 
     def evaluate(self, refused, plan: Path) -> str:
         return refused(
-            "evaluate", "--model", MODEL, "--data", TEXT, "--plan", str(plan), "--device", "cpu", "--sequence-length", "64"
+            "evaluate",
+            "--model",
+            MODEL,
+            "--data",
+            TEXT,
+            "--plan",
+            str(plan),
+            "--device",
+            "cpu",
+            "--sequence-length",
+            "64",
         )
 
     def test_of_another_model(self, refused, plan: Path) -> None:
@@ -183,8 +196,6 @@ class TestPlan:
 def test_unknown_study(refused, database) -> None:
     url = database.engine.url.render_as_string(hide_password=False)
     assert "does not exist" in refused("status", "--study", "nothing", "--storage", url)
-
-
 
 
 def test_json_mode_reports_errors_as_json(capsys, monkeypatch) -> None:

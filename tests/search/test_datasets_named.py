@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import datasets.config
 import huggingface_hub.constants
 import pandas as pd
 import pytest
@@ -17,8 +18,9 @@ from was_search.text import load_text, text_hash
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Neither what another test loaded nor the machine's own copies."""
+def fresh(monkeypatch, tmp_path_factory):
+    """Neither what another test loaded nor the machine's own copies and caches."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     datasets_named._load.cache_clear()
 
@@ -117,12 +119,9 @@ def test_a_set_is_loaded_once_a_process(copies):
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "alpaca"])
-def test_no_network_says_what_to_download_and_where_to_put_it(name, monkeypatch, tmp_path):
-    import datasets.config
-
+def test_no_network_says_what_to_download_and_where_to_put_it(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     repository = datasets_named.REPOSITORIES[name]
     message = f"{name} could not be loaded .* of the data set {repository} .* FOLDER/{name}/ and set {FOLDER_VARIABLE}="
     with pytest.raises(DataError, match=message):

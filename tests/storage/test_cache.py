@@ -65,9 +65,7 @@ def test_too_much_is_refused(cache: ArtifactCache, monkeypatch: pytest.MonkeyPat
 
 def test_many_may_put_the_same_key_at_once(cache: ArtifactCache) -> None:
     new: list[bool] = []
-    threads = [
-        threading.Thread(target=lambda: new.append(cache.put("a", "1", b"x" * 10000))) for _ in range(5)
-    ]
+    threads = [threading.Thread(target=lambda: new.append(cache.put("a", "1", b"x" * 10000))) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:

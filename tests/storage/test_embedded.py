@@ -197,9 +197,7 @@ def test_a_server_on_another_machine_is_named(server_home: Path, monkeypatch: py
     monkeypatch.setattr(postgres_binaries, "START_SECONDS", 0.1)
     elsewhere = LockedFile.take(folder.with_name("postgres.running"))
     assert elsewhere is not None
-    with pytest.raises(
-        StorageError, match=r"another machine or container uses the folder\. Give each its own"
-    ):
+    with pytest.raises(StorageError, match=r"another machine or container uses the folder\. Give each its own"):
         EmbeddedServer.start(folder)
     elsewhere.release()
 

@@ -157,9 +157,7 @@ def test_running_slots_of_an_earlier_coordinator_wait_again(database: Database) 
         assert session.repaired == 2
         after = session.slots()
         assert [slot.state for slot in after] == [SlotState.WAITING] * 2
-        assert [(s.attempt, s.trial_id, s.params) for s in after] == [
-            (s.attempt, s.trial_id, s.params) for s in before
-        ]
+        assert [(s.attempt, s.trial_id, s.params) for s in after] == [(s.attempt, s.trial_id, s.params) for s in before]
         assert session.start(0, "w", 60) == 2
     with database.begin() as connection:
         leases = connection.execute(

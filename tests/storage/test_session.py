@@ -248,9 +248,7 @@ def test_a_replaced_coordinator_writes_nothing_more(database: Database, session:
 def test_the_epoch_alone_refuses_too(database: Database, session: CoordinatorSession) -> None:
     session.propose(0, **vector(0))
     with database.begin() as connection:
-        connection.execute(
-            text("UPDATE was.study SET epoch = epoch + 1 WHERE name = :n"), {"n": session.name}
-        )
+        connection.execute(text("UPDATE was.study SET epoch = epoch + 1 WHERE name = :n"), {"n": session.name})
     with pytest.raises(StudyError, match=r"taken over \(epoch 2, ours was 1\)"):
         session.start(0, "w", 60)
 

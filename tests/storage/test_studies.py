@@ -57,9 +57,7 @@ def test_each_difference_is_listed(store: StudyStore) -> None:
     name = uuid.uuid4().hex
     store.open_or_create(name, identity={"model": "a", "same": 1, "old": 2}, config={}, shape={}, n_slots=1)
     with pytest.raises(StudyError) as caught:
-        store.open_or_create(
-            name, identity={"model": "b", "same": 1, "new": "x" * 500}, config={}, shape={}, n_slots=9
-        )
+        store.open_or_create(name, identity={"model": "b", "same": 1, "new": "x" * 500}, config={}, shape={}, n_slots=9)
     message = str(caught.value)
     assert "exists with other settings; choose another name" in message
     assert "model: study has a, asked for b" in message
@@ -192,9 +190,7 @@ def test_deleting_removes_everything(database: Database, store: StudyStore) -> N
         assert connection.execute(query, {"id": record.id}).scalar() == 0
 
 
-def test_a_study_deleted_in_the_dashboard_is_made_anew_from_the_slots(
-    database: Database, store: StudyStore
-) -> None:
+def test_a_study_deleted_in_the_dashboard_is_made_anew_from_the_slots(database: Database, store: StudyStore) -> None:
     name = new_study(database, 4).name
     with store.coordinate(name) as session:
         for number, state in enumerate((SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED)):

@@ -44,11 +44,13 @@ class OperatingPoint:
 
 def calibrate(context: Context) -> Calibration:
     """Histograms of the dense model's scores; cached by model, score and calibration protocol."""
+    return context.once("calibration", lambda: _calibrate(context))
+
+
+def _calibrate(context: Context) -> Calibration:
     started = time.perf_counter()
     settings = context.settings
-    key = content_hash(
-        "histograms", 1, context.fingerprint, settings.score, context.tokens("calibration").protocol
-    )
+    key = content_hash("histograms", 1, context.fingerprint, settings.score, context.tokens("calibration").protocol)
     found = context.cache.get("histograms", key)
     if found is not None:
         shape = ModelShape.from_json(found.meta["shape"])
@@ -62,22 +64,25 @@ def calibrate(context: Context) -> Calibration:
     shape = pool.infos[0].shape
     with context.reporter.phase(f"calibrate on {_describe(context)}", pool.n_workers) as advance:
         histograms, _ = histogram_runner(pool, data, advance=advance)(None)
-    histograms.thresholds(
-        np.full((shape.n_blocks, 7), 0.5)
-    )  # non-finite scores are refused here, not in a trial
+    # Non-finite scores are refused here, not in a trial.
+    histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))
     context.cache.put("histograms", key, histograms.to_bytes(), {"shape": shape.to_json()})
     return Calibration(key, shape, histograms)
 
 
-def operating_point(
-    context: Context, calibration: Calibration, sparsities: FloatArray, name: str
-) -> OperatingPoint:
+def operating_point(context: Context, calibration: Calibration, sparsities: FloatArray, name: str) -> OperatingPoint:
     """Histograms at the vector called ``name``, re-taken until what is nominal is achieved; cached by vector."""
+    rounded = np.round(sparsities, 9)
+    key = content_hash("operating-point", 2, calibration.key, rounded)
+    return context.once(key, lambda: _operating_point(context, calibration, rounded, key, name))
+
+
+def _operating_point(
+    context: Context, calibration: Calibration, sparsities: FloatArray, key: str, name: str
+) -> OperatingPoint:
     from was_search import calibration as maths
 
     started = time.perf_counter()
-    rounded = np.round(sparsities, 9)
-    key = content_hash("operating-point", 2, calibration.key, rounded)
     found = context.cache.get("operating-point", key)
     if found is not None:
         context.reporter.cached(f"calibrate at {name}", "operating point", time.perf_counter() - started)
@@ -94,7 +99,7 @@ def operating_point(
     with context.reporter.phase(f"calibrate at {name}") as advance:
         runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)
         point = OperatingPoint(
-            key, *maths.operating_point(runner, calibration.histograms, rounded, calibration.shape)
+            key, *maths.operating_point(runner, calibration.histograms, sparsities, calibration.shape)
         )
     meta = {
         "thresholds": [[float(v) for v in row] for row in point.thresholds],
@@ -106,4 +111,4 @@ def operating_point(
 
 
 def _describe(context: Context) -> str:
-    return context.tokens("calibration").protocol.describe()
+    return context.tokens("calibration").protocol.brief()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from was_search.model import ModelSource
     from was_search.text import SplitText
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Context:
         self.reporter = reporter or Reporter()
         self._stack = ExitStack()
         self._tokens: dict[str, TokenSet] = {}
+        self._results: dict[str, Any] = {}
 
     def __enter__(self) -> Context:
         return self
@@ -106,9 +111,7 @@ class Context:
         address = os.environ.get("RAY_ADDRESS", "local") if settings.ray == "auto" else settings.ray
         if settings.device == "cpu":
             if settings.gpus_per_worker > 0:
-                raise ResourceError(
-                    f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}"
-                )
+                raise ResourceError(f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}")
             gpus = 0
         elif address == "local":
             import torch
@@ -118,26 +121,16 @@ class Context:
             gpus = int(self.cluster.gpus)
         wants_gpu = settings.device == "cuda" or settings.gpus_per_worker > 0
         if wants_gpu and not gpus:
-            asked = (
-                "--device cuda"
-                if settings.device == "cuda"
-                else f"--gpus-per-worker {settings.gpus_per_worker:g}"
-            )
+            asked = "--device cuda" if settings.device == "cuda" else f"--gpus-per-worker {settings.gpus_per_worker:g}"
             raise ResourceError(
                 f"{asked} was asked for and no GPU was found; 'was-search doctor' tells what this machine has, "
                 "--device cpu runs without one"
             )
         device = (
-            "cuda"
-            if wants_gpu or (settings.device == "auto" and gpus and settings.gpus_per_worker != 0)
-            else "cpu"
+            "cuda" if wants_gpu or (settings.device == "auto" and gpus and settings.gpus_per_worker != 0) else "cpu"
         )
-        share = (
-            0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
-        )
-        dtype = (
-            settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-        )
+        share = 0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
+        dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
         return Placement(device, share, dtype)
 
     @cached_property
@@ -165,6 +158,13 @@ class Context:
             pool.wait_idle()
         return pool
 
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """The result of ``make``, called at the first asking for ``key`` only: steps build on one another."""
+        if key not in self._results:
+            self._results[key] = make()
+        found: T = self._results[key]
+        return found
+
     def tokens(self, split: str) -> TokenSet:
         """Token ids of ``split`` under the settings' protocol; cached, so that a second run needs no tokenizer."""
         if split not in self._tokens:
@@ -191,6 +191,7 @@ class Context:
             "batch_size": settings.batch_size,
             "dense_prefix": settings.dense_prefix,
             "seed": settings.seed,
+            "at_most": True,
         }
 
     def _load_tokens(self, split: str) -> TokenSet:

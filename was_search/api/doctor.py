@@ -68,9 +68,7 @@ def _packages() -> Check:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    return Check(
-        "packages", not missing, ", ".join(found), f"pip install {' '.join(missing)}" if missing else ""
-    )
+    return Check("packages", not missing, ", ".join(found), f"pip install {' '.join(missing)}" if missing else "")
 
 
 def _gpu() -> Check:
@@ -105,9 +103,7 @@ def _tasks() -> Check:
     try:
         return Check("lm-eval tasks", True, f"lm-eval {version('lm-eval')}")
     except PackageNotFoundError:
-        return Check(
-            "lm-eval tasks", None, "not installed", "for evaluate --tasks: pip install 'was-search[tasks]'"
-        )
+        return Check("lm-eval tasks", None, "not installed", "for evaluate --tasks: pip install 'was-search[tasks]'")
 
 
 def _postgres(context: Context) -> Check:

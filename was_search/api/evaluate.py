@@ -49,7 +49,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
     norms = structure_norms(structure, score)
     runs = [None] if plan is None else [None, plan.thresholds]
     found = []
-    with context.reporter.phase(f"evaluate on {data.protocol.describe()}", len(runs)) as advance:
+    with context.reporter.phase(f"evaluate on {data.protocol.brief()}", len(runs)) as advance:
         for thresholds in runs:
             op = mask_op_for(context.placement.device)
             found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
@@ -122,11 +122,7 @@ def _show(context: Context, result: PlanEvaluation, plan: Plan | None) -> None:
         ]
     ]
     if plan is not None and result.sparse is not None and result.achieved is not None:
-        gap = (
-            paired_interval(result.sparse.losses, result.dense.losses)
-            if len(result.sparse.losses) > 1
-            else None
-        )
+        gap = paired_interval(result.sparse.losses, result.dense.losses) if len(result.sparse.losses) > 1 else None
         value["plan"] = {
             "loss_nats": result.sparse.loss_nats,
             "perplexity": perplexity(result.sparse.loss_nats),

@@ -69,10 +69,7 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
     found = [_cached(context, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
-        calls = [
-            ("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i]))
-            for i in missing
-        ]
+        calls = [("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i])) for i in missing]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
         pool = context.pool
         with context.reporter.phase(f"evaluate {names}", len(calls)) as advance:
@@ -95,9 +92,7 @@ def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
 def _key(context: Context, request: Request) -> str:
     protocol = context.tokens(request.split).protocol
     settings, device = context.settings, context.placement.device
-    return content_hash(
-        "evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request)
-    )
+    return content_hash("evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request))
 
 
 def _cached(context: Context, request: Request) -> Evaluation | None:

@@ -43,9 +43,7 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
     there = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
     if there + max_new_tokens > room:
-        raise ConfigError(
-            f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions"
-        )
+        raise ConfigError(f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions")
 
     def run() -> tuple[str, int, float]:
         started = time.perf_counter()
@@ -71,13 +69,9 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         finally:
             handle.restore()
     context.reporter.text(prompt + result.text)
-    speed = (
-        f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
-    )
+    speed = f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
     sparsity = (
-        "dense"
-        if result.achieved is None
-        else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
+        "dense" if result.achieved is None else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
     )
     context.reporter.note(f"{speed}, {sparsity}, {context.placement.device}")
     context.reporter.result(

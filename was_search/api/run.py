@@ -77,9 +77,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     split and are compared at it.
     """
     calibration = calibrate(context)
-    vectors = {
-        ("fisher seed" if seed.name == "fisher" else seed.name): seed.sparsities for seed in found.seeds
-    }
+    vectors = {("fisher seed" if seed.name == "fisher" else seed.name): seed.sparsities for seed in found.seeds}
     is_seed = plan.provenance["origin"].startswith("seed:")
     vectors[f"best (slot {plan.provenance['slot']}{', a seed' if is_seed else ''})"] = plan.sparsities
     points: dict[str, OperatingPoint | None] = {"dense": None}
@@ -110,10 +108,7 @@ def show(context: Context, rows: list[Row]) -> None:
             [
                 row.name,
                 f"{100 * row.nominal:.2f}",
-                " ".join(
-                    f"{100 * v:.1f}"
-                    for v in (row.calibration_achieved, row.search.achieved, row.test.achieved)
-                ),
+                " ".join(f"{100 * v:.1f}" for v in (row.calibration_achieved, row.search.achieved, row.test.achieved)),
                 f"{row.search.evaluation.loss_nats:.4f}",
                 f"{row.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(row.test.evaluation.loss_nats):.3f}",
@@ -137,7 +132,7 @@ def show(context: Context, rows: list[Row]) -> None:
         caption="\n".join(
             [
                 "nats per token; achieved sparsity on the calibration, search and test split",
-                "test - X: difference on the test split, paired by sequence, with its 95 % interval; negative is better",
+                "test - X: difference on the test split, paired by sequence, 95 % interval; negative is better",
                 *(
                     f"{split}: {context.tokens(split).protocol.describe()}"
                     for split in ("calibration", "search", "test")

@@ -67,9 +67,7 @@ def search(context: Context) -> SearchResult:
         slots = book.slots()
         if all(slot.state.finished for slot in slots):
             result = SearchResult(name, slots, seeds, drained=False)
-            context.reporter.cached(
-                "search", f"study {name}, {_tally(result)}", time.perf_counter() - started
-            )
+            context.reporter.cached("search", f"study {name}, {_tally(result)}", time.perf_counter() - started)
             return result
 
         from was_workers.search import SearchLoop, SearchOptions
@@ -146,9 +144,7 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
         "levels": levels_figure(best.levels, levels, context.settings.target),
         "progress": progress_figure(result.slots),
     }
-    annotate(
-        context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures
-    )
+    annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
 
 
 def _note(context: Context, result: SearchResult, best: Slot) -> str:

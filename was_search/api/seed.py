@@ -53,14 +53,14 @@ def fisher_prices(
     name = "price (Fisher)" if point is None else "price again at the priced point"
     found = context.cache.get("prices", key)
     if found is not None:
-        context.reporter.cached(name, data.protocol.describe(), time.perf_counter() - started)
+        context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
         return unpack_array(found.payload)
 
     from was_workers import phases
 
     pool = context.pool
     parts = len(phases.shards(data.tokens, PRICING_BATCH, 4 * pool.n_workers))
-    with context.reporter.phase(f"{name} on {data.protocol.describe()}", parts) as advance:
+    with context.reporter.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
         prices = phases.fisher_prices(
             pool,
             data,
@@ -81,13 +81,13 @@ def greedy_table(context: Context, calibration: Calibration) -> Table:
     key = content_hash("greedy", 2, calibration.key, data.protocol.n_sequences, GREEDY_STEP)
     found = context.cache.get("greedy", key)
     if found is not None:
-        context.reporter.cached("greedy table", data.protocol.describe(), time.perf_counter() - started)
+        context.reporter.cached("greedy table", data.protocol.brief(), time.perf_counter() - started)
         return Table.from_json(found.meta["table"])
 
     from was_workers import phases
 
     shape = calibration.shape
-    with context.reporter.phase(f"greedy table on {data.protocol.describe()}", shape.n_blocks) as advance:
+    with context.reporter.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
         table = phases.greedy_table(
             context.pool, data, calibration.histograms, shape, step=GREEDY_STEP, advance=advance
         )

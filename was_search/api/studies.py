@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
-from was_search.protocol import perplexity
+from was_search.protocol import EvaluationProtocol, perplexity
 from was_search.slots import SlotState
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def status(context: Context, name: str = "") -> StudyRecord | None:
             return None
         name = max(found, key=lambda record: record.created_at).name
     record = store.get(name)
-    protocol = record.identity.get("search data", {})
     counts = ", ".join(f"{record.counts.get(state, 0)} {state.value}" for state in SlotState)
     best = (
         "no complete trial yet"
@@ -66,7 +65,7 @@ def status(context: Context, name: str = "") -> StudyRecord | None:
         ["best", best],
         [
             "on",
-            f"{protocol.get('data', '?')} [search], {protocol.get('n_sequences', '?')} x {protocol.get('sequence_length', '?')} tokens",
+            EvaluationProtocol.from_json(record.identity["search data"]).describe(),
         ],
         ["exported", str(record.report.get("exported", {}).get("candidate", "not yet"))],
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import socket
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +79,7 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place, and a search could not be drained
     try:
-        offered = ray.cluster_resources()
+        offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
     finally:
         ray.shutdown()

@@ -144,9 +144,7 @@ class Pool:
         self._expire()
         self._recover()
         if not self._members:
-            raise ResourceError(
-                "every worker was lost and could not be restarted; see Ray's logs, then run again"
-            )
+            raise ResourceError("every worker was lost and could not be restarted; see Ray's logs, then run again")
         outcomes, self._ready = self._ready, []
         return outcomes
 
@@ -194,9 +192,7 @@ class Pool:
                     results[index] = outcome.value
                     left -= 1
                     done()
-                elif (outcome.lost or isinstance(outcome.error, TransientError)) and attempts[
-                    index
-                ] < max_attempts:
+                elif (outcome.lost or isinstance(outcome.error, TransientError)) and attempts[index] < max_attempts:
                     waiting.append((index, calls[index]))
                 elif outcome.lost:
                     raise TransientError(
@@ -206,9 +202,7 @@ class Pool:
                     raise outcome.error
         return results
 
-    def _start(
-        self, member: _Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float
-    ) -> None:
+    def _start(self, member: _Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float) -> None:
         reference = getattr(member.actor, method).remote(*args)
         self._calls[reference] = _Call(member, ticket, time.monotonic() + seconds)
 

@@ -210,9 +210,7 @@ class SearchLoop:
         losses = {
             slot.origin.removeprefix("seed:"): slot.loss_nats
             for slot in self._slots.values()
-            if slot.origin.startswith("seed:")
-            and slot.state is SlotState.COMPLETE
-            and slot.loss_nats is not None
+            if slot.origin.startswith("seed:") and slot.state is SlotState.COMPLETE and slot.loss_nats is not None
         }
         scored = [seed for seed in self._seeds if seed.name in losses]
         return min(scored, key=lambda seed: losses[seed.name]) if scored else self._seeds[-1]
@@ -300,9 +298,7 @@ class SearchLoop:
         self._refresh(number, state=state, **result)
         slot = self._slots[number]
         if self._suggester is not None:
-            self._suggester.tell(
-                number, state, slot.loss_nats, 0 if slot.losses is None else len(slot.losses)
-            )
+            self._suggester.tell(number, state, slot.loss_nats, 0 if slot.losses is None else len(slot.losses))
         self._report(slot)
 
     def _refresh(self, number: int, **changes: Any) -> None:

@@ -29,9 +29,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "slot",
-        sa.Column(
-            "study_id", sa.Integer, sa.ForeignKey("was.study.id", ondelete="CASCADE"), primary_key=True
-        ),
+        sa.Column("study_id", sa.Integer, sa.ForeignKey("was.study.id", ondelete="CASCADE"), primary_key=True),
         sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("state", sa.Text, nullable=False, server_default=sa.text("'waiting'")),
         sa.Column("attempt", sa.Integer, nullable=False, server_default=sa.text("0")),
@@ -53,9 +51,7 @@ def upgrade() -> None:
         sa.Column("error", sa.Text, nullable=False, server_default=sa.text("''")),
         sa.Column("started_at", sa.DateTime(timezone=True)),
         sa.Column("finished_at", sa.DateTime(timezone=True)),
-        sa.CheckConstraint(
-            "state IN ('waiting', 'running', 'complete', 'stopped', 'failed')", name="slot_state"
-        ),
+        sa.CheckConstraint("state IN ('waiting', 'running', 'complete', 'stopped', 'failed')", name="slot_state"),
         schema="was",
     )
     op.create_table(

@@ -1,0 +1,90 @@
+"""Time and peak memory of each phase on a model: calibrate, seed, search.
+
+    python benchmarks/phases.py --model FOLDER --data FOLDER --trials 10 --workers 1 [--config FILE]
+
+Peak memory is torch's on the GPU, the largest of the workers, or the process's on CPU. Appends one JSON row to
+``benchmarks/results/phases.jsonl`` and prints it. Run it with an empty database, or phases are cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from was_search.api import Context, calibrate, search, seed
+from was_search.progress import RichReporter
+from was_search.settings import Settings, load_settings
+
+RESULTS = Path(__file__).resolve().parent / "results" / "phases.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    for name, field in Settings.__dataclass_fields__.items():
+        kind = type(field.default)
+        if kind is not bool:
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    options = vars(parser.parse_args())
+    output, config = options.pop("output"), options.pop("config")
+    phases: dict[str, Any] = {}
+    with Context(load_settings(config, options), RichReporter()) as context:
+        _timed(phases, "fingerprint", lambda: context.fingerprint)
+        _timed(phases, "start Ray and load", lambda: context.pool, context)
+        calibration = _timed(phases, "calibrate", lambda: calibrate(context), context)
+        _timed(phases, "seed", lambda: seed(context, calibration), context)
+        result = _timed(phases, "search", lambda: search(context), context)
+        row = {
+            "model": context.source.display_name,
+            "blocks": calibration.shape.n_blocks,
+            "projection_weights": int(calibration.shape.params.sum()),
+            "worker": context.pool.infos[0].device,
+            "settings": context.settings.to_json(),
+            "placement": vars(context.placement),
+            "phases": phases,
+            "trials": [
+                {
+                    "origin": s.origin,
+                    "state": s.state.value,
+                    "seconds": round(s.seconds, 3),
+                    "tokens": s.tokens,
+                    "loss_nats": s.loss_nats,
+                    "achieved": s.achieved,
+                }
+                for s in result.slots
+            ],
+            "versions": {name: version(name) for name in ("torch", "transformers", "ray", "optuna")},
+            "python": platform.python_version(),
+            "commit": _commit(),
+        }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    for name, figures in phases.items():
+        print(f"{name:20s} {figures['seconds']:8.1f} s  peak {figures.get('peak_gib', float('nan')):7.2f} GiB")
+
+
+def _timed(phases: dict[str, Any], name: str, step: Any, context: Context | None = None) -> Any:
+    started = time.perf_counter()
+    result = step()
+    phases[name] = {"seconds": round(time.perf_counter() - started, 2)}
+    if context is not None:
+        peaks = context.pool.map([("peak_bytes",)] * context.pool.n_workers)
+        phases[name]["peak_gib"] = round(max(peaks) / 2**30, 3)
+    return result
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
