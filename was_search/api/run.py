@@ -30,7 +30,7 @@ class Row:
     test: Figures
     calibration_achieved: float
     against_uniform: Interval | None
-    against_seed: Interval | None
+    against_above: Interval | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(context: Context) -> RunResult:
                     "search": row.search.to_json(context),
                     "test": row.test.to_json(context),
                     "test_against_uniform": vars(row.against_uniform) if row.against_uniform else None,
-                    "test_against_seed": vars(row.against_seed) if row.against_seed else None,
+                    "test_against_row_above": vars(row.against_above) if row.against_above else None,
                 }
                 for row in rows
             ],
@@ -95,7 +95,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
             on_test,
             0.0 if point is None else calibration.shape.sparsity(point.achieved),
             _interval(on_test, rows.get("uniform")),
-            _interval(on_test, rows.get("fisher seed")),
+            _interval(on_test, list(rows.values())[-1] if rows else None),
         )
     return list(rows.values())
 
@@ -113,7 +113,7 @@ def show(context: Context, rows: list[Row]) -> None:
                 f"{row.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(row.test.evaluation.loss_nats):.3f}",
                 str(row.against_uniform or ""),
-                str(row.against_seed or ""),
+                str(row.against_above or ""),
             ]
         )
     context.reporter.table(
@@ -121,12 +121,12 @@ def show(context: Context, rows: list[Row]) -> None:
         [
             "",
             "nominal %",
-            "achieved % (c, s, t)",
+            "achieved % c/s/t",
             "search nats",
             "test nats",
             "test ppl",
             "test - uniform",
-            "test - seed",
+            "test - row above",
         ],
         body,
         caption="\n".join(
@@ -150,7 +150,13 @@ def _interval(test: Figures, baseline: Row | None) -> Interval | None:
 
 def next_commands(context: Context, found: SearchResult, folder: Path) -> list[str]:
     """Commands worth trying after a run, as they can be typed here."""
-    program = "was-search" if shutil.which("was-search") else os.path.relpath(sys.argv[0])
+    started_as = Path(sys.argv[0])
+    if shutil.which("was-search"):
+        program = "was-search"
+    elif started_as.name == "was-search":
+        program = os.path.relpath(started_as)
+    else:
+        program = "python -m was_search.cli"
     storage = "" if context.settings.storage == "embedded" else " --storage URL"
     return [
         f"{program} dashboard --study {found.study}{storage}",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from was_search.errors import InfeasibleError, TransientError
+from was_search.errors import InfeasibleError, TransientError, WasError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
@@ -117,11 +117,16 @@ class SearchLoop:
             WasError: a worker met an error that repeating cannot mend; the slot is not consumed.
         """
         self._report(None)
-        while self._flight or (not self._drain.is_set() and self._unfinished()):
-            if not self._drain.is_set():
-                self._hand_out()
-            for outcome in self._pool.wait(0.5):
-                self._settle(outcome)
+        try:
+            while self._flight or (not self._drain.is_set() and self._unfinished()):
+                if not self._drain.is_set():
+                    self._hand_out()
+                for outcome in self._pool.wait(0.5):
+                    self._settle(outcome)
+        except WasError as error:
+            for number, _, _ in self._flight.values():
+                self._book.requeue(number, f"the search stopped: {_first_line(error)}")
+            raise
         return self._book.slots()
 
     def _unfinished(self) -> bool:

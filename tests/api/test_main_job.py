@@ -1,0 +1,119 @@
+"""From a model to a plan that decodes, on real Ray and Postgres, in small; then once more from the cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from was_kernels import sparsify
+from was_search.api import Context, run, search
+from was_search.api.demo import DEMO_FOLDER
+from was_search.errors import StudyError
+from was_search.masking import Masking, structure_norms
+from was_search.model import load_model, load_tokenizer, resolve_model
+from was_search.plan import Plan
+from was_search.structure import find_structure
+from was_storage.studies import StudyStore
+
+from tests.workers.small_run import assert_each_finished_once, environment, small_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def made(postgres_url: str, tmp_path_factory: pytest.TempPathFactory):
+    """Settings and result of one small run."""
+    plan = tmp_path_factory.mktemp("run") / "plan"
+    settings = small_settings(storage=postgres_url, trials=8, plan=str(plan), reprice_rounds=1)
+    with Context(settings) as context:
+        return settings, run(context)
+
+
+def test_run_makes_a_plan_and_compares_it(made, database) -> None:
+    settings, result = made
+    assert_each_finished_once(database, result.search.study, 8)
+    names = [row.name for row in result.rows]
+    assert names[:4] == ["dense", "uniform", "greedy-uniform", "fisher seed"]
+    assert names[4].startswith("best (slot")
+    for row in result.rows[1:]:
+        assert row.nominal == pytest.approx(0.6, abs=1e-9)
+        # the re-calibration's tolerance is 0.05 points of sparsity, or six passes
+        assert row.calibration_achieved == pytest.approx(0.6, abs=0.005)
+        assert row.test.achieved == pytest.approx(0.6, abs=0.03)  # 8 calibration sequences only
+    report = StudyStore(database).get(result.search.study).report
+    plan = Plan.load(result.plan)
+    assert report["metrics"]["search"]["loss_nats"] == plan.metrics["search"]["loss_nats"]
+    assert plan.provenance["study"] == result.search.study
+
+
+def test_the_plan_in_a_fresh_process_gives_the_recorded_loss(made, database, tmp_path: Path) -> None:
+    _, result = made
+    recorded = StudyStore(database).get(result.search.study).report["metrics"]
+    for split in ("search", "test"):
+        command = [sys.executable, "-m", "was_search.cli", "evaluate", "--plan", str(result.plan), "--split", split, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        # same dtype, batches and thresholds: only the number of threads differs
+        assert found["plan"]["loss_nats"] == pytest.approx(recorded[split]["loss_nats"], abs=1e-3)
+        assert found["plan"]["achieved_sparsity"] == pytest.approx(recorded[split]["achieved_sparsity"], abs=1e-3)
+        assert found["dense"]["loss_nats"] == pytest.approx(recorded["dense"][split]["loss_nats"], abs=1e-3)
+
+
+def test_the_sparse_runtimes_logits_match_the_masked_reference(made) -> None:
+    _, result = made
+    plan = Plan.load(result.plan)
+    source = resolve_model(str(DEMO_FOLDER / "model"))
+    model, tokenizer = load_model(source, dtype="float32", device="cpu"), load_tokenizer(source)
+    ids = tokenizer("def area(radius):\n    return 3.14159 * radius ** 2\n", return_tensors="pt")["input_ids"]
+    structure = find_structure(model)
+    norms = structure_norms(structure, plan.score)
+    with torch.inference_mode():
+        with Masking(structure, norms, plan.thresholds, dense_prefix=plan.dense_prefix):
+            expected = model(ids).logits
+        with sparsify(model, plan) as sparse:
+            prefill = sparse(ids).logits
+            cache, steps = None, []
+            for position in range(ids.shape[1]):
+                out = sparse(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                steps.append(out.logits[:, -1])
+    # float32; products are summed in another order, and logits are of order 10
+    torch.testing.assert_close(prefill, expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(steps, 1), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_second_run_is_read_from_the_cache(made) -> None:
+    settings, first = made
+    with Context(settings) as context:
+        second = run(context)
+        assert "pool" not in vars(context)
+        assert "cluster" not in vars(context)
+    assert second.search.study == first.search.study
+    for a, b in zip(first.rows, second.rows, strict=True):
+        np.testing.assert_array_equal(a.test.evaluation.losses, b.test.evaluation.losses)
+
+
+@pytest.mark.parametrize(("change", "named"), [({"target": 0.5}, "target"), ({"search_sequences": 16}, "search data")])
+def test_a_study_of_other_settings_is_refused_with_the_differences(made, change, named: str) -> None:
+    settings, result = made
+    other = small_settings(
+        storage=settings.storage, study=result.search.study, trials=8, reprice_rounds=1, **change
+    )
+    with Context(other) as context, pytest.raises(StudyError, match=named):
+        search(context)
+
+
+def test_the_dashboards_trials_carry_what_people_look_for(made, database) -> None:
+    _, result = made
+    study = optuna.load_study(study_name=result.search.study, storage=database.optuna_storage())
+    for trial in study.trials:
+        assert {"slot", "origin", "levels", "sparsities", "achieved", "seconds", "worker"} <= set(trial.user_attrs)
+    keys = study.system_attrs if hasattr(study, "system_attrs") else study._storage.get_study_system_attrs(study._study_id)
+    assert any(key.startswith("dashboard:note") for key in keys)
+    assert any("plot" in key for key in keys)

@@ -1,0 +1,277 @@
+"""The loop without Ray or Postgres: a book in memory and a pool that answers as it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from was_search.errors import InfeasibleError, ModelError, TransientError
+from was_search.protocol import Evaluation
+from was_search.seeds import baseline_seeds, fisher_seed
+from was_search.shape import ModelShape
+from was_search.slots import Slot, SlotState
+from was_search.table import Table, uniform_table
+from was_workers.pool import Outcome
+from was_workers.search import SearchLoop, SearchOptions
+from was_workers.slot_book import durable
+
+SHAPE = ModelShape(((8, 8, 8, 8, 8, 8, 16),) * 3, ((8, 4, 4, 8, 16, 16, 8),) * 3)
+GRID = np.linspace(0.0, 0.95, 20)
+PRICES = np.tile(GRID**2, (3, 7, 1)) * np.arange(1, 22).reshape(3, 7, 1)
+
+
+class Book:
+    """Slots in memory, with storage's rules: a slot finishes once, by the attempt that runs."""
+
+    def __init__(self, n: int) -> None:
+        self.rows = [Slot(i, SlotState.WAITING) for i in range(n)]
+        self.finishes: list[int] = []
+
+    def slots(self) -> list[Slot]:
+        return list(self.rows)
+
+    def _set(self, number: int, **changes: Any) -> None:
+        self.rows[number] = dataclasses.replace(self.rows[number], **changes)
+
+    def propose(self, number, *, origin, params, distributions, levels, sparsities, attrs) -> None:
+        assert self.rows[number].levels is None
+        assert all(distributions[name]._contains(value) for name, value in params.items())
+        self._set(number, origin=origin, params=dict(params), levels=levels, sparsities=sparsities)
+
+    def start(self, number: int, worker: str, lease_seconds: float) -> int:
+        assert self.rows[number].state is SlotState.WAITING
+        self._set(number, state=SlotState.RUNNING, attempt=self.rows[number].attempt + 1, worker=worker)
+        return self.rows[number].attempt
+
+    def requeue(self, number: int, reason: str) -> None:
+        self._set(number, state=SlotState.WAITING, error=reason)
+
+    def finish(self, number: int, attempt: int, state: SlotState, *, attrs=None, **result: Any) -> bool:
+        assert self.rows[number].state is SlotState.RUNNING
+        assert self.rows[number].attempt == attempt
+        self.finishes.append(number)
+        self._set(number, state=state, **result)
+        return True
+
+
+class Pool:
+    """Two workers; ``answer(call, sparsities, incumbent)`` gives a value, or raises what the call ends with."""
+
+    def __init__(self, answer: Callable[[int, np.ndarray, Any], Evaluation]) -> None:
+        self.answer = answer
+        self.calls: list[tuple[np.ndarray, Any]] = []
+        self._running: deque[tuple[int, tuple[Any, ...]]] = deque()
+
+    @property
+    def n_idle(self) -> int:
+        return 2 - len(self._running)
+
+    next_idle = "worker"
+
+    def submit(self, method: str, *args: Any, deadline_seconds: float) -> int:
+        assert method == "evaluate"
+        self.calls.append((args[3], args[4]))
+        self._running.append((len(self.calls) - 1, args))
+        return len(self.calls) - 1
+
+    def wait(self, timeout_seconds: float) -> list[Outcome]:
+        if not self._running:
+            return []
+        ticket, args = self._running.popleft()
+        try:
+            return [Outcome(ticket, "worker", value=self.answer(ticket, args[3], args[4]))]
+        except ConnectionError as error:
+            return [Outcome(ticket, "worker", error=error, lost=True)]
+        except Exception as error:
+            return [Outcome(ticket, "worker", error=error)]
+
+
+def evaluation(sparsities: np.ndarray, loss: float | None = None) -> Evaluation:
+    """A bowl around 0.6: the uniform vector is best."""
+    mean = float(np.square(sparsities - 0.6).sum()) + 2.0 if loss is None else loss
+    return Evaluation(np.full(4, mean), 400, 0.01, False, sparsities)
+
+
+def seeds():
+    greedy = Table("greedy", uniform_table(SHAPE).blocks)
+    return [*baseline_seeds(SHAPE, 0.6, greedy), fisher_seed(PRICES, GRID, SHAPE, 0.6)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray, "put", lambda value: value)
+
+    def start(book: Book, answer, *, drain: threading.Event | None = None, progress=None, **options: Any) -> list[Slot]:
+        wanted = {
+            "target": 0.6,
+            "sampler": "tpe",
+            "radius": 0.1,
+            "seed": 0,
+            "early_stopping": True,
+            "trial_timeout": 60.0,
+            "max_attempts": 3,
+            **options,
+        }
+        loop = SearchLoop(
+            book,
+            Pool(answer),
+            "tokens",
+            "histograms",
+            "key",
+            shape=SHAPE,
+            seeds=seeds(),
+            options=SearchOptions(**wanted),
+            drain=drain or threading.Event(),
+            progress=progress or (lambda _: None),
+        )
+        return loop.run()
+
+    return start
+
+
+def test_every_slot_finishes_once_on_the_budget(run) -> None:
+    book = Book(20)
+    slots = run(book, lambda _, s, incumbent: evaluation(s))
+    assert sorted(book.finishes) == list(range(20))
+    assert [s.origin for s in slots[:3]] == ["seed:uniform", "seed:greedy-uniform", "seed:fisher"]
+    assert all(s.origin == "sampler:tpe" for s in slots[3:])
+    for slot in slots:
+        # exact by projection: float64 rounding only
+        assert SHAPE.sparsity(slot.sparsities) == pytest.approx(0.6, abs=1e-12)
+
+
+def test_nan_fails_its_slot_and_the_search_goes_on(run) -> None:
+    book = Book(10)
+    slots = run(book, lambda call, s, _: evaluation(s, float("nan") if call == 5 else None))
+    failed = [s for s in slots if s.state is SlotState.FAILED]
+    assert len(failed) == 1
+    assert "the loss is nan" in failed[0].error
+    assert sum(s.state is SlotState.COMPLETE for s in slots) == 9
+
+
+def test_infeasible_fails_its_slot(run) -> None:
+    def answer(call, s, _):
+        if call == 4:
+            raise InfeasibleError("scores are not finite")
+        return evaluation(s)
+
+    slots = run(Book(8), answer)
+    assert [s.error for s in slots if s.state is SlotState.FAILED] == ["scores are not finite"]
+
+
+def test_a_lost_call_is_repeated_with_the_same_vector(run) -> None:
+    seen: dict[int, np.ndarray] = {}
+
+    def answer(call, s, _):
+        seen[call] = s
+        if call == 4:
+            raise ConnectionError("the worker died")
+        return evaluation(s)
+
+    book = Book(8)
+    slots = run(book, answer)
+    assert all(s.state is SlotState.COMPLETE for s in slots)
+    again = [s for s in slots if s.attempt == 2]
+    assert len(again) == 1
+    np.testing.assert_array_equal(seen[4], again[0].sparsities)
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize("error", [ConnectionError("died"), TransientError("GPU out of memory")])
+def test_a_vector_that_always_loses_its_worker_fails_after_the_cap(run, error) -> None:
+    bad: list[np.ndarray] = []
+
+    def answer(call, s, _):
+        if call == 3 or any(np.array_equal(s, b) for b in bad):
+            bad.append(s)
+            raise error
+        return evaluation(s)
+
+    slots = run(Book(6), answer, max_attempts=3)
+    failed = [s for s in slots if s.state is SlotState.FAILED]
+    assert len(bad) == 3
+    assert len(failed) == 1
+    assert failed[0].error.startswith("lost 3 times; last:")
+
+
+def test_an_error_that_repeating_cannot_mend_stops_and_consumes_nothing(run) -> None:
+    def answer(call, s, _):
+        if call == 4:
+            raise ModelError("the checkpoint is gone")
+        return evaluation(s)
+
+    book = Book(8)
+    with pytest.raises(ModelError, match="the checkpoint is gone"):
+        run(book, answer)
+    assert {s.state for s in book.slots()} == {SlotState.COMPLETE, SlotState.WAITING}
+    slots = run(book, lambda _, s, __: evaluation(s))
+    assert all(s.state is SlotState.COMPLETE for s in slots)
+    assert sorted(book.finishes) == list(range(8))
+
+
+def test_drain_ends_with_the_calls_in_flight(run) -> None:
+    drain = threading.Event()
+    book = Book(30)
+    slots = run(
+        book, lambda _, s, __: evaluation(s), drain=drain, progress=lambda p: p.finished >= 7 and drain.set()
+    )
+    assert 7 <= sum(s.state.finished for s in slots) <= 9
+    assert not any(s.state is SlotState.RUNNING for s in slots)
+    before = {s.number: s for s in slots if s.state.finished}
+    after = run(book, lambda _, s, __: evaluation(s))
+    assert all(s.state.finished for s in after)
+    assert all(after[number] == slot or after[number].number == number for number, slot in before.items())
+    assert sorted(book.finishes) == list(range(30))
+
+
+def test_fewer_trials_than_seeds_keep_the_best_seeds(run) -> None:
+    book = Book(1)
+    assert run(book, lambda _, s, __: evaluation(s))[0].origin == "seed:fisher"
+    book.rows.extend(Slot(i, SlotState.WAITING) for i in range(1, 5))
+    origins = [s.origin for s in run(book, lambda _, s, __: evaluation(s))]
+    assert sorted(origins[:3]) == ["seed:fisher", "seed:greedy-uniform", "seed:uniform"]
+    assert origins[3:] == ["sampler:tpe"] * 2
+
+
+def test_seeds_are_evaluated_in_full_and_before_the_first_proposal(run) -> None:
+    incumbents = []
+
+    def answer(call, s, incumbent):
+        incumbents.append(incumbent)
+        return evaluation(s)
+
+    run(Book(8), answer)
+    assert all(i is None for i in incumbents[:3])
+    assert all(i is not None for i in incumbents[3:])
+
+
+def test_was_monotone_levels_rise_with_depth(run) -> None:
+    slots = run(Book(12), lambda _, s, __: evaluation(s), sampler="was-monotone")
+    for slot in slots[3:]:
+        assert np.all(np.diff(slot.levels) >= -1e-12)
+
+
+def test_durable_repeats_transient_errors_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    calls: list[str] = []
+
+    class Flaky(Book):
+        def requeue(self, number: int, reason: str) -> None:
+            calls.append(reason)
+            if len(calls) < 4:
+                raise TransientError("the database restarts")
+            if reason == "bad":
+                raise ModelError("no")
+
+    book = durable(Flaky(1))
+    book.requeue(0, "x")
+    assert calls == ["x"] * 4
+    with pytest.raises(ModelError):
+        book.requeue(0, "bad")
+    assert calls == ["x"] * 4 + ["bad"]
