@@ -63,7 +63,7 @@ class Settings:
     trials: int = 100
     study: str = ""
     sampler: SamplerName = "tpe"
-    radius: float = 0.1
+    radius: float = 0.05
     score: ScoreKind = "l2"
     seed: int = 0
     workers: int = 1

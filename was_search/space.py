@@ -47,7 +47,7 @@ class LevelSpace:
     table: Table
     seed_levels: FloatArray
     target: float
-    radius: float = 0.1
+    radius: float = 0.05
 
     def __post_init__(self) -> None:
         if self.radius <= 0.0:

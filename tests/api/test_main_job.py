@@ -113,7 +113,7 @@ def test_the_dashboards_trials_carry_what_people_look_for(made, database) -> Non
     _, result = made
     study = optuna.load_study(study_name=result.search.study, storage=database.optuna_storage())
     for trial in study.trials:
-        assert {"slot", "origin", "levels", "sparsities", "achieved", "seconds", "worker"} <= set(trial.user_attrs)
+        assert {"slot", "origin", "levels", "sparsities", "achieved_sparsity", "seconds", "worker"} <= set(trial.user_attrs)
     keys = study.system_attrs if hasattr(study, "system_attrs") else study._storage.get_study_system_attrs(study._study_id)
     assert any(key.startswith("dashboard:note") for key in keys)
     assert any("plot" in key for key in keys)
