@@ -46,7 +46,11 @@ def main() -> None:
             "blocks": calibration.shape.n_blocks,
             "projection_weights": int(calibration.shape.params.sum()),
             "worker": context.pool.infos[0].device,
-            "settings": context.settings.to_json(),
+            "settings": {
+                **context.settings.to_json(),
+                "model": context.source.display_name,
+                "data": context.tokens("search").protocol.data,
+            },
             "placement": vars(context.placement),
             "phases": phases,
             "trials": [

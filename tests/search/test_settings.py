@@ -28,7 +28,7 @@ def test_the_last_one_wins(toml):
     assert found.sampler == "cmaes"
     assert found.trials == 7  # base over default; a flag of None is no flag
     assert found.seed == 9  # flag over base
-    assert found.radius == 0.2  # the default
+    assert found.radius == Settings().radius  # the default
 
 
 def test_names_with_dashes_and_underscores_are_the_same(toml):
