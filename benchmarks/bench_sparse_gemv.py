@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+
 from was_kernels.sparse_gemv import sparse_gemv
 
 RESULTS = Path(__file__).parent / "results" / "sparse_gemv.jsonl"

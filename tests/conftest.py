@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
+
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 

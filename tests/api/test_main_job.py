@@ -11,8 +11,10 @@ import numpy as np
 import optuna
 import pytest
 import torch
+
+from tests.workers.small_run import assert_each_finished_once, environment, small_settings
 from was_kernels import sparsify
-from was_search.api import Context, run, search
+from was_search.api import Context, evaluate_on_tasks, run, search
 from was_search.api.demo import DEMO_FOLDER
 from was_search.errors import StudyError
 from was_search.masking import Masking, structure_norms
@@ -20,8 +22,6 @@ from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
 from was_search.structure import find_structure
 from was_storage.studies import StudyStore
-
-from tests.workers.small_run import assert_each_finished_once, environment, small_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 
@@ -36,7 +36,7 @@ def made(postgres_url: str, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_run_makes_a_plan_and_compares_it(made, database) -> None:
-    settings, result = made
+    _, result = made
     assert_each_finished_once(database, result.search.study, 8)
     names = [row.name for row in result.rows]
     assert names[:4] == ["dense", "uniform", "greedy-uniform", "fisher seed"]
@@ -56,7 +56,17 @@ def test_the_plan_in_a_fresh_process_gives_the_recorded_loss(made, database, tmp
     _, result = made
     recorded = StudyStore(database).get(result.search.study).report["metrics"]
     for split in ("search", "test"):
-        command = [sys.executable, "-m", "was_search.cli", "evaluate", "--plan", str(result.plan), "--split", split, "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "was_search.cli",
+            "evaluate",
+            "--plan",
+            str(result.plan),
+            "--split",
+            split,
+            "--json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         # same dtype, batches and thresholds: only the number of threads differs
@@ -102,9 +112,7 @@ def test_a_second_run_is_read_from_the_cache(made) -> None:
 @pytest.mark.parametrize(("change", "named"), [({"target": 0.5}, "target"), ({"search_sequences": 16}, "search data")])
 def test_a_study_of_other_settings_is_refused_with_the_differences(made, change, named: str) -> None:
     settings, result = made
-    other = small_settings(
-        storage=settings.storage, study=result.search.study, trials=8, reprice_rounds=1, **change
-    )
+    other = small_settings(storage=settings.storage, study=result.search.study, trials=8, reprice_rounds=1, **change)
     with Context(other) as context, pytest.raises(StudyError, match=named):
         search(context)
 
@@ -113,7 +121,41 @@ def test_the_dashboards_trials_carry_what_people_look_for(made, database) -> Non
     _, result = made
     study = optuna.load_study(study_name=result.search.study, storage=database.optuna_storage())
     for trial in study.trials:
-        assert {"slot", "origin", "levels", "sparsities", "achieved_sparsity", "seconds", "worker"} <= set(trial.user_attrs)
-    keys = study.system_attrs if hasattr(study, "system_attrs") else study._storage.get_study_system_attrs(study._study_id)
+        assert {"slot", "origin", "levels", "sparsities", "achieved_sparsity", "seconds", "worker"} <= set(
+            trial.user_attrs
+        )
+    keys = (
+        study.system_attrs if hasattr(study, "system_attrs") else study._storage.get_study_system_attrs(study._study_id)
+    )
     assert any(key.startswith("dashboard:note") for key in keys)
     assert any("plot" in key for key in keys)
+
+
+def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="the optional extra 'tasks' is not installed")
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    _, result = made
+    plan = Plan.load(result.plan)
+    documents = [{"text": f"import {name}\nimport", "choices": [" os", " +"]} for name in ("re", "sys", "ast", "json")]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    task = {
+        "task": "after_import",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 1},
+    }
+    (tmp_path / "after_import.yaml").write_text(json.dumps(task))  # JSON is YAML
+    with Context(small_settings(storage="embedded")) as context:  # the database is not opened
+        found = evaluate_on_tasks(context, plan, ["after_import"], limit=None, include_path=tmp_path)
+    assert set(found) == {"dense", "plan"}
+    for results in found.values():
+        assert [(r.task, r.n) for r in results] == [("after_import", 4)]
+        assert results[0].value == 1.0  # " os" is far likelier than " +" for a model of Python, sparse or not

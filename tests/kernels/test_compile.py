@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from was_kernels import score_mask, sparse_gemv_kernels
 from was_kernels.launch import interpreted
 from was_kernels.sparse_gemv import choose_tiling

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import was_kernels
 from was_kernels.mask_op import mask_op_for
 from was_kernels.reference import score_mask_reference
-
 from was_search.score import masked
 
 KERNELS = Path(was_kernels.__file__).parents[1]

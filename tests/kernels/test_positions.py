@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from was_kernels.positions import DensePrefix, token_positions
 
+from was_kernels.positions import DensePrefix, token_positions
 from was_search.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from was_kernels.runtime import sparsify
-from was_kernels.sparse_linear import SparseLinear
 
 from tests.kernels.tiny_models import FAMILIES, masked_logits, tiny_model, tiny_plan
+from was_kernels.runtime import sparsify
+from was_kernels.sparse_linear import SparseLinear
 from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
 from was_search.score import masked
 from was_search.structure import find_structure

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from was_kernels.score_mask import score_mask
 
 from tests.kernels.where import need_kernels
+from was_kernels.score_mask import score_mask
 from was_search.score import masked
 
 need_kernels()

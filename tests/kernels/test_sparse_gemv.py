@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from was_kernels.reference import sparse_gemv_reference
-from was_kernels.sparse_gemv import Tiling, _launch, choose_tiling, sparse_gemv
 
 from tests.kernels.where import need_kernels
+from was_kernels.reference import sparse_gemv_reference
+from was_kernels.sparse_gemv import Tiling, _launch, choose_tiling, sparse_gemv
 
 need_kernels()
 

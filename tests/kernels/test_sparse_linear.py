@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from was_kernels.positions import DensePrefix
-from was_kernels.runtime import sparsify
-from was_kernels.sparse_linear import SparseLinear
 
 from tests.kernels.tiny_models import masked_logits, tiny_model, tiny_plan
 from tests.kernels.where import need_kernels
+from was_kernels.positions import DensePrefix
+from was_kernels.runtime import sparsify
+from was_kernels.sparse_linear import SparseLinear
 from was_search.errors import ConfigError
 from was_search.score import column_norms, masked
 

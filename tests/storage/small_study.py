@@ -10,12 +10,12 @@ import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 from sqlalchemy import text
-from was_storage.database import Database
-from was_storage.session import CoordinatorSession
-from was_storage.studies import StudyRecord, StudyStore
 
 from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
+from was_storage.database import Database
+from was_storage.session import CoordinatorSession
+from was_storage.studies import StudyRecord, StudyStore
 
 SHAPE = ModelShape(((4,) * 7,) * 2, ((4,) * 7,) * 2)
 IDENTITY = {"model": "tiny", "budget": 0.6}

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 from sqlalchemy import text
+
+from was_search.errors import StorageError
 from was_storage import cache as cache_module
 from was_storage.cache import Artifact, ArtifactCache
 from was_storage.database import Database
-
-from was_search.errors import StorageError
 
 pytestmark = pytest.mark.postgres
 

@@ -12,13 +12,13 @@ import plotly.graph_objects as go
 import pytest
 from optuna_dashboard import get_note
 from sqlalchemy import event
+
+from tests.storage.small_study import new_study, vector
+from was_search.errors import ResourceError, StudyError
 from was_storage import dashboard
 from was_storage.dashboard import annotate, open_dashboard, serve
 from was_storage.database import Database
 from was_storage.studies import StudyStore
-
-from tests.storage.small_study import new_study, vector
-from was_search.errors import ResourceError, StudyError
 
 pytestmark = pytest.mark.postgres
 

@@ -8,12 +8,12 @@ import uuid
 import optuna
 import pytest
 from sqlalchemy import inspect, text
+
+from was_search.errors import StorageError, TransientError
 from was_storage import migrate as migrations
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 from was_storage.schema import HEAD, SCHEMA, metadata
-
-from was_search.errors import StorageError, TransientError
 
 pytestmark = pytest.mark.postgres
 

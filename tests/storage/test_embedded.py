@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
+
+from was_search.errors import StorageError
 from was_storage import postgres_binaries, socket_folder
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer, default_home
 from was_storage.file_lock import LockedFile
-
-from was_search.errors import StorageError
 
 pytestmark = pytest.mark.postgres
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from was_storage.plain import plain
 
 from was_search.errors import StorageError
 from was_search.shape import ModelShape
+from was_storage.plain import plain
 
 
 def test_becomes_what_json_holds() -> None:

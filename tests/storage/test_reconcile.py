@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, text
+
+from tests.storage.small_study import assert_one_to_one, new_study, terminate_connections, vector
+from was_search.slots import SlotState
 from was_storage import trials
 from was_storage.database import Database
 from was_storage.session import CoordinatorSession
 from was_storage.studies import StudyStore
-
-from tests.storage.small_study import assert_one_to_one, new_study, terminate_connections, vector
-from was_search.slots import SlotState
 
 pytestmark = pytest.mark.postgres
 

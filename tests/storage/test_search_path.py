@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import inspect, text
+
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 from was_storage.urls import parse_url

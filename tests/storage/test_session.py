@@ -10,9 +10,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
-from was_storage.database import Database
-from was_storage.session import CoordinatorSession
-from was_storage.studies import StudyStore
 
 from tests.storage.small_study import (
     DISTRIBUTIONS,
@@ -23,6 +20,9 @@ from tests.storage.small_study import (
 )
 from was_search.errors import StudyError, TransientError
 from was_search.slots import SlotState
+from was_storage.database import Database
+from was_storage.session import CoordinatorSession
+from was_storage.studies import StudyStore
 
 pytestmark = pytest.mark.postgres
 

@@ -8,12 +8,12 @@ import uuid
 import optuna
 import pytest
 from sqlalchemy import text
-from was_storage.database import Database
-from was_storage.studies import StudyStore
 
 from tests.storage.small_study import IDENTITY, SHAPE, assert_one_to_one, new_study, vector
 from was_search.errors import StudyError
 from was_search.slots import SlotState
+from was_storage.database import Database
+from was_storage.studies import StudyStore
 
 pytestmark = pytest.mark.postgres
 

@@ -13,10 +13,10 @@ import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
-from was_storage.database import Database
-from was_storage.translation import translate
 
 from was_search.errors import StorageError, TransientError
+from was_storage.database import Database
+from was_storage.translation import translate
 
 pytestmark = pytest.mark.postgres
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from was_storage.urls import display_url, normalise_url
 
 from was_search.errors import StorageError
+from was_storage.urls import display_url, normalise_url
 
 
 @pytest.mark.parametrize(

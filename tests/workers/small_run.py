@@ -7,12 +7,12 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
-from was_storage.database import Database
-from was_storage.studies import StudyStore
 
 from was_search.api import demo_settings
 from was_search.settings import Settings
 from was_search.slots import Slot, SlotState
+from was_storage.database import Database
+from was_storage.studies import StudyStore
 
 SMALL: dict[str, Any] = {
     "trials": 40,

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from was_storage.database import Database
-from was_storage.studies import StudyStore
 
 from tests.workers.small_run import assert_each_finished_once, environment, small_flags, small_settings
 from was_search.api import Context, search
 from was_search.slots import SlotState
+from was_storage.database import Database
+from was_storage.studies import StudyStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+
 from was_search.errors import InfeasibleError, ModelError, TransientError
 from was_search.protocol import Evaluation
 from was_search.seeds import baseline_seeds, fisher_seed
@@ -218,9 +219,7 @@ def test_an_error_that_repeating_cannot_mend_stops_and_consumes_nothing(run) -> 
 def test_drain_ends_with_the_calls_in_flight(run) -> None:
     drain = threading.Event()
     book = Book(30)
-    slots = run(
-        book, lambda _, s, __: evaluation(s), drain=drain, progress=lambda p: p.finished >= 7 and drain.set()
-    )
+    slots = run(book, lambda _, s, __: evaluation(s), drain=drain, progress=lambda p: p.finished >= 7 and drain.set())
     assert 7 <= sum(s.state.finished for s in slots) <= 9
     assert not any(s.state is SlotState.RUNNING for s in slots)
     before = {s.number: s for s in slots if s.state.finished}

@@ -21,13 +21,12 @@ from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
 
 if TYPE_CHECKING:
+    from was_search.model import ModelSource
+    from was_search.text import SplitText
     from was_storage.cache import ArtifactCache
     from was_storage.database import Database
     from was_workers.cluster import Cluster
     from was_workers.pool import Pool
-
-    from was_search.model import ModelSource
-    from was_search.text import SplitText
 
 
 T = TypeVar("T")

@@ -38,7 +38,6 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
         PlanError: the plan belongs to another model.
     """
     from was_kernels.mask_op import mask_op_for
-
     from was_search.evaluation import evaluate_thresholds
     from was_search.masking import structure_norms
 
@@ -69,7 +68,6 @@ def evaluate_on_tasks(
 ) -> dict[str, list[TaskResult]]:
     """lm-eval ``tasks`` for the dense model and for ``plan``, side by side: results by ``dense`` and ``plan``."""
     from was_kernels import sparsify
-
     from was_search.model import load_tokenizer
     from was_search.tasks import evaluate_tasks
 

@@ -187,10 +187,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
 
 def stored_result(context: Context) -> SearchResult:
     """The study of the settings as it stands in the database, without running anything of it."""
-    from was_storage.studies import StudyStore
-
     from was_search.api.search import study_name
     from was_search.api.seed import seed
+    from was_storage.studies import StudyStore
 
     name = study_name(context)
     store = StudyStore(context.database)

@@ -29,8 +29,8 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         PlanError: the plan belongs to another model.
     """
     import torch
-    from was_kernels import sparsify
 
+    from was_kernels import sparsify
     from was_search.model import load_tokenizer
 
     if not prompt:

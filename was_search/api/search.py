@@ -132,9 +132,8 @@ def study_name(context: Context) -> str:
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
     """Write the note and the two plots that optuna-dashboard shows."""
-    from was_storage.dashboard import annotate
-
     from was_search.plots import levels_figure, progress_figure
+    from was_storage.dashboard import annotate
 
     best = result.best
     if best is None or best.levels is None:

@@ -226,8 +226,8 @@ def _load(spec: WorkerSpec) -> _Loaded:
     import time
 
     import torch
-    from was_kernels.mask_op import mask_op_for
 
+    from was_kernels.mask_op import mask_op_for
     from was_search.masking import structure_norms
     from was_search.model import load_model, resolve_model
     from was_search.structure import find_structure

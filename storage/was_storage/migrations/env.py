@@ -1,6 +1,7 @@
 """Alembic's entry: runs on the connection that :func:`was_storage.migrate.migrate` hands over."""
 
 from alembic import context
+
 from was_storage.schema import SCHEMA, metadata
 
 context.configure(
