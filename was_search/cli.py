@@ -64,7 +64,9 @@ MODEL: dict[str, Any] = {
 }
 CLUSTER: dict[str, Any] = {
     "workers": _option(int | None, "Ray workers; each holds the model.", rich_help_panel="Cluster"),
-    "gpus_per_worker": _option(float | None, "GPUs of one worker; fractions share a GPU.", rich_help_panel="Cluster"),
+    "gpus_per_worker": _option(
+        float | None, "GPUs of one worker, up to 1; fractions share one.", rich_help_panel="Cluster"
+    ),
     "ray": _option(str | None, "auto, local, or a cluster's address.", rich_help_panel="Cluster"),
 }
 CALIBRATE: dict[str, Any] = {
@@ -362,6 +364,7 @@ def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     plan = Plan.load(folder)
     made_with = dict(plan.provenance.get("settings", {}))
     made_with["plan"] = ""
+    made_with["revision"] = plan.revision
     return plan, load_settings(
         None, {key: value for key, value in made_with.items() if key in Settings.__dataclass_fields__}
     )
@@ -389,6 +392,17 @@ def main() -> None:
         if "--json" in sys.argv:
             sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
         _stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+    except MemoryError as error:
+        _stderr().print(f"[red]error:[/] out of memory; use a smaller --batch-size ({escape(str(error))})")
+        sys.exit(EXIT_ERROR)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth importing torch for
+            raise
+        _stderr().print(
+            f"[red]error:[/] GPU out of memory; use a smaller --batch-size or --sequence-length ({escape(str(error))})",
+            soft_wrap=True,
+        )
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         _stderr().print(f"interrupted; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True)

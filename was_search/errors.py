@@ -3,6 +3,7 @@
 WasError
 ├── InfeasibleError   a value that cannot be evaluated: the trial fails, the search goes on
 ├── TransientError    a worker lost, out of memory, a database restarting: retried with a cap
+│   └── DeviceLostError   a GPU context that no further call can use: its process is replaced
 └── WrongInputError   bad input, a mismatch: stop and say what to do next
     ├── ConfigError       an option out of its range
     ├── ModelError        a model that cannot be read or whose structure does not fit
@@ -26,6 +27,10 @@ class InfeasibleError(WasError, ValueError):
 
 class TransientError(WasError, RuntimeError):
     """A failure that a retry may mend."""
+
+
+class DeviceLostError(TransientError):
+    """A CUDA error after which the process can no longer use its GPU."""
 
 
 class WrongInputError(WasError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,11 +76,22 @@ class Reporter:
         sys.stdout.write(text + "\n")
 
 
+def _finite(value: Any) -> Any:
+    """``value`` with what JSON has no number for (nan, inf) as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
 class JsonReporter(Reporter):
     """One JSON object a line on standard output; ``event`` names its kind."""
 
     def _emit(self, event: str, **values: Any) -> None:
-        sys.stdout.write(json.dumps({"event": event, **values}, default=str) + "\n")
+        sys.stdout.write(json.dumps(_finite({"event": event, **values}), default=str, allow_nan=False) + "\n")
         sys.stdout.flush()
 
     @contextmanager

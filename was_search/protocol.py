@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ class EvaluationProtocol:
         dtype: ``float32``, ``bfloat16`` or ``float16``: the model's weights and activations.
         batch_size: sequences per forward; fixed, because rounding may depend on it.
         dense_prefix: tokens at a sequence's start that are never masked (and not counted as achieved sparsity).
+        tokens_hash: sha256 of the token ids, so of the tokenizer, the windows and their order.
     """
 
     data: str
@@ -44,6 +45,7 @@ class EvaluationProtocol:
     dtype: str
     batch_size: int
     dense_prefix: int
+    tokens_hash: str = ""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -162,3 +164,9 @@ class TokenSet:
 
     protocol: EvaluationProtocol
     tokens: IntArray
+
+    @classmethod
+    def of(cls, protocol: EvaluationProtocol, tokens: IntArray) -> TokenSet:
+        """``tokens`` under ``protocol``, whose number of sequences and hash are set to theirs."""
+        digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
+        return cls(replace(protocol, n_sequences=len(tokens), tokens_hash=digest), tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class Settings:
         score: the norm in the weight-aware score.
         seed: of samplers and of the order of sequences.
         workers: Ray actors that hold the model.
-        gpus_per_worker: GPUs of one worker, fractions too; -1 means 1 on a GPU machine, 0 elsewhere.
+        gpus_per_worker: GPUs of one worker, at most 1, fractions too; -1 means 1 on a GPU machine, 0 elsewhere.
         ray: ``auto`` (the cluster of RAY_ADDRESS, else local), ``local``, or an address.
         storage: a Postgres URL or ``embedded``.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -103,8 +102,7 @@ class Settings:
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
         gpus = self.gpus_per_worker
-        self._range("gpus_per_worker", gpus == -1 or gpus >= 0, "must be 0 or more")
-        self._range("gpus_per_worker", gpus <= 1 or gpus.is_integer(), "must be a whole number above 1")
+        self._range("gpus_per_worker", gpus == -1 or 0 <= gpus <= 1, "must be in [0, 1]: a model lies on one GPU")
         for name, allowed in _CHOICES.items():
             self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
 
@@ -119,14 +117,10 @@ class Settings:
                 raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
 
     def to_json(self) -> dict[str, Any]:
-        """All options; a password in the storage URL is left out."""
-        from urllib.parse import urlsplit
-
+        """All options but a storage URL, which may hold passwords in more places than can be masked safely."""
         value = dataclasses.asdict(self)
-        parts = urlsplit(self.storage)
-        if parts.password is not None:
-            value["storage"] = self.storage.replace(f":{parts.password}@", ":***@", 1)
-        value["storage"] = re.sub(r"(?<=[?&]password=)[^&#]*", "***", value["storage"])
+        if self.storage != "embedded":
+            value["storage"] = "a Postgres URL"
         return value
 
 

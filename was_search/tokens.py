@@ -111,7 +111,7 @@ def tokenise(
     if with_bos:
         tokens[:, 0] = tokenizer.bos_token_id
     tokens[:, sequence_length - span :] = ids[chosen[:, None] * protocol.stride + np.arange(span)]
-    return TokenSet(EvaluationProtocol(**{**protocol.to_json(), "n_sequences": count}), tokens)
+    return TokenSet.of(protocol, tokens)
 
 
 def _with_bos(tokenizer: Any, bos: bool | None) -> bool:

@@ -122,6 +122,16 @@ class StudyStore:
             raise StudyError(f"study {name!r} does not exist; this database has {known or 'no studies yet'}")
         return found[0]
 
+    def require_same(self, name: str, *, identity: Mapping[str, Any], shape: Mapping[str, Any]) -> StudyRecord:
+        """The study ``name``, if it is of this ``identity`` and ``shape``.
+
+        Raises:
+            StudyError: there is none, or it differs (each differing key is listed).
+        """
+        record = self.get(name)
+        _check_same(record, {"identity": plain(dict(identity)), "shape": plain(dict(shape))})
+        return record
+
     def list(self) -> Records:
         """All studies, oldest first."""
         return self._read(None)
@@ -192,7 +202,7 @@ def check_name(name: str) -> None:
         raise StudyError(f"study name: must be printable, without blanks at its ends, got {name!r}")
 
 
-def _check_same(row: Row[Any], asked: dict[str, dict[str, Any]]) -> None:
+def _check_same(row: Row[Any] | StudyRecord, asked: dict[str, dict[str, Any]]) -> None:
     missing = object()
     differences = []
     for part, wanted in asked.items():

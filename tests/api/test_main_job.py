@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import torch
 
 from tests.workers.small_run import assert_each_finished_once, environment, small_settings
 from was_kernels import sparsify
-from was_search.api import Context, evaluate_on_tasks, run, search
+from was_search.api import Context, evaluate, evaluate_on_tasks, export, run, search
 from was_search.api.demo import DEMO_FOLDER
+from was_search.api.search import study_name
+from was_search.cli import _load_plan
 from was_search.errors import StudyError
 from was_search.masking import Masking, structure_norms
 from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
+from was_search.protocol import content_hash
 from was_search.structure import find_structure
 from was_storage.studies import StudyStore
 
@@ -138,7 +142,7 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     _, result = made
     plan = Plan.load(result.plan)
-    documents = [{"text": f"import {name}\nimport", "choices": [" os", " +"]} for name in ("re", "sys", "ast", "json")]
+    documents = [{"text": f"import {name}\nimport", "choices": ["os", "+"]} for name in ("re", "sys", "ast", "json")]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
     task = {
         "task": "after_import",
@@ -158,4 +162,35 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
     assert set(found) == {"dense", "plan"}
     for results in found.values():
         assert [(r.task, r.n) for r in results] == [("after_import", 4)]
-        assert results[0].value == 1.0  # " os" is far likelier than " +" for a model of Python, sparse or not
+        assert results[0].value == 1.0  # "import os" is far likelier than "import +", sparse or not
+
+
+def test_another_seed_is_another_study_with_its_own_prices(made) -> None:
+    settings, result = made
+    with Context(settings) as context, Context(dataclasses.replace(settings, seed=1)) as other:
+        ours, theirs = context.tokens("calibration").protocol, other.tokens("calibration").protocol
+        assert ours.tokens_hash != theirs.tokens_hash  # the same sequences in another order
+        assert study_name(other) != result.search.study
+        assert content_hash(ours) != content_hash(theirs)
+
+
+@pytest.mark.parametrize("change", [{"target": 0.5}, {"score": "l1"}])
+def test_export_refuses_a_study_of_other_settings(made, tmp_path: Path, change) -> None:
+    settings, result = made
+    other = dataclasses.replace(settings, study=result.search.study, plan=str(tmp_path), **change)
+    with Context(other) as context, pytest.raises(StudyError, match=next(iter(change))):
+        export(context)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_from_a_gpu_cluster_is_evaluated_here(made, tmp_path: Path, monkeypatch) -> None:
+    _, result = made
+    plan = Plan.load(result.plan)
+    theirs = {**plan.provenance["settings"], "ray": "203.0.113.1:6379", "gpus_per_worker": 0.25, "device": "auto"}
+    dataclasses.replace(plan, provenance={**plan.provenance, "settings": theirs}).save(tmp_path / "plan")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, base = _load_plan(tmp_path / "plan")
+    with Context(base) as context:
+        found = evaluate(context, Plan.load(tmp_path / "plan"), "search")
+        assert "cluster" not in vars(context)
+    assert found.sparse.loss_nats == pytest.approx(plan.metrics["search"]["loss_nats"], abs=1e-3)

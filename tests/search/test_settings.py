@@ -44,8 +44,8 @@ def test_a_flag_that_is_false_counts(toml):
 
 
 def test_whole_numbers_are_numbers(toml):
-    found = load_settings(toml("trial-timeout = 60\ngpus-per-worker = 2"), {})
-    assert (found.trial_timeout, found.gpus_per_worker) == (60.0, 2.0)
+    found = load_settings(toml("trial-timeout = 60\ngpus-per-worker = 1"), {})
+    assert (found.trial_timeout, found.gpus_per_worker) == (60.0, 1.0)
     assert isinstance(found.trial_timeout, float)
 
 
@@ -76,9 +76,9 @@ def test_whole_numbers_are_numbers(toml):
         ("significance", 0.0, "must be in (0, 0.5)"),
         ("significance", 0.5, "must be in (0, 0.5)"),
         ("trial_timeout", 0.0, "must be positive, in seconds"),
-        ("gpus_per_worker", -0.5, "must be 0 or more"),
-        ("gpus_per_worker", 1.5, "must be a whole number above 1"),
-        ("gpus_per_worker", float("inf"), "must be a whole number above 1"),
+        ("gpus_per_worker", -0.5, "must be in [0, 1]: a model lies on one GPU"),
+        ("gpus_per_worker", 2.0, "must be in [0, 1]: a model lies on one GPU"),
+        ("gpus_per_worker", float("inf"), "must be in [0, 1]: a model lies on one GPU"),
         ("sampler", "grid", "must be one of tpe, cmaes, gp, qmc, random, was-monotone"),
         ("score", "l3", "must be one of l1, l2, none"),
         ("device", "tpu", "must be one of auto, cpu, cuda"),
@@ -104,7 +104,7 @@ def test_a_number_too_large_for_a_float():
         Settings(trial_timeout=10**400)
 
 
-@pytest.mark.parametrize("gpus", [-1, 0, 0.25, 1, 2])
+@pytest.mark.parametrize("gpus", [-1, 0, 0.25, 1])
 def test_gpus_per_worker(gpus):
     assert Settings(gpus_per_worker=gpus).gpus_per_worker == gpus
 
@@ -141,25 +141,19 @@ def test_required_options():
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    "url",
     [
-        ("postgresql://ada:s3cret@host:5432/db", "postgresql://ada:***@host:5432/db"),
-        ("postgresql://ada:ada@host/db", "postgresql://ada:***@host/db"),
-        ("postgresql://ada:p%40ss@host/db?sslmode=require", "postgresql://ada:***@host/db?sslmode=require"),
-        (
-            "postgresql://host/db?user=ada&password=s3cret&x=1",
-            "postgresql://host/db?user=ada&password=***&x=1",
-        ),
-        ("postgresql://ada@host/db", "postgresql://ada@host/db"),
-        ("embedded", "embedded"),
+        "postgresql://ada:s3cret@host:5432/db",
+        "postgresql://ada:s3/cret@host/db",
+        "postgresql://host/db?user=ada&password=s3cret&x=1",
+        "postgresql://host/db?sslpassword=s3cret",
     ],
 )
-def test_json_leaves_the_password_out(url, shown):
-    settings = Settings(storage=url)
-    found = settings.to_json()
-    assert found["storage"] == shown
-    assert settings.storage == url
-    assert {**found, "storage": url} == dataclasses.asdict(settings)
+def test_json_leaves_the_password_out(url):
+    found = Settings(storage=url).to_json()
+    assert "cret" not in str(found)
+    assert {**found, "storage": url} == dataclasses.asdict(Settings(storage=url))
+    assert Settings().to_json()["storage"] == "embedded"
 
 
 def test_every_option_is_documented():

@@ -216,6 +216,45 @@ def test_an_error_that_repeating_cannot_mend_stops_and_consumes_nothing(run) -> 
     assert sorted(book.finishes) == list(range(8))
 
 
+def test_while_nothing_has_succeeded_no_slot_pays_for_lost_calls(run) -> None:
+    def answer(call, s, _):
+        raise TransientError("GPU out of memory; use a smaller --batch-size")
+
+    book = Book(8)
+    with pytest.raises(TransientError, match=r"fail again and again.*smaller --batch-size"):
+        run(book, answer)
+    assert {s.state for s in book.slots()} == {SlotState.WAITING}
+    assert all(s.state is SlotState.COMPLETE for s in run(book, lambda _, s, __: evaluation(s)))
+
+
+def test_hand_outs_of_earlier_runs_are_no_losses(run) -> None:
+    book = Book(6)
+    with pytest.raises(ModelError):
+        run(book, lambda call, s, _: (_ for _ in ()).throw(ModelError("stop")) if call == 4 else evaluation(s))
+    book.rows = [dataclasses.replace(s, attempt=7) if s.state is SlotState.WAITING else s for s in book.rows]
+    lost = []
+
+    def lose_once(call, s, _):
+        if not lost:
+            lost.append(call)
+            raise ConnectionError("died")
+        return evaluation(s)
+
+    assert all(s.state is SlotState.COMPLETE for s in run(book, lose_once, max_attempts=3))
+
+
+def test_a_study_extended_while_it_runs_is_run_to_its_new_end(run) -> None:
+    book = Book(5)
+
+    def extend(progress) -> None:
+        if progress.finished == 4 and len(book.rows) == 5:
+            book.rows.extend(Slot(i, SlotState.WAITING) for i in (5, 6))
+
+    slots = run(book, lambda _, s, __: evaluation(s), progress=extend)
+    assert len(slots) == 7
+    assert all(s.state is SlotState.COMPLETE for s in slots)
+
+
 def test_drain_ends_with_the_calls_in_flight(run) -> None:
     drain = threading.Event()
     book = Book(30)

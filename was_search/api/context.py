@@ -107,7 +107,7 @@ class Context:
             ResourceError: a GPU was asked for and there is none.
         """
         settings = self.settings
-        address = os.environ.get("RAY_ADDRESS", "local") if settings.ray == "auto" else settings.ray
+        address = (os.environ.get("RAY_ADDRESS") or "local") if settings.ray == "auto" else settings.ray
         if settings.device == "cpu":
             if settings.gpus_per_worker > 0:
                 raise ResourceError(f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}")
@@ -131,6 +131,18 @@ class Context:
         share = 0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
         dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
         return Placement(device, share, dtype)
+
+    @cached_property
+    def placement_here(self) -> Placement:
+        """Device and dtype of the steps that run in this process, whatever a cluster has.
+
+        Raises:
+            ResourceError: a GPU was asked for and there is none.
+        """
+        from was_search.model import pick_device, pick_dtype
+
+        device = pick_device(self.settings.device)
+        return Placement(device, 0.0, pick_dtype(self.settings.dtype, device))
 
     @cached_property
     def pool(self) -> Pool:
@@ -172,7 +184,7 @@ class Context:
 
     def tokens_uncached(self, split: str) -> TokenSet:
         """The same token ids without the database, for steps that need no other part of it."""
-        return _tokenise(self.source, self._text(split), self._token_options(split))
+        return _tokenise(self.source, self._text(split), self._token_options(split, self.placement_here.dtype))
 
     def _text(self, split: str) -> SplitText:
         from was_search.text import load_text
@@ -180,13 +192,13 @@ class Context:
         self.settings.require("data")
         return load_text(self.settings.data, split)
 
-    def _token_options(self, split: str) -> dict[str, Any]:
+    def _token_options(self, split: str, dtype: str) -> dict[str, Any]:
         settings = self.settings
         return {
             "sequence_length": settings.sequence_length,
             "stride": settings.stride or settings.sequence_length,
             "n_sequences": getattr(settings, f"{split}_sequences"),
-            "dtype": self.placement.dtype,
+            "dtype": dtype,
             "batch_size": settings.batch_size,
             "dense_prefix": settings.dense_prefix,
             "seed": settings.seed,
@@ -194,8 +206,8 @@ class Context:
         }
 
     def _load_tokens(self, split: str) -> TokenSet:
-        text, options = self._text(split), self._token_options(split)
-        key = content_hash("tokens", 1, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
+        text, options = self._text(split), self._token_options(split, self.placement.dtype)
+        key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
         found = self.cache.get("tokens", key)
         if found is not None:
             return TokenSet(EvaluationProtocol.from_json(found.meta["protocol"]), unpack_array(found.payload))

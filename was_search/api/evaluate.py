@@ -50,7 +50,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
     found = []
     with context.reporter.phase(f"evaluate on {data.protocol.brief()}", len(runs)) as advance:
         for thresholds in runs:
-            op = mask_op_for(context.placement.device)
+            op = mask_op_for(context.placement_here.device)
             found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
             advance()
     result = PlanEvaluation(
@@ -95,7 +95,7 @@ def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]
 
     if plan is not None:
         plan.require_model(context.fingerprint, plan.shape)
-    placement = context.placement
+    placement = context.placement_here
     with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
         model = load_model(context.source, dtype=placement.dtype, device=placement.device)
         structure = find_structure(model)

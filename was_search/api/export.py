@@ -187,15 +187,16 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
 
 def stored_result(context: Context) -> SearchResult:
     """The study of the settings as it stands in the database, without running anything of it."""
-    from was_search.api.search import study_name
+    from was_search.api.search import identity, study_name
     from was_search.api.seed import seed
     from was_storage.studies import StudyStore
 
     name = study_name(context)
     store = StudyStore(context.database)
-    store.get(name)
-    slots = store.slots(name)
-    return SearchResult(name, slots, seed(context), drained=False)
+    store.get(name)  # an unknown name is said before anything is calibrated
+    calibration = calibrate(context)
+    store.require_same(name, identity=identity(context), shape=calibration.shape.to_json())
+    return SearchResult(name, store.slots(name), seed(context, calibration), drained=False)
 
 
 def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
@@ -218,6 +219,9 @@ def _provenance(context: Context, result: SearchResult, slot: Slot, point: Opera
 
     settings = dataclasses.asdict(context.settings)
     del settings["storage"]
+    settings["model"], settings["revision"] = context.source.location, context.source.revision
+    if Path(context.settings.data).exists():
+        settings["data"] = str(Path(context.settings.data).resolve())
     return {
         "study": result.study,
         "slot": slot.number,

@@ -39,7 +39,7 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     tokenizer = load_tokenizer(context.source)
     model, structure = load_for(context, plan)
-    inputs = tokenizer(prompt, return_tensors="pt").to(context.placement.device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(context.placement_here.device)
     there = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
     if there + max_new_tokens > room:
@@ -73,7 +73,7 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
     sparsity = (
         "dense" if result.achieved is None else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"
     )
-    context.reporter.note(f"{speed}, {sparsity}, {context.placement.device}")
+    context.reporter.note(f"{speed}, {sparsity}, {context.placement_here.device}")
     context.reporter.result(
         {"text": result.text, "tokens": result.tokens, "seconds": result.seconds, "achieved": result.achieved}
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
@@ -49,7 +48,7 @@ def fisher_prices(
     started = time.perf_counter()
     data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
     taken_at = calibration.key if point is None else point.key
-    key = content_hash("prices", 2, taken_at, data.protocol.n_sequences, grid, PRICING_BATCH)
+    key = content_hash("prices", 3, taken_at, data.protocol, grid, PRICING_BATCH)
     name = "price (Fisher)" if point is None else "price again at the priced point"
     found = context.cache.get("prices", key)
     if found is not None:
@@ -78,7 +77,7 @@ def greedy_table(context: Context, calibration: Calibration) -> Table:
     """The component-level greedy by block-output error (TEAL, WAS), a block a call."""
     started = time.perf_counter()
     data = _first(context.tokens("calibration"), context.settings.greedy_sequences)
-    key = content_hash("greedy", 2, calibration.key, data.protocol.n_sequences, GREEDY_STEP)
+    key = content_hash("greedy", 3, calibration.key, data.protocol, GREEDY_STEP)
     found = context.cache.get("greedy", key)
     if found is not None:
         context.reporter.cached("greedy table", data.protocol.brief(), time.perf_counter() - started)
@@ -97,5 +96,4 @@ def greedy_table(context: Context, calibration: Calibration) -> Table:
 
 def _first(data: TokenSet, n: int) -> TokenSet:
     """The first ``n`` sequences; they are in shuffled order, so they are spread over the text."""
-    tokens = data.tokens[:n]
-    return TokenSet(dataclasses.replace(data.protocol, n_sequences=len(tokens)), tokens)
+    return TokenSet.of(data.protocol, data.tokens[:n])

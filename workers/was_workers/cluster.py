@@ -39,10 +39,10 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     import ray
     from ray.exceptions import AuthenticationError
 
-    address = os.environ.get("RAY_ADDRESS", "local") if ray_option == "auto" else ray_option
+    address = (os.environ.get("RAY_ADDRESS") or "local") if ray_option == "auto" else ray_option
     local = address == "local"
     before = signal.getsignal(signal.SIGTERM)
-    if not local:
+    if not local and address != "auto":
         _probe(address)
     try:
         if local:

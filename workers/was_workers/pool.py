@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,14 +11,19 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from was_search.errors import ResourceError, TransientError
+from was_search.errors import DeviceLostError, ResourceError, TransientError
 from was_workers.cluster import Cluster
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
 
+_logger = logging.getLogger(__name__)
+
 _RECOVERIES = 8
 """Failures in a row to become ready before a worker is given up."""
+
+_PREPARE_SECONDS = 3600.0
+"""For a worker to start and load its model; a hub id may have to be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,11 @@ class Pool:
         self._expire()
         self._recover()
         if not self._members:
-            raise ResourceError("every worker was lost and could not be restarted; see Ray's logs, then run again")
+            raise ResourceError(f"every worker was lost and could not be restarted; the last error: {self._last_loss}")
         outcomes, self._ready = self._ready, []
         return outcomes
 
-    def wait_idle(self, timeout_seconds: float = 600.0) -> None:
+    def wait_idle(self, timeout_seconds: float = _PREPARE_SECONDS) -> None:
         """Block until a worker is idle.
 
         Raises:
@@ -158,7 +164,7 @@ class Pool:
         while not self._idle:
             if time.monotonic() > end:
                 raise ResourceError(
-                    f"no worker became ready within {timeout_seconds:.0f} s; are there enough free resources?"
+                    f"no worker had loaded its model within {timeout_seconds:.0f} s; are there enough free resources?"
                 )
             self._ready = self.wait(1.0)
 
@@ -187,6 +193,8 @@ class Pool:
                 ticket = self.submit(*call, deadline_seconds=deadline_seconds)
                 running[ticket] = index
             for outcome in self.wait(1.0):
+                if outcome.ticket not in running:
+                    continue  # left in flight by a map or a search that raised
                 index = running.pop(outcome.ticket)
                 if outcome.error is None:
                     results[index] = outcome.value
@@ -207,30 +215,44 @@ class Pool:
         self._calls[reference] = _Call(member, ticket, time.monotonic() + seconds)
 
     def _prepare(self, member: _Member) -> None:
-        self._start(member, -1, "prepare", (), 3600.0)
+        self._start(member, -1, "prepare", (), _PREPARE_SECONDS)
 
     def _settle(self, reference: Any, call: _Call) -> None:
         member = call.member
         try:
             value = ray.get(reference, timeout=60)
-        except (RayActorError, WorkerCrashedError, GetTimeoutError) as error:
-            self._lost(call, error)
-            return
         except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            if call.ticket < 0:
-                if isinstance(cause, TransientError) and member.failures < _RECOVERIES:
-                    self._lost(call, cause)
-                    return
-                raise cause from (error if cause is not error else None)
-            self._idle.append(member)
-            self._ready.append(Outcome(call.ticket, member.name, error=cause))
+            self._raised(call, error.cause if isinstance(error.cause, BaseException) else error)
+            return
+        except (RuntimeEnvSetupError, ActorUnschedulableError) as error:
+            raise ResourceError(f"ray: {member.name} cannot be started: {error}") from error
+        except RayError as error:  # the process, its node or its results are gone
+            self._lost(call, error)
             return
         if call.ticket < 0:
             member.info, member.failures = value, 0
         else:
             self._ready.append(Outcome(call.ticket, member.name, value=value))
         self._idle.append(member)
+
+    def _raised(self, call: _Call, cause: BaseException) -> None:
+        """The call's own code raised ``cause``; the process lives."""
+        member = call.member
+        if isinstance(cause, DeviceLostError):
+            ray.kill(member.actor, no_restart=False)
+            self._lost(call, cause)
+        elif call.ticket >= 0:
+            self._idle.append(member)
+            self._ready.append(Outcome(call.ticket, member.name, error=cause))
+        elif isinstance(cause, TransientError):
+            self._lost(call, cause)
+        elif any(other.info is not None for other in self._members if other is not member):
+            # Others have loaded the same model: it is this node that lacks something.
+            _logger.warning("%s cannot load the model and is let go: %s", member.name, cause)
+            ray.kill(member.actor, no_restart=True)
+            self._members.remove(member)
+        else:
+            raise cause
 
     def _lost(self, call: _Call, error: BaseException) -> None:
         member = call.member

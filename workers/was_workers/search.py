@@ -6,6 +6,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from was_search.errors import InfeasibleError, TransientError, WasError
+from was_search.errors import InfeasibleError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
@@ -107,6 +108,7 @@ class SearchLoop:
         self._progress = progress
         self._slots = {slot.number: slot for slot in book.slots()}
         self._flight: dict[int, tuple[int, int, float]] = {}
+        self._losses: Counter[int] = Counter()
         self._space: Space | None = None
         self._suggester: Suggester | None = None
 
@@ -121,15 +123,19 @@ class SearchLoop:
             while self._flight or (not self._drain.is_set() and self._unfinished()):
                 if not self._drain.is_set():
                     self._hand_out()
-                for outcome in self._pool.wait(0.5):
-                    self._settle(outcome)
-        except WasError as error:
+                errors = [error for outcome in self._pool.wait(0.5) if (error := self._settle(outcome))]
+                if errors:
+                    raise errors[0]
+        except Exception as error:
             for number, _, _ in self._flight.values():
                 self._book.requeue(number, f"the search stopped: {_first_line(error)}")
             raise
         return self._book.slots()
 
     def _unfinished(self) -> bool:
+        if all(slot.state.finished for slot in self._slots.values()):
+            # Someone may have extended the study while it ran.
+            self._slots = {slot.number: slot for slot in self._book.slots()}
         return any(not slot.state.finished for slot in self._slots.values())
 
     def _hand_out(self) -> None:
@@ -254,23 +260,33 @@ class SearchLoop:
         )
         self._refresh(number, origin=origin, params=params, levels=levels, sparsities=sparsities)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome) -> BaseException | None:
+        """Book an outcome; returns an error that ends the search, its slot put back."""
+        if outcome.ticket not in self._flight:
+            return None  # left in flight by a phase that raised
         number, attempt, started = self._flight.pop(outcome.ticket)
-        seconds = time.monotonic() - started
-        if outcome.error is None:
+        error = outcome.error
+        if error is None:
             self._finish_evaluation(number, attempt, outcome, outcome.value)
-        elif outcome.lost or isinstance(outcome.error, TransientError):
-            reason = f"{type(outcome.error).__name__} on {outcome.worker}: {_first_line(outcome.error)}"
-            if attempt < self._options.max_attempts:
-                self._book.requeue(number, reason)
-                self._refresh(number, state=SlotState.WAITING)
-            else:
-                self._fail(number, attempt, outcome.worker, seconds, f"lost {attempt} times; last: {reason}")
-        elif isinstance(outcome.error, InfeasibleError):
-            self._fail(number, attempt, outcome.worker, seconds, _first_line(outcome.error))
-        else:
-            self._book.requeue(number, _first_line(outcome.error))
-            raise outcome.error
+            return None
+        seconds = time.monotonic() - started
+        if isinstance(error, InfeasibleError):
+            self._fail(number, attempt, outcome.worker, seconds, _first_line(error))
+            return None
+        reason = f"{type(error).__name__} on {outcome.worker}: {_first_line(error)}"
+        mendable = outcome.lost or isinstance(error, TransientError)
+        if mendable:
+            self._losses[number] += 1
+        spent = self._losses[number] >= self._options.max_attempts
+        if mendable and spent and best_slot(list(self._slots.values())) is not None:
+            self._fail(number, attempt, outcome.worker, seconds, f"lost {self._losses[number]} times; last: {reason}")
+            return None
+        self._book.requeue(number, reason)
+        self._refresh(number, state=SlotState.WAITING)
+        if mendable and spent:
+            # Not one evaluation has succeeded: it is not this vector's fault, and no slot is to pay for it.
+            return TransientError(f"the first evaluations fail again and again; last: {reason}")
+        return None if mendable else error
 
     def _finish_evaluation(self, number: int, attempt: int, outcome: Outcome, evaluation: Evaluation) -> None:
         loss = evaluation.loss_nats

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search import __version__
-from was_search.errors import TransientError
+from was_search.errors import DeviceLostError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet
 from was_search.score import MaskOp, ScoreKind
@@ -243,8 +243,11 @@ def _load(spec: WorkerSpec) -> _Loaded:
     return _Loaded(model, structure, norms, mask_op_for(spec.device), device, time.perf_counter() - started)
 
 
+_DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+
+
 class _transient_memory:  # noqa: N801 - reads as a statement
-    """Turns the GPU's out-of-memory error into a TransientError: another worker may have taken the memory."""
+    """Turns a GPU's errors into ours: out of memory may pass (another worker has it), a broken context does not."""
 
     def __enter__(self) -> None:
         return None
@@ -257,3 +260,5 @@ class _transient_memory:  # noqa: N801 - reads as a statement
             raise TransientError(
                 f"GPU out of memory ({error}); use a smaller --batch-size, fewer workers a GPU, or more GPUs"
             ) from None
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _DEVICE_ERRORS):
+            raise DeviceLostError(f"the GPU failed ({str(error).splitlines()[0]})") from None
