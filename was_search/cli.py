@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,6 +31,7 @@ app = typer.Typer(
 )
 
 EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
 EXIT_DRAINED = 3
 """The study was interrupted and has slots left; the same command goes on with it."""
 
@@ -146,7 +146,14 @@ def _command(*groups: dict[str, Any]) -> Callable[[Callable[..., None]], Callabl
             mine = {parameter.name: options.pop(parameter.name) for parameter in own}
             as_json, quiet = options.pop("as_json"), options.pop("quiet")
             reporter = JsonReporter() if as_json else Reporter() if quiet else RichReporter()
-            function(Call(options.pop("config"), reporter, options), **mine)
+            try:
+                function(Call(options.pop("config"), reporter, options), **mine)
+            except KeyboardInterrupt:
+                # Click would end silently; phases that were finished are cached, and slots wait for the next run.
+                _stderr().print(
+                    f"interrupted; go on with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True
+                )
+                raise typer.Exit(EXIT_INTERRUPTED) from None
 
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -404,10 +411,6 @@ def main() -> None:
             soft_wrap=True,
         )
         sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        _stderr().print(f"interrupted; resume with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True)
-        # Ray's and Postgres' exit handlers have run with the contexts; a second interrupt must not hang in theirs.
-        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ class RichReporter(Reporter):
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
         table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
         for i, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
+            numbers = i > 0 and all(not row[i] or row[i][0] in "+-.0123456789" for row in rows)
+            table.add_column(escape(column), justify="right" if numbers else "left", no_wrap=i == 0)
         for row in rows:
             table.add_row(*(Text(cell, style=_MARKS.get(cell, "")) for cell in row))
         self.console.print(table)

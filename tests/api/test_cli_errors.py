@@ -205,3 +205,15 @@ def test_json_mode_reports_errors_as_json(capsys, monkeypatch) -> None:
     event = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert event["event"] == "error"
     assert event["kind"] == "ConfigError"
+
+
+def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch) -> None:
+    def interrupted(context) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("was_search.api.calibrate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["was-search", "calibrate", "--model", MODEL, "--data", TEXT])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert f"was-search calibrate --model {MODEL} --data {TEXT}" in capsys.readouterr().err.replace("\n", "")
