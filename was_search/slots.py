@@ -62,3 +62,9 @@ class Slot:
     error: str = ""
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+
+def best_slot(slots: list[Slot]) -> Slot | None:
+    """The complete slot with the least loss; stopped and failed ones are never best."""
+    complete = [s for s in slots if s.state is SlotState.COMPLETE and s.loss_nats is not None]
+    return min(complete, key=lambda s: (s.loss_nats, s.number), default=None)

@@ -106,13 +106,15 @@ class Context:
         Raises:
             ResourceError: a GPU was asked for and there is none.
         """
+        from was_search.model import pick_dtype
+        from was_workers.cluster import resolve_address
+
         settings = self.settings
-        address = (os.environ.get("RAY_ADDRESS") or "local") if settings.ray == "auto" else settings.ray
         if settings.device == "cpu":
             if settings.gpus_per_worker > 0:
                 raise ResourceError(f"gpus_per_worker: must be 0 with --device cpu, got {settings.gpus_per_worker:g}")
             gpus = 0
-        elif address == "local":
+        elif resolve_address(settings.ray) == "local":
             import torch
 
             gpus = torch.cuda.device_count()
@@ -129,8 +131,7 @@ class Context:
             "cuda" if wants_gpu or (settings.device == "auto" and gpus and settings.gpus_per_worker != 0) else "cpu"
         )
         share = 0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
-        dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-        return Placement(device, share, dtype)
+        return Placement(device, share, pick_dtype(settings.dtype, device))
 
     @cached_property
     def placement_here(self) -> Placement:

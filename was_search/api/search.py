@@ -19,7 +19,7 @@ from was_search.api.context import Context
 from was_search.api.seed import seed
 from was_search.protocol import content_hash, perplexity
 from was_search.seeds import Seed
-from was_search.slots import Slot, SlotState
+from was_search.slots import Slot, SlotState, best_slot
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class SearchResult:
 
     @property
     def best(self) -> Slot | None:
-        complete = [s for s in self.slots if s.state is SlotState.COMPLETE and s.loss_nats is not None]
-        return min(complete, key=lambda s: (s.loss_nats, s.number), default=None)
+        return best_slot(self.slots)
 
     def count(self, state: SlotState) -> int:
         return sum(slot.state is state for slot in self.slots)

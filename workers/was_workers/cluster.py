@@ -28,6 +28,11 @@ class Cluster:
     gpus: float
 
 
+def resolve_address(ray_option: str) -> str:
+    """What ``auto`` stands for here: the address in RAY_ADDRESS, else ``local``; other options are themselves."""
+    return (os.environ.get("RAY_ADDRESS") or "local") if ray_option == "auto" else ray_option
+
+
 @contextmanager
 def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     """Ray for ``auto`` (the cluster named by RAY_ADDRESS, else local), ``local``, or an address.
@@ -39,7 +44,7 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     import ray
     from ray.exceptions import AuthenticationError
 
-    address = (os.environ.get("RAY_ADDRESS") or "local") if ray_option == "auto" else ray_option
+    address = resolve_address(ray_option)
     local = address == "local"
     before = signal.getsignal(signal.SIGTERM)
     if not local and address != "auto":

@@ -20,7 +20,7 @@ from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
-from was_search.slots import Slot, SlotState
+from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import LevelSpace, MonotoneSpace, Space, level_params, open_distributions
 from was_workers.pool import Outcome, Pool
 from was_workers.slot_book import SlotBook, durable
@@ -56,12 +56,6 @@ class SearchProgress:
     @property
     def finished(self) -> int:
         return self.complete + self.stopped + self.failed
-
-
-def best_slot(slots: list[Slot]) -> Slot | None:
-    """The complete slot with the least loss; stopped and failed ones are never best."""
-    complete = [s for s in slots if s.state is SlotState.COMPLETE and s.loss_nats is not None]
-    return min(complete, key=lambda s: (s.loss_nats, s.number), default=None)
 
 
 class SearchLoop:
