@@ -48,20 +48,41 @@ def evaluate_thresholds(
     mask_op: MaskOp = masked,
     incumbent_losses: FloatArray | None = None,
     significance: float = 0.01,
+    before: FloatArray | None = None,
+    until: int | None = None,
 ) -> Evaluation:
     """Evaluate ``model`` on ``data`` under ``thresholds`` [L, 7] (None: the dense model).
 
     Early stopping, if there are incumbent losses, happens only between batches.
+
+    Args:
+        model: a causal LM.
+        structure: its blocks.
+        norms: from ``structure_norms``.
+        data: the sequences, in their fixed order.
+        thresholds: [L, 7], or None.
+        mask_op: see :class:`Masking`.
+        incumbent_losses: per-sequence losses to stop against, [n].
+        significance: of that test.
+        before: losses of the first sequences from an earlier call, a whole number of batches: the evaluation goes
+            on behind them. They are part of the result; tokens, seconds and achieved are of this call alone.
+        until: sequences at which to stop and report, rounded up to whole batches; None is all of them.
     """
     protocol = data.protocol
     device = next(model.parameters()).device
     started = time.perf_counter()
-    losses: list[Tensor] = []
+    known = np.zeros(0) if before is None else before
+    if len(known) % protocol.batch_size:
+        raise ValueError(f"before: a whole number of batches of {protocol.batch_size} is needed, got {len(known)}")
+    end = len(data.tokens) if until is None else min(until, len(data.tokens))
+    losses: list[Tensor] = [
+        torch.as_tensor(known * protocol.predicted_per_sequence, dtype=torch.float64, device=device)
+    ]
     stopped = False
     masking = Masking(structure, norms, thresholds, dense_prefix=protocol.dense_prefix, mask_op=mask_op, count=True)
-    done = 0
+    done = len(known)
     with torch.inference_mode(), masking:
-        while done < len(data.tokens) and not stopped:
+        while done < end and not stopped:
             batch = torch.as_tensor(data.tokens[done : done + protocol.batch_size], dtype=torch.long, device=device)
             losses.append(sequence_nats(model, batch, protocol.predicted_per_sequence).double())
             done += len(batch)
@@ -71,7 +92,7 @@ def evaluate_thresholds(
     per_sequence = torch.cat(losses).cpu().numpy() / protocol.predicted_per_sequence
     return Evaluation(
         losses=per_sequence,
-        tokens=done * protocol.predicted_per_sequence,
+        tokens=(done - len(known)) * protocol.predicted_per_sequence,
         seconds=time.perf_counter() - started,
         stopped_early=stopped,
         achieved=masking.achieved(),
@@ -100,7 +121,14 @@ class ModelEvaluator:
         self._mask_op = mask_op
         self._significance = significance
 
-    def evaluate(self, sparsities: FloatArray, incumbent_losses: FloatArray | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        sparsities: FloatArray,
+        incumbent_losses: FloatArray | None = None,
+        *,
+        before: FloatArray | None = None,
+        until: int | None = None,
+    ) -> Evaluation:
         """See :class:`was_search.protocol.Evaluator`."""
         return evaluate_thresholds(
             self._model,
@@ -111,4 +139,6 @@ class ModelEvaluator:
             mask_op=self._mask_op,
             incumbent_losses=incumbent_losses,
             significance=self._significance,
+            before=before,
+            until=until,
         )

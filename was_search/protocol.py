@@ -149,8 +149,18 @@ class Evaluator(Protocol):
     Not thread-safe: one call at a time.
     """
 
-    def evaluate(self, sparsities: FloatArray, incumbent_losses: FloatArray | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        sparsities: FloatArray,
+        incumbent_losses: FloatArray | None = None,
+        *,
+        before: FloatArray | None = None,
+        until: int | None = None,
+    ) -> Evaluation:
         """Evaluate nominal ``sparsities`` [L, 7]; with ``incumbent_losses`` it may stop early.
+
+        ``before`` are the losses of the first sequences from an earlier call, behind which this one goes on;
+        ``until`` is the number of sequences at which it ends (None: all).
 
         Raises:
             InfeasibleError: a sparsity outside [0, 1).

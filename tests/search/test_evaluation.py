@@ -110,3 +110,17 @@ def test_a_loss_that_is_not_a_number_is_reported(make_llama, structure, tokens, 
 def test_refuses_a_sparsity_of_one(evaluator):
     with pytest.raises(InfeasibleError, match=r"sparsities: must be in \[0, 1\)"):
         evaluator.evaluate(np.full((3, 7), 1.0))
+
+
+def test_an_evaluation_in_pieces_gives_the_same_losses(llama, structure, tokens, make_data):
+    norms = structure_norms(structure, "l2")
+    thresholds = np.full((3, 7), 0.6, np.float32)
+    data = make_data(tokens)
+    whole = evaluate_thresholds(llama, structure, norms, data, thresholds)
+    first = evaluate_thresholds(llama, structure, norms, data, thresholds, until=3)
+    assert len(first.losses) == 4  # rounded up to a whole batch
+    second = evaluate_thresholds(llama, structure, norms, data, thresholds, before=first.losses)
+    np.testing.assert_allclose(second.losses, whole.losses, rtol=1e-15)  # known means are multiplied and divided again
+    assert first.tokens + second.tokens == whole.tokens
+    with pytest.raises(ValueError, match="whole number of batches of 4 is needed, got 3"):
+        evaluate_thresholds(llama, structure, norms, data, thresholds, before=first.losses[:3])
