@@ -83,15 +83,20 @@ def causal_attention(
 AttentionInterface.register("causal_without_mask", causal_attention)
 
 
-def model_config() -> LlamaConfig:
+DEMO_SHAPE = (12, 128, 384, 4, 2)
+"""Blocks, hidden width, feed-forward width, heads and key/value heads of the packaged checkpoint."""
+
+
+def model_config(shape: Sequence[int] = DEMO_SHAPE) -> LlamaConfig:
+    blocks, hidden, feed_forward, heads, kv_heads = shape
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=0.04,
@@ -216,10 +221,12 @@ class DropoutLinear(torch.nn.Linear):
         return super().forward(F.dropout(input, self.p, self.training))
 
 
-def initial_model(seed: int, device: torch.device, dropout: float) -> LlamaForCausalLM:
+def initial_model(
+    seed: int, device: torch.device, dropout: float, shape: Sequence[int] = DEMO_SHAPE
+) -> LlamaForCausalLM:
     """The untrained model in train mode, with dropout on the inputs of each block's seven projections."""
     torch.manual_seed(seed)
-    config = model_config()
+    config = model_config(shape)
     config._attn_implementation = "causal_without_mask"
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # residual branches start small, so that depth does not grow the stream
@@ -319,7 +326,9 @@ def train(
 
 def save_checkpoint(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     """Write the model in bfloat16 and its tokenizer, loadable by AutoModelForCausalLM and AutoTokenizer."""
-    stored = LlamaForCausalLM(model_config())
+    config = model.config
+    shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    stored = LlamaForCausalLM(model_config((*shape, config.num_attention_heads, config.num_key_value_heads)))
     stored.load_state_dict(model.state_dict())
     stored = stored.to(torch.bfloat16)
     stored.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=BOS_ID, pad_token_id=BOS_ID)
@@ -384,6 +393,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--dropout", type=float, default=0.1, help="on the projections' inputs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=5,
+        default=DEMO_SHAPE,
+        metavar=("BLOCKS", "HIDDEN", "FEED_FORWARD", "HEADS", "KV_HEADS"),
+        help="of another model than the packaged one",
+    )
     parser.add_argument("--max-files", type=int, default=None, help="for a quick try")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(argv)
@@ -420,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = torch.from_numpy(np.concatenate(repeated).astype(np.int32)).to(device)
     say(f"{unique_tokens:,} tokens, {len(stream):,} a pass")
 
-    model = initial_model(arguments.seed, device, arguments.dropout)
+    model = initial_model(arguments.seed, device, arguments.dropout, arguments.shape)
     folder = arguments.output / "model"
     figures = train(
         model,
@@ -448,7 +465,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokenizers": tokenizers.__version__,
         },
         "settings": {
-            name: getattr(arguments, name) for name in ("batch", "sequence", "learning_rate", "dropout", "seed")
+            name: getattr(arguments, name)
+            for name in ("batch", "sequence", "learning_rate", "dropout", "seed", "shape")
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "selection": selection,

@@ -77,8 +77,11 @@ CALIBRATE: dict[str, Any] = {
 SEED: dict[str, Any] = {
     "target": _option(float | None, "Budget: share of the projections' weights to skip, in (0, 0.95)."),
     "pricing_sequences": _option(int | None, "At most so many of the calibration sequences for Fisher prices."),
-    "reprice_rounds": _option(int | None, "Times that the Fisher seed is priced again at its sparse point."),
-    "greedy_sequences": _option(int | None, "At most so many of the calibration sequences for the greedy table."),
+    "slope_sequences": _option(int | None, "At most so many sequences of the calibration split for slopes."),
+    "seed_rounds": _option(int | None, "Rounds of the descent behind the Fisher prices."),
+    "greedy_sequences": _option(
+        int | None, "At most so many sequences for the greedy table, a baseline; 0 leaves it out."
+    ),
 }
 SEARCH: dict[str, Any] = {
     "trials": _option(int | None, "Trials of the study; more than it has extends it.", rich_help_panel="Search"),
@@ -90,6 +93,12 @@ SEARCH: dict[str, Any] = {
     "sampler": _option(str | None, "tpe, cmaes, gp, qmc, random or was-monotone.", rich_help_panel="Search"),
     "radius": _option(float | None, "How far levels may lie from the seed's.", rich_help_panel="Search"),
     "search_sequences": _option(int | None, "At most so many sequences for the fitness.", rich_help_panel="Search"),
+    "descent_epochs": _option(
+        int | None, "Times that the search descends from its best vector before it samples.", rich_help_panel="Search"
+    ),
+    "descent_chains": _option(int | None, "Descents side by side in an epoch.", rich_help_panel="Search"),
+    "descent_rounds": _option(int | None, "Steps of one descent.", rich_help_panel="Search"),
+    "descent_sequences": _option(int | None, "Sequences whose slopes make one step.", rich_help_panel="Search"),
     "early_stopping": _option(
         bool | None,
         "Stop trials that are worse than the best.",

@@ -3,11 +3,9 @@
 With g the gradient of the summed nats at a projection's output and dy the output's change when its input is
 masked at sparsity s, ``price(b, p, s) = 1/2 mean_t (g_t . dy_t)^2``. The change is linear in what is dropped,
 ``g_t . dy_t = - sum over dropped j of (W^T g_t)_j x_tj``, so one sorted sum per token serves all levels: channels
-are put into the bins between the levels' thresholds and summed up.
-
-The same pass through the masked model prices steps away from a sparse point: dy is then the change from the
-present masks, and the loss is no longer flat there, so its first-order term ``mean_t (g_t . dy_t)`` counts too.
-On the dense model that term is left out: the training has made it vanish, and what is left of it is noise.
+are put into the bins between the levels' thresholds and summed up. ``W^T g_t`` is the gradient at the input,
+which the backward pass brings along. The first-order term is left out: training has made it vanish on average,
+and what is left of it is noise. At a sparse point it counts: :mod:`was_search.slope`.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from was_search.evaluation import sequence_nats
-from was_search.masking import Masking
+from was_search.backward import backward_pass
 from was_search.score import scores
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
 from was_search.structure import Structure
@@ -39,12 +36,12 @@ def price_sums(
     batch_size: int,
     dense_prefix: int,
     predicted: int,
-    thresholds: npt.NDArray[np.float32] | None = None,
+    recompute: bool = False,
 ) -> tuple[FloatArray, int]:
     """Sum over tokens of the price of every projection and level, and the number of tokens.
 
-    Sums and token counts add up over shards. Memory is that of a forward and backward of one batch; the
-    weights need no gradient and get none.
+    Sums and token counts add up over shards. Memory is that of a forward and backward of one batch, with
+    ``recompute`` of one block; the weights need no gradient and get none.
 
     Args:
         model: a causal LM; its parameters may be frozen.
@@ -55,63 +52,41 @@ def price_sums(
         batch_size: sequences per forward and backward.
         dense_prefix: positions that are never masked and so cost nothing.
         predicted: tokens predicted in one sequence, from its end.
-        thresholds: [L, 7], the sparse point to price from; None is the dense model.
+        recompute: keep the activations of one block at a time, for one more forward.
 
     Returns:
-        Sums of ``1/2 (g_t . dy_t)^2``, at a sparse point of ``g_t . dy_t + 1/2 (g_t . dy_t)^2``: [L, 7, G]
-        float64, nats; and the number of tokens.
+        Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens.
     """
     device = next(model.parameters()).device
-    G = level_thresholds.shape[-1]
-    sums = torch.zeros((len(structure.blocks), N_PROJECTIONS, G), dtype=torch.float64, device=device)
+    sums = torch.zeros(
+        (len(structure.blocks), N_PROJECTIONS, level_thresholds.shape[-1]), dtype=torch.float64, device=device
+    )
     bounds = torch.as_tensor(level_thresholds, device=device)
-    inputs: dict[tuple[int, int], Tensor] = {}
-    handles = []
 
-    def keep_input(b: int, p: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[b, p] = args[0].detach()
+    def priced(b: int, p: int, x: Tensor) -> Tensor:
+        return _Priced.apply(x, norms[b][p], bounds[b, p], dense_prefix, sums[b, p])  # type: ignore[no-any-return, no-untyped-call]
 
-        return hook
+    backward_pass(model, structure, tokens, priced, batch_size=batch_size, predicted=predicted, recompute=recompute)
+    return sums.cpu().numpy(), len(tokens) * (tokens.shape[1] - dense_prefix)
 
-    def price(b: int, p: int) -> Any:
-        def hook(linear: nn.Linear, _: Any, grad_output: tuple[Tensor, ...]) -> None:
-            x = inputs.pop((b, p))[:, dense_prefix:].flatten(0, 1)
-            g = grad_output[0][:, dense_prefix:].flatten(0, 1)
-            contribution = (g @ linear.weight).float() * x.float()
-            # Bin i holds the channels dropped at level i but not at level i - 1; the last bin is never dropped.
-            score = scores(x, norms[b][p])
-            bins = torch.searchsorted(bounds[b, p], score, right=True)
-            binned = contribution.new_zeros((len(x), G + 1)).scatter_add_(1, bins, contribution)
-            change = -binned.cumsum(1)[:, :G].double()
-            if thresholds is not None:
-                present = contribution.where(score < float(thresholds[b, p]), 0.0)
-                change += present.sum(1, keepdim=True).double()
-                sums[b, p] += change.sum(0)
-            sums[b, p] += 0.5 * change.square().sum(0)
 
-        return hook
+class _Priced(torch.autograd.Function):
+    """Identity; its backward adds the prices of its input to ``sums`` [G]."""
 
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    for b, p, linear in structure.linears():
-        handles.append(linear.register_forward_pre_hook(keep_input(b, p)))
-        handles.append(linear.register_full_backward_hook(price(b, p)))
-    starts: list[Tensor] = []
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norms: Tensor, bounds: Tensor, prefix: int, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(x, norms, bounds)
+        ctx.prefix, ctx.sums = prefix, sums
+        return x.view_as(x)
 
-    def start_gradient(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        starts[:] = [out.detach().requires_grad_(True)]
-        return starts[0]
-
-    # Frozen weights give no gradient path: the embeddings' output starts one.
-    handles.append(embeddings.register_forward_hook(start_gradient))
-    try:
-        with torch.enable_grad(), Masking(structure, norms, thresholds, dense_prefix=dense_prefix):
-            for start in range(0, len(tokens), batch_size):
-                batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
-                torch.autograd.grad(sequence_nats(model, batch, predicted).sum(), starts)
-                inputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    n_tokens = len(tokens) * (tokens.shape[1] - dense_prefix)
-    return sums.cpu().numpy(), n_tokens
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, norms, bounds = ctx.saved_tensors
+        x = x[:, ctx.prefix :].flatten(0, 1)
+        contribution = gradient[:, ctx.prefix :].flatten(0, 1).float() * x.float()
+        # Bin i holds the channels dropped at level i but not at level i - 1; the last bin is never dropped.
+        bins = torch.searchsorted(bounds, scores(x, norms), right=True)
+        binned = contribution.new_zeros((len(x), len(bounds) + 1)).scatter_add_(1, bins, contribution)
+        change = binned.cumsum(1)[:, :-1].double()
+        ctx.sums += 0.5 * change.square().sum(0)
+        return gradient, None, None, None, None

@@ -44,6 +44,8 @@ class StudyProgress(Protocol):
     def best(self) -> Any: ...
     @property
     def current(self) -> Any: ...
+    @property
+    def activity(self) -> str: ...
 
 
 class Reporter:
@@ -213,7 +215,7 @@ class RichReporter(Reporter):
 
 
 def _figures(progress: StudyProgress, rate: float, *, current: bool = True) -> str:
-    parts = []
+    parts = [escape(progress.activity)] if progress.activity else []
     if progress.best is not None:
         parts.append(
             f"best {progress.best.loss_nats:.4f} nats "

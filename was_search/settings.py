@@ -42,8 +42,14 @@ class Settings:
         stride: tokens between windows; 0 means sequence_length.
         calibration_sequences: at most so many for histograms.
         pricing_sequences: at most so many of these for Fisher prices.
-        reprice_rounds: times that the Fisher seed is priced again at its sparse point.
-        greedy_sequences: at most so many of these for the block-error table.
+        slope_sequences: at most so many sequences of the calibration split for slopes.
+        seed_rounds: rounds of the descent that makes the Fisher seed; 0 leaves it as it was priced.
+        greedy_sequences: at most so many calibration sequences for the block-error table, which gives the baseline
+            seed ``greedy-uniform``; 0 leaves both out.
+        descent_epochs: times that the search descends from its best vector before it samples.
+        descent_chains: descents side by side in an epoch, on other sequences each.
+        descent_rounds: steps of one descent.
+        descent_sequences: sequences whose slopes make one step.
         search_sequences: at most so many for the fitness.
         test_sequences: at most so many for the report.
         batch_size: sequences per forward.
@@ -75,8 +81,13 @@ class Settings:
     stride: int = 0
     calibration_sequences: int = 64
     pricing_sequences: int = 32
-    reprice_rounds: int = 1
-    greedy_sequences: int = 8
+    slope_sequences: int = 512
+    seed_rounds: int = 8
+    greedy_sequences: int = 0
+    descent_epochs: int = 2
+    descent_chains: int = 2
+    descent_rounds: int = 24
+    descent_sequences: int = 24
     search_sequences: int = 64
     test_sequences: int = 256
     batch_size: int = 4
@@ -97,7 +108,10 @@ class Settings:
         self._range("stride", 0 <= self.stride <= self.sequence_length, "must be in [0, sequence_length]")
         self._range("dense_prefix", 0 <= self.dense_prefix < self.sequence_length, "must be in [0, sequence_length)")
         self._range("seed", 0 <= self.seed < 2**32, "must be in [0, 2^32)")
-        self._range("reprice_rounds", self.reprice_rounds >= 0, "must not be negative")
+        for name in ("seed_rounds", "descent_epochs", "greedy_sequences"):
+            self._range(name, getattr(self, name) >= 0, "must not be negative")
+        needs_table = self.sampler == "was-monotone" and self.greedy_sequences == 0
+        self._range("greedy_sequences", not needs_table, "must be at least 1 with --sampler was-monotone")
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
@@ -129,7 +143,10 @@ _COUNTS = (
     "workers",
     "calibration_sequences",
     "pricing_sequences",
-    "greedy_sequences",
+    "slope_sequences",
+    "descent_chains",
+    "descent_rounds",
+    "descent_sequences",
     "search_sequences",
     "test_sequences",
     "batch_size",

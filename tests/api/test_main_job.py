@@ -34,14 +34,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 def made(postgres_url: str, tmp_path_factory: pytest.TempPathFactory):
     """Settings and result of one small run."""
     plan = tmp_path_factory.mktemp("run") / "plan"
-    settings = small_settings(storage=postgres_url, trials=8, plan=str(plan), reprice_rounds=1)
+    settings = small_settings(storage=postgres_url, trials=12, plan=str(plan), seed_rounds=2, descent_epochs=1)
     with Context(settings) as context:
         return settings, run(context)
 
 
 def test_run_makes_a_plan_and_compares_it(made, database) -> None:
     _, result = made
-    assert_each_finished_once(database, result.search.study, 8)
+    slots = assert_each_finished_once(database, result.search.study, 12)
+    assert [s.origin for s in slots][3:6] == ["descent:0:mean", "descent:0:0", "descent:0:1"]
+    assert all(s.origin == "sampler:tpe" for s in slots[6:])
     names = [row.name for row in result.rows]
     assert names[:4] == ["dense", "uniform", "greedy-uniform", "fisher seed"]
     assert names[4].startswith("best (slot")
@@ -116,7 +118,9 @@ def test_a_second_run_is_read_from_the_cache(made) -> None:
 @pytest.mark.parametrize(("change", "named"), [({"target": 0.5}, "target"), ({"search_sequences": 16}, "search data")])
 def test_a_study_of_other_settings_is_refused_with_the_differences(made, change, named: str) -> None:
     settings, result = made
-    other = small_settings(storage=settings.storage, study=result.search.study, trials=8, reprice_rounds=1, **change)
+    other = small_settings(
+        storage=settings.storage, study=result.search.study, trials=12, seed_rounds=2, descent_epochs=1, **change
+    )
     with Context(other) as context, pytest.raises(StudyError, match=named):
         search(context)
 

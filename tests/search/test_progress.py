@@ -21,6 +21,7 @@ class State:
     failed: int = 0
     best: Slot | None = None
     current: Slot | None = None
+    activity: str = ""
 
 
 STATES = [

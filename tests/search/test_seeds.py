@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from was_search.descent import HIGHEST, onto_budget
 from was_search.greedy import block_path, spend
 from was_search.pricing import DEFAULT_GRID
-from was_search.seeds import REPRICE_RADIUS, baseline_seeds, fisher_seed
+from was_search.seeds import baseline_seeds, fisher_seed, point_seed
 from was_search.shape import ModelShape
 from was_search.table import Table
 
@@ -52,12 +53,19 @@ def test_a_block_of_the_fisher_table_depends_on_its_own_prices_alone():
 
 
 @pytest.mark.parametrize("target", [0.05, 0.6, 0.949])
-def test_prices_taken_at_a_point_are_trusted_near_it_only(target):
-    around = fisher_seed(PRICES, DEFAULT_GRID, SHAPE, target).sparsities
-    local = np.random.default_rng(1).normal(0, 1, (3, 7, 1)) * (DEFAULT_GRID - around[..., None])
-    seed = fisher_seed(local, DEFAULT_GRID, SHAPE, target, around=around)
+def test_a_point_is_a_seed_on_a_table_of_its_own(target):
+    point = onto_budget(np.random.default_rng(1).uniform(0, 1, (3, 7)), SHAPE, target)
+    seed = point_seed("descent:0:mean", point, SHAPE)
     check(seed, target)
-    assert np.abs(seed.sparsities - around).max() <= REPRICE_RADIUS + 1e-12
-    assert np.abs(seed.sparsities - around).max() > REPRICE_RADIUS / 2
-    assert np.all((seed.sparsities >= 0) & (seed.sparsities <= DEFAULT_GRID[-1]))
-    np.testing.assert_allclose(seed.table.max_levels, DEFAULT_GRID[-1])  # the search may leave the neighbourhood
+    np.testing.assert_array_equal(seed.sparsities, point)
+    np.testing.assert_allclose(seed.table.sparsities(seed.levels / 2), point / 2, atol=1e-12)  # straight lines
+    np.testing.assert_allclose(seed.table.max_levels, HIGHEST)
+
+
+def test_a_block_at_its_highest_needs_no_row_above():
+    seed = point_seed("full", np.full((3, 7), HIGHEST), SHAPE)
+    assert all(len(block.levels) == 2 for block in seed.table.blocks)
+
+
+def test_without_a_greedy_table_its_seed_is_left_out():
+    assert [seed.name for seed in baseline_seeds(SHAPE, 0.6, None)] == ["uniform"]

@@ -59,7 +59,7 @@ def test_whole_numbers_are_numbers(toml):
         ("workers", 0, "must be at least 1"),
         ("calibration_sequences", 0, "must be at least 1"),
         ("pricing_sequences", 0, "must be at least 1"),
-        ("greedy_sequences", 0, "must be at least 1"),
+        ("greedy_sequences", -1, "must not be negative"),
         ("search_sequences", -1, "must be at least 1"),
         ("test_sequences", 0, "must be at least 1"),
         ("batch_size", 0, "must be at least 1"),
@@ -70,7 +70,9 @@ def test_whole_numbers_are_numbers(toml):
         ("dense_prefix", 2048, "must be in [0, sequence_length)"),
         ("seed", -1, "must be in [0, 2^32)"),
         ("seed", 2**32, "must be in [0, 2^32)"),
-        ("reprice_rounds", -1, "must not be negative"),
+        ("seed_rounds", -1, "must not be negative"),
+        ("descent_epochs", -1, "must not be negative"),
+        ("descent_chains", 0, "must be at least 1"),
         ("radius", 0.0, "must be in (0, 1]"),
         ("radius", 1.1, "must be in (0, 1]"),
         ("significance", 0.0, "must be in (0, 0.5)"),
@@ -159,3 +161,9 @@ def test_json_leaves_the_password_out(url):
 def test_every_option_is_documented():
     for field in dataclasses.fields(Settings):
         assert re.search(rf"^        {field.name}: \S", Settings.__doc__ or "", re.MULTILINE), field.name
+
+
+def test_the_monotone_baseline_needs_its_table():
+    with pytest.raises(ConfigError, match="greedy_sequences: must be at least 1 with --sampler was-monotone, got 0"):
+        Settings(sampler="was-monotone")
+    assert Settings(sampler="was-monotone", greedy_sequences=2).sampler == "was-monotone"

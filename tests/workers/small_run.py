@@ -22,7 +22,11 @@ SMALL: dict[str, Any] = {
     "greedy_sequences": 1,
     "search_sequences": 24,
     "test_sequences": 16,
-    "reprice_rounds": 0,
+    "seed_rounds": 0,
+    "descent_epochs": 0,
+    "slope_sequences": 16,
+    "descent_rounds": 2,
+    "descent_sequences": 4,
     "batch_size": 4,
 }
 

@@ -51,7 +51,7 @@ class Context:
         self.settings = settings
         self.reporter = reporter or Reporter()
         self._stack = ExitStack()
-        self._tokens: dict[str, TokenSet] = {}
+        self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._results: dict[str, Any] = {}
 
     def __enter__(self) -> Context:
@@ -179,13 +179,22 @@ class Context:
 
     def tokens(self, split: str) -> TokenSet:
         """Token ids of ``split`` under the settings' protocol; cached, so that a second run needs no tokenizer."""
-        if split not in self._tokens:
-            self._tokens[split] = self._load_tokens(split)
-        return self._tokens[split]
+        return self._tokens_of(split, getattr(self.settings, f"{split}_sequences"))
+
+    @property
+    def slope_tokens(self) -> TokenSet:
+        """Token ids of the calibration split that slopes are drawn from: those of ``calibration`` and more."""
+        return self._tokens_of("calibration", self.settings.slope_sequences)
+
+    def _tokens_of(self, split: str, n: int) -> TokenSet:
+        if (split, n) not in self._tokens:
+            self._tokens[split, n] = self._load_tokens(split, n)
+        return self._tokens[split, n]
 
     def tokens_uncached(self, split: str) -> TokenSet:
         """The same token ids without the database, for steps that need no other part of it."""
-        return _tokenise(self.source, self._text(split), self._token_options(split, self.placement_here.dtype))
+        n = getattr(self.settings, f"{split}_sequences")
+        return _tokenise(self.source, self._text(split), self._token_options(n, self.placement_here.dtype))
 
     def _text(self, split: str) -> SplitText:
         from was_search.text import load_text
@@ -193,12 +202,12 @@ class Context:
         self.settings.require("data")
         return load_text(self.settings.data, split)
 
-    def _token_options(self, split: str, dtype: str) -> dict[str, Any]:
+    def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
         settings = self.settings
         return {
             "sequence_length": settings.sequence_length,
             "stride": settings.stride or settings.sequence_length,
-            "n_sequences": getattr(settings, f"{split}_sequences"),
+            "n_sequences": n,
             "dtype": dtype,
             "batch_size": settings.batch_size,
             "dense_prefix": settings.dense_prefix,
@@ -206,8 +215,8 @@ class Context:
             "at_most": True,
         }
 
-    def _load_tokens(self, split: str) -> TokenSet:
-        text, options = self._text(split), self._token_options(split, self.placement.dtype)
+    def _load_tokens(self, split: str, n: int) -> TokenSet:
+        text, options = self._text(split), self._token_options(n, self.placement.dtype)
         key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
         found = self.cache.get("tokens", key)
         if found is not None:

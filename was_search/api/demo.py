@@ -23,7 +23,7 @@ DEMO_OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "sequence_length": 256,
     "calibration_sequences": 96,
-    "pricing_sequences": 64,
+    "pricing_sequences": 32,
     "greedy_sequences": 4,
     "search_sequences": 64,
     "test_sequences": 192,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from was_search.api.seed import seed
 from was_search.protocol import content_hash, perplexity
 from was_search.seeds import Seed
 from was_search.slots import Slot, SlotState, best_slot
+
+if TYPE_CHECKING:
+    from was_workers.descents import DescentPlan
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def search(context: Context) -> SearchResult:
             early_stopping=settings.early_stopping,
             trial_timeout=settings.trial_timeout,
             max_attempts=settings.max_attempts,
+            descents=descent_plan(context),
         )
         pool = context.pool
         with context.reporter.search(name, data.protocol.describe()) as show:
@@ -100,6 +104,23 @@ def search(context: Context) -> SearchResult:
     return result
 
 
+def descent_plan(context: Context) -> DescentPlan | None:
+    """The descents of the settings, None if there are none."""
+    from was_search.descent import DescentOptions
+    from was_workers.descents import DescentPlan
+
+    settings = context.settings
+    if not settings.descent_epochs:
+        return None
+    return DescentPlan(
+        epochs=settings.descent_epochs,
+        chains=settings.descent_chains,
+        options=DescentOptions(rounds=settings.descent_rounds),
+        per_round=settings.descent_sequences,
+        data=context.slope_tokens,
+    )
+
+
 def identity(context: Context) -> dict[str, Any]:
     """What makes a study that study: another value of any of these is another study."""
     settings = context.settings
@@ -113,7 +134,14 @@ def identity(context: Context) -> dict[str, Any]:
         "seed": settings.seed,
         "pricing sequences": settings.pricing_sequences,
         "greedy sequences": settings.greedy_sequences,
-        "reprice rounds": settings.reprice_rounds,
+        "slope sequences": settings.slope_sequences,
+        "seed rounds": settings.seed_rounds,
+        "descents": [
+            settings.descent_epochs,
+            settings.descent_chains,
+            settings.descent_rounds,
+            settings.descent_sequences,
+        ],
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
     }

@@ -4,71 +4,92 @@ from __future__ import annotations
 
 import time
 
-from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
+import numpy as np
+
+from was_search.api.calibrate import Calibration, calibrate
 from was_search.api.context import Context, pack_array, unpack_array
+from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
-from was_search.seeds import REPRICE_RADIUS, Seed, baseline_seeds, fisher_seed
+from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
 from was_search.shape import FloatArray
 from was_search.table import Table
-
-PRICING_BATCH = 2
-"""Sequences of one backward pass: bounds the memory of pricing."""
 
 GREEDY_STEP = 0.0125
 """Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
 
+SEED_STEP = 0.06
+SEED_MOMENTUM = 0.5
+SEED_AVERAGE = 0.4
+SEED_SEQUENCES = 16
+"""The descent behind the prices is short: longer steps, less inertia, and fewer sequences a round than a search's."""
+
 
 def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]:
-    """The study's seeds at the target: uniform, greedy-uniform, Fisher-priced. Prices and tables are cached.
+    """The study's seeds at the target: uniform, greedy-uniform if asked for, Fisher. All that is costly is cached.
 
-    The Fisher seed is priced on the dense model, then priced again at the sparse point that this gave, where
-    prices of large steps add up better; ``reprice_rounds`` says how often.
+    The Fisher seed is the optimum of the dense model's prices, moved on by a short descent: at high sparsity
+    prices no longer add up, slopes at the sparse point do.
     """
     from was_search.pricing import DEFAULT_GRID as GRID
 
     settings = context.settings
     calibration = calibration or calibrate(context)
     shape = calibration.shape
-    greedy = greedy_table(context, calibration)
-    prices = fisher_prices(context, calibration, GRID)
-    fisher = fisher_seed(prices, GRID, shape, settings.target)
-    for number in range(1, settings.reprice_rounds + 1):
-        point = operating_point(context, calibration, fisher.sparsities, "the priced point")
-        prices = fisher_prices(context, calibration, GRID, point)
-        fisher = fisher_seed(
-            prices, GRID, shape, settings.target, around=fisher.sparsities, radius=REPRICE_RADIUS / number
-        )
+    greedy = greedy_table(context, calibration) if settings.greedy_sequences else None
+    fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, shape, settings.target)
+    if settings.seed_rounds:
+        fisher = point_seed("fisher", seed_descent(context, calibration, fisher.sparsities), shape)
     return [*baseline_seeds(shape, settings.target, greedy), fisher]
 
 
-def fisher_prices(
-    context: Context, calibration: Calibration, grid: FloatArray, point: OperatingPoint | None = None
-) -> FloatArray:
-    """Prices [L, 7, G] in nats per token, on the dense model or at a sparse ``point``; one backward pass."""
+def seed_descent(context: Context, calibration: Calibration, start: FloatArray) -> FloatArray:
+    """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``, on one worker."""
     started = time.perf_counter()
-    data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
-    taken_at = calibration.key if point is None else point.key
-    key = content_hash("prices", 3, taken_at, data.protocol, grid, PRICING_BATCH)
-    name = "price (Fisher)" if point is None else "price again at the priced point"
-    found = context.cache.get("prices", key)
+    settings, data = context.settings, context.slope_tokens
+    options = DescentOptions(rounds=settings.seed_rounds, step=SEED_STEP, momentum=SEED_MOMENTUM, average=SEED_AVERAGE)
+    parts = (calibration.key, data.protocol, start, settings.target, vars(options), SEED_SEQUENCES, settings.seed)
+    key = content_hash("seed-descent", 1, *parts)
+    name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
+    found = context.cache.get("descent", key)
     if found is not None:
         context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
+        return np.asarray(unpack_array(found.payload), np.float64)
+
+    from was_workers import phases
+
+    pool = context.pool
+    with context.reporter.phase(name):
+        call = phases.descent_call(
+            data,
+            data.tokens,
+            calibration.histograms,
+            start,
+            settings.target,
+            options,
+            SEED_SEQUENCES,
+            settings.seed,
+        )
+        sparsities: FloatArray = pool.map([call])[0]
+    context.cache.put("descent", key, pack_array(sparsities))
+    return sparsities
+
+
+def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) -> FloatArray:
+    """Prices [L, 7, G] in nats per token on the dense model; one backward pass."""
+    started = time.perf_counter()
+    data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
+    key = content_hash("prices", 4, calibration.key, data.protocol, grid)
+    found = context.cache.get("prices", key)
+    if found is not None:
+        context.reporter.cached("price (Fisher)", data.protocol.brief(), time.perf_counter() - started)
         return unpack_array(found.payload)
 
     from was_workers import phases
 
     pool = context.pool
-    parts = len(phases.shards(data.tokens, PRICING_BATCH, 4 * pool.n_workers))
-    with context.reporter.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
-        prices = phases.fisher_prices(
-            pool,
-            data,
-            calibration.histograms if point is None else point.histograms,
-            grid,
-            batch_size=PRICING_BATCH,
-            thresholds=None if point is None else point.thresholds,
-            advance=advance,
-        )
+    parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_workers))
+    with context.reporter.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
+        prices = phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
     context.cache.put("prices", key, pack_array(prices))
     return prices
 

@@ -7,12 +7,14 @@ of workers; counts and sums are merged in the order of the shards.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
 
 from was_search.calibration import PassRunner
+from was_search.descent import DescentOptions
 from was_search.histogram import Histograms
 from was_search.protocol import TokenSet
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
@@ -52,30 +54,23 @@ def fisher_prices(
     histograms: Histograms,
     grid: FloatArray,
     *,
-    batch_size: int,
-    thresholds: npt.NDArray[np.float32] | None = None,
     advance: Advance = lambda: None,
 ) -> FloatArray:
-    """Mean Fisher price, nats per token, of every projection at every sparsity of ``grid``: [L, 7, G].
-
-    ``batch_size`` is of the backward pass and bounds its memory. With ``thresholds`` [L, 7] the prices are of
-    steps from this sparse point, where ``histograms`` were taken; see :mod:`was_search.pricing`.
-    """
+    """Mean Fisher price, nats per token, of every projection at every sparsity of ``grid``: [L, 7, G]."""
     shape = (histograms.n_blocks, N_PROJECTIONS)
     levels = np.stack([histograms.thresholds(np.full(shape, level)) for level in grid], axis=-1)
     # One batch a shard would leave nothing to balance; four a worker even out slower ones.
-    parts = shards(data.tokens, batch_size, 4 * pool.n_workers)
     protocol = data.protocol
+    parts = shards(data.tokens, protocol.batch_size, 4 * pool.n_workers)
     found = pool.map(
         [
             (
                 "prices",
                 part,
                 levels,
-                batch_size,
+                protocol.batch_size,
                 protocol.dense_prefix,
                 protocol.predicted_per_sequence,
-                thresholds,
             )
             for part in parts
         ],
@@ -83,6 +78,33 @@ def fisher_prices(
     )
     sums = np.sum([part for part, _ in found], axis=0)
     return np.asarray(sums / sum(n for _, n in found), np.float64)
+
+
+def descent_call(
+    data: TokenSet,
+    tokens: Any,
+    histograms: Any,
+    start: FloatArray,
+    target: float,
+    options: DescentOptions,
+    per_round: int,
+    seed: int,
+) -> tuple[Any, ...]:
+    """The pool's call of one descent; ``tokens`` and ``histograms`` may be references to them."""
+    protocol = data.protocol
+    return (
+        "descend",
+        tokens,
+        histograms,
+        start,
+        target,
+        options,
+        per_round,
+        protocol.batch_size,
+        protocol.dense_prefix,
+        protocol.predicted_per_sequence,
+        seed,
+    )
 
 
 def greedy_table(

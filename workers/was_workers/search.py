@@ -18,10 +18,12 @@ from was_search.errors import InfeasibleError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
-from was_search.seeds import Seed
+from was_search.seeds import Seed, point_seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import LevelSpace, MonotoneSpace, Space, level_params, open_distributions
+from was_workers.descents import ORIGIN as DESCENT
+from was_workers.descents import DescentPlan, Descents
 from was_workers.pool import Outcome, Pool
 from was_workers.slot_book import SlotBook, durable
 
@@ -37,13 +39,15 @@ class SearchOptions:
     early_stopping: bool
     trial_timeout: float
     max_attempts: int
+    descents: DescentPlan | None = None
 
 
 @dataclass(frozen=True)
 class SearchProgress:
     """The state of a study, for a progress bar.
 
-    ``best`` is the best complete slot; ``current`` the slot that has just finished.
+    ``best`` is the best complete slot; ``current`` the slot that has just finished; ``activity`` what goes on
+    besides evaluations.
     """
 
     total: int
@@ -52,6 +56,7 @@ class SearchProgress:
     failed: int
     best: Slot | None
     current: Slot | None
+    activity: str = ""
 
     @property
     def finished(self) -> int:
@@ -61,8 +66,8 @@ class SearchProgress:
 class SearchLoop:
     """Runs a study to its last slot, or until asked to drain.
 
-    Seeds come first and are evaluated in full. Once all have finished, the best of them is the centre of the
-    search space, the same one after every restart.
+    Seeds come first and are evaluated in full, then come the descents' vectors. Once all have finished, the best of
+    them is the centre of the search space, the same one after every restart.
 
     Args:
         book: the study's slots, guarded by the coordinator's lock.
@@ -105,6 +110,19 @@ class SearchLoop:
         self._losses: Counter[int] = Counter()
         self._space: Space | None = None
         self._suggester: Suggester | None = None
+        self._descents: Descents | None = None
+        if options.descents is not None and options.descents.epochs:
+            self._descents = Descents(
+                options.descents,
+                pool,
+                self._histograms,
+                shape=shape,
+                target=options.target,
+                seed=options.seed,
+                # An evaluation may take trial_timeout; a backward pass keeps fewer tokens a second.
+                seconds_per_token=2.0 * options.trial_timeout / data.protocol.predicted_tokens,
+                max_attempts=options.max_attempts,
+            )
 
     def run(self) -> list[Slot]:
         """All slots at the end; some are unfinished if the loop was drained.
@@ -136,6 +154,8 @@ class SearchLoop:
         while self._pool.n_idle:
             number = self._next()
             if number is None:
+                if self._descents is not None and self._descents.running:
+                    self._descents.hand_out()
                 return
             slot = self._slots[number]
             incumbent = None
@@ -171,21 +191,25 @@ class SearchLoop:
         if missing:
             # With fewer slots than seeds the last ones, the best, are kept.
             seed = missing[-len(waiting) :][0]
-            self._propose_seed(number, seed)
+            self._propose_fixed(number, f"seed:{seed.name}", seed.sparsities)
             return number
         if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
             return None
+        if self._descents is not None and not self._descents.finished(self._slots.values()):
+            if (proposal := self._descents.next_proposal()) is None:
+                if self._descents.running:
+                    self._report(None)
+                return None
+            self._propose_fixed(number, *proposal)
+            return number
         self._propose_sampled(number)
         return number
 
-    def _propose_seed(self, number: int, seed: Seed) -> None:
+    def _propose_fixed(self, number: int, origin: str, sparsities: FloatArray) -> None:
+        """A vector that no sampler suggested."""
+        levels = self._shape.levels(sparsities)
         self._propose(
-            number,
-            f"seed:{seed.name}",
-            level_params(seed.levels),
-            open_distributions(self._shape.n_blocks),
-            seed.levels,
-            seed.sparsities,
+            number, origin, level_params(levels), open_distributions(self._shape.n_blocks), levels, sparsities
         )
 
     def _propose_sampled(self, number: int) -> None:
@@ -212,18 +236,21 @@ class SearchLoop:
         return LevelSpace(self._shape, seed.table, seed.levels, self._options.target, self._options.radius)
 
     def _centre(self) -> Seed:
-        losses = {
-            slot.origin.removeprefix("seed:"): slot.loss_nats
-            for slot in self._slots.values()
-            if slot.origin.startswith("seed:") and slot.state is SlotState.COMPLETE and slot.loss_nats is not None
-        }
-        scored = [seed for seed in self._seeds if seed.name in losses]
-        return min(scored, key=lambda seed: losses[seed.name]) if scored else self._seeds[-1]
+        """The best of the seeds and of the descents' vectors; those have a table made through them."""
+        fixed = [s for s in self._slots.values() if s.origin.startswith(("seed:", DESCENT))]
+        best = best_slot(fixed)
+        if best is None or best.sparsities is None:
+            return self._seeds[-1]
+        for seed in self._seeds:
+            if best.origin == f"seed:{seed.name}":
+                return seed
+        return point_seed(best.origin, best.sparsities, self._shape)
 
     def _in_space(self) -> list[Slot]:
         """Slots whose sparsities come from the space's own table: a seed of another table is another function."""
         assert self._space is not None
         own = {f"seed:{seed.name}" for seed in self._seeds if seed.table.name == self._space.table.name}
+        own.add(self._space.table.name)  # a descent's vector names the table made through it
         ordered = sorted(self._slots.values(), key=lambda s: s.number)
         slots = [s for s in ordered if s.origin in own or s.origin.startswith("sampler:")]
         if self._options.sampler == "was-monotone":
@@ -256,6 +283,8 @@ class SearchLoop:
 
     def _settle(self, outcome: Outcome) -> BaseException | None:
         """Book an outcome; returns an error that ends the search, its slot put back."""
+        if self._descents is not None and self._descents.owns(outcome.ticket):
+            return self._descents.settle(outcome)
         if outcome.ticket not in self._flight:
             return None  # left in flight by a phase that raised
         number, attempt, started = self._flight.pop(outcome.ticket)
@@ -330,6 +359,7 @@ class SearchLoop:
                 failed=count[SlotState.FAILED],
                 best=best_slot(slots),
                 current=current,
+                activity=self._descents.describe if self._descents is not None and self._descents.running else "",
             )
         )
 

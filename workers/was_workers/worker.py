@@ -22,6 +22,7 @@ from was_search.table import BlockTable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from was_search.descent import DescentOptions
     from was_search.structure import Structure
 
 
@@ -118,7 +119,6 @@ class Worker:
         batch_size: int,
         dense_prefix: int,
         predicted: int,
-        thresholds: npt.NDArray[np.float32] | None = None,
     ) -> tuple[FloatArray, int]:
         """See :func:`was_search.pricing.price_sums`."""
         from was_search.pricing import price_sums
@@ -134,8 +134,45 @@ class Worker:
                 batch_size=batch_size,
                 dense_prefix=dense_prefix,
                 predicted=predicted,
-                thresholds=thresholds,
+                recompute=self._recompute,
             )
+
+    def descend(
+        self,
+        tokens: IntArray,
+        histograms: Histograms,
+        start: FloatArray,
+        target: float,
+        options: DescentOptions,
+        per_round: int,
+        batch_size: int,
+        dense_prefix: int,
+        predicted: int,
+        seed: int,
+    ) -> FloatArray:
+        """One descent from ``start`` [L, 7], with slopes from ``per_round`` sequences of ``tokens`` a round.
+
+        See :func:`was_search.descent.descend`; pure: the same arguments give the same result.
+        """
+        from was_search.descent import descend
+        from was_search.slope import SlopeOracle
+
+        loaded = self._model()
+        slopes = SlopeOracle(
+            loaded.model,
+            loaded.structure,
+            loaded.norms,
+            tokens,
+            histograms,
+            per_call=per_round,
+            batch_size=batch_size,
+            dense_prefix=dense_prefix,
+            predicted=predicted,
+            seed=seed,
+            recompute=self._recompute,
+        )
+        with _transient_memory():
+            return descend(slopes, start, loaded.structure.shape, target, options)
 
     def block_table(
         self, block: int, tokens: IntArray, dense: Histograms, batch_size: int, dense_prefix: int, step: float
@@ -205,6 +242,11 @@ class Worker:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @property
+    def _recompute(self) -> bool:
+        """Memory is scarce on a GPU; on a CPU the time of another forward is."""
+        return self._spec.device == "cuda"
 
     def _model(self) -> _Loaded:
         if self._loaded is None:

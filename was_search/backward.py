@@ -1,0 +1,86 @@
+"""A backward pass through a frozen causal LM with a custom function on every projection's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from was_search.evaluation import sequence_nats
+from was_search.recompute import recomputed_blocks
+from was_search.shape import IntArray
+from was_search.structure import Structure
+
+InputFunction = Callable[[int, int, Tensor], Tensor]
+"""(block, projection, input [batch, positions, d]) -> what the projection sees; differentiable."""
+
+
+def backward_pass(
+    model: nn.Module,
+    structure: Structure,
+    tokens: IntArray,
+    function: InputFunction,
+    *,
+    batch_size: int,
+    predicted: int,
+    recompute: bool = False,
+) -> float:
+    """Gradient of the summed nats through ``function`` on every projection's input; returns the summed nats.
+
+    Weights need no gradient and get none. ``function`` does its work in its own backward, which runs once for
+    every batch; with ``recompute`` its forward runs twice, and memory is that of one block.
+
+    Args:
+        model: a causal LM; its parameters may be frozen.
+        structure: its blocks.
+        tokens: [n, sequence_length].
+        function: see there.
+        batch_size: sequences per forward and backward.
+        predicted: tokens predicted in one sequence, from its end.
+        recompute: keep the activations of one block at a time.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with _on_inputs(structure, function), _gradient_from_embeddings(model) as starts, torch.enable_grad():
+        for start in range(0, len(tokens), batch_size):
+            batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
+            with recomputed_blocks(structure, recompute):
+                nats = sequence_nats(model, batch, predicted).sum()
+                torch.autograd.grad(nats, starts)
+            total += nats.detach().double()
+    return float(total)
+
+
+@contextmanager
+def _on_inputs(structure: Structure, function: InputFunction) -> Iterator[None]:
+    def hook(b: int, p: int) -> Any:
+        def apply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+            return (function(b, p, args[0]),)
+
+        return apply
+
+    handles = [linear.register_forward_pre_hook(hook(b, p)) for b, p, linear in structure.linears()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _gradient_from_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Frozen weights give no gradient path: the embeddings' output starts one."""
+    starts: list[Tensor] = []
+
+    def start(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        starts[:] = [out.detach().requires_grad_(True)]
+        return starts[0]
+
+    handle = model.get_input_embeddings().register_forward_hook(start)  # type: ignore[operator]
+    try:
+        yield starts
+    finally:
+        handle.remove()

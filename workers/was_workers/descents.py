@@ -1,0 +1,180 @@
+"""The descents of a search: epochs of several chains on the pool, each from the best vector so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from was_search.descent import DescentOptions, onto_budget
+from was_search.errors import TransientError
+from was_search.protocol import TokenSet
+from was_search.shape import FloatArray, ModelShape
+from was_search.slots import Slot, best_slot
+from was_workers.phases import descent_call
+from was_workers.pool import Outcome, Pool
+
+ORIGIN = "descent:"
+
+
+@dataclass(frozen=True)
+class DescentPlan:
+    """How a search descends.
+
+    Attributes:
+        epochs: each starts at the best vector of those before it, with half their step.
+        chains: descents of an epoch; they differ in the sequences that their slopes come from.
+        options: of a chain in the first epoch.
+        per_round: sequences of one round.
+        data: where they are drawn from.
+    """
+
+    epochs: int
+    chains: int
+    options: DescentOptions
+    per_round: int
+    data: TokenSet
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one chain, forward and backward counted as three forwards."""
+        protocol = self.data.protocol
+        per_round = min(self.per_round, protocol.n_sequences)
+        return 3 * self.options.rounds * per_round * protocol.predicted_per_sequence
+
+
+class Descents:
+    """Runs the plan's epochs. Knows no database: the slots tell which epochs have been proposed.
+
+    An epoch's chains end in as many vectors, and their mean is one more: it has less of the noise of each. All
+    become slots, called ``descent:EPOCH:CHAIN`` and ``descent:EPOCH:mean``. If the coordinator dies before they
+    do, the chains run again and, being pure, give the same.
+
+    Args:
+        plan: see there.
+        pool: workers.
+        histograms: a reference to histograms taken near the seeds.
+        shape: the model's.
+        target: the budget.
+        seed: of the chains' sequences.
+        seconds_per_token: the slowest a worker may be before a chain is taken for lost.
+        max_attempts: hand-outs of one chain.
+    """
+
+    def __init__(
+        self,
+        plan: DescentPlan,
+        pool: Pool,
+        histograms: Any,
+        *,
+        shape: ModelShape,
+        target: float,
+        seed: int,
+        seconds_per_token: float,
+        max_attempts: int,
+    ) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._histograms = histograms
+        self._tokens: Any = None
+        self._shape = shape
+        self._target = target
+        self._seed = seed
+        self._deadline = max(60.0, plan.tokens * seconds_per_token)
+        self._max_attempts = max_attempts
+        self._epoch = -1
+        self._waiting: deque[int] = deque()
+        self._running: dict[int, int] = {}
+        self._attempts: dict[int, int] = {}
+        self._start: FloatArray | None = None
+        self._ends: dict[int, FloatArray] = {}
+        self._proposals: deque[tuple[str, FloatArray]] = deque()
+
+    @property
+    def running(self) -> bool:
+        """Whether chains are under way or wait for a worker."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def describe(self) -> str:
+        return (
+            f"descent {self._epoch + 1} of {self._plan.epochs}, "
+            f"{self._plan.chains} chain(s) of {self._plan.options.rounds} rounds"
+        )
+
+    def finished(self, slots: Iterable[Slot]) -> bool:
+        """Whether no epoch is left to be proposed; starts the next one when the last one's slots have finished."""
+        if self._proposals or self.running:
+            return False
+        ours = [slot for slot in slots if slot.origin.startswith(ORIGIN)]
+        epoch = 1 + max((int(slot.origin.split(":")[1]) for slot in ours), default=-1)
+        if epoch >= self._plan.epochs:
+            return all(slot.state.finished for slot in ours)
+        if all(slot.state.finished for slot in ours):
+            best = best_slot(list(slots))
+            if best is None or best.sparsities is None:
+                return True
+            self._epoch, self._start = epoch, best.sparsities
+            self._ends, self._attempts = {}, {}
+            self._waiting = deque(range(self._plan.chains))
+        return False
+
+    def hand_out(self) -> None:
+        """Give waiting chains to idle workers."""
+        while self._waiting and self._pool.n_idle:
+            chain = self._waiting.popleft()
+            self._attempts[chain] = self._attempts.get(chain, 0) + 1
+            if self._tokens is None:
+                self._tokens = ray.put(self._plan.data.tokens)
+            assert self._start is not None
+            options = dataclasses.replace(self._plan.options, step=self._plan.options.step * 0.5**self._epoch)
+            seed = int(np.random.SeedSequence([self._seed, self._epoch, chain]).generate_state(1)[0])
+            call = descent_call(
+                self._plan.data,
+                self._tokens,
+                self._histograms,
+                self._start,
+                self._target,
+                options,
+                self._plan.per_round,
+                seed,
+            )
+            self._running[self._pool.submit(*call, deadline_seconds=self._deadline)] = chain
+
+    def owns(self, ticket: int) -> bool:
+        return ticket in self._running
+
+    def settle(self, outcome: Outcome) -> BaseException | None:
+        """Book a chain's outcome; returns an error that ends the search."""
+        chain = self._running.pop(outcome.ticket)
+        error = outcome.error
+        if error is None:
+            self._ends[chain] = outcome.value
+            if len(self._ends) == self._plan.chains:
+                self._conclude()
+            return None
+        if not outcome.lost and not isinstance(error, TransientError):
+            return error
+        if self._attempts[chain] >= self._max_attempts:
+            return TransientError(
+                f"a descent was lost {self._attempts[chain]} times, last on {outcome.worker}: {error}"
+            )
+        self._waiting.append(chain)
+        return None
+
+    def next_proposal(self) -> tuple[str, FloatArray] | None:
+        """Origin and sparsities [L, 7] of the next vector to evaluate, None if there is none at present."""
+        return self._proposals.popleft() if self._proposals else None
+
+    def _conclude(self) -> None:
+        ends = [self._ends[chain] for chain in range(self._plan.chains)]
+        if len(ends) > 1:
+            # First: with fewer slots than vectors it is the one to keep.
+            mean = onto_budget(np.mean(ends, axis=0), self._shape, self._target)
+            self._proposals.append((f"{ORIGIN}{self._epoch}:mean", mean))
+        self._proposals.extend((f"{ORIGIN}{self._epoch}:{chain}", end) for chain, end in enumerate(ends))
