@@ -21,7 +21,7 @@ from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot, SlotState, best_slot
-from was_search.space import LevelSpace, MonotoneSpace, Space, level_params, open_distributions
+from was_search.space import MonotoneSpace, Space, SpaceName, level_params, make_space, open_distributions
 from was_workers.pool import Outcome, Pool
 from was_workers.slot_book import SlotBook, durable
 
@@ -37,6 +37,7 @@ class SearchOptions:
     early_stopping: bool
     trial_timeout: float
     max_attempts: int
+    space: SpaceName = "levels"
 
 
 @dataclass(frozen=True)
@@ -194,22 +195,22 @@ class SearchLoop:
             self._suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
             self._suggester.restore(self._in_space())
         params = self._suggester.suggest(number)
-        levels = self._space.levels(params)
+        sparsities = self._space.sparsities(params)
         self._propose(
             number,
             f"sampler:{self._options.sampler}",
             params,
             self._space.distributions,
-            levels,
-            self._space.table.sparsities(levels),
+            self._shape.levels(sparsities),
+            sparsities,
         )
 
     def _make_space(self) -> Space:
         if self._options.sampler == "was-monotone":
             greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
             return MonotoneSpace(self._shape, greedy.table, self._options.target)
-        seed = self._centre()
-        return LevelSpace(self._shape, seed.table, seed.levels, self._options.target, self._options.radius)
+        options = self._options
+        return make_space(options.space, self._shape, self._centre(), options.target, options.radius)
 
     def _centre(self) -> Seed:
         losses = {
@@ -221,14 +222,13 @@ class SearchLoop:
         return min(scored, key=lambda seed: losses[seed.name]) if scored else self._seeds[-1]
 
     def _in_space(self) -> list[Slot]:
-        """Slots whose sparsities come from the space's own table: a seed of another table is another function."""
+        """Sampled slots, and the seeds that the space holds (one of another table is none), by its parameters."""
         assert self._space is not None
-        own = {f"seed:{seed.name}" for seed in self._seeds if seed.table.name == self._space.table.name}
+        own = {f"seed:{seed.name}": self._space.locate(seed) for seed in self._seeds}
         ordered = sorted(self._slots.values(), key=lambda s: s.number)
-        slots = [s for s in ordered if s.origin in own or s.origin.startswith("sampler:")]
-        if self._options.sampler == "was-monotone":
-            return [s for s in slots if s.origin.startswith("sampler:")]
-        return slots
+        seeds = {s.number: params for s in ordered if (params := own.get(s.origin)) is not None}
+        slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
+        return [dataclasses.replace(s, params=seeds.get(s.number, s.params)) for s in slots]
 
     def _propose(
         self,
