@@ -22,7 +22,7 @@ from was_search.histogram import Histograms
 from was_search.model import load_tokenizer, pick_device, pick_dtype, resolve_model
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import SPLITS, TokenSet, perplexity
-from was_search.score import ScoreKind
+from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.seeds import REPRICE_RADIUS, Seed, baseline_seeds, fisher_seed
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
 from was_search.table import Table
@@ -66,6 +66,8 @@ class Setup:
         for name in ("batch_size", "reprice_rounds", "dense_prefix"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must not be negative, got {getattr(self, name)}")
+        if self.score not in SCORE_KINDS:
+            raise ConfigError(f"score: must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}")
         object.__setattr__(self, "device", pick_device(self.device))
         object.__setattr__(self, "dtype", pick_dtype(self.dtype, self.device))
         if self.batch_size == 0:

@@ -49,7 +49,8 @@ class Job:
     def expected_seconds(self) -> float:
         """Rough, to start long runs first: a method's own time grows with the number of parameters."""
         dimensions = {"full": 3.0, "-": 0.3}.get(self.space, 1.0)
-        return self.checkpoints[-1] * (0.01 + METHODS[self.method].seconds * dimensions)
+        method = METHODS[self.method]
+        return self.checkpoints[-1] * (0.01 * method.random + method.seconds * dimensions)
 
     @property
     def name(self) -> str:

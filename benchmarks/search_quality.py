@@ -145,6 +145,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for target in options.targets:
         if not 0.0 < target < 0.95:
             raise ConfigError(f"targets: must be above 0 and below 0.95, got {target}")
+    if not 0.0 < options.radius <= 1.0:
+        raise ConfigError(f"radius: must be in (0, 1], got {options.radius}")
     if options.deadline < 0:
         raise ConfigError(f"deadline: must not be negative, got {options.deadline}")
     return options
