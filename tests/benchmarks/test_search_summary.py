@@ -47,17 +47,7 @@ def test_the_table_leaves_out_what_was_not_run():
     lines = [line.split() for line in table(targets[0.6]).splitlines()]
     assert lines[0][:3] == ["10", "50", "runs"]
     assert lines[1] == ["gp:full", "2.0000", "1", "60.00-60.00"]
-    assert lines[2] == [
-        "cmaes:levels",
-        "2.6000",
-        "[2.5000",
-        "2.7000]",
-        "2.2000",
-        "[2.1000",
-        "2.3000]",
-        "3",
-        "60.00-61.00",
-    ]
+    assert " ".join(lines[2]) == "cmaes:levels 2.6000 [2.5000 2.7000] 2.2000 [2.1000 2.3000] 3 60.00-61.00"
 
 
 def test_models_are_not_mixed():
