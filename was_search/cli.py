@@ -91,6 +91,7 @@ SEARCH: dict[str, Any] = {
         rich_help_panel="Search",
     ),
     "sampler": _option(str | None, "tpe, cmaes, gp, qmc, random or was-monotone.", rich_help_panel="Search"),
+    "space": _option(str | None, "What is sampled: levels, temperature, additive or full.", rich_help_panel="Search"),
     "radius": _option(float | None, "How far levels may lie from the seed's.", rich_help_panel="Search"),
     "search_sequences": _option(int | None, "At most so many sequences for the fitness.", rich_help_panel="Search"),
     "descent_epochs": _option(

@@ -57,7 +57,7 @@ def make_sampler(
 
 
 _STEP = 1 / 6
-"""Standard deviation of the first steps around the centre, as a share of a parameter's range."""
+"""Standard deviation of the first steps around the centre, as a share of each parameter's own range."""
 
 
 class Suggester:
@@ -76,8 +76,6 @@ class Suggester:
     def __init__(self, name: SamplerName, space: Space, *, seed: int, n_startup: int = 8) -> None:
         self._space = space
         self._seed = seed
-        widths = [d.high - d.low for d in space.distributions.values()]  # type: ignore[attr-defined]
-        self._sigma = _STEP * float(np.mean(widths))
         self._name: SamplerName = name
         self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
         self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
@@ -167,7 +165,9 @@ class Suggester:
     def _step(self, number: int) -> dict[str, float]:
         rng = np.random.default_rng([self._seed, number])
         params = {}
+        centre = self._space.centre
         for name, distribution in self._space.distributions.items():
-            value = self._space.centre[name] + self._sigma * rng.standard_normal()
-            params[name] = float(np.clip(value, distribution.low, distribution.high))  # type: ignore[attr-defined]
+            low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
+            value = centre[name] + _STEP * (high - low) * rng.standard_normal()
+            params[name] = float(np.clip(value, low, high))
         return params

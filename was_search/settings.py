@@ -12,6 +12,7 @@ from typing import Any, Literal
 from was_search.errors import ConfigError
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
+from was_search.space import SPACES, SpaceName
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -29,7 +30,9 @@ class Settings:
         trials: slots of the study.
         study: its name; "" derives one from model, data and target.
         sampler: who suggests vectors.
-        radius: how far levels may lie from the seed's.
+        space: what is sampled: ``levels`` of blocks, with a ``temperature`` of their split, ``additive`` offsets of
+            blocks and kinds of projections, or the ``full`` sparsities of all projections.
+        radius: how far levels (or offsets, or sparsities) may lie from the seed's.
         score: the norm in the weight-aware score.
         seed: of samplers and of the order of sequences.
         workers: Ray actors that hold the model.
@@ -68,6 +71,7 @@ class Settings:
     trials: int = 100
     study: str = ""
     sampler: SamplerName = "tpe"
+    space: SpaceName = "levels"
     radius: float = 0.05
     score: ScoreKind = "l2"
     seed: int = 0
@@ -119,6 +123,8 @@ class Settings:
         self._range("gpus_per_worker", gpus == -1 or 0 <= gpus <= 1, "must be in [0, 1]: a model lies on one GPU")
         for name, allowed in _CHOICES.items():
             self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+        own = self.sampler == "was-monotone"
+        self._range("space", not own or self.space == "levels", "must be levels with the sampler was-monotone")
 
     def _range(self, name: str, good: bool, rule: str) -> None:
         if not good:
@@ -154,6 +160,7 @@ _COUNTS = (
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": SAMPLERS,
+    "space": SPACES,
     "score": SCORE_KINDS,
     "device": typing.get_args(DeviceName),
     "dtype": typing.get_args(DTypeName),

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from was_search.budget import project
-from was_search.errors import InfeasibleError
-from was_search.shape import FloatArray, ModelShape
+from was_search.errors import ConfigError, InfeasibleError
+from was_search.seeds import Seed
+from was_search.shape import N_PROJECTIONS, PROJECTIONS, FloatArray, ModelShape
 from was_search.table import Table
+
+SpaceName = Literal["levels", "temperature", "additive", "full"]
+SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
+
+HIGHEST = 0.99
+"""No projection goes above this sparsity, whatever a seed's table allows; the uniform table's end."""
 
 
 class Space(Protocol):
-    """Maps Optuna parameters to vectors. Pure: no state changes."""
-
-    @property
-    def table(self) -> Table:
-        """Turns the vector into projection sparsities."""
-        ...
+    """Maps Optuna parameters to sparsities that meet the budget exactly. Pure: no state changes."""
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]: ...
@@ -32,6 +34,14 @@ class Space(Protocol):
 
     def levels(self, params: dict[str, float]) -> FloatArray:
         """The projected vector [L]; its parameter-weighted mean is the target to float64 rounding."""
+        ...
+
+    def sparsities(self, params: dict[str, float]) -> FloatArray:
+        """Projection sparsities [L, 7]; their parameter-weighted mean is the target to float64 rounding."""
+        ...
+
+    def locate(self, seed: Seed) -> dict[str, float] | None:
+        """Parameters that give ``seed``, perhaps outside the bounds; None if the space does not hold it."""
         ...
 
 
@@ -50,16 +60,13 @@ class LevelSpace:
     radius: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.radius <= 0.0:
-            raise InfeasibleError(f"radius: must be positive, got {self.radius}")
+        _check_radius(self.radius)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        highest = self.table.max_levels
+        n, highest = len(self.seed_levels), self.table.max_levels
         return {
-            level_name(b, len(highest)): FloatDistribution(
-                max(0.0, float(level) - self.radius), min(float(highest[b]), float(level) + self.radius)
-            )
+            level_name(b, n): _around(float(level), self.radius, float(highest[b]))
             for b, level in enumerate(self.seed_levels)
         }
 
@@ -71,6 +78,149 @@ class LevelSpace:
         n = len(self.seed_levels)
         raw = np.array([params[level_name(b, n)] for b in range(n)])
         return project(raw, self.shape.block_params, self.target, 0.0, self.table.max_levels)
+
+    def sparsities(self, params: dict[str, float]) -> FloatArray:
+        return self.table.sparsities(self.levels(params))
+
+    def locate(self, seed: Seed) -> dict[str, float] | None:
+        return level_params(seed.levels) if seed.table.name == self.table.name else None
+
+
+@dataclass(frozen=True)
+class TemperatureSpace:
+    """The levels of :class:`LevelSpace`, and how strongly every block follows the table's split of its level.
+
+    With the table's split t of a level l, a block's sparsities are ``l + temperature * (t - l)``, projected so that
+    their mean stays l: 0 is flat (all projections at the level), 1 the table's split, 2 twice its contrasts.
+
+    One temperature serves all blocks. What it mends is an error that they share: prices of single projections do
+    not add up, and the more is dropped the less so, so that a table's contrasts are all too weak or all too
+    strong. One parameter is learnt in tens of evaluations; one a block would double the dimensions, and each of
+    them moves the loss by little.
+    """
+
+    shape: ModelShape
+    table: Table
+    seed_levels: FloatArray
+    target: float
+    radius: float = 0.05
+    hottest: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        if self.hottest < 1.0:
+            raise InfeasibleError(f"hottest: must be at least 1, the table's own split, got {self.hottest}")
+
+    @property
+    def _levels(self) -> LevelSpace:
+        return LevelSpace(self.shape, self.table, self.seed_levels, self.target, self.radius)
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {**self._levels.distributions, "temperature": FloatDistribution(0.0, self.hottest)}
+
+    @property
+    def centre(self) -> dict[str, float]:
+        return {**level_params(self.seed_levels), "temperature": 1.0}
+
+    def levels(self, params: dict[str, float]) -> FloatArray:
+        return self._levels.levels(params)
+
+    def sparsities(self, params: dict[str, float]) -> FloatArray:
+        levels = self.levels(params)
+        split = self.table.sparsities(levels) - levels[:, None]
+        raw = levels[:, None] + params["temperature"] * split
+        rows = [
+            project(row, count, float(level), 0.0, HIGHEST)
+            for row, count, level in zip(raw, self.shape.params, levels, strict=True)
+        ]
+        return np.stack(rows)
+
+    def locate(self, seed: Seed) -> dict[str, float] | None:
+        if seed.table.name == self.table.name:
+            return {**level_params(seed.levels), "temperature": 1.0}
+        if seed.table.name == "uniform":
+            return {**level_params(seed.levels), "temperature": 0.0}
+        return None
+
+
+@dataclass(frozen=True)
+class AdditiveSpace:
+    """All 7 L projections through L + 7 offsets: the seed's sparsity + its block's offset + its kind's offset.
+
+    Needs no table, so the seed may be any point. An offset of all blocks, or of all kinds, does nothing:
+    projection takes it away.
+    """
+
+    shape: ModelShape
+    seed: Seed
+    target: float
+    radius: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_sparsities(self.shape, self.seed)
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {name: FloatDistribution(-self.radius, self.radius) for name in self._names}
+
+    @property
+    def centre(self) -> dict[str, float]:
+        return dict.fromkeys(self._names, 0.0)
+
+    @property
+    def _names(self) -> list[str]:
+        n = self.shape.n_blocks
+        return [*(block_name(b, n) for b in range(n)), *(f"kind_{kind_name(p)}" for p in range(N_PROJECTIONS))]
+
+    def levels(self, params: dict[str, float]) -> FloatArray:
+        return self.shape.levels(self.sparsities(params))
+
+    def sparsities(self, params: dict[str, float]) -> FloatArray:
+        offsets = np.array([params[name] for name in self._names])
+        n = self.shape.n_blocks
+        raw = self.seed.sparsities + offsets[:n, None] + offsets[None, n:]
+        return _project_all(raw, self.shape, self.target)
+
+    def locate(self, seed: Seed) -> dict[str, float] | None:
+        return self.centre if seed.name == self.seed.name else None
+
+
+@dataclass(frozen=True)
+class FullSpace:
+    """All 7 L projection sparsities, each within ``radius`` around the seed's."""
+
+    shape: ModelShape
+    seed: Seed
+    target: float
+    radius: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_sparsities(self.shape, self.seed)
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {name: _around(value, self.radius, HIGHEST) for name, value in self.centre.items()}
+
+    @property
+    def centre(self) -> dict[str, float]:
+        return self._params(self.seed.sparsities)
+
+    def levels(self, params: dict[str, float]) -> FloatArray:
+        return self.shape.levels(self.sparsities(params))
+
+    def sparsities(self, params: dict[str, float]) -> FloatArray:
+        raw = np.array([params[name] for name in self.centre]).reshape(self.shape.n_blocks, N_PROJECTIONS)
+        return _project_all(raw, self.shape, self.target)
+
+    def locate(self, seed: Seed) -> dict[str, float] | None:
+        return self._params(seed.sparsities)
+
+    def _params(self, sparsities: FloatArray) -> dict[str, float]:
+        n = self.shape.n_blocks
+        return {f"{block_name(b, n)}_{kind_name(p)}": float(sparsities[b, p]) for b, p in np.ndindex(n, N_PROJECTIONS)}
 
 
 @dataclass(frozen=True)
@@ -102,10 +252,46 @@ class MonotoneSpace:
         raw = np.cumsum([params[name] for name in self.distributions])
         return project(raw, self.shape.block_params, self.target, 0.0, float(self.table.max_levels.min()))
 
+    def sparsities(self, params: dict[str, float]) -> FloatArray:
+        return self.table.sparsities(self.levels(params))
+
+    def locate(self, seed: Seed) -> dict[str, float] | None:
+        """None: the baseline knows no seeds."""
+        return None
+
+
+def make_space(name: SpaceName, shape: ModelShape, seed: Seed, target: float, radius: float) -> Space:
+    """The space called ``name`` around ``seed``.
+
+    Raises:
+        ConfigError: an unknown name.
+        InfeasibleError: a radius that is not positive.
+    """
+    match name:
+        case "levels":
+            return LevelSpace(shape, seed.table, seed.levels, target, radius)
+        case "temperature":
+            return TemperatureSpace(shape, seed.table, seed.levels, target, radius)
+        case "additive":
+            return AdditiveSpace(shape, seed, target, radius)
+        case "full":
+            return FullSpace(shape, seed, target, radius)
+    raise ConfigError(f"space: must be one of {', '.join(SPACES)}, got {name!r}")
+
 
 def level_name(block: int, n_blocks: int) -> str:
     """``level_07``: Optuna's name of a block's level, padded so that names sort by depth."""
     return f"level_{block:0{len(str(n_blocks - 1))}d}"
+
+
+def block_name(block: int, n_blocks: int) -> str:
+    """``block_07``: a block in Optuna's names of offsets and of single projections, padded likewise."""
+    return f"block_{block:0{len(str(n_blocks - 1))}d}"
+
+
+def kind_name(projection: int) -> str:
+    """``3_o``: a projection in Optuna's names, numbered so that names sort in the order of PROJECTIONS."""
+    return f"{projection}_{PROJECTIONS[projection]}"
 
 
 def level_params(levels: FloatArray) -> dict[str, float]:
@@ -115,3 +301,23 @@ def level_params(levels: FloatArray) -> dict[str, float]:
 def open_distributions(n_blocks: int) -> dict[str, BaseDistribution]:
     """Distributions [0, 1] for vectors that come from outside a space (seeds on another table)."""
     return {level_name(b, n_blocks): FloatDistribution(0.0, 1.0) for b in range(n_blocks)}
+
+
+def _check_radius(radius: float) -> None:
+    if radius <= 0.0:
+        raise InfeasibleError(f"radius: must be positive, got {radius}")
+
+
+def _check_sparsities(shape: ModelShape, seed: Seed) -> None:
+    wanted = shape.params.shape
+    if seed.sparsities.shape != wanted:
+        raise InfeasibleError(f"seed: sparsities of shape {wanted} needed, got {seed.sparsities.shape}")
+
+
+def _around(value: float, radius: float, highest: float) -> FloatDistribution:
+    """A box of ``radius`` around ``value``, within [0, highest]."""
+    return FloatDistribution(max(0.0, value - radius), min(highest, value + radius))
+
+
+def _project_all(raw: FloatArray, shape: ModelShape, target: float) -> FloatArray:
+    return project(raw.ravel(), shape.params.ravel(), target, 0.0, HIGHEST).reshape(raw.shape)

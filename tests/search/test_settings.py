@@ -35,6 +35,12 @@ def test_names_with_dashes_and_underscores_are_the_same(toml):
     assert load_settings(toml("batch_size = 3"), {}) == load_settings(toml("batch-size = 3"), {})
 
 
+def test_the_monotone_baseline_has_a_space_of_its_own():
+    with pytest.raises(ConfigError, match="space: must be levels with the sampler was-monotone, got 'full'"):
+        Settings(sampler="was-monotone", space="full")
+    assert Settings(sampler="was-monotone").space == "levels"
+
+
 def test_defaults():
     assert load_settings(None, {}) == Settings()
 
@@ -81,6 +87,7 @@ def test_whole_numbers_are_numbers(toml):
         ("gpus_per_worker", -0.5, "must be in [0, 1]: a model lies on one GPU"),
         ("gpus_per_worker", 2.0, "must be in [0, 1]: a model lies on one GPU"),
         ("gpus_per_worker", float("inf"), "must be in [0, 1]: a model lies on one GPU"),
+        ("space", "blocks", "must be one of levels, temperature, additive, full"),
         ("sampler", "grid", "must be one of tpe, cmaes, gp, qmc, random, was-monotone"),
         ("score", "l3", "must be one of l1, l2, none"),
         ("device", "tpu", "must be one of auto, cpu, cuda"),

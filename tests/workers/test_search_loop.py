@@ -136,6 +136,23 @@ def run(monkeypatch: pytest.MonkeyPatch):
     return start
 
 
+@pytest.mark.parametrize("space", ["temperature", "additive", "full"])
+def test_every_space_is_sampled_on_the_budget(run, space) -> None:
+    """Trials lie on the budget, carry the space's parameters, and start near the best seed (here the uniform one)."""
+    book = Book(14)
+    slots = run(book, lambda call, sparsities, _: evaluation(sparsities), space=space, radius=0.02)
+    sampled = [slot for slot in slots if slot.origin.startswith("sampler:")]
+    assert len(sampled) == 11
+    names = set(sampled[0].params)
+    assert len(names) == {"temperature": 4, "additive": 10, "full": 21}[space]
+    for slot in sampled:
+        assert set(slot.params) == names
+        assert SHAPE.sparsity(slot.sparsities) == pytest.approx(0.6, abs=1e-12)
+        np.testing.assert_allclose(slot.levels, SHAPE.levels(slot.sparsities), atol=1e-12)
+        # Offsets of block and kind, and the shift that brings the sum back onto the budget.
+        assert np.abs(slot.sparsities - 0.6).max() < 4 * 0.02 + 1e-9
+
+
 def test_every_slot_finishes_once_on_the_budget(run) -> None:
     book = Book(20)
     slots = run(book, lambda _, s, incumbent: evaluation(s))

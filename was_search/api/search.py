@@ -77,6 +77,7 @@ def search(context: Context) -> SearchResult:
         options = SearchOptions(
             target=settings.target,
             sampler=settings.sampler,
+            space=settings.space,
             radius=settings.radius,
             seed=settings.seed,
             early_stopping=settings.early_stopping,
@@ -130,6 +131,7 @@ def identity(context: Context) -> dict[str, Any]:
         "target": settings.target,
         "score": settings.score,
         "sampler": settings.sampler,
+        "space": settings.space,
         "radius": settings.radius,
         "seed": settings.seed,
         "pricing sequences": settings.pricing_sequences,

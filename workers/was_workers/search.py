@@ -21,7 +21,7 @@ from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed, point_seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot, SlotState, best_slot
-from was_search.space import LevelSpace, MonotoneSpace, Space, level_params, open_distributions
+from was_search.space import MonotoneSpace, Space, SpaceName, level_params, make_space, open_distributions
 from was_workers.descents import ORIGIN as DESCENT
 from was_workers.descents import DescentPlan, Descents
 from was_workers.pool import Outcome, Pool
@@ -40,6 +40,7 @@ class SearchOptions:
     trial_timeout: float
     max_attempts: int
     descents: DescentPlan | None = None
+    space: SpaceName = "levels"
 
 
 @dataclass(frozen=True)
@@ -218,22 +219,22 @@ class SearchLoop:
             self._suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
             self._suggester.restore(self._in_space())
         params = self._suggester.suggest(number)
-        levels = self._space.levels(params)
+        sparsities = self._space.sparsities(params)
         self._propose(
             number,
             f"sampler:{self._options.sampler}",
             params,
             self._space.distributions,
-            levels,
-            self._space.table.sparsities(levels),
+            self._shape.levels(sparsities),
+            sparsities,
         )
 
     def _make_space(self) -> Space:
         if self._options.sampler == "was-monotone":
             greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
             return MonotoneSpace(self._shape, greedy.table, self._options.target)
-        seed = self._centre()
-        return LevelSpace(self._shape, seed.table, seed.levels, self._options.target, self._options.radius)
+        options = self._options
+        return make_space(options.space, self._shape, self._centre(), options.target, options.radius)
 
     def _centre(self) -> Seed:
         """The best of the seeds and of the descents' vectors; those have a table made through them."""
@@ -241,21 +242,25 @@ class SearchLoop:
         best = best_slot(fixed)
         if best is None or best.sparsities is None:
             return self._seeds[-1]
-        for seed in self._seeds:
-            if best.origin == f"seed:{seed.name}":
-                return seed
-        return point_seed(best.origin, best.sparsities, self._shape)
+        return next(seed for seed in [*self._seeds, *self._descended()] if _origin(seed) == best.origin)
+
+    def _descended(self) -> list[Seed]:
+        """The descents' vectors with tables made through them."""
+        return [
+            point_seed(slot.origin, slot.sparsities, self._shape)
+            for slot in self._slots.values()
+            if slot.origin.startswith(DESCENT) and slot.sparsities is not None
+        ]
 
     def _in_space(self) -> list[Slot]:
-        """Slots whose sparsities come from the space's own table: a seed of another table is another function."""
+        """Sampled slots, and the seeds that the space holds (one of another table is none), by its parameters."""
         assert self._space is not None
-        own = {f"seed:{seed.name}" for seed in self._seeds if seed.table.name == self._space.table.name}
-        own.add(self._space.table.name)  # a descent's vector names the table made through it
+        fixed = [*self._seeds, *self._descended()]
+        own = {_origin(seed): self._space.locate(seed) for seed in fixed}
         ordered = sorted(self._slots.values(), key=lambda s: s.number)
-        slots = [s for s in ordered if s.origin in own or s.origin.startswith("sampler:")]
-        if self._options.sampler == "was-monotone":
-            return [s for s in slots if s.origin.startswith("sampler:")]
-        return slots
+        seeds = {s.number: params for s in ordered if (params := own.get(s.origin)) is not None}
+        slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
+        return [dataclasses.replace(s, params=seeds.get(s.number, s.params)) for s in slots]
 
     def _propose(
         self,
@@ -362,6 +367,10 @@ class SearchLoop:
                 activity=self._descents.describe if self._descents is not None and self._descents.running else "",
             )
         )
+
+
+def _origin(seed: Seed) -> str:
+    return seed.name if seed.name.startswith(DESCENT) else f"seed:{seed.name}"
 
 
 def _first_line(error: BaseException) -> str:

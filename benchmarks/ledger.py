@@ -1,0 +1,188 @@
+"""What a method has spent, and what it had found by then: the one way in which methods are charged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search.early_stop import is_worse
+from was_search.shape import FloatArray, IntArray, ModelShape
+
+STOP_EVERY = 8
+"""Sequences between two early-stopping tests, as with a batch size of 8."""
+
+LossesOf = Callable[[FloatArray, IntArray], FloatArray]
+"""(sparsities [L, 7], indices of sequences [n]) -> mean nats per predicted token of each, float64 [n]."""
+
+
+class Exhausted(Exception):  # noqa: N818 - the ordinary end of a method, not a failure
+    """The tokens do not suffice for what was asked; nothing of it was done."""
+
+
+class OutOfTime(Exception):  # noqa: N818
+    """The deadline has passed: the run is dropped, to be repeated another time."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known of a vector.
+
+    Attributes:
+        sparsities: float64 [L, 7].
+        losses: float64 [n], NaN for sequences not seen.
+        seen: bool [n].
+        stopped: whether the evaluation was stopped early.
+    """
+
+    sparsities: FloatArray
+    losses: FloatArray
+    seen: npt.NDArray[np.bool_]
+    stopped: bool = False
+
+    @property
+    def full(self) -> bool:
+        return bool(self.seen.all())
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean over the sequences seen; inf where one of them is not finite."""
+        mean = float(self.losses[self.seen].mean())
+        return mean if np.isfinite(mean) else float("inf")
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """The best vector evaluated in full, once ``tokens`` were spent."""
+
+    tokens: int
+    loss_nats: float
+    sparsities: FloatArray
+
+
+class Ledger:
+    """Evaluates vectors and charges for them, until the budget of tokens is spent.
+
+    A token is charged each time it is read by a forward pass of the whole model, in full sequences. Methods that do
+    something else with tokens, such as backward passes, say so with :meth:`spend`. Only a vector evaluated on all
+    sequences can become the incumbent. A vector off the budget of sparsity is refused.
+
+    Args:
+        losses_of: the evaluator.
+        shape: the model's.
+        target: what every vector's parameter-weighted mean must be.
+        n_sequences: of the search split.
+        tokens_per_sequence: tokens of one.
+        evaluations: the budget, in full evaluations.
+        deadline: ``time.time()`` after which :class:`OutOfTime` is raised.
+    """
+
+    def __init__(
+        self,
+        losses_of: LossesOf,
+        shape: ModelShape,
+        target: float,
+        *,
+        n_sequences: int,
+        tokens_per_sequence: int,
+        evaluations: float,
+        deadline: float = float("inf"),
+    ) -> None:
+        self._losses_of = losses_of
+        self._shape = shape
+        self._target = target
+        self._deadline = deadline
+        self.n_sequences = n_sequences
+        self.tokens_per_sequence = tokens_per_sequence
+        self.budget = round(evaluations * self.tokens_per_evaluation)
+        self.spent = 0
+        self.n_full = 0
+        self.incumbents: list[Incumbent] = []
+
+    @property
+    def tokens_per_evaluation(self) -> int:
+        """Tokens of one full evaluation: the unit in which budgets and checkpoints are given."""
+        return self.n_sequences * self.tokens_per_sequence
+
+    @property
+    def left(self) -> int:
+        return self.budget - self.spent
+
+    def spend(self, tokens: int) -> None:
+        """Charge for work other than evaluations.
+
+        Raises:
+            Exhausted: before anything is charged.
+            OutOfTime: the deadline has passed.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens: must not be negative, got {tokens}")
+        if time.time() > self._deadline:
+            raise OutOfTime
+        if tokens > self.left:
+            raise Exhausted
+        self.spent += tokens
+
+    def evaluate(
+        self,
+        sparsities: FloatArray,
+        sequences: int | IntArray | None = None,
+        *,
+        before: Score | None = None,
+        incumbent: Score | None = None,
+        significance: float = 0.01,
+    ) -> Score:
+        """Losses of ``sparsities`` [L, 7] on sequences of the search split.
+
+        Args:
+            sparsities: on the budget.
+            sequences: indices, or the first so many; None is all.
+            before: an earlier, partial score of the same vector; what it has seen is not evaluated again.
+            incumbent: a full score: stop when this vector is shown to be worse (see :func:`is_worse`); what was
+                not evaluated is not charged.
+            significance: of that test.
+
+        Raises:
+            Exhausted: the tokens left do not suffice; nothing was evaluated.
+            OutOfTime: the deadline has passed.
+            ValueError: a vector off the budget, or a partial incumbent.
+        """
+        off = self._shape.sparsity(sparsities) - self._target
+        if not abs(off) <= 1e-9:
+            raise ValueError(f"sparsities: must meet the target {self._target}, off by {off:.3g}")
+        if incumbent is not None and not incumbent.full:
+            raise ValueError("incumbent: must be a full score")
+        losses = np.full(self.n_sequences, np.nan) if before is None else before.losses.copy()
+        seen = np.zeros(self.n_sequences, bool) if before is None else before.seen.copy()
+        wanted = np.arange(self.n_sequences)[slice(sequences) if isinstance(sequences, int | None) else sequences]
+        todo = wanted[~seen[wanted]]
+        if len(todo) * self.tokens_per_sequence > self.left:
+            raise Exhausted
+        step, stopped = (max(len(todo), 1) if incumbent is None else STOP_EVERY), False
+        for start in range(0, len(todo), step):
+            part = todo[start : start + step]
+            self.spend(len(part) * self.tokens_per_sequence)
+            losses[part] = self._losses_of(sparsities, part)
+            seen[part] = True
+            behind = start + step < len(todo)
+            if incumbent is not None and behind and is_worse(losses[seen], incumbent.losses[seen], significance):
+                stopped = True
+                break
+        score = Score(np.array(sparsities, np.float64), losses, seen, stopped)
+        if score.full and len(todo):
+            self._book(score)
+        return score
+
+    def at(self, tokens: int) -> Incumbent | None:
+        """The incumbent once ``tokens`` were spent; None before the first full evaluation."""
+        found = [incumbent for incumbent in self.incumbents if incumbent.tokens <= tokens]
+        return found[-1] if found else None
+
+    def _book(self, score: Score) -> None:
+        self.n_full += 1
+        best = self.incumbents[-1].loss_nats if self.incumbents else float("inf")
+        if score.loss_nats < best:
+            self.incumbents.append(Incumbent(self.spent, score.loss_nats, score.sparsities))

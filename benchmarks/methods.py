@@ -1,0 +1,323 @@
+"""The methods that are compared, and the spaces that they search. Further ones are added with :func:`register`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import optuna
+
+from benchmarks.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
+from benchmarks.ledger import Exhausted, Ledger, Score
+from was_search.descent import DescentOptions, onto_budget
+from was_search.errors import ConfigError
+from was_search.sampling import SamplerName, Suggester
+from was_search.seeds import Seed
+from was_search.shape import FloatArray, ModelShape
+from was_search.slots import SlotState
+from was_search.space import HIGHEST, SPACES, MonotoneSpace, Space, make_space
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given besides its ledger.
+
+    Attributes:
+        shape: the model's.
+        target: the budget of sparsity.
+        seeds: uniform, greedy-uniform and Fisher-priced, with their tables.
+        space: the space's name, "-" for methods that have none.
+        radius: of the space.
+        seed: of random numbers.
+        engine: the model at hand, :class:`benchmarks.problem.Engine`; for methods that do more than evaluate.
+        histograms: those that thresholds are read from, for such methods.
+    """
+
+    shape: ModelShape
+    target: float
+    seeds: list[Seed]
+    space: str = "-"
+    radius: float = 0.05
+    seed: int = 0
+    engine: Any = None
+    histograms: Any = None
+
+    def seed_called(self, name: str) -> Seed:
+        return next(seed for seed in self.seeds if seed.name == name)
+
+    def space_around(self, seed: Seed) -> Space:
+        return make_space(self.space, self.shape, seed, self.target, self.radius)  # type: ignore[arg-type]
+
+
+Run = Callable[[Task, Ledger], None]
+"""Drives the ledger until it raises ``Exhausted``, or returns earlier."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose a vector.
+
+    Attributes:
+        name: as on the command line.
+        run: see :data:`Run`; everything random follows from ``task.seed``.
+        spaces: those that it can search; ("-",) if it has none.
+        settings: what is written into every row.
+        most_evaluations: greatest budget that it is run to.
+        seconds: its own time for one evaluation, roughly, at a hundred parameters: decides the order of jobs.
+        random: whether the seed changes anything; else one seed is run.
+    """
+
+    name: str
+    run: Run
+    spaces: tuple[str, ...] = SPACES
+    settings: dict[str, Any] = field(default_factory=dict)
+    most_evaluations: float = float("inf")
+    seconds: float = 0.0
+    random: bool = True
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make ``method`` known to the command line.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if method.name in METHODS:
+        raise ConfigError(f"method: {method.name!r} is registered twice")
+    METHODS[method.name] = method
+    return method
+
+
+def run_method(method: Method, task: Task, ledger: Ledger) -> None:
+    """Run ``method`` to its end or to the ledger's."""
+    try:
+        method.run(task, ledger)
+    except Exhausted:
+        return
+
+
+def start(task: Task, ledger: Ledger) -> tuple[list[Score], int]:
+    """Evaluate all seeds; their scores, and the index of the best. The start of every search but the baselines."""
+    scores = [ledger.evaluate(seed.sparsities) for seed in task.seeds]
+    return scores, int(np.argmin([score.loss_nats for score in scores]))
+
+
+def _one_vector(name: str) -> Run:
+    def run(task: Task, ledger: Ledger) -> None:
+        ledger.evaluate(task.seed_called(name).sparsities)
+
+    return run
+
+
+def _ramp(task: Task, ledger: Ledger) -> None:
+    linear_ramp(ledger, task.shape, task.seed_called("greedy-uniform").table, task.target)
+
+
+def _evolution(task: Task, ledger: Ledger) -> None:
+    scores, best = start(task, ledger)
+    seed = task.seeds[best]
+    rng = np.random.default_rng(task.seed)
+    if task.space == "full":
+        shape, weights = seed.sparsities.shape, task.shape.params.ravel().astype(np.float64)
+
+        def projections(units: FloatArray) -> FloatArray:
+            return units.reshape(shape)
+
+        evolve(
+            ledger, scores[best], seed.sparsities.ravel(), weights, np.full(weights.shape, HIGHEST), projections, rng
+        )
+    else:
+        weights = task.shape.block_params.astype(np.float64)
+        evolve(ledger, scores[best], seed.levels, weights, seed.table.max_levels, seed.table.sparsities, rng)
+
+
+SamplerMaker = Callable[[int], optuna.samplers.BaseSampler]
+
+
+def _sampler(name: SamplerName, make: SamplerMaker | None = None, *, early_stopping: bool = False) -> Run:
+    """The sampler called ``name`` as in production, or Optuna's own that ``make`` builds from a seed."""
+
+    def run(task: Task, ledger: Ledger) -> None:
+        scores: list[Score] = []
+        if name == "was-monotone":
+            # The published method knows no seeds.
+            space: Space = MonotoneSpace(task.shape, task.seed_called("greedy-uniform").table, task.target)
+        else:
+            scores, centre = start(task, ledger)
+            space = task.space_around(task.seeds[centre])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            suggester = Suggester("random" if make else name, space, seed=task.seed)
+            if make:
+                suggester._study.sampler = make(task.seed)
+        for number, (seed, score) in enumerate(zip(task.seeds, scores, strict=bool(scores))):
+            params = space.locate(seed)
+            if params is not None:
+                suggester.observe(number, params)
+                suggester.tell(number, SlotState.COMPLETE, score.loss_nats, ledger.n_sequences)
+        best = min(scores, key=lambda score: score.loss_nats, default=None)
+        for number in count(len(task.seeds)):
+            params = suggester.suggest(number)
+            score = ledger.evaluate(space.sparsities(params), incumbent=best if early_stopping else None)
+            suggester.tell(number, _state(score), score.loss_nats, int(score.seen.sum()))
+            if score.full and (best is None or score.loss_nats < best.loss_nats):
+                best = score
+
+    return run
+
+
+EPOCHS, CHAINS, PER_ROUND = 2, 2, 24
+"""Those of ``was_search.settings.Settings``."""
+
+
+def _descent(task: Task, ledger: Ledger) -> None:
+    """The search's descents: from the best seed, then from the best of what they gave, with half the step."""
+    scores, best = start(task, ledger)
+    incumbent = scores[best]
+    per_round = min(PER_ROUND, len(task.engine.data["slope"].tokens))
+    for epoch in range(EPOCHS):
+        options = DescentOptions(rounds=24, step=DescentOptions.step * 0.5**epoch)
+        found = []
+        for chain in range(CHAINS):
+            ledger.spend(3 * options.rounds * per_round * ledger.tokens_per_sequence)
+            seed = int(np.random.SeedSequence([task.seed, epoch, chain]).generate_state(1)[0])
+            end = task.engine.descend(task.histograms, incumbent.sparsities, task.target, options, per_round, seed)
+            found.append(ledger.evaluate(end))
+        mean = np.mean([score.sparsities for score in found], axis=0)
+        found.append(ledger.evaluate(onto_budget(mean, task.shape, task.target)))
+        incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
+
+
+TRIALS = 120
+RACE_SIGNIFICANCE = 0.1
+
+
+def _trials(race: bool) -> Run:
+    """CMA-ES for so many trials, each in full or raced against the best: what racing saves and what it costs.
+
+    A raced trial that was stopped is told the best's loss plus the mean difference on the sequences that both saw.
+    """
+
+    def run(task: Task, ledger: Ledger) -> None:
+        scores, centre = start(task, ledger)
+        space = task.space_around(task.seeds[centre])
+        suggester = Suggester("cmaes", space, seed=task.seed)
+        best = scores[centre]
+        for number in range(TRIALS):
+            params = suggester.suggest(number)
+            vector = space.sparsities(params)
+            score = ledger.evaluate(vector, incumbent=best if race else None, significance=RACE_SIGNIFICANCE)
+            loss = best.loss_nats + float((score.losses - best.losses)[score.seen].mean())
+            suggester.tell(number, SlotState.COMPLETE, loss, ledger.n_sequences)
+            if score.full and score.loss_nats < best.loss_nats:
+                best = score
+
+    return run
+
+
+def _state(score: Score) -> SlotState:
+    if not np.isfinite(score.loss_nats):
+        return SlotState.FAILED
+    return SlotState.STOPPED if score.stopped else SlotState.COMPLETE
+
+
+def _optuna_tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def _univariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, multivariate=False)
+
+
+_STARTUP = "8 Gaussian steps of a sixth of each range"
+
+for _name in ("uniform", "greedy-uniform", "fisher"):
+    register(Method(_name, _one_vector(_name), spaces=("-",), settings={"evaluates": "the seed alone"}, random=False))
+register(
+    Method(
+        "linear-ramp",
+        _ramp,
+        spaces=("-",),
+        settings={"table": "greedy", **RampSettings().to_json()},
+        random=False,
+    )
+)
+register(
+    Method(
+        "was-monotone",
+        _sampler("was-monotone"),
+        spaces=("-",),
+        settings={"table": "greedy", "sampler": "multivariate TPE", "startup": _STARTUP, "seeds": False},
+        seconds=0.03,
+    )
+)
+register(Method("random", _sampler("random"), settings={"draws": "uniform in the box"}))
+register(
+    Method(
+        "tpe-default",
+        _sampler("tpe", _optuna_tpe),
+        settings={"sampler": "TPESampler", "options": "Optuna's defaults, 10 uniform startup trials"},
+        seconds=0.2,
+    )
+)
+register(
+    Method(
+        "tpe-univariate",
+        _sampler("tpe", _univariate_tpe),
+        settings={"sampler": "TPESampler", "multivariate": False, "startup": "10 uniform"},
+        seconds=0.2,
+    )
+)
+register(
+    Method(
+        "tpe",
+        _sampler("tpe"),
+        settings={"sampler": "TPESampler", "multivariate": True, "startup": _STARTUP},
+        seconds=0.2,
+    )
+)
+register(
+    Method(
+        "tpe-stop",
+        _sampler("tpe", early_stopping=True),
+        settings={"sampler": "TPESampler", "multivariate": True, "startup": _STARTUP, "early_stopping": 0.01},
+        seconds=0.3,
+    )
+)
+register(Method("cmaes", _sampler("cmaes"), settings={"sampler": "CmaEsSampler", "sigma": "a sixth of each range"}))
+register(
+    Method(
+        "gp",
+        _sampler("gp"),
+        settings={"sampler": "GPSampler", "startup": _STARTUP, "deterministic_objective": True},
+        most_evaluations=120,
+        seconds=2.0,
+    )
+)
+register(Method("evolution", _evolution, spaces=("levels", "full"), settings=EvolutionSettings().to_json()))
+register(
+    Method(
+        "descent",
+        _descent,
+        spaces=("-",),
+        settings={"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))},
+        most_evaluations=120,
+        seconds=1.0,
+    )
+)
+register(Method("cmaes-trials", _trials(False), settings={"trials": TRIALS, "racing": "none"}, most_evaluations=125))
+register(
+    Method(
+        "cmaes-raced",
+        _trials(True),
+        settings={"trials": TRIALS, "racing": "Wilcoxon every 8 sequences", "significance": RACE_SIGNIFICANCE},
+        most_evaluations=125,
+    )
+)

@@ -1,0 +1,187 @@
+"""Tables and a plot of what ``search_quality`` recorded."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test losses over seeds, nats per token: median, least, greatest, and how many."""
+
+    median: float
+    least: float
+    greatest: float
+    n: int
+
+    def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.median:.4f}"
+        return f"{self.median:.4f} [{self.least:.4f} {self.greatest:.4f}]"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method on one space at one target."""
+
+    name: str
+    cells: dict[float, Cell]
+    achieved: tuple[float, float]
+
+    @property
+    def last(self) -> float:
+        return self.cells[max(self.cells)].median
+
+
+def groups(rows: Rows) -> dict[str, dict[float, list[Curve]]]:
+    """Conditions (model, data, protocol, radius) -> target -> curves, best last loss first."""
+    found: dict[str, dict[float, dict[str, Rows]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        name = row["method"] if row["space"] == "-" else f"{row['method']}:{row['space']}"
+        found[_conditions(row)][row["target"]][name].append(row)
+    return {
+        conditions: {
+            target: sorted((_curve(name, runs) for name, runs in methods.items()), key=lambda curve: curve.last)
+            for target, methods in sorted(targets.items())
+        }
+        for conditions, targets in found.items()
+    }
+
+
+def _curve(name: str, runs: Rows) -> Curve:
+    losses: dict[float, list[float]] = defaultdict(list)
+    achieved = []
+    for run in runs:
+        for checkpoint in run["checkpoints"]:
+            losses[checkpoint["evaluations"]].append(checkpoint["test_nats"])
+            achieved.append(checkpoint["achieved"]["test"])
+    cells = {
+        evaluations: Cell(float(np.median(values)), min(values), max(values), len(values))
+        for evaluations, values in sorted(losses.items())
+    }
+    if not cells:
+        return Curve(name, {math.inf: Cell(math.inf, math.inf, math.inf, 0)}, (math.nan, math.nan))
+    return Curve(name, cells, (min(achieved), max(achieved)))
+
+
+def _conditions(row: dict[str, Any]) -> str:
+    test, search = row["protocols"]["test"], row["protocols"]["search"]
+    return (
+        f"{row['model']['name']} {row['model']['fingerprint'][:8]}, {test['data']}, {test['dtype']}, "
+        f"search {search['n_sequences']} x {search['sequence_length']} tokens {search['tokens_hash'][:8]}, "
+        f"test {test['n_sequences']} x {test['sequence_length']} tokens {test['tokens_hash'][:8]}, "
+        f"radius {row['radius']:g}"
+    )
+
+
+def table(curves: list[Curve]) -> str:
+    """Method x checkpoint, in full evaluations spent: median test loss [least greatest] over seeds."""
+    checkpoints = sorted({c for curve in curves for c in curve.cells if math.isfinite(c)})
+    body = [["", *(f"{c:g}" for c in checkpoints), "runs", "achieved % on test"]]
+    for curve in curves:
+        cells = [str(curve.cells.get(c, "")) for c in checkpoints]
+        low, high = (100 * value for value in curve.achieved)
+        body.append([curve.name, *cells, str(max(c.n for c in curve.cells.values())), f"{low:.2f}-{high:.2f}"])
+    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body)
+
+
+def summarise(rows: Rows, plot: Path) -> None:
+    """Print a table per target, and write the plots that the installed packages allow."""
+    if not rows:
+        print("no rows yet")
+        return
+    for number, (conditions, targets) in enumerate(groups(rows).items()):
+        print(f"{conditions}\nmedian test nats per token [least greatest over seeds] by full evaluations spent")
+        for target, curves in targets.items():
+            print(f"\nat {100 * target:g} %\n{table(curves)}")
+        print()
+        path = plot if number == 0 else plot.with_stem(f"{plot.stem}-{number + 1}")
+        for written in _plots(conditions, targets, path):
+            print(f"plot: {written}")
+
+
+def _plots(conditions: str, targets: dict[float, list[Curve]], path: Path) -> list[Path]:
+    written = []
+    if importlib.util.find_spec("plotly"):
+        _html(conditions, targets, path)
+        written.append(path)
+    if importlib.util.find_spec("matplotlib"):
+        _png(conditions, targets, path.with_suffix(".png"))
+        written.append(path.with_suffix(".png"))
+    return written
+
+
+def _html(conditions: str, targets: dict[float, list[Curve]], path: Path) -> None:
+    import plotly.graph_objects as go
+    from plotly.colors import qualitative
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, len(targets), subplot_titles=[f"{100 * t:g} %" for t in targets])
+    names = sorted({curve.name for curves in targets.values() for curve in curves})
+    for column, curves in enumerate(targets.values(), 1):
+        for curve in curves:
+            x = list(curve.cells)
+            cells = list(curve.cells.values())
+            number = names.index(curve.name)
+            figure.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=[cell.median for cell in cells],
+                    error_y={
+                        "array": [cell.greatest - cell.median for cell in cells],
+                        "arrayminus": [cell.median - cell.least for cell in cells],
+                        "thickness": 1,
+                    },
+                    mode="lines+markers",
+                    name=curve.name,
+                    legendgroup=curve.name,
+                    showlegend=column == 1,
+                    line={
+                        "color": qualitative.Dark24[number % len(qualitative.Dark24)],
+                        "dash": "dash" if len({cell.median for cell in cells}) == 1 else "solid",
+                    },
+                ),
+                1,
+                column,
+            )
+        figure.update_xaxes(type="log", title_text="full evaluations' tokens", row=1, col=column)
+    figure.update_yaxes(title_text="test nats per token, median over seeds", row=1, col=1)
+    figure.update_layout(title={"text": conditions, "font": {"size": 12}}, template="plotly_white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs="cdn")
+
+
+def _png(conditions: str, targets: dict[float, list[Curve]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(targets), figsize=(5 * len(targets), 5), squeeze=False)
+    names = sorted({curve.name for curves in targets.values() for curve in curves})
+    colours = pyplot.get_cmap("tab20")
+    for axis, (target, curves) in zip(axes[0], targets.items(), strict=True):
+        for curve in curves:
+            cells = list(curve.cells.values())
+            style = "--" if len({cell.median for cell in cells}) == 1 else "-"
+            colour = colours(names.index(curve.name) % 20)
+            axis.plot(list(curve.cells), [c.median for c in cells], style, color=colour, label=curve.name, marker=".")
+            axis.fill_between(
+                list(curve.cells), [c.least for c in cells], [c.greatest for c in cells], color=colour, alpha=0.1
+            )
+        axis.set(xscale="log", title=f"{100 * target:g} %", xlabel="full evaluations' tokens")
+    axes[0][0].set_ylabel("test nats per token, median over seeds")
+    axes[0][-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(conditions, fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.fast_evaluator import FastEvaluator
+from was_search.evaluation import evaluate_thresholds
+from was_search.masking import structure_norms
+from was_search.structure import find_structure
+
+THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
+THRESHOLDS[0, 3] = 0.0
+
+
+def reference(model, data, thresholds):
+    structure = find_structure(model)
+    return evaluate_thresholds(model, structure, structure_norms(structure, "l2"), data, thresholds).losses
+
+
+def fast(model, data, **options) -> FastEvaluator:
+    structure = find_structure(model)
+    return FastEvaluator(model, structure, structure_norms(structure, "l2"), data, **options)
+
+
+@pytest.mark.parametrize("thresholds", [THRESHOLDS, np.zeros((3, 7), np.float32), THRESHOLDS * 3])
+def test_losses_are_those_of_the_reference(make_llama, token_set, thresholds):
+    """float32 in other batches, with another attention kernel: 1e-5 of losses of about 5 nats."""
+    expected = reference(make_llama(), token_set, thresholds)
+    evaluator = fast(make_llama(), token_set)
+    np.testing.assert_allclose(evaluator.losses(thresholds), expected, atol=1e-5)
+    assert not evaluator.graphs
+    if thresholds.any():
+        assert np.abs(expected - reference(make_llama(), token_set, None)).min() > 1e-3
+
+
+@pytest.mark.parametrize("chosen", [[5], [74, 0, 3], list(range(70, 30, -1)), list(range(75))])
+def test_any_sequences_in_any_order(make_llama, token_set, chosen):
+    expected = reference(make_llama(), token_set, THRESHOLDS)
+    found = fast(make_llama(), token_set).losses(THRESHOLDS, np.array(chosen))
+    np.testing.assert_allclose(found, expected[chosen], atol=1e-5)
+
+
+def test_no_sequences(make_llama, token_set):
+    assert fast(make_llama(), token_set).losses(THRESHOLDS, np.zeros(0, np.int64)).shape == (0,)
+
+
+def test_the_model_keeps_no_hooks(make_llama, token_set):
+    """What evaluates the same model afterwards sees it unmasked."""
+    model = make_llama()
+    expected = reference(make_llama(), token_set, None)
+    fast(model, token_set).losses(THRESHOLDS)
+    np.testing.assert_allclose(reference(model, token_set, None), expected, atol=1e-5)
+
+
+def test_a_sliding_window_keeps_its_mask(token_set):
+    """Mistral's window binds here, so the model's own attention stays."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    def make(window):
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.25,
+            sliding_window=window,
+        )
+        return MistralForCausalLM(config).eval().requires_grad_(False)
+
+    for window in (4, 17, None):
+        expected = reference(make(window), token_set, THRESHOLDS)
+        np.testing.assert_allclose(fast(make(window), token_set).losses(THRESHOLDS), expected, atol=1e-5)
+    assert np.abs(reference(make(4), token_set, THRESHOLDS) - expected).max() > 1e-3
+
+
+def test_a_capture_that_fails_is_told_once_and_done_without(make_llama, token_set, monkeypatch):
+    def refuse():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    evaluator = fast(make_llama(), token_set, graphs=True)
+    with pytest.warns(UserWarning, match="no CUDA graph could be captured.*operation not permitted") as told:
+        found = evaluator.losses(THRESHOLDS)
+    assert len(told) == 1
+    assert not evaluator.graphs
+    np.testing.assert_allclose(found, reference(make_llama(), token_set, THRESHOLDS), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_on_a_gpu(make_llama, token_set):
+    """Replays follow the thresholds; captured without a warning, at every chunk size."""
+    evaluator = fast(make_llama().cuda(), token_set)
+    model = make_llama().cuda()
+    for thresholds in (THRESHOLDS, np.zeros((3, 7), np.float32), THRESHOLDS * 2):
+        expected = reference(model, token_set, thresholds)
+        for n in (75, 32, 16, 8, 3):
+            found = evaluator.losses(thresholds, np.arange(n))
+            # float32 without TF32, other kernels: 1e-4 of losses of about 5 nats
+            np.testing.assert_allclose(found, expected[:n], atol=1e-4)
+    assert evaluator.graphs
+    assert sorted(evaluator._captured) == [8, 16, 32, 64]

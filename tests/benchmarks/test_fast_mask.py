@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.fast_mask import device_mask
+from was_search.score import masked
+
+SHAPES = [(1, 1, 1), (3, 5, 7), (2, 9, 128), (5, 33, 24)]
+
+
+def check(device: str, shape: tuple[int, ...], dtype: torch.dtype, threshold: float, prefix: int) -> None:
+    """Bit for bit the reference behind the prefix, and the input itself within it."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device).to(dtype)
+    norms = torch.rand(shape[-1], device=device)
+    found = device_mask(x, norms, torch.tensor([threshold], device=device), prefix)
+    expected = torch.cat([x[:, :prefix], masked(x[:, prefix:], norms, threshold)], dim=1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 100.0])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_plain_torch_against_the_reference(shape, threshold, prefix):
+    check("cpu", shape, torch.float32, threshold, prefix)
+
+
+def test_the_kernel_in_the_interpreter():
+    """A process of its own: Triton reads the variable when it is first imported."""
+    code = (
+        "import torch; from triton.runtime.jit import JITFunction\n"
+        "from benchmarks import fast_mask; from tests.benchmarks.test_fast_mask import SHAPES, check\n"
+        "assert not isinstance(fast_mask._device_mask_kernel, JITFunction)\n"
+        "for shape in SHAPES:\n"
+        "    for dtype in (torch.float32, torch.float16):\n"
+        "        for threshold, prefix in ((0.0, 0), (0.4, 1), (0.4, 3), (100.0, 1)):\n"
+        "            check('cpu', shape, dtype, threshold, prefix)\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_on_a_gpu(shape, dtype):
+    for threshold, prefix in ((0.0, 0), (0.4, 1), (0.4, 3), (100.0, 1)):
+        check("cuda", shape, dtype, threshold, prefix)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.methods import METHODS, Method, register, run_method, start
+from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
+from was_search.errors import ConfigError
+from was_search.space import SPACES
+
+SEARCHES = [
+    (name, space)
+    for name, method in METHODS.items()
+    for space in method.spaces
+    if method.random and name not in ("was-monotone", "gp")
+]
+
+
+def run(name: str, task, ledger):
+    run_method(METHODS[name], task, ledger)
+    return ledger.at(ledger.budget)
+
+
+@pytest.mark.parametrize(("name", "space"), SEARCHES)
+def test_every_search_starts_at_the_seeds_and_improves(task, ledger, bowl, name, space):
+    book = ledger(20)
+    run(name, task(space), book)
+    at_start = min(bowl.loss(seed.sparsities) for seed in seeds())
+    assert book.at(3 * N_SEQUENCES * TOKENS).loss_nats == pytest.approx(at_start, abs=1e-12)
+    # What is left does not cover another evaluation: of one sequence for the evolution, else of the whole split.
+    assert 0 <= book.left < book.tokens_per_evaluation
+    if name != "random":
+        assert book.at(book.budget).loss_nats < at_start
+    assert all(SHAPE.sparsity(i.sparsities) == pytest.approx(TARGET, abs=1e-12) for i in book.incumbents)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_gaussian_process_improves(task, ledger, bowl, space):
+    """Few evaluations: a fit takes up to a second."""
+    best = run("gp", task(space), ledger(13))
+    assert best.loss_nats < min(bowl.loss(seed.sparsities) for seed in seeds())
+
+
+def test_the_full_space_reaches_what_levels_cannot(task, ledger, bowl):
+    """The bowl's best vector lies on no table, so with many evaluations all projections win."""
+    levels, full = (run("evolution", task(space), ledger(400)).loss_nats for space in ("levels", "full"))
+    assert full < levels
+    assert full < 2.0 + 0.3 * (levels - 2.0)
+
+
+@pytest.mark.parametrize("name", ["cmaes", "tpe", "tpe-stop", "tpe-default", "random", "evolution"])
+def test_runs_repeat_and_differ_by_seed(task, ledger, name):
+    first, second, other = (
+        [i.loss_nats for i in (lambda book: (run(name, task(seed=seed), book), book)[1])(ledger(14)).incumbents]
+        for seed in (1, 1, 2)
+    )
+    assert first == second
+    assert first != other
+
+
+def test_one_vector_methods_cost_one_evaluation(task, ledger, bowl):
+    for seed in seeds():
+        book = ledger(10)
+        best = run(seed.name, task("-"), book)
+        assert book.spent == N_SEQUENCES * TOKENS
+        np.testing.assert_array_equal(best.sparsities, seed.sparsities)
+
+
+def test_the_published_baselines_lie_on_the_greedy_table(task, ledger, bowl):
+    """Neither knows the seeds, and the monotone one's levels rise with depth."""
+    table = seeds()[1].table
+    for name in ("linear-ramp", "was-monotone"):
+        book = ledger(25)
+        best = run(name, task("-"), book)
+        levels = SHAPE.levels(best.sparsities)
+        np.testing.assert_allclose(table.sparsities(levels), best.sparsities, atol=1e-12)
+        if name == "was-monotone":
+            assert np.all(np.diff(levels) >= -1e-12)
+
+
+def test_early_stopping_fits_more_vectors_into_the_same_tokens(task, ledger, bowl):
+    plain, stopping = ledger(30), ledger(30)
+    run("tpe", task(), plain)
+    calls = len(bowl.calls)
+    run("tpe-stop", task(), stopping)
+    assert plain.n_full == calls == 30
+    assert stopping.n_full < 30
+    assert len(bowl.calls) - calls > 30
+    assert stopping.spent <= stopping.budget
+
+
+def test_losses_that_are_not_finite_do_not_stop_a_search(task, ledger, bowl):
+    ordinary = bowl.losses
+
+    def sometimes(sparsities, sequences):
+        return ordinary(sparsities, sequences) * (np.nan if len(bowl.calls) % 3 == 0 else 1.0)
+
+    for name in ("tpe", "cmaes", "evolution"):
+        bowl.calls.clear()
+        book = ledger(15)
+        book._losses_of = sometimes
+        assert np.isfinite(run(name, task(), book).loss_nats)
+
+
+def test_the_best_seed_is_found(task, ledger, bowl):
+    bowl.best = seeds()[1].sparsities
+    scores, best = start(task(), ledger(3))
+    assert best == 1
+    assert [score.loss_nats for score in scores] == pytest.approx([bowl.loss(s.sparsities) for s in seeds()])
+
+
+def test_a_method_that_spends_tokens_otherwise(task, ledger, bowl, monkeypatch):
+    """How others are added: what costs no evaluation is charged, here three times the tokens of a backward pass."""
+    monkeypatch.setitem(METHODS, "descent", Method("descent", descend, spaces=("-",)))
+    book = ledger(8)
+    best = run("descent", task("-"), book)
+    assert book.spent == 8 * N_SEQUENCES * TOKENS
+    assert book.n_full == 2
+    assert best.loss_nats == pytest.approx(2.0)
+
+
+def descend(task, ledger):
+    """Knows the gradient of the bowl: one step of it lands at the best vector."""
+    bowl = ledger._losses_of.__self__
+    here = task.seeds[0].sparsities
+    while True:
+        ledger.spend(3 * ledger.tokens_per_evaluation)
+        here = here - 0.5 * 2.0 * (here - bowl.best)
+        ledger.evaluate(here)
+
+
+def test_refuses_a_second_method_of_a_name():
+    with pytest.raises(ConfigError, match="method: 'tpe' is registered twice"):
+        register(Method("tpe", lambda task, ledger: None))
+
+
+def test_settings_are_plain():
+    """They are written into every row."""
+    import json
+
+    for method in METHODS.values():
+        assert json.dumps(method.settings)
+        assert method.settings

