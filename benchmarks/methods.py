@@ -210,7 +210,9 @@ def _trials(race: bool) -> Run:
         space = task.space_around(task.seeds[centre])
         suggester = Suggester("cmaes", space, seed=task.seed)
         best = scores[centre]
-        for number in range(TRIALS):
+        suggester.observe(0, dict(space.centre))
+        suggester.tell(0, SlotState.COMPLETE, best.loss_nats, ledger.n_sequences)
+        for number in range(1, TRIALS + 1):
             params = suggester.suggest(number)
             vector = space.sparsities(params)
             score = ledger.evaluate(vector, incumbent=best if race else None, significance=RACE_SIGNIFICANCE)

@@ -45,7 +45,11 @@ def make_sampler(
                 return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0)
             case "cmaes":
                 return optuna.samplers.CmaEsSampler(
-                    seed=seed, x0=dict(start or space.centre), sigma0=sigma, n_startup_trials=0
+                    seed=seed,
+                    x0=dict(start or space.centre),
+                    sigma0=sigma,
+                    n_startup_trials=0,
+                    warn_independent_sampling=False,  # the first trial of a study without others
                 )
             case "gp":
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=True)
