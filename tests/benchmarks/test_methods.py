@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from benchmarks.methods import METHODS, Method, register, run_method, start
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
+from was_search import descent
 from was_search.errors import ConfigError
 from was_search.space import SPACES
 
@@ -12,7 +16,7 @@ SEARCHES = [
     (name, space)
     for name, method in METHODS.items()
     for space in method.spaces
-    if method.random and name not in ("was-monotone", "gp")
+    if method.random and name not in ("was-monotone", "gp", "descent", "cmaes-trials", "cmaes-raced")
 ]
 
 
@@ -141,3 +145,31 @@ def test_settings_are_plain():
     for method in METHODS.values():
         assert json.dumps(method.settings)
         assert method.settings
+
+
+class Slopes:
+    """Stands for an engine: the bowl's exact slopes instead of a model's."""
+
+    def __init__(self, bowl) -> None:
+        self.data = {"slope": SimpleNamespace(tokens=np.zeros((4, TOKENS)))}
+        self.bowl = bowl
+
+    def descend(self, histograms, start, target, options, per_round, seed):
+        return descent.descend(lambda point: 2 * (point - self.bowl.best), start, SHAPE, target, options)
+
+
+def test_a_descent_pays_for_its_slopes_and_nears_the_best(task, ledger, bowl):
+    book = ledger(200)
+    best = run("descent", dataclasses.replace(task("-"), engine=Slopes(bowl)), book)
+    # Three seeds, then twice: two chains of 24 rounds on all 4 sequences, thrice their tokens, and three vectors.
+    assert book.spent == (3 + 2 * 3) * book.tokens_per_evaluation + 2 * 2 * 3 * 24 * 4 * TOKENS
+    assert best.loss_nats - 2.0 < 0.1 * (min(bowl.loss(seed.sparsities) for seed in seeds()) - 2.0)
+
+
+def test_a_race_saves_tokens_on_the_same_number_of_trials(task, ledger):
+    books = {name: ledger(200) for name in ("cmaes-trials", "cmaes-raced")}
+    for name, book in books.items():
+        run(name, task(), book)
+    assert books["cmaes-trials"].spent == (3 + 120) * books["cmaes-trials"].tokens_per_evaluation
+    # The sequences' noise is common to all vectors, so every worse one is stopped after 8 of the 16 sequences.
+    assert books["cmaes-raced"].spent < 0.75 * books["cmaes-trials"].spent
