@@ -62,7 +62,7 @@ def test_never_negative_never_above_the_full_divergence_and_rising_with_k(spread
     """Merging outcomes loses information: the data-processing inequality, row by row."""
     p, q = random_logits(300, spread, 2), random_logits(300, spread, 3)
     bound = full(p, q)
-    slack = TOLERANCE * max(1.0, spread)  # log-probabilities reach -10 times the spread
+    slack = TOLERANCE + 5e-6 * bound  # float32 logits of size 30: p itself is rounded at 2e-6
     before = np.zeros(300)
     for k in (1, 2, 5, 16, 40, 60, 61):
         found = over_top(p, q, k)
