@@ -90,6 +90,10 @@ SEARCH: dict[str, Any] = {
     "sampler": _option(str | None, "tpe, cmaes, gp, qmc, random or was-monotone.", rich_help_panel="Search"),
     "radius": _option(float | None, "How far levels may lie from the seed's.", rich_help_panel="Search"),
     "search_sequences": _option(int | None, "At most so many sequences for the fitness.", rich_help_panel="Search"),
+    "fitness": _option(str | None, "nll, or kl: the divergence from the dense model.", rich_help_panel="Search"),
+    "kl_top_k": _option(
+        int | None, "Tokens that kl tells apart, the dense model's likeliest.", rich_help_panel="Search"
+    ),
     "early_stopping": _option(
         bool | None,
         "Stop trials that are worse than the best.",
@@ -209,20 +213,24 @@ def seed(call: Call) -> None:
 def search(call: Call) -> None:
     """Create or resume a study and run it to its last trial."""
     from was_search import api
+    from was_search.fitness import fitness_words
 
     def step(context: Any) -> bool:
         found = api.search(context)
+        fitness = context.settings.fitness
         best = found.best
-        if best is not None:
+        if best is not None and best.loss_nats is not None:
+            words = fitness_words(fitness, best.loss_nats, best.nll_nats)
             context.reporter.note(
-                f"best: slot {best.number} ({best.origin}), {best.loss_nats:.4f} nats per token on "
-                f"{context.tokens('search').protocol.describe()}"
+                f"best: slot {best.number} ({best.origin}), {words}, on {context.tokens('search').protocol.describe()}"
             )
         context.reporter.result(
             {
                 "study": found.study,
                 "best_slot": best.number if best else None,
+                "fitness": fitness,
                 "best_loss_nats": best.loss_nats if best else None,
+                "best_nll_nats": best.nll_nats if best else None,
                 "drained": found.drained,
             }
         )

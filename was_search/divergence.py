@@ -23,7 +23,7 @@ from torch import Tensor
 
 from was_search.errors import ConfigError
 
-BYTES_PER_TOKEN = 8
+ENTRY_BYTES = 8
 """Of one entry: an int32 index and a float32 log-probability."""
 
 

@@ -85,7 +85,9 @@ def dense_top(model: nn.Module, tokens: IntArray, k: int, *, predicted: int, bat
             logits = _logits(model, batch, predicted)
             check_top_k(k, logits.shape[-1])
             parts = [top_log_probs(logits[rows].float(), k) for rows in _pieces(logits, _LOGIT_ELEMENTS // 2)]
-            indices, log_probs = (torch.cat(part).view(len(batch), predicted, -1).cpu() for part in zip(*parts))
+            indices, log_probs = (
+                torch.cat(part).view(len(batch), predicted, -1).cpu() for part in zip(*parts, strict=True)
+            )
             found.append(DenseTop(indices.int().numpy(), log_probs.numpy()))
     return concatenate(found)
 
@@ -97,7 +99,7 @@ def _logits(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
 
 
 def _pieces(logits: Tensor, elements: int) -> list[slice]:
-    """Runs of rows with at most ``elements`` logits each, and at least one row: what is converted to float32 at once."""
+    """Runs of rows to convert to float32 at once: at most ``elements`` logits, and at least one row."""
     n = max(1, elements // logits.shape[-1])
     return [slice(i, i + n) for i in range(0, len(logits), n)]
 

@@ -69,7 +69,7 @@ def test_never_negative_never_above_the_full_divergence_and_rising_with_k(spread
         assert np.all(found >= before - slack)
         assert np.all(found <= bound + slack)
         before = found
-    assert np.all(over_top(p, q, 5) < bound)  # and it does lose some
+    assert over_top(p, q, 1).mean() < 0.99 * bound.mean()  # and it does lose some
 
 
 def test_the_whole_vocabulary_gives_the_full_divergence():
@@ -163,7 +163,9 @@ def test_arrays_that_cannot_be_written_are_taken_without_a_word():
 
 def test_refuses_arrays_that_do_not_fit():
     found = top(2)
-    with pytest.raises(ValueError, match=r"log_probs: must be \[n, predicted, k \+ 1\].*got \(2, 5, 3\) and \(2, 5, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"log_probs: must be \[n, predicted, k \+ 1\].*got \(2, 5, 3\) and \(2, 5, 3\)"
+    ):
         DenseTop(found.indices, found.log_probs[..., :3])
     with pytest.raises(ValueError, match="must be int32 and float32, got int64 and float32"):
         DenseTop(found.indices.astype(np.int64), found.log_probs)
