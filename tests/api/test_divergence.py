@@ -116,7 +116,7 @@ def test_the_winner_is_the_contender_of_least_divergence(
         for i, request in enumerate(requests):
             if request.by_fitness:
                 seed = request.name == "fisher seed"
-                losses, nats = (np.full(18, 0.1), np.full(18, 3.0)) if seed else (np.full(18, 0.2), np.full(18, 2.0))
+                losses, nats = (np.full(18, 0.25), np.full(18, 3.0)) if seed else (np.full(18, 0.5), np.full(18, 2.0))
                 changed = dataclasses.replace(found[i].evaluation, losses=losses, nats=nats)
                 found[i] = dataclasses.replace(found[i], evaluation=changed)
         return found
@@ -125,7 +125,7 @@ def test_the_winner_is_the_contender_of_least_divergence(
     with Context(dataclasses.replace(settings, plan=str(tmp_path / "plan"))) as context:
         plan = Plan.load(module.export(context, result))
     assert plan.provenance["origin"] == "seed:fisher"
-    assert (plan.metrics["search"]["kl_nats"], plan.metrics["search"]["loss_nats"]) == (0.1, 3.0)
+    assert (plan.metrics["search"]["kl_nats"], plan.metrics["search"]["loss_nats"]) == (0.25, 3.0)
 
 
 def test_status_and_studies_say_which_fitness(made, settings, database, capsys) -> None:
