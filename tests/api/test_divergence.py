@@ -10,10 +10,11 @@ import json
 import numpy as np
 import optuna
 import pytest
+import ray
 from rich.console import Console
 
 from tests.workers.small_run import assert_each_finished_once, small_settings
-from was_search.api import Context, divergence, export, search, status
+from was_search.api import Context, calibrate, divergence, export, search, status
 from was_search.api.search import identity, study_name
 from was_search.errors import ConfigError, StudyError
 from was_search.evaluation import dense_top as direct_top
@@ -126,6 +127,27 @@ def test_the_winner_is_the_contender_of_least_divergence(
         plan = Plan.load(module.export(context, result))
     assert plan.provenance["origin"] == "seed:fisher"
     assert (plan.metrics["search"]["kl_nats"], plan.metrics["search"]["loss_nats"]) == (0.25, 3.0)
+
+
+def test_the_dense_model_diverges_by_nothing(made, settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing that this context asks of its workers: Ray must be ours before anything is put into it."""
+    module = importlib.import_module("was_search.api.export")
+    with Context(settings) as context:
+        put = ray.put
+
+        def put_into_ours(value):
+            assert "cluster" in vars(context), "Ray would start one of its own"
+            return put(value)
+
+        monkeypatch.setattr(ray, "put", put_into_ours)
+        request = module.Request("dense", "search", None, by_fitness=True)
+        (found,) = module.measure(context, calibrate(context), [request])
+        (again,) = module.measure(context, calibrate(context), [request])
+    # the top was cached by workers of the same kind, in the same batches
+    np.testing.assert_allclose(found.evaluation.losses, 0.0, atol=1e-6)
+    assert found.evaluation.nll_nats() > 1.0
+    np.testing.assert_array_equal(again.evaluation.losses, found.evaluation.losses)  # from the cache
+    np.testing.assert_array_equal(again.evaluation.nats, found.evaluation.nats)
 
 
 def test_status_and_studies_say_which_fitness(made, settings, database, capsys) -> None:

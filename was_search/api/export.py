@@ -77,6 +77,7 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
     found = [_cached(context, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
+        pool = context.pool  # before anything is put into Ray's memory: Ray would start one of its own
         calls = [
             (
                 "evaluate_thresholds",
@@ -87,7 +88,6 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
             for i in missing
         ]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
-        pool = context.pool
         with context.reporter.phase(f"evaluate {names}", len(calls)) as advance:
             for i, evaluation in zip(missing, pool.map(calls, done=advance), strict=True):
                 found[i] = evaluation
