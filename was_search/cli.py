@@ -100,6 +100,10 @@ SEARCH: dict[str, Any] = {
     "descent_chains": _option(int | None, "Descents side by side in an epoch.", rich_help_panel="Search"),
     "descent_rounds": _option(int | None, "Steps of one descent.", rich_help_panel="Search"),
     "descent_sequences": _option(int | None, "Sequences whose slopes make one step.", rich_help_panel="Search"),
+    "fitness": _option(str | None, "nll, or kl: the divergence from the dense model.", rich_help_panel="Search"),
+    "kl_top_k": _option(
+        int | None, "Tokens that kl tells apart, the dense model's likeliest.", rich_help_panel="Search"
+    ),
     "early_stopping": _option(
         bool | None,
         "Stop trials that are worse than the best.",
@@ -219,20 +223,24 @@ def seed(call: Call) -> None:
 def search(call: Call) -> None:
     """Create or resume a study and run it to its last trial."""
     from was_search import api
+    from was_search.fitness import fitness_words
 
     def step(context: Any) -> bool:
         found = api.search(context)
+        fitness = context.settings.fitness
         best = found.best
-        if best is not None:
+        if best is not None and best.loss_nats is not None:
+            words = fitness_words(fitness, best.loss_nats, best.nll_nats)
             context.reporter.note(
-                f"best: slot {best.number} ({best.origin}), {best.loss_nats:.4f} nats per token on "
-                f"{context.tokens('search').protocol.describe()}"
+                f"best: slot {best.number} ({best.origin}), {words}, on {context.tokens('search').protocol.describe()}"
             )
         context.reporter.result(
             {
                 "study": found.study,
                 "best_slot": best.number if best else None,
+                "fitness": fitness,
                 "best_loss_nats": best.loss_nats if best else None,
+                "best_nll_nats": best.nll_nats if best else None,
                 "drained": found.drained,
             }
         )

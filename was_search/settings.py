@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from was_search.errors import ConfigError
+from was_search.fitness import FITNESSES, FitnessName
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
@@ -57,6 +58,8 @@ class Settings:
         test_sequences: at most so many for the report.
         batch_size: sequences per forward.
         dense_prefix: tokens at a sequence's start that are never masked.
+        fitness: what trials are compared by: ``nll``, or ``kl`` for the divergence from the dense model.
+        kl_top_k: tokens of the dense model's predictions that ``kl`` tells apart, at most the vocabulary.
         early_stopping: stop trials that are worse than the incumbent.
         significance: of the early-stopping test.
         trial_timeout: seconds after which an evaluation is taken for lost.
@@ -96,6 +99,8 @@ class Settings:
     test_sequences: int = 256
     batch_size: int = 4
     dense_prefix: int = 1
+    fitness: FitnessName = "nll"
+    kl_top_k: int = 64
     early_stopping: bool = True
     significance: float = 0.01
     trial_timeout: float = 1800.0
@@ -156,12 +161,14 @@ _COUNTS = (
     "search_sequences",
     "test_sequences",
     "batch_size",
+    "kl_top_k",
     "max_attempts",
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": SAMPLERS,
     "space": SPACES,
     "score": SCORE_KINDS,
+    "fitness": FITNESSES,
     "device": typing.get_args(DeviceName),
     "dtype": typing.get_args(DTypeName),
 }

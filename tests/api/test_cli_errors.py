@@ -47,6 +47,18 @@ def test_zero_of_something(refused, option: str) -> None:
     assert f"{option.replace('-', '_')}: must be at least 1, got 0" in printed
 
 
+def test_unknown_fitness(refused) -> None:
+    printed = refused("search", "--model", MODEL, "--data", TEXT, "--fitness", "mse")
+    assert "fitness: must be one of nll, kl, got 'mse'" in printed
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_more_top_tokens_than_the_vocabulary_has(refused, command: str) -> None:
+    """Said before anything is opened or loaded."""
+    printed = refused(command, "--model", MODEL, "--data", TEXT, "--fitness", "kl", "--kl-top-k", "1025", *CPU)
+    assert "kl_top_k: must be at most the vocabulary, 1024 tokens, got 1025" in printed
+
+
 def test_missing_options_are_named(refused) -> None:
     assert "model: missing; give --model" in refused("run", "--data", TEXT)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from was_search import __version__
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.search import SearchResult, report_study
 from was_search.errors import StudyError
 from was_search.plan import Plan
@@ -45,9 +46,12 @@ class Figures:
     achieved: float
 
     def to_json(self, context: Context) -> dict[str, Any]:
+        nll = self.evaluation.nll_nats()
+        by_divergence = {} if self.evaluation.nats is None else {"kl_nats": self.evaluation.loss_nats}
         return {
-            "loss_nats": self.evaluation.loss_nats,
-            "perplexity": perplexity(self.evaluation.loss_nats),
+            **by_divergence,
+            "loss_nats": nll,
+            "perplexity": perplexity(nll),
             "achieved_sparsity": self.achieved,
             "tokens": self.evaluation.tokens,
             "protocol": context.tokens(self.split).protocol.to_json(),
@@ -56,11 +60,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Request:
-    """One evaluation: a candidate (None: the dense model) at its own operating point on a split."""
+    """One evaluation: a candidate (None: the dense model) at its own operating point on a split.
+
+    By NLL, or with ``by_fitness`` by the study's fitness, on the search split.
+    """
 
     name: str
     split: str
     point: OperatingPoint | None
+    by_fitness: bool = False
 
 
 def measure(context: Context, calibration: Calibration, requests: list[Request]) -> list[Figures]:
@@ -69,9 +77,17 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
     found = [_cached(context, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
-        calls = [("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i])) for i in missing]
+        pool = context.pool  # before anything is put into Ray's memory: Ray would start one of its own
+        calls = [
+            (
+                "evaluate_thresholds",
+                context.tokens(requests[i].split),
+                _thresholds(requests[i]),
+                _top(context, requests[i]),
+            )
+            for i in missing
+        ]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
-        pool = context.pool
         with context.reporter.phase(f"evaluate {names}", len(calls)) as advance:
             for i, evaluation in zip(missing, pool.map(calls, done=advance), strict=True):
                 found[i] = evaluation
@@ -89,18 +105,36 @@ def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
     return None if request.point is None else request.point.thresholds
 
 
+def _by_divergence(context: Context, request: Request) -> bool:
+    return request.by_fitness and context.settings.fitness == "kl"
+
+
+def _top(context: Context, request: Request) -> Any:
+    """The dense top in Ray's shared memory, or None for the NLL."""
+    if not _by_divergence(context, request):
+        return None
+    import ray
+
+    return context.once("dense top, shared", lambda: ray.put(dense_top(context)))
+
+
 def _key(context: Context, request: Request) -> str:
     protocol = context.tokens(request.split).protocol
     settings, device = context.settings, context.placement.device
-    return content_hash("evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request))
+    parts = ["evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request)]
+    if _by_divergence(context, request):
+        parts.append(dense_top_key(context))
+    return content_hash(*parts)
 
 
 def _cached(context: Context, request: Request) -> Evaluation | None:
     found = context.cache.get("evaluation", _key(context, request))
     if found is None:
         return None
-    losses, achieved = unpack_array(found.payload), np.asarray(found.meta["achieved"], np.float64)
-    return Evaluation(losses, int(found.meta["tokens"]), float(found.meta["seconds"]), False, achieved)
+    losses, *nats = np.atleast_2d(unpack_array(found.payload))
+    achieved = np.asarray(found.meta["achieved"], np.float64)
+    tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
+    return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
 
 
 def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
@@ -109,14 +143,18 @@ def _remember(context: Context, request: Request, evaluation: Evaluation) -> Non
         "seconds": evaluation.seconds,
         "achieved": evaluation.achieved.tolist(),
     }
-    context.cache.put("evaluation", _key(context, request), pack_array(evaluation.losses), meta)
+    losses = evaluation.losses
+    if evaluation.nats is not None:
+        losses = np.stack([losses, evaluation.nats])
+        _remember(context, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())
+    context.cache.put("evaluation", _key(context, request), pack_array(losses), meta)
 
 
 def export(context: Context, result: SearchResult | None = None) -> Path:
     """Write the plan of the study's best vector; returns its folder.
 
-    The winner and the best seed are re-calibrated at their own points and compared on the search split at equal
-    achieved sparsity; the better one is exported, and the plan says which.
+    The winner and the best seed are re-calibrated at their own points and compared by the study's fitness on the
+    search split at equal achieved sparsity; the better one is exported, and the plan says which.
 
     Raises:
         StudyError: no such study, or none of its slots is complete.
@@ -133,7 +171,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         contenders += [Contender("fisher seed", s) for s in result.slots if s.origin == "seed:fisher"]
     points = [operating_point(context, calibration, c.sparsities, c.name) for c in contenders]
     on_search = measure(
-        context, calibration, [Request(c.name, "search", p) for c, p in zip(contenders, points, strict=True)]
+        context,
+        calibration,
+        [Request(c.name, "search", p, by_fitness=True) for c, p in zip(contenders, points, strict=True)],
     )
     winner = min(range(len(contenders)), key=lambda i: on_search[i].evaluation.loss_nats)
     chosen, point, figures = contenders[winner], points[winner], on_search[winner]

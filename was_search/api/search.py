@@ -16,8 +16,10 @@ import numpy as np
 
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
+from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.seed import seed
-from was_search.protocol import content_hash, perplexity
+from was_search.fitness import fitness_identity, fitness_words
+from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.slots import Slot, SlotState, best_slot
 
@@ -47,10 +49,12 @@ def search(context: Context) -> SearchResult:
 
     Raises:
         StudyError: the study exists with another model, target or data, or has a live coordinator.
+        ConfigError: ``kl_top_k`` is above the vocabulary.
     """
     from was_storage.studies import StudyStore
 
     settings = context.settings
+    check_fitness(context)
     calibration = calibrate(context)
     seeds = seed(context, calibration)
     name = study_name(context)
@@ -85,8 +89,9 @@ def search(context: Context) -> SearchResult:
             max_attempts=settings.max_attempts,
             descents=descent_plan(context),
         )
+        top = dense_top(context)
         pool = context.pool
-        with context.reporter.search(name, data.protocol.describe()) as show:
+        with context.reporter.search(name, data.protocol.describe(), settings.fitness) as show:
             loop = SearchLoop(
                 book,
                 pool,
@@ -96,6 +101,7 @@ def search(context: Context) -> SearchResult:
                 shape=calibration.shape,
                 seeds=seeds,
                 options=options,
+                top=top,
                 drain=drain,
                 progress=show,
             )
@@ -146,6 +152,7 @@ def identity(context: Context) -> dict[str, Any]:
         ],
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
+        **fitness_identity(settings.fitness, settings.kl_top_k),
     }
 
 
@@ -170,7 +177,7 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
     levels = {seed.name: seed.levels for seed in result.seeds}
     figures = {
         "levels": levels_figure(best.levels, levels, context.settings.target),
-        "progress": progress_figure(result.slots),
+        "progress": progress_figure(result.slots, context.settings.fitness),
     }
     annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
 
@@ -180,12 +187,20 @@ def _note(context: Context, result: SearchResult, best: Slot) -> str:
 
     assert best.loss_nats is not None
     settings = json.dumps(context.settings.to_json(), indent=2)
+    fitness, top_k = context.settings.fitness, context.settings.kl_top_k
+    objective = {
+        "nll": "The objective is the mean loss in nats per token",
+        "kl": (
+            "The objective is the divergence (KL) from the dense model's predictions in nats per token, over its "
+            f"likeliest {top_k} tokens and all others together; perplexity is of the text"
+        ),
+    }
     return (
         f"# {result.study}\n\n"
-        f"{_tally(result)}. Best: slot {best.number}, {best.loss_nats:.4f} nats per token "
-        f"(perplexity {perplexity(best.loss_nats):.3f}) on {context.tokens('search').protocol.describe()}; "
+        f"{_tally(result)}. Best: slot {best.number}, "
+        f"{fitness_words(fitness, best.loss_nats, best.nll_nats)}, on {context.tokens('search').protocol.describe()}; "
         f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
-        f"The objective is the mean loss in nats per token. Trials `PRUNED` were stopped early: their sequences "
+        f"{objective[fitness]}. Trials `PRUNED` were stopped early: their sequences "
         f"showed that the best was better.\n\n## Settings\n\n```json\n{settings}\n```\n"
     )
 
