@@ -98,7 +98,8 @@ class Settings:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
         self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
-        if parse_targets(self.targets) and parse_increase(self.max_ppl_increase) is not None:
+        several, limit = parse_targets(self.targets), parse_increase(self.max_ppl_increase)
+        if several and limit is not None:
             raise ConfigError("max_ppl_increase: cannot be given together with targets; give one of them")
         for name in _COUNTS:
             self._range(name, getattr(self, name) >= 1, "must be at least 1")

@@ -48,6 +48,7 @@ def search(context: Context) -> SearchResult:
     from was_storage.studies import StudyStore
 
     settings = context.settings
+    settings.require_one_target()
     calibration = calibrate(context)
     seeds = seed(context, calibration)
     name = study_name(context)
@@ -114,6 +115,7 @@ def identity(context: Context) -> dict[str, Any]:
         "pricing sequences": settings.pricing_sequences,
         "greedy sequences": settings.greedy_sequences,
         "reprice rounds": settings.reprice_rounds,
+        **({"warm start": settings.warm_start} if settings.warm_start else {}),
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
     }
@@ -124,9 +126,13 @@ def study_name(context: Context) -> str:
     settings = context.settings
     if settings.study:
         return settings.study
-    model = re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
     digest = content_hash(identity(context))[:8]
-    return f"{model}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+    return f"{model_label(context)}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+
+
+def model_label(context: Context) -> str:
+    """The model's name as it may stand in a study's name and a folder's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
 
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
@@ -148,7 +154,11 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
 def _note(context: Context, result: SearchResult, best: Slot) -> str:
     import json
 
+    from was_search.report import note_lines
+    from was_storage.studies import StudyStore
+
     assert best.loss_nats is not None
+    exported = "\n".join(note_lines(StudyStore(context.database).get(result.study).report))
     settings = json.dumps(context.settings.to_json(), indent=2)
     return (
         f"# {result.study}\n\n"
@@ -156,7 +166,7 @@ def _note(context: Context, result: SearchResult, best: Slot) -> str:
         f"(perplexity {perplexity(best.loss_nats):.3f}) on {context.tokens('search').protocol.describe()}; "
         f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
         f"The objective is the mean loss in nats per token. Trials `PRUNED` were stopped early: their sequences "
-        f"showed that the best was better.\n\n## Settings\n\n```json\n{settings}\n```\n"
+        f"showed that the best was better.\n\n{exported}\n## Settings\n\n```json\n{settings}\n```\n"
     )
 
 

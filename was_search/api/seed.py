@@ -6,6 +6,7 @@ import time
 
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.warm import warm_seeds
 from was_search.protocol import TokenSet, content_hash
 from was_search.seeds import REPRICE_RADIUS, Seed, baseline_seeds, fisher_seed
 from was_search.shape import FloatArray
@@ -19,16 +20,21 @@ GREEDY_STEP = 0.0125
 
 
 def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]:
-    """The study's seeds at the target: uniform, greedy-uniform, Fisher-priced. Prices and tables are cached.
+    """The study's seeds at the target: uniform, greedy-uniform, the warm start's if there is one, Fisher-priced.
+
+    Prices and tables are cached.
 
     The Fisher seed is priced on the dense model, then priced again at the sparse point that this gave, where
     prices of large steps add up better; ``reprice_rounds`` says how often.
     """
+    from was_search.api.search import study_name
     from was_search.pricing import DEFAULT_GRID as GRID
 
     settings = context.settings
+    settings.require_one_target()
     calibration = calibration or calibrate(context)
     shape = calibration.shape
+    warm = warm_seeds(context, shape, study_name(context) if settings.warm_start else "")
     greedy = greedy_table(context, calibration)
     prices = fisher_prices(context, calibration, GRID)
     fisher = fisher_seed(prices, GRID, shape, settings.target)
@@ -38,7 +44,7 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
         fisher = fisher_seed(
             prices, GRID, shape, settings.target, around=fisher.sparsities, radius=REPRICE_RADIUS / number
         )
-    return [*baseline_seeds(shape, settings.target, greedy), fisher]
+    return [*baseline_seeds(shape, settings.target, greedy), *warm, fisher]
 
 
 def fisher_prices(
