@@ -51,6 +51,7 @@ def may_interpolate(context: Context) -> bool:
     """
     from was_storage.studies import StudyStore
 
+    context.settings.require_one_target()
     if context.settings.study:
         return False
     records = StudyStore(context.database).list()

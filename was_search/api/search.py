@@ -17,6 +17,7 @@ import numpy as np
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.seed import seed
+from was_search.api.warm import warm_seeds
 from was_search.protocol import content_hash, perplexity
 from was_search.seeds import Seed
 from was_search.slots import Slot, SlotState, best_slot
@@ -49,6 +50,7 @@ def search(context: Context) -> SearchResult:
 
     settings = context.settings
     settings.require_one_target()
+    warm_seeds(context)  # refused before anything is calibrated
     calibration = calibrate(context)
     seeds = seed(context, calibration)
     name = study_name(context)

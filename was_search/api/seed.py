@@ -27,14 +27,13 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
     The Fisher seed is priced on the dense model, then priced again at the sparse point that this gave, where
     prices of large steps add up better; ``reprice_rounds`` says how often.
     """
-    from was_search.api.search import study_name
     from was_search.pricing import DEFAULT_GRID as GRID
 
     settings = context.settings
     settings.require_one_target()
+    warm = warm_seeds(context)
     calibration = calibration or calibrate(context)
     shape = calibration.shape
-    warm = warm_seeds(context, shape, study_name(context) if settings.warm_start else "")
     greedy = greedy_table(context, calibration)
     prices = fisher_prices(context, calibration, GRID)
     fisher = fisher_seed(prices, GRID, shape, settings.target)

@@ -17,35 +17,45 @@ WARM = "warm"
 """Name of the seed that an earlier study gives."""
 
 
-def warm_seeds(context: Context, shape: ModelShape, study: str) -> list[Seed]:
+def warm_seeds(context: Context) -> list[Seed]:
     """The winner of the settings' ``warm_start`` moved onto the budget, as a list of one seed; [] if none is set.
 
-    Once ``study`` holds the seed it is read from there: the earlier study may have got better since, and a study's
-    seeds never change.
+    Needs no calibration, so that a wrong name is said at once.
 
     Raises:
         StudyError: the earlier study does not exist, is this one, has no complete trial, or is of another model or
             score.
     """
-    from was_storage.studies import StudyStore
+    from was_search.api.search import study_name
 
     settings = context.settings
     if not settings.warm_start:
         return []
+    study = study_name(context)
+    return context.once(f"warm {settings.warm_start} {settings.target} {study}", lambda: [_warm_seed(context, study)])
+
+
+def _warm_seed(context: Context, study: str) -> Seed:
+    from was_storage.studies import StudyStore
+
+    settings = context.settings
     store = StudyStore(context.database)
     if settings.warm_start == study:
         raise StudyError(f"warm_start: study {study!r} cannot start from itself; choose another --study")
-    if any(record.name == study for record in store.list()):
+    own = next((record for record in store.list() if record.name == study), None)
+    if own is not None:
+        # The earlier study may have got better since, and a study's seeds never change.
         for slot in store.slots(study):
             if slot.origin == f"seed:{WARM}" and slot.sparsities is not None:
-                return [seed_at(WARM, slot.sparsities, shape)]
+                return seed_at(WARM, slot.sparsities, ModelShape.from_json(own.shape))
     record = store.get(settings.warm_start)
     _require_same(record, "model", context.fingerprint)
     _require_same(record, "score", settings.score)
     found = winner(record, store.slots(record.name))
     if found is None or found.sparsities is None:
         raise StudyError(f"warm_start: study {record.name!r} has no complete trial yet; run it first")
-    return [seed_at(WARM, retarget(found.sparsities, shape, settings.target), shape)]
+    shape = ModelShape.from_json(record.shape)
+    return seed_at(WARM, retarget(found.sparsities, shape, settings.target), shape)
 
 
 def winner(record: StudyRecord, slots: list[Slot]) -> Slot | None:
