@@ -9,6 +9,9 @@ from typing import Any
 METHODS = {"best": ("best of the search", "#c0392b"), "uniform": ("uniform", "#999999")}
 """Methods of the figure: their names in the legend, and colours."""
 
+ALIKE = 0.001
+"""Achieved sparsities that differ by no more than this are taken as equal."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -28,12 +31,15 @@ class Point:
 
 
 def dominated(points: Sequence[Point]) -> list[bool]:
-    """For each point, whether another one drops at least as much at no more perplexity, and one of both strictly."""
+    """For each point, whether another one drops as much at less perplexity, or more at no more perplexity.
+
+    Sparsities within :data:`ALIKE` count as equal: thresholds are re-taken to 0.05 percentage points on another
+    split, so a hair more sparsity would save every point.
+    """
     return [
         any(
-            other.achieved >= point.achieved
-            and other.perplexity <= point.perplexity
-            and (other.achieved > point.achieved or other.perplexity < point.perplexity)
+            (other.perplexity < point.perplexity and other.achieved >= point.achieved - ALIKE)
+            or (other.perplexity == point.perplexity and other.achieved > point.achieved + ALIKE)
             for other in points
         )
         for point in points

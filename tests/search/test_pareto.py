@@ -24,11 +24,24 @@ def test_equal_points_do_not_dominate_each_other() -> None:
     assert dominated([]) == []
 
 
+def test_a_hair_more_sparsity_saves_nobody() -> None:
+    best, uniform = Point("best", 0.7, 0.70006, 15.9), Point("uniform", 0.7, 0.70028, 20.2)
+    assert dominated([best, uniform]) == [False, True]
+    assert dominated([best, Point("uniform", 0.7, 0.7021, 20.2)]) == [False, False]
+
+
+def test_more_sparsity_at_the_same_perplexity() -> None:
+    assert dominated([Point("best", 0.5, 0.50, 9.0), Point("best", 0.6, 0.60, 9.0)]) == [True, False]
+
+
 def test_the_front_is_monotone() -> None:
+    """Of points further apart than what counts as equal, those left are worse the more they drop."""
     rng = np.random.default_rng(0)
-    points = [Point("best", 0.5, float(a), float(p)) for a, p in rng.random((60, 2))]
+    points = [
+        Point("best", 0.5, float(a), float(p)) for a, p in zip(rng.permutation(60) / 60, rng.random(60), strict=True)
+    ]
     front = sorted((p.achieved, p.perplexity) for p, bad in zip(points, dominated(points), strict=True) if not bad)
-    assert 1 <= len(front) < 60
+    assert 1 < len(front) < 60
     assert np.all(np.diff([perplexity for _, perplexity in front]) > 0)
 
 

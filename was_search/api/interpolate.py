@@ -22,7 +22,7 @@ from was_search.slots import Slot
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
 
-ALIKE = ("model", "score", "fitness", "search data", "calibration data")
+SHARED = ("model", "score", "fitness", "search data", "calibration data")
 """What studies must share for a vector between theirs to mean something, and for their losses to be compared."""
 
 
@@ -121,7 +121,7 @@ def _alike(context: Context) -> list[StudyRecord]:
     return [
         record
         for record in StudyStore(context.database).list()
-        if not any(_differs(record, mine, key) for key in ALIKE)
+        if not any(_differs(record, mine, key) for key in SHARED)
     ]
 
 
