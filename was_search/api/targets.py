@@ -167,7 +167,7 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
         caption="\n".join(
             [
                 f"dense: {dense:.4f} nats per token on the test split, perplexity {perplexity(dense):.3f}",
-                "dominated: on the test split another best, or a uniform one, drops as much (to 0.1 points) and is better",
+                "dominated: another best or uniform drops as much on the test split (to 0.1 points) and is better",
                 protocol,
             ]
         ),
