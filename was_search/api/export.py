@@ -20,6 +20,7 @@ from was_search.api.search import SearchResult, report_study
 from was_search.errors import StudyError
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, content_hash, perplexity
+from was_search.report import gap_nats
 from was_search.shape import FloatArray
 from was_search.slots import Slot
 
@@ -181,19 +182,51 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         context.reporter.note(
             f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
         )
+    plan = make_plan(
+        context,
+        calibration,
+        chosen.name,
+        chosen.sparsities,
+        point,
+        figures,
+        {
+            "study": result.study,
+            "slot": chosen.slot.number,
+            "origin": chosen.slot.origin,
+            "trial_loss_nats": chosen.slot.loss_nats,
+        },
+    )
+    folder = plan.save(context.default_plan_folder(result.study))
+    exported = {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved}
+    StudyStore(context.database).set_report(
+        result.study,
+        {
+            "exported": {**exported, "best_slot": best.number},
+            "metrics": plan.metrics,
+            "gap_nats": plan_gap_nats(plan),
+        },
+    )
+    report_study(context, result, calibration)
+    return folder
+
+
+def make_plan(
+    context: Context,
+    calibration: Calibration,
+    name: str,
+    sparsities: FloatArray,
+    point: OperatingPoint,
+    on_search: Figures,
+    origin: dict[str, Any],
+) -> Plan:
+    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
     test, dense_search, dense_test = measure(
         context,
         calibration,
-        [
-            Request(chosen.name, "test", point),
-            Request("dense", "search", None),
-            Request("dense", "test", None),
-        ],
+        [Request(name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
     )
     dense = {"search": dense_search.to_json(context), "test": dense_test.to_json(context)}
-    folder = context.default_plan_folder(result.study)
-    metrics = {"search": figures.to_json(context), "test": test.to_json(context), "dense": dense}
-    plan = Plan(
+    return Plan(
         model=context.source.display_name,
         revision=context.source.revision,
         fingerprint=context.fingerprint,
@@ -201,28 +234,23 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         score=context.settings.score,
         budget=context.settings.target,
         dense_prefix=context.settings.dense_prefix,
-        sparsities=chosen.sparsities,
+        sparsities=sparsities,
         thresholds=point.thresholds,
         norms=_norms(context, calibration),
         achieved={
             "calibration": calibration.shape.sparsity(point.achieved),
-            "search": figures.achieved,
+            "search": on_search.achieved,
             "test": test.achieved,
         },
-        metrics=metrics,
-        provenance=_provenance(context, result, chosen.slot, point),
+        metrics={"search": on_search.to_json(context), "test": test.to_json(context), "dense": dense},
+        provenance={**origin, **_provenance(context, point)},
     )
-    plan.save(folder)
-    store = StudyStore(context.database)
-    store.set_report(
-        result.study,
-        {
-            "exported": {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved},
-            "metrics": metrics,
-        },
-    )
-    report_study(context, result, calibration)
-    return folder
+
+
+def plan_gap_nats(plan: Plan) -> float:
+    """The gap between the splits (see :mod:`was_search.report`) of a plan's own figures."""
+    dense, search, test = plan.metrics["dense"], plan.metrics["search"], plan.metrics["test"]
+    return gap_nats(*(m["loss_nats"] for m in (search, dense["search"], test, dense["test"])))
 
 
 def stored_result(context: Context) -> SearchResult:
@@ -254,7 +282,7 @@ def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...],
     return tuple(tuple(next(parts) for _ in row) for row in shape.in_features)
 
 
-def _provenance(context: Context, result: SearchResult, slot: Slot, point: OperatingPoint) -> dict[str, Any]:
+def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
     settings = dataclasses.asdict(context.settings)
@@ -263,10 +291,6 @@ def _provenance(context: Context, result: SearchResult, slot: Slot, point: Opera
     if Path(context.settings.data).exists():
         settings["data"] = str(Path(context.settings.data).resolve())
     return {
-        "study": result.study,
-        "slot": slot.number,
-        "origin": slot.origin,
-        "trial_loss_nats": slot.loss_nats,
         "calibration_passes": point.passes,
         "calibration_protocol": context.tokens("calibration").protocol.to_json(),
         "settings": settings,

@@ -18,6 +18,7 @@ from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.seed import seed
+from was_search.api.warm import warm_seeds
 from was_search.fitness import fitness_identity, fitness_words
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
@@ -54,7 +55,9 @@ def search(context: Context) -> SearchResult:
     from was_storage.studies import StudyStore
 
     settings = context.settings
+    settings.require_one_target()
     check_fitness(context)
+    warm_seeds(context)  # refused before anything is calibrated
     calibration = calibrate(context)
     seeds = seed(context, calibration)
     name = study_name(context)
@@ -150,6 +153,7 @@ def identity(context: Context) -> dict[str, Any]:
             settings.descent_rounds,
             settings.descent_sequences,
         ],
+        **({"warm start": settings.warm_start} if settings.warm_start else {}),
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
         **fitness_identity(settings.fitness, settings.kl_top_k),
@@ -161,9 +165,13 @@ def study_name(context: Context) -> str:
     settings = context.settings
     if settings.study:
         return settings.study
-    model = re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
     digest = content_hash(identity(context))[:8]
-    return f"{model}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+    return f"{model_label(context)}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+
+
+def model_label(context: Context) -> str:
+    """The model's name as it may stand in a study's name and a folder's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
 
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
@@ -185,7 +193,11 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
 def _note(context: Context, result: SearchResult, best: Slot) -> str:
     import json
 
+    from was_search.report import note_lines
+    from was_storage.studies import StudyStore
+
     assert best.loss_nats is not None
+    exported = "\n".join(note_lines(StudyStore(context.database).get(result.study).report))
     settings = json.dumps(context.settings.to_json(), indent=2)
     fitness, top_k = context.settings.fitness, context.settings.kl_top_k
     objective = {
@@ -201,7 +213,7 @@ def _note(context: Context, result: SearchResult, best: Slot) -> str:
         f"{fitness_words(fitness, best.loss_nats, best.nll_nats)}, on {context.tokens('search').protocol.describe()}; "
         f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
         f"{objective[fitness]}. Trials `PRUNED` were stopped early: their sequences "
-        f"showed that the best was better.\n\n## Settings\n\n```json\n{settings}\n```\n"
+        f"showed that the best was better.\n\n{exported}\n## Settings\n\n```json\n{settings}\n```\n"
     )
 
 
