@@ -100,6 +100,10 @@ SEARCH: dict[str, Any] = {
     "descent_chains": _option(int | None, "Descents side by side in an epoch.", rich_help_panel="Search"),
     "descent_rounds": _option(int | None, "Steps of one descent.", rich_help_panel="Search"),
     "descent_sequences": _option(int | None, "Sequences whose slopes make one step.", rich_help_panel="Search"),
+    "fitness": _option(str | None, "nll, or kl: the divergence from the dense model.", rich_help_panel="Search"),
+    "kl_top_k": _option(
+        int | None, "Tokens that kl tells apart, the dense model's likeliest.", rich_help_panel="Search"
+    ),
     "early_stopping": _option(
         bool | None,
         "Stop trials that are worse than the best.",
@@ -109,6 +113,15 @@ SEARCH: dict[str, Any] = {
     "significance": _option(float | None, "Of the early-stopping test.", rich_help_panel="Search"),
     "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
     "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
+    "warm_start": _option(
+        str | None, "An earlier study whose best vector is one more seed of this one.", rich_help_panel="Search"
+    ),
+}
+SEVERAL: dict[str, Any] = {
+    "targets": _option(str | None, "Several budgets, such as 0.4,0.5,0.6: a study each, and what they trade off."),
+    "max_ppl_increase": _option(
+        str | None, "Such as 5%: find the highest target whose perplexity stays within this over dense."
+    ),
 }
 PLAN_OUT: dict[str, Any] = {"plan": _option(str | None, "Folder for the exported plan.")}
 
@@ -219,20 +232,24 @@ def seed(call: Call) -> None:
 def search(call: Call) -> None:
     """Create or resume a study and run it to its last trial."""
     from was_search import api
+    from was_search.fitness import fitness_words
 
     def step(context: Any) -> bool:
         found = api.search(context)
+        fitness = context.settings.fitness
         best = found.best
-        if best is not None:
+        if best is not None and best.loss_nats is not None:
+            words = fitness_words(fitness, best.loss_nats, best.nll_nats)
             context.reporter.note(
-                f"best: slot {best.number} ({best.origin}), {best.loss_nats:.4f} nats per token on "
-                f"{context.tokens('search').protocol.describe()}"
+                f"best: slot {best.number} ({best.origin}), {words}, on {context.tokens('search').protocol.describe()}"
             )
         context.reporter.result(
             {
                 "study": found.study,
                 "best_slot": best.number if best else None,
+                "fitness": fitness,
                 "best_loss_nats": best.loss_nats if best else None,
+                "best_nll_nats": best.nll_nats if best else None,
                 "drained": found.drained,
             }
         )
@@ -242,24 +259,47 @@ def search(call: Call) -> None:
 
 
 @_command(MODEL, CALIBRATE, SEED, SEARCH, PLAN_OUT, CLUSTER, STORAGE)
-def export(call: Call) -> None:
-    """Re-calibrate the best vector of a study and write the plan."""
+def export(
+    call: Call,
+    *,
+    interpolate: Annotated[
+        bool,
+        typer.Option(
+            "--interpolate",
+            help="Do not look for a study of the target: write the vector between the nearest studies below and above.",
+        ),
+    ] = False,
+) -> None:
+    """Re-calibrate the best vector of a study and write the plan.
+
+    Where the target has no study and studies below and above have, the plan lies between theirs.
+    """
     from was_search import api
 
     def step(context: Any) -> None:
-        folder = api.export(context)
+        interpolated = interpolate or api.may_interpolate(context)
+        folder = api.interpolate(context) if interpolated else api.export(context)
         context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 
     call.run(step)
 
 
-@_command(MODEL, CALIBRATE, SEED, SEARCH, PLAN_OUT, CLUSTER, STORAGE)
+@_command(MODEL, CALIBRATE, SEED, SEVERAL, SEARCH, PLAN_OUT, CLUSTER, STORAGE)
 def run(call: Call) -> None:
-    """Calibrate, seed, search, export and compare, skipping what is cached."""
+    """Calibrate, seed, search, export and compare, skipping what is cached; for one target or several."""
     from was_search import api
 
     def step(context: Any) -> bool:
+        if context.settings.budgets:
+            return bool(api.run_targets(context).drained)
+        if context.settings.increase_limit is not None:
+            best = api.run_max_increase(context)
+            if not best.drained and best.answer is None:
+                raise typer.Exit(EXIT_ERROR)  # what was asked for does not exist, and was said
+            if best.answer is not None:
+                context.reporter.note(f"plan: {best.answer.result.plan}")
+            return bool(best.drained)
         found = api.run(context)
         if found.plan is not None:
             context.reporter.note(f"plan: {found.plan}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from was_search.fitness import FitnessName
 from was_search.protocol import perplexity
 from was_search.shape import FloatArray
 from was_search.slots import Slot, SlotState
@@ -40,10 +41,17 @@ def levels_figure(best: FloatArray, seeds: dict[str, FloatArray], target: float)
     return figure
 
 
-def progress_figure(slots: list[Slot]) -> Any:
-    """Perplexity on the search split against evaluations, in the order in which they finished; a plotly Figure."""
+def progress_figure(slots: list[Slot], fitness: FitnessName = "nll") -> Any:
+    """Perplexity on the search split against evaluations, in the order in which they finished; a plotly Figure.
+
+    With the fitness ``kl`` the divergence itself, in nats per token.
+    """
     import plotly.graph_objects as go
 
+    def shown(loss_nats: float) -> float:
+        return perplexity(loss_nats) if fitness == "nll" else loss_nats
+
+    quantity = "perplexity" if fitness == "nll" else "KL to the dense model, nats per token"
     done = [s for s in slots if s.state.finished and s.loss_nats is not None and math.isfinite(s.loss_nats)]
     done.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
     figure = go.Figure()
@@ -54,7 +62,7 @@ def progress_figure(slots: list[Slot]) -> Any:
         points = [(i, s) for i, s in enumerate(done) if s.state is state]
         figure.add_scatter(
             x=[i + 1 for i, _ in points],
-            y=[round(perplexity(s.loss_nats or 0.0), 5) for _, s in points],
+            y=[round(shown(s.loss_nats or 0.0), 5) for _, s in points],
             text=[f"slot {s.number}, {s.origin}" for _, s in points],
             mode="markers",
             marker={"symbol": symbol},
@@ -63,13 +71,13 @@ def progress_figure(slots: list[Slot]) -> Any:
     best, trace = math.inf, []
     for s in done:
         if s.state is SlotState.COMPLETE and s.loss_nats is not None:
-            best = min(best, perplexity(s.loss_nats))
+            best = min(best, shown(s.loss_nats))
         trace.append(best if math.isfinite(best) else None)
     figure.add_scatter(x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best")
     figure.update_layout(
-        title="Perplexity on the search split",
+        title=f"{quantity[0].upper()}{quantity[1:]} on the search split",
         xaxis_title="evaluations",
-        yaxis_title="perplexity",
+        yaxis_title=quantity,
         template="plotly_white",
     )
     return figure

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from was_search.fitness import UNITS, FitnessName
 from was_search.protocol import perplexity
 
 Advance = Callable[[], None]
@@ -57,8 +58,10 @@ class Reporter:
         yield lambda: None
 
     @contextmanager
-    def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
-        """The search phase; losses shown are on the split named by ``protocol``."""
+    def search(
+        self, name: str, protocol: str, fitness: FitnessName = "nll"
+    ) -> Iterator[Callable[[StudyProgress], None]]:
+        """The search phase; losses shown are of ``fitness`` on the split named by ``protocol``."""
         yield lambda _: None
 
     def cached(self, name: str, detail: str, seconds: float) -> None:
@@ -104,7 +107,9 @@ class JsonReporter(Reporter):
         self._emit("phase", name=name, state="finished", seconds=round(time.perf_counter() - started, 3))
 
     @contextmanager
-    def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
+    def search(
+        self, name: str, protocol: str, fitness: FitnessName = "nll"
+    ) -> Iterator[Callable[[StudyProgress], None]]:
         def show(progress: StudyProgress) -> None:
             self._emit(
                 "trial",
@@ -114,9 +119,12 @@ class JsonReporter(Reporter):
                 total=progress.total,
                 stopped=progress.stopped,
                 failed=progress.failed,
+                fitness=fitness,
                 best_loss_nats=progress.best.loss_nats if progress.best else None,
+                best_nll_nats=progress.best.nll_nats if progress.best else None,
                 slot=progress.current.number if progress.current else None,
                 loss_nats=progress.current.loss_nats if progress.current else None,
+                nll_nats=progress.current.nll_nats if progress.current else None,
             )
 
         yield show
@@ -156,7 +164,9 @@ class RichReporter(Reporter):
         self.console.print(f"[green]✓[/] {escape(name)} [dim]{_clock(time.perf_counter() - started)}[/]")
 
     @contextmanager
-    def search(self, name: str, protocol: str) -> Iterator[Callable[[StudyProgress], None]]:
+    def search(
+        self, name: str, protocol: str, fitness: FitnessName = "nll"
+    ) -> Iterator[Callable[[StudyProgress], None]]:
         started = time.perf_counter()
         first: list[int] = []
         last: list[StudyProgress] = []
@@ -169,14 +179,17 @@ class RichReporter(Reporter):
                 last[:] = [progress]
                 minutes = (time.perf_counter() - started) / 60
                 rate = (progress.finished - first[0]) / minutes if minutes > 0 else 0.0
-                bar.update(task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate))
+                bar.update(
+                    task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate, fitness)
+                )
 
             yield show
         if last:
             done = last[0]
             rate = (done.finished - first[0]) / max((time.perf_counter() - started) / 60, 1e-9)
+            figures = _figures(done, rate, fitness, current=False)
             self.console.print(
-                f"[green]✓[/] search {done.finished}/{done.total} trials, {_figures(done, rate, current=False)} "
+                f"[green]✓[/] search {done.finished}/{done.total} trials, {figures} "
                 f"[dim]{_clock(time.perf_counter() - started)}[/]"
             )
 
@@ -214,13 +227,11 @@ class RichReporter(Reporter):
         )
 
 
-def _figures(progress: StudyProgress, rate: float, *, current: bool = True) -> str:
+def _figures(progress: StudyProgress, rate: float, fitness: FitnessName, *, current: bool = True) -> str:
     parts = [escape(progress.activity)] if progress.activity else []
-    if progress.best is not None:
-        parts.append(
-            f"best {progress.best.loss_nats:.4f} nats "
-            f"(ppl {perplexity(progress.best.loss_nats):.3f}, #{progress.best.number})"
-        )
+    if (best := progress.best) is not None:
+        shown = "" if best.nll_nats is None else f"ppl {perplexity(best.nll_nats):.3f}, "
+        parts.append(f"best {best.loss_nats:.4f} {UNITS[fitness]} ({shown}#{best.number})")
     if current and progress.current is not None and progress.current.loss_nats is not None:
         parts.append(f"current {progress.current.loss_nats:.4f}")
     parts.append(f"{rate:.1f} trials/min")

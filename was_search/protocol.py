@@ -122,11 +122,14 @@ class Evaluation:
     """What one evaluation found.
 
     Attributes:
-        losses: mean nats per predicted token of each sequence evaluated, float64 [n], in the protocol's order.
+        losses: the fitness: mean nats per predicted token of each sequence evaluated, float64 [n], in the protocol's
+            order.
         tokens: predicted tokens evaluated.
         seconds: time spent, in seconds.
         stopped_early: whether the incumbent was found better before the last sequence.
         achieved: share of channels dropped, counted, float64 [L, 7]; over the tokens outside the dense prefix.
+        nats: where the losses are not the NLL themselves, the mean NLL of each sequence evaluated in this call, the
+            last m of the n, float64 [m]. None: ``losses`` are the NLL.
     """
 
     losses: FloatArray
@@ -134,11 +137,32 @@ class Evaluation:
     seconds: float
     stopped_early: bool
     achieved: FloatArray
+    nats: FloatArray | None = None
 
     @property
     def loss_nats(self) -> float:
-        """Mean nats per predicted token over the sequences evaluated; NaN where one of them is."""
+        """Mean fitness per predicted token over the sequences evaluated; NaN where one of them is."""
         return float(self.losses.mean())
+
+    def nll_nats(self, before: float | None = None) -> float:
+        """Mean NLL per predicted token over the sequences evaluated: what perplexity is the exponential of.
+
+        Args:
+            before: mean NLL of the sequences that an earlier call had evaluated; needed where there are some and
+                ``losses`` are not the NLL.
+        """
+        if self.nats is None:
+            return self.loss_nats
+        earlier = len(self.losses) - len(self.nats)
+        if not earlier:
+            return float(self.nats.mean())
+        if before is None:
+            raise ValueError(f"before: needed for the NLL of the {earlier} sequences of an earlier call, got None")
+        return (earlier * before + float(self.nats.sum())) / len(self.losses)
+
+    def as_nll(self) -> Evaluation:
+        """The same evaluation with the NLL as its losses."""
+        return self if self.nats is None else replace(self, losses=self.nats, nats=None)
 
 
 class Evaluator(Protocol):

@@ -1,4 +1,4 @@
-"""The seed vectors of a study: uniform, greedy-uniform, and Fisher-priced with a short descent."""
+"""The seed vectors of a study: uniform, greedy-uniform, Fisher-priced with a short descent, an earlier study's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from was_search.descent import HIGHEST
+from was_search.descent import HIGHEST, onto_budget
+from was_search.errors import InfeasibleError
 from was_search.greedy import path, spend
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import BlockTable, Table, uniform_table
@@ -59,3 +60,22 @@ def baseline_seeds(shape: ModelShape, target: float, greedy: Table | None) -> li
     if greedy is not None:
         seeds.append(Seed("greedy-uniform", greedy, flat, greedy.sparsities(flat)))
     return seeds
+
+
+def retarget(sparsities: FloatArray, shape: ModelShape, target: float) -> FloatArray:
+    """``sparsities`` [L, 7] of another budget moved onto ``target``; float64 [L, 7].
+
+    Up, every projection keeps the same fraction of what it kept: ``s' = 1 - (1 - s) (1 - target) / (1 - mean)``, so
+    that what is densest stays so, and little meets the upper bound. Down, all move by the same sparsity
+    but for those that meet a bound: the nearest point of the budget.
+
+    Raises:
+        InfeasibleError: another shape than the model's, values that are not finite, or a target out of reach.
+    """
+    moved = np.asarray(sparsities, np.float64)
+    if moved.shape != shape.params.shape:
+        raise InfeasibleError(f"sparsities: shape must be {shape.params.shape}, got {moved.shape}")
+    mean = shape.sparsity(moved)
+    if mean < target:
+        moved = 1.0 - (1.0 - moved) * (1.0 - target) / (1.0 - mean)
+    return onto_budget(moved, shape, target)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from was_search.errors import ConfigError
+from was_search.fitness import FITNESSES, FitnessName
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
+from was_search.targets import parse_increase, parse_targets
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -27,6 +29,9 @@ class Settings:
         revision: hub revision; "" takes the default branch.
         data: a text file, a folder, or ``wikitext2``, ``c4``, ``alpaca``.
         target: the budget, in (0, 0.95).
+        targets: several budgets with commas between, a study each; "" takes ``target`` alone.
+        max_ppl_increase: ``5%`` or ``0.05``: the highest target within this increase over dense; "" for none.
+        warm_start: an earlier study whose best vector is one more seed; "" for none.
         trials: slots of the study.
         study: its name; "" derives one from model, data and target.
         sampler: who suggests vectors.
@@ -57,6 +62,8 @@ class Settings:
         test_sequences: at most so many for the report.
         batch_size: sequences per forward.
         dense_prefix: tokens at a sequence's start that are never masked.
+        fitness: what trials are compared by: ``nll``, or ``kl`` for the divergence from the dense model.
+        kl_top_k: tokens of the dense model's predictions that ``kl`` tells apart, at most the vocabulary.
         early_stopping: stop trials that are worse than the incumbent.
         significance: of the early-stopping test.
         trial_timeout: seconds after which an evaluation is taken for lost.
@@ -68,6 +75,9 @@ class Settings:
     revision: str = ""
     data: str = ""
     target: float = 0.6
+    targets: str = ""
+    max_ppl_increase: str = ""
+    warm_start: str = ""
     trials: int = 100
     study: str = ""
     sampler: SamplerName = "tpe"
@@ -96,6 +106,8 @@ class Settings:
     test_sequences: int = 256
     batch_size: int = 4
     dense_prefix: int = 1
+    fitness: FitnessName = "nll"
+    kl_top_k: int = 64
     early_stopping: bool = True
     significance: float = 0.01
     trial_timeout: float = 1800.0
@@ -106,6 +118,9 @@ class Settings:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
         self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
+        several, limit = parse_targets(self.targets), parse_increase(self.max_ppl_increase)
+        if several and limit is not None:
+            raise ConfigError("max_ppl_increase: cannot be given together with targets; give one of them")
         for name in _COUNTS:
             self._range(name, getattr(self, name) >= 1, "must be at least 1")
         self._range("sequence_length", self.sequence_length >= 2, "must be at least 2 tokens")
@@ -125,6 +140,22 @@ class Settings:
             self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
         own = self.sampler == "was-monotone"
         self._range("space", not own or self.space == "levels", "must be levels with the sampler was-monotone")
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """``targets`` as numbers in rising order, () if there are none."""
+        return parse_targets(self.targets)
+
+    @property
+    def increase_limit(self) -> float | None:
+        """``max_ppl_increase`` as a fraction, None if there is none."""
+        return parse_increase(self.max_ppl_increase)
+
+    def require_one_target(self) -> None:
+        """Raise a ConfigError where a step for one target was asked for several."""
+        for name in ("targets", "max_ppl_increase"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}: only 'was-search run' takes it; give --target for one study")
 
     def _range(self, name: str, good: bool, rule: str) -> None:
         if not good:
@@ -156,12 +187,14 @@ _COUNTS = (
     "search_sequences",
     "test_sequences",
     "batch_size",
+    "kl_top_k",
     "max_attempts",
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": SAMPLERS,
     "space": SPACES,
     "score": SCORE_KINDS,
+    "fitness": FITNESSES,
     "device": typing.get_args(DeviceName),
     "dtype": typing.get_args(DTypeName),
 }
@@ -188,8 +221,24 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    values.update({key: value for key, value in flags.items() if value is not None})
+    given = {key: value for key, value in flags.items() if value is not None}
+    for source in (values, given):
+        _require_one_question(source)
+    if any(given.get(name) for name in _QUESTIONS):  # a flag's question replaces the file's
+        values = {key: value for key, value in values.items() if key not in _QUESTIONS}
+        given = {**dict.fromkeys(_QUESTIONS[1:], ""), **given}
+    values.update(given)
     return dataclasses.replace(base, **values) if base is not None else Settings(**values)
+
+
+_QUESTIONS = ("target", "targets", "max_ppl_increase")
+"""What a run is to find: one target, several, or the highest within a limit."""
+
+
+def _require_one_question(values: dict[str, Any]) -> None:
+    given = [name for name in _QUESTIONS if values.get(name)]
+    if len(given) > 1:
+        raise ConfigError(f"{given[1]}: cannot be given together with {given[0]}; give one of them")
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

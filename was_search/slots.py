@@ -35,8 +35,10 @@ class Slot:
         params: the raw suggestion by Optuna parameter name, None before a vector is chosen.
         levels: the projected vector, float64 [L].
         sparsities: nominal, float64 [L, 7].
-        losses: mean nats per token of each sequence evaluated, float64 [n].
+        losses: the study's fitness, mean nats per token of each sequence evaluated, float64 [n].
         loss_nats: mean of ``losses``.
+        nll_nats: mean NLL per token of the same sequences, what perplexity is made of; equal to ``loss_nats`` where
+            that is the fitness.
         tokens: predicted tokens evaluated.
         seconds: of the finishing attempt.
         achieved: counted parameter-weighted sparsity of the model, a float in [0, 1].
@@ -54,6 +56,7 @@ class Slot:
     sparsities: FloatArray | None = None
     losses: FloatArray | None = None
     loss_nats: float | None = None
+    nll_nats: float | None = None
     tokens: int = 0
     seconds: float = 0.0
     achieved: float | None = None

@@ -23,7 +23,7 @@ DEFAULT_PORT = 8080
 _logger = logging.getLogger(__name__)
 
 
-def annotate(storage: BaseStorage, study: str, *, note: str, figures: Mapping[str, Figure]) -> None:
+def annotate(storage: BaseStorage, study: str, *, note: str | None, figures: Mapping[str, Figure]) -> None:
     """Show ``note`` (Markdown) and ``figures`` on the study's page in the dashboard.
 
     Idempotent: a figure's name is its id, and saving it again replaces it; what is unchanged is not written.
@@ -31,7 +31,7 @@ def annotate(storage: BaseStorage, study: str, *, note: str, figures: Mapping[st
     Args:
         storage: Optuna's, as :meth:`was_storage.database.Database.optuna_storage` gives it.
         study: the study's name.
-        note: replaces the study's note.
+        note: replaces the study's note; None leaves it.
         figures: plotly figures by id: letters, digits, ``-``, ``_``, ``:`` and ``.``.
 
     Raises:
@@ -44,7 +44,7 @@ def annotate(storage: BaseStorage, study: str, *, note: str, figures: Mapping[st
         found = optuna.load_study(study_name=study, storage=storage)
     except KeyError as error:
         raise StudyError(f"study {study!r} has no Optuna study in this database") from error
-    if get_note(found) != note:
+    if note is not None and get_note(found) != note:
         save_note(found, note)
     saved = get_plotly_graph_objects(found._storage.get_study_system_attrs(found._study_id))
     for name, figure in figures.items():

@@ -22,7 +22,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from was_search.slots import SlotState
 
 SCHEMA = "was"
-HEAD = "0001"
+HEAD = "0002"
 """The newest revision in ``migrations/versions``."""
 
 STATES = tuple(str(state) for state in SlotState)
@@ -60,6 +60,7 @@ slot = Table(
     Column("sparsities", ARRAY(Double)),
     Column("losses", ARRAY(Double)),
     Column("loss_nats", Double),
+    Column("nll_nats", Double),
     Column("tokens", BigInteger, nullable=False, server_default=text("0")),
     Column("seconds", Double, nullable=False, server_default=text("0")),
     Column("achieved", Double),

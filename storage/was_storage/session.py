@@ -181,6 +181,7 @@ class CoordinatorSession:
         *,
         losses: npt.ArrayLike | None = None,
         loss_nats: float | None = None,
+        nll_nats: float | None = None,
         tokens: int = 0,
         seconds: float = 0.0,
         achieved: float | None = None,
@@ -198,8 +199,9 @@ class CoordinatorSession:
             number: the slot's.
             attempt: as :meth:`start` gave it.
             state: COMPLETE, STOPPED or FAILED.
-            losses: mean nats per token of each sequence seen, [n].
+            losses: the study's fitness, mean nats per token of each sequence seen, [n].
             loss_nats: their mean; computed where None.
+            nll_nats: mean NLL per token of the same sequences.
             tokens: predicted tokens evaluated.
             seconds: of this attempt.
             achieved: counted sparsity, in [0, 1].
@@ -222,6 +224,7 @@ class CoordinatorSession:
                 attempt,
                 losses=None if losses is None else np.asarray(losses, np.float64).ravel(),
                 loss_nats=None if loss_nats is None else float(loss_nats),
+                nll_nats=None if nll_nats is None else float(nll_nats),
                 tokens=int(tokens),
                 seconds=float(seconds),
                 achieved=None if achieved is None else float(achieved),
@@ -306,6 +309,7 @@ class CoordinatorSession:
             state=result.state,
             losses=None if result.losses is None else result.losses.tolist(),
             loss_nats=result.loss_nats,
+            nll_nats=result.nll_nats,
             tokens=result.tokens,
             seconds=result.seconds,
             achieved=result.achieved,

@@ -43,7 +43,7 @@ class StudyRecord:
         epoch: how often a coordinator has taken it over.
         n_slots: its number of trials, N.
         counts: slots by state; all five states are present.
-        best_loss_nats: lowest loss of a complete slot, in nats per token; None before the first.
+        best_loss_nats: lowest loss of a complete slot, the study's fitness in nats per token; None before the first.
         report: figures of the report data, {} before it was made.
         versions: of the packages that created it.
     """

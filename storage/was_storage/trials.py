@@ -47,6 +47,7 @@ def slot_from_row(row: Row[Any]) -> Slot:
         else np.asarray(row.sparsities, np.float64).reshape(-1, N_PROJECTIONS),
         losses=None if row.losses is None else np.asarray(row.losses, np.float64),
         loss_nats=row.loss_nats,
+        nll_nats=row.nll_nats,
         tokens=row.tokens,
         seconds=row.seconds,
         achieved=row.achieved,
@@ -204,7 +205,7 @@ def refuse_not_finite(slot: Slot) -> Slot:
     broken = int((~np.isfinite(losses)).sum())
     if broken or (loss is not None and not math.isfinite(loss)):
         words = f"{broken} of {len(losses)} losses are not finite" if broken else f"the loss is {loss}"
-        return replace(slot, state=SlotState.FAILED, loss_nats=None, error=slot.error or words)
+        return replace(slot, state=SlotState.FAILED, loss_nats=None, nll_nats=None, error=slot.error or words)
     if loss is None and slot.state is SlotState.COMPLETE:
         return replace(slot, state=SlotState.FAILED, error=slot.error or "no loss was reported")
     return replace(slot, loss_nats=loss)

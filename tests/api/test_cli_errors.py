@@ -47,6 +47,18 @@ def test_zero_of_something(refused, option: str) -> None:
     assert f"{option.replace('-', '_')}: must be at least 1, got 0" in printed
 
 
+def test_unknown_fitness(refused) -> None:
+    printed = refused("search", "--model", MODEL, "--data", TEXT, "--fitness", "mse")
+    assert "fitness: must be one of nll, kl, got 'mse'" in printed
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_more_top_tokens_than_the_vocabulary_has(refused, command: str) -> None:
+    """Said before anything is opened or loaded."""
+    printed = refused(command, "--model", MODEL, "--data", TEXT, "--fitness", "kl", "--kl-top-k", "1025", *CPU)
+    assert "kl_top_k: must be at most the vocabulary, 1024 tokens, got 1025" in printed
+
+
 def test_missing_options_are_named(refused) -> None:
     assert "model: missing; give --model" in refused("run", "--data", TEXT)
 
@@ -217,3 +229,50 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch) -> None:
         cli.main()
     assert end.value.code == 130
     assert f"was-search calibrate --model {MODEL} --data {TEXT}" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--targets", "0.4;0.5"], "targets: must be numbers with commas between, such as 0.4,0.5, got '0.4;0.5'"),
+        (["--targets", "0.4,0.96"], "targets: each must be above 0 and below 0.95, got 0.96"),
+        (["--targets", "0.7,0.5,0.5"], "targets: each may be given once, got 0.5 more than once"),
+        (["--targets", "0.4,0.5", "--target", "0.5"], "targets: cannot be given together with target"),
+        (["--max-ppl-increase", "5"], "max_ppl_increase: must be a percentage such as 5% or a fraction in (0, 1)"),
+        (["--max-ppl-increase", "five%"], "max_ppl_increase: must be a percentage such as 5%"),
+        (["--max-ppl-increase", "-5%"], "max_ppl_increase: must be a percentage such as 5%"),
+        (["--max-ppl-increase", "5%", "--target", "0.5"], "max_ppl_increase: cannot be given together with target"),
+        (["--max-ppl-increase", "5%", "--targets", "0.4,0.5"], "cannot be given together with targets"),
+    ],
+)
+def test_what_is_asked_of_a_run(refused, flags: list[str], message: str) -> None:
+    assert message in refused("run", "--model", MODEL, "--data", TEXT, *flags)
+
+
+@pytest.mark.parametrize("command", ["seed", "search", "export"])
+def test_several_targets_in_a_file_are_for_run_only(refused, tmp_path: Path, command: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('targets = "0.4,0.5"\n')
+    printed = refused(command, "--config", str(file), "--model", MODEL, "--data", TEXT, *CPU)
+    assert "targets: only 'was-search run' takes it; give --target for one study" in printed
+
+
+@pytest.mark.postgres
+def test_warm_start_from_a_study_that_is_not_there(refused, database) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    small = ["--sequence-length", "64", "--calibration-sequences", "4", "--search-sequences", "4"]
+    printed = refused(
+        "search", "--model", MODEL, "--data", TEXT, *CPU, *small, "--storage", url, "--warm-start", "nothing"
+    )
+    assert "study 'nothing' does not exist" in printed
+
+
+@pytest.mark.postgres
+def test_interpolating_without_neighbours(refused, database) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    small = ["--sequence-length", "64", "--calibration-sequences", "4", "--search-sequences", "4"]
+    printed = refused(
+        "export", "--model", MODEL, "--data", TEXT, *CPU, *small, "--storage", url, "--target", "0.55", "--interpolate"
+    )
+    assert "no study of this model, data and score below or above 55 % has a complete trial" in printed
+    assert "run 'was-search run' with a --target below or above 55 %" in printed

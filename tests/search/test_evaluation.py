@@ -3,11 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax, rel_entr
 
 from was_search import evaluation
 from was_search.calibration import histogram_pass
-from was_search.errors import InfeasibleError
-from was_search.evaluation import ModelEvaluator, evaluate_thresholds, sequence_nats
+from was_search.errors import ConfigError, InfeasibleError
+from was_search.evaluation import (
+    ModelEvaluator,
+    dense_top,
+    evaluate_thresholds,
+    sequence_divergence,
+    sequence_nats,
+)
 from was_search.masking import Masking, structure_norms
 
 
@@ -124,3 +131,150 @@ def test_an_evaluation_in_pieces_gives_the_same_losses(llama, structure, tokens,
     assert first.tokens + second.tokens == whole.tokens
     with pytest.raises(ValueError, match="whole number of batches of 4 is needed, got 3"):
         evaluate_thresholds(llama, structure, norms, data, thresholds, before=first.losses[:3])
+
+
+THRESHOLDS = np.full((3, 7), 0.6, np.float32)
+
+
+def full_divergence(llama, structure, tokens, predicted):
+    """KL(dense || masked) over the whole vocabulary, mean of the predicted tokens of each sequence, in float64."""
+    ids = torch.as_tensor(tokens)
+    with torch.inference_mode():
+        dense = llama(input_ids=ids).logits[:, -predicted - 1 : -1].double().numpy()
+        with Masking(structure, structure_norms(structure, "l2"), THRESHOLDS):
+            sparse = llama(input_ids=ids).logits[:, -predicted - 1 : -1].double().numpy()
+    p, q = (np.exp(log_softmax(x, axis=-1)) for x in (dense, sparse))
+    return rel_entr(p, q).sum(-1).mean(1)
+
+
+def with_top(llama, structure, data, k, thresholds=THRESHOLDS, **options):
+    predicted = data.protocol.predicted_per_sequence
+    top = dense_top(llama, data.tokens, k, predicted=predicted, batch_size=4)
+    norms = structure_norms(structure, "l2")
+    return evaluate_thresholds(llama, structure, norms, data, thresholds, top=top, **options)
+
+
+@pytest.mark.parametrize("stride", [5, 17])
+def test_divergence_against_the_full_one(llama, structure, tokens, make_data, stride):
+    data = make_data(tokens, stride=stride)
+    bound = full_divergence(llama, structure, tokens, min(stride, 16))
+    # float32 logits of order 1 and sums of at most 16 tokens
+    np.testing.assert_allclose(with_top(llama, structure, data, 61).losses, bound, rtol=1e-5, atol=1e-6)
+    before = np.zeros(10)
+    for k in (1, 4, 16, 40):
+        found = with_top(llama, structure, data, k).losses
+        assert np.all((before < found) & (found < bound))
+        before = found
+
+
+def test_the_nll_comes_with_the_divergence(llama, structure, tokens, make_data):
+    data = make_data(tokens)
+    plain = evaluate_thresholds(llama, structure, structure_norms(structure, "l2"), data, THRESHOLDS)
+    found = with_top(llama, structure, data, 16)
+    # the same logits; their logsumexp in another order, float32
+    np.testing.assert_allclose(found.nats, plain.losses, rtol=1e-6)
+    assert found.nll_nats() == pytest.approx(plain.nll_nats(), rel=1e-6)
+    assert plain.nll_nats() == plain.loss_nats
+    assert plain.nats is None
+    assert plain.as_nll() is plain
+    np.testing.assert_array_equal(found.as_nll().losses, found.nats)
+    assert found.loss_nats < 0.9 * found.nll_nats()
+
+
+def test_the_dense_models_own_divergence_is_zero(llama, structure, tokens, make_data):
+    for k in (8, 61):
+        np.testing.assert_array_equal(with_top(llama, structure, make_data(tokens), k, None).losses, 0.0)
+
+
+def test_half_precision_divergence_is_taken_in_float32(make_llama, tokens, structure, make_data):
+    from was_search.structure import find_structure
+
+    model = make_llama(torch.bfloat16)
+    structure = find_structure(model)
+    data = make_data(tokens[:4])
+    found = with_top(model, structure, data, 61)
+    # the full one of the same bfloat16 logits
+    bound = full_divergence(model, structure, tokens[:4], 16)
+    np.testing.assert_allclose(found.losses, bound, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(with_top(model, structure, data, 8, None).losses, 0.0)
+
+
+def test_divergence_in_pieces_gives_the_same(llama, structure, tokens, make_data, monkeypatch):
+    whole = with_top(llama, structure, make_data(tokens), 9)
+    for elements in (2 * 61 * 7, 1):
+        monkeypatch.setattr(evaluation, "_LOGIT_ELEMENTS", elements)
+        found = with_top(llama, structure, make_data(tokens), 9)
+        # torch may sum rows of a matrix of another height in another order: float32, nats of order 1
+        np.testing.assert_allclose(found.losses, whole.losses, atol=1e-6)
+        np.testing.assert_allclose(found.nats, whole.nats, rtol=1e-6)
+
+
+def test_divergence_has_a_gradient(make_llama, structure, tokens):
+    """Against a difference quotient in one weight; the model must not be at the dense point, where it vanishes."""
+    model = make_llama()
+    batch = torch.as_tensor(tokens[:2])
+    top = dense_top(model, tokens[:2], 16, predicted=16, batch_size=2)
+    weight = model.lm_head.weight
+    with torch.no_grad():
+        weight += 0.1 * torch.sin(torch.arange(weight.numel(), dtype=torch.float32)).view_as(weight)
+    weight.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(sequence_divergence(model, batch, 16, top).sum(), weight)
+    i, j = divmod(int(gradient.abs().argmax()), weight.shape[1])
+
+    def moved(step):
+        with torch.no_grad():
+            weight[i, j] += step
+            value = float(sequence_divergence(model, batch, 16, top).double().sum())
+            weight[i, j] -= step
+        return value
+
+    # float32 values of order 1 with a step of 1e-2: the quotient is good to about 1e-4 of the gradient's size
+    quotient = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    assert float(gradient[i, j]) == pytest.approx(quotient, rel=1e-2)
+    assert abs(quotient) > 0.01
+
+
+def test_divergence_in_two_calls_gives_the_same(llama, structure, tokens, make_data):
+    data = make_data(tokens)
+    whole = with_top(llama, structure, data, 16)
+    first = with_top(llama, structure, data, 16, until=4)
+    second = with_top(llama, structure, data, 16, before=first.losses)
+    np.testing.assert_allclose(second.losses, whole.losses, rtol=1e-15)
+    np.testing.assert_array_equal(second.nats, whole.nats[4:])  # of its own sequences only
+    assert second.nll_nats(first.nll_nats()) == pytest.approx(whole.nll_nats(), rel=1e-12)
+    with pytest.raises(ValueError, match="before: needed for the NLL of the 4 sequences of an earlier call, got None"):
+        second.nll_nats()
+
+
+def test_early_stopping_compares_divergences(llama, structure, tokens, make_data):
+    data = make_data(np.tile(tokens, (4, 1)))
+    norms = structure_norms(structure, "l2")
+    dense = histogram_pass(llama, structure, norms, tokens, None, batch_size=4, dense_prefix=1)[0]
+    top = dense_top(llama, data.tokens, 16, predicted=16, batch_size=4)
+    evaluator = ModelEvaluator(llama, structure, norms, data, dense, top=top)
+    full = evaluator.evaluate(np.full((3, 7), 0.5))
+    # NLL of order 4 against divergences of order 1: an incumbent of NLL would never stop anything
+    assert not evaluator.evaluate(np.full((3, 7), 0.7), full.nats).stopped_early
+    stopped = evaluator.evaluate(np.full((3, 7), 0.7), full.losses)
+    assert stopped.stopped_early
+    assert len(stopped.nats) == len(stopped.losses) < 40
+
+
+def test_refuses_a_top_of_other_sequences_or_beyond_the_vocabulary(llama, structure, tokens, make_data):
+    top = dense_top(llama, tokens[:8], 4, predicted=16, batch_size=4)
+    norms = structure_norms(structure, "l2")
+    with pytest.raises(ValueError, match="top: must be of 10 x 16 tokens, got 8 x 16"):
+        evaluate_thresholds(llama, structure, norms, make_data(tokens), None, top=top)
+    with pytest.raises(ConfigError, match="kl_top_k: must be at most the vocabulary, 61 tokens, got 62"):
+        dense_top(llama, tokens, 62, predicted=16, batch_size=4)
+
+
+def test_a_divergence_that_is_not_a_number_is_reported(make_llama, structure, tokens, make_data):
+    from was_search.structure import find_structure
+
+    model = make_llama()
+    top = dense_top(model, tokens, 8, predicted=16, batch_size=4)
+    model.lm_head.weight[3, 3] = float("nan")
+    norms = structure_norms(structure, "l2")
+    found = evaluate_thresholds(model, find_structure(model), norms, make_data(tokens), None, top=top)
+    assert np.isnan(found.loss_nats)

@@ -68,6 +68,15 @@ def test_losses_beyond_every_perplexity():
     traces(progress_figure([slot(0, 1, math.nan)]))
 
 
+def test_a_divergence_is_shown_as_it_is():
+    figure = progress_figure([slot(0, 1, 0.25), slot(1, 2, 0.2)], "kl")
+    found = traces(figure)
+    assert list(found["complete"].y) == [0.25, 0.2]
+    assert list(found["best"].y) == [0.25, 0.2]
+    assert figure.layout.yaxis.title.text == "KL to the dense model, nats per token"
+    assert progress_figure([]).layout.title.text == "Perplexity on the search split"
+
+
 def test_levels_of_the_best_beside_the_seeds():
     flat = np.full(4, 0.6)
     fisher = np.array([0.4, 0.8, 0.6, 0.6])

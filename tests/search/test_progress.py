@@ -26,7 +26,7 @@ class State:
 
 STATES = [
     State(),
-    State(finished=1, best=(slot := Slot(3, SlotState.COMPLETE, loss_nats=1.25)), current=slot),
+    State(finished=1, best=(slot := Slot(3, SlotState.COMPLETE, loss_nats=1.25, nll_nats=1.25)), current=slot),
     State(finished=4, stopped=1, failed=1, best=slot, current=Slot(7, SlotState.FAILED)),
 ]
 
@@ -77,6 +77,22 @@ def test_the_search_line(rich):
     assert "25 % stopped early, 1 failed" in text
 
 
+def test_the_search_line_of_a_divergence(rich):
+    """The perplexity is that of the text: exp of a divergence is none."""
+    best = Slot(3, SlotState.COMPLETE, loss_nats=0.25, nll_nats=1.25)
+    with rich.search("s", PROTOCOL, "kl") as show:
+        show(State(finished=1, best=best, current=best))
+    assert "best 0.2500 nats of KL (ppl 3.490, #3)" in shown(rich)
+
+
+def test_json_of_a_divergence(capsys):
+    best = Slot(3, SlotState.COMPLETE, loss_nats=0.25, nll_nats=1.25)
+    with JsonReporter().search("s", PROTOCOL, "kl") as show:
+        show(State(finished=1, best=best, current=best))
+    event = json.loads(capsys.readouterr().out)
+    assert (event["fitness"], event["best_loss_nats"], event["best_nll_nats"]) == ("kl", 0.25, 1.25)
+
+
 def test_a_search_that_shows_nothing(rich):
     with rich.search("s", PROTOCOL):
         pass
@@ -85,7 +101,7 @@ def test_a_search_that_shows_nothing(rich):
 
 def test_a_loss_beyond_every_perplexity(rich):
     with rich.search("s", PROTOCOL) as show:
-        show(replace(STATES[1], best=Slot(3, SlotState.COMPLETE, loss_nats=5000.0)))
+        show(replace(STATES[1], best=Slot(3, SlotState.COMPLETE, loss_nats=5000.0, nll_nats=5000.0)))
     assert "best 5000.0000 nats (ppl inf, #3)" in shown(rich)
 
 
@@ -121,9 +137,12 @@ def test_json_is_one_object_a_line(capsys):
         "total": 20,
         "stopped": 0,
         "failed": 0,
+        "fitness": "nll",
         "best_loss_nats": 1.25,
+        "best_nll_nats": 1.25,
         "slot": 3,
         "loss_nats": 1.25,
+        "nll_nats": 1.25,
     }
     assert (events[5]["state"], events[5]["detail"]) == ("cached", PROTOCOL)
     assert events[6]["text"] == "plan: /data/[/x]/plan :dog:"

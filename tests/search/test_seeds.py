@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from was_search.descent import HIGHEST, onto_budget
+from was_search.errors import InfeasibleError
 from was_search.greedy import block_path, spend
 from was_search.pricing import DEFAULT_GRID
-from was_search.seeds import baseline_seeds, fisher_seed, point_seed
+from was_search.seeds import baseline_seeds, fisher_seed, point_seed, retarget
 from was_search.shape import ModelShape
 from was_search.table import Table
 
@@ -69,3 +71,72 @@ def test_a_block_at_its_highest_needs_no_row_above():
 
 def test_without_a_greedy_table_its_seed_is_left_out():
     assert [seed.name for seed in baseline_seeds(SHAPE, 0.6, None)] == ["uniform"]
+
+
+@pytest.mark.parametrize("target", [0.05, 0.4])
+def test_a_vector_moved_down_meets_the_budget_and_keeps_differences(target):
+    found = fisher_seed(PRICES, DEFAULT_GRID, SHAPE, 0.5).sparsities
+    moved = retarget(found, SHAPE, target)
+    assert SHAPE.sparsity(moved) == pytest.approx(target, abs=1e-12)  # float64 sums
+    assert np.all((moved >= 0.0) & (moved <= HIGHEST))
+    inside = (moved > 0.0) & (moved < HIGHEST)
+    assert np.ptp((moved - found)[inside]) < 1e-12
+
+
+@pytest.mark.parametrize("target", [0.6, 0.9, 0.949])
+def test_a_vector_moved_up_meets_the_budget_and_keeps_ratios_of_what_is_kept(target):
+    found = fisher_seed(PRICES, DEFAULT_GRID, SHAPE, 0.5).sparsities
+    moved = retarget(found, SHAPE, target)
+    assert SHAPE.sparsity(moved) == pytest.approx(target, abs=1e-12)  # float64 sums
+    assert np.all((moved >= 0.0) & (moved <= HIGHEST))
+    if 1 - (1 - found.max()) * (1 - target) / 0.5 <= HIGHEST:  # no bound is met
+        np.testing.assert_allclose((1 - moved) / (1 - found), (1 - target) / 0.5, rtol=1e-12)
+    else:
+        inside = moved < HIGHEST
+        scaled = 1 - (1 - found) * (1 - target) / 0.5
+        assert np.ptp((moved - scaled)[inside]) < 1e-12  # what the bound cuts off is spread evenly
+
+
+def test_a_vector_moved_down_is_the_nearest_one():
+    """Against scipy's constrained least squares in the parameter-weighted norm."""
+    found = fisher_seed(PRICES, DEFAULT_GRID, SHAPE, 0.5).sparsities
+    weights = (SHAPE.params / SHAPE.params.sum()).ravel()
+    solved = minimize(
+        lambda s: float(weights @ (s - found.ravel()) ** 2),
+        np.full(found.size, 0.3),
+        jac=lambda s: 2 * weights * (s - found.ravel()),
+        bounds=[(0.0, HIGHEST)] * found.size,
+        constraints=[{"type": "eq", "fun": lambda s: weights @ s - 0.3, "jac": lambda s: weights}],
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    assert solved.success
+    # SLSQP ends where the objective moves by 1e-14: about 1e-6 in coordinates that weigh a hundredth
+    np.testing.assert_allclose(retarget(found, SHAPE, 0.3).ravel(), solved.x, atol=1e-5)
+
+
+def test_moving_to_where_it_is_changes_nothing():
+    found = fisher_seed(PRICES, DEFAULT_GRID, SHAPE, 0.5).sparsities
+    np.testing.assert_allclose(retarget(found, SHAPE, 0.5), found, atol=1e-13)
+
+
+def test_a_vector_of_another_shape_is_not_moved():
+    with pytest.raises(InfeasibleError, match=r"sparsities: shape must be \(3, 7\), got \(2, 7\)"):
+        retarget(np.zeros((2, 7)), SHAPE, 0.5)
+
+
+def test_a_seed_at_a_vector_lies_on_its_own_table():
+    seed = point_seed("warm", retarget(fisher_seed(PRICES, DEFAULT_GRID, SHAPE, 0.5).sparsities, SHAPE, 0.6), SHAPE)
+    check(seed, 0.6)
+    assert seed.table.name == "warm"
+    np.testing.assert_allclose(seed.table.max_levels, HIGHEST)
+    half = seed.table.sparsities(seed.levels / 2)
+    np.testing.assert_allclose(half, seed.sparsities / 2, atol=1e-12)
+
+
+def test_blocks_at_an_end_need_no_row_of_their_own():
+    sparsities = np.full((3, 7), 0.5)
+    sparsities[0], sparsities[2] = 0.0, HIGHEST
+    seed = point_seed("warm", sparsities, SHAPE)
+    assert [len(block.levels) for block in seed.table.blocks] == [2, 3, 2]
+    np.testing.assert_allclose(seed.table.sparsities(seed.levels), sparsities, atol=1e-12)

@@ -37,8 +37,8 @@ def test_names_with_dashes_and_underscores_are_the_same(toml):
 
 def test_the_monotone_baseline_has_a_space_of_its_own():
     with pytest.raises(ConfigError, match="space: must be levels with the sampler was-monotone, got 'full'"):
-        Settings(sampler="was-monotone", space="full")
-    assert Settings(sampler="was-monotone").space == "levels"
+        Settings(sampler="was-monotone", space="full", greedy_sequences=1)
+    assert Settings(sampler="was-monotone", greedy_sequences=1).space == "levels"
 
 
 def test_defaults():
@@ -70,6 +70,9 @@ def test_whole_numbers_are_numbers(toml):
         ("test_sequences", 0, "must be at least 1"),
         ("batch_size", 0, "must be at least 1"),
         ("max_attempts", 0, "must be at least 1"),
+        ("kl_top_k", 0, "must be at least 1"),
+        ("kl_top_k", 6.5, "must be a whole number"),
+        ("fitness", "mse", "must be one of nll, kl"),
         ("sequence_length", 1, "must be at least 2 tokens"),
         ("stride", -1, "must be in [0, sequence_length]"),
         ("stride", 2049, "must be in [0, sequence_length]"),
@@ -174,3 +177,53 @@ def test_the_monotone_baseline_needs_its_table():
     with pytest.raises(ConfigError, match="greedy_sequences: must be at least 1 with --sampler was-monotone, got 0"):
         Settings(sampler="was-monotone")
     assert Settings(sampler="was-monotone", greedy_sequences=2).sampler == "was-monotone"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("targets", "0.5,1", "targets: each must be above 0"),
+        ("max_ppl_increase", "5", "max_ppl_increase: must be a percentage"),
+    ],
+)
+def test_what_is_asked_for_is_checked(name, value, rule):
+    with pytest.raises(ConfigError, match=rule):
+        Settings(**{name: value})
+
+
+def test_what_is_asked_for_as_numbers():
+    assert Settings(targets="0.6,0.4").budgets == (0.4, 0.6)
+    assert Settings(max_ppl_increase="5%").increase_limit == 0.05
+    assert Settings().budgets == ()
+    assert Settings().increase_limit is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target": 0.5, "targets": "0.4,0.5"}, "targets: cannot be given together with target"),
+        ({"target": 0.5, "max_ppl_increase": "5%"}, "max_ppl_increase: cannot be given together with target"),
+        ({"targets": "0.4", "max_ppl_increase": "5%"}, "max_ppl_increase: cannot be given together with targets"),
+    ],
+)
+def test_one_question_at_a_time(given, message):
+    with pytest.raises(ConfigError, match="^" + re.escape(f"{message}; give one of them") + "$"):
+        load_settings(None, given)
+    if "target" not in given:
+        with pytest.raises(ConfigError, match=message):
+            Settings(**given)
+
+
+def test_a_flags_question_replaces_the_files(toml):
+    file = toml('targets = "0.4,0.5"\n')
+    assert load_settings(file, {}).budgets == (0.4, 0.5)
+    assert load_settings(file, {"target": 0.3}) == Settings(target=0.3)
+    assert load_settings(toml("target = 0.3"), {"max_ppl_increase": "5%"}).increase_limit == 0.05
+
+
+@pytest.mark.parametrize("given", [{"targets": "0.4,0.5"}, {"max_ppl_increase": "5%"}])
+def test_a_step_for_one_target(given):
+    Settings(target=0.5).require_one_target()
+    name = next(iter(given))
+    with pytest.raises(ConfigError, match=f"^{name}: only 'was-search run' takes it; give --target for one study$"):
+        Settings(**given).require_one_target()

@@ -38,6 +38,16 @@ def test_annotating_twice_writes_once(database: Database) -> None:
     assert get_note(study) == "short"
 
 
+def test_a_figure_without_a_note_leaves_the_note(database: Database) -> None:
+    storage = database.optuna_storage()
+    name = new_study(database).name
+    annotate(storage, name, note="kept", figures={})
+    annotate(storage, name, note=None, figures={"pareto": go.Figure()})
+    study = optuna.load_study(study_name=name, storage=storage)
+    assert get_note(study) == "kept"
+    assert any("pareto" in key for key in storage.get_study_system_attrs(study._study_id))
+
+
 def test_bad_annotations_are_refused(database: Database) -> None:
     storage = database.optuna_storage()
     with pytest.raises(StudyError, match="study 'nope' has no Optuna study"):

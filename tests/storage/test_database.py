@@ -85,6 +85,18 @@ def test_two_may_open_a_fresh_database_at_once(fresh_url: str) -> None:
     assert failures == []
 
 
+def test_losses_from_before_there_were_other_fitnesses_are_nll(fresh_url: str) -> None:
+    with Database.open(fresh_url) as database, database.begin() as connection:  # back to the first revision
+        connection.execute(text("ALTER TABLE was.slot DROP COLUMN nll_nats"))
+        connection.execute(text("UPDATE was.alembic_version SET version_num = '0001'"))
+        connection.execute(text("INSERT INTO was.study VALUES (1, 's', 1, '{}', '{}', '{}')"))
+        connection.execute(text("INSERT INTO was.slot (study_id, number, loss_nats) VALUES (1, 0, 2.5), (1, 1, NULL)"))
+    with Database.open(fresh_url) as database, database.begin() as connection:
+        assert migrations.revision(connection) == HEAD
+        rows = connection.execute(text("SELECT loss_nats, nll_nats FROM was.slot ORDER BY number")).all()
+    assert [tuple(row) for row in rows] == [(2.5, 2.5), (None, None)]
+
+
 def test_a_newer_schema_is_refused(fresh_url: str) -> None:
     with Database.open(fresh_url) as database, database.begin() as connection:
         connection.execute(text("UPDATE was.alembic_version SET version_num = '9999'"))

@@ -52,11 +52,12 @@ def test_a_slots_life(database: Database, session: CoordinatorSession) -> None:
     assert session.slots()[2].state is SlotState.RUNNING
     losses = np.array([2.0, 3.0, 4.0])
     assert session.finish(
-        2, 1, SlotState.COMPLETE, losses=losses, tokens=300, seconds=1.5, achieved=0.61, worker="node1:gpu0",
-        attrs={"ppl": 20.1},
+        2, 1, SlotState.COMPLETE, losses=losses, nll_nats=5.0, tokens=300, seconds=1.5, achieved=0.61,
+        worker="node1:gpu0", attrs={"ppl": 20.1},
     )  # fmt: skip
     slot = session.slots()[2]
     assert (slot.state, slot.attempt, slot.loss_nats, slot.tokens) == (SlotState.COMPLETE, 1, 3.0, 300)
+    assert slot.nll_nats == 5.0
     assert (slot.seconds, slot.achieved, slot.worker, slot.error) == (1.5, 0.61, "node1:gpu0", "")
     assert slot.losses is not None
     assert slot.levels is not None

@@ -33,6 +33,7 @@ class Book:
     def __init__(self, n: int) -> None:
         self.rows = [Slot(i, SlotState.WAITING) for i in range(n)]
         self.finishes: list[int] = []
+        self.attrs: dict[int, dict[str, Any]] = {}
 
     def slots(self) -> list[Slot]:
         return list(self.rows)
@@ -57,6 +58,7 @@ class Book:
         assert self.rows[number].state is SlotState.RUNNING
         assert self.rows[number].attempt == attempt
         self.finishes.append(number)
+        self.attrs[number] = dict(attrs or {})
         self._set(number, state=state, **result)
         return True
 
@@ -97,6 +99,12 @@ def evaluation(sparsities: np.ndarray, loss: float | None = None) -> Evaluation:
     """A bowl around 0.6: the uniform vector is best."""
     mean = float(np.square(sparsities - 0.6).sum()) + 2.0 if loss is None else loss
     return Evaluation(np.full(4, mean), 400, 0.01, False, sparsities)
+
+
+def divergence(sparsities: np.ndarray) -> Evaluation:
+    """Best where the NLL is worst."""
+    found = evaluation(sparsities)
+    return dataclasses.replace(found, losses=10.0 - found.losses, nats=found.losses)
 
 
 def seeds():
@@ -162,6 +170,31 @@ def test_every_slot_finishes_once_on_the_budget(run) -> None:
     for slot in slots:
         # exact by projection: float64 rounding only
         assert SHAPE.sparsity(slot.sparsities) == pytest.approx(0.6, abs=1e-12)
+
+
+def test_the_loss_is_the_fitness_and_perplexity_is_of_the_nll(run) -> None:
+    book = Book(12)
+    incumbents = []
+
+    def answer(call, s, incumbent):
+        incumbents.append(incumbent)
+        return divergence(s)
+
+    slots = run(book, answer)
+    for slot in slots:
+        assert slot.loss_nats == pytest.approx(10.0 - slot.nll_nats)
+        assert book.attrs[slot.number] == {
+            "perplexity": pytest.approx(np.exp(slot.nll_nats), abs=1e-5), "nll_nats": slot.nll_nats,
+        }  # fmt: skip
+    # the incumbent is the best by divergence, and its losses are divergences
+    seeds_best = min(s.loss_nats for s in slots[:3])
+    assert incumbents[3].mean() == pytest.approx(seeds_best)
+    assert incumbents[3].mean() > max(s.loss_nats for s in slots) - 10
+
+
+def test_the_nll_of_an_nll_search_is_its_loss(run) -> None:
+    slots = run(Book(6), lambda _, s, __: evaluation(s))
+    assert [s.nll_nats for s in slots] == [s.loss_nats for s in slots]
 
 
 def test_nan_fails_its_slot_and_the_search_goes_on(run) -> None:

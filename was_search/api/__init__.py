@@ -11,10 +11,13 @@ from was_search.api.doctor import doctor
 from was_search.api.evaluate import evaluate, evaluate_on_tasks
 from was_search.api.export import export
 from was_search.api.generate import generate
+from was_search.api.interpolate import interpolate, may_interpolate
+from was_search.api.max_increase import run_max_increase
 from was_search.api.run import run
 from was_search.api.search import search
 from was_search.api.seed import seed
 from was_search.api.studies import dashboard, status, studies
+from was_search.api.targets import run_targets
 
 __all__ = [
     "Context",
@@ -27,8 +30,12 @@ __all__ = [
     "evaluate_on_tasks",
     "export",
     "generate",
+    "interpolate",
+    "may_interpolate",
     "operating_point",
     "run",
+    "run_max_increase",
+    "run_targets",
     "search",
     "seed",
     "status",

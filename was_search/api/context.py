@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 import os
 from collections.abc import Callable
@@ -41,6 +43,17 @@ class Placement:
     dtype: str
 
 
+def _shared(open_it: Callable[[Context], T]) -> cached_property[T]:
+    """A property opened at the first asking by the root context, on which its siblings for other targets draw."""
+
+    def get(context: Context) -> T:
+        found: T = open_it(context) if context.root is context else getattr(context.root, open_it.__name__)
+        return found
+
+    get.__doc__ = open_it.__doc__
+    return cached_property(get)
+
+
 class Context:
     """Everything a step needs, opened lazily: what is cached starts no Ray and loads no model.
 
@@ -50,6 +63,7 @@ class Context:
     def __init__(self, settings: Settings, reporter: Reporter | None = None) -> None:
         self.settings = settings
         self.reporter = reporter or Reporter()
+        self.root = self
         self._stack = ExitStack()
         self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._results: dict[str, Any] = {}
@@ -63,28 +77,46 @@ class Context:
         self.close()
 
     def close(self) -> None:
-        self._stack.close()
+        if self.root is self:
+            self._stack.close()
 
-    @cached_property
+    def at(self, target: float, *, study: str = "", warm_start: str = "", plan: str = "") -> Context:
+        """A sibling for another target: the same database, workers, tokens and finished steps, another study.
+
+        What either of the two opens or finds, the other has too; closing a sibling closes nothing.
+        """
+        sibling = copy.copy(self)  # the dictionaries of tokens and of results are the same objects
+        sibling.settings = dataclasses.replace(
+            self.settings,
+            target=target,
+            targets="",
+            max_ppl_increase="",
+            study=study,
+            warm_start=warm_start,
+            plan=plan,
+        )
+        return sibling
+
+    @_shared
     def database(self) -> Database:
         from was_storage.database import Database
 
         return self._stack.enter_context(Database.open(self.settings.storage))
 
-    @cached_property
+    @_shared
     def cache(self) -> ArtifactCache:
         from was_storage.cache import ArtifactCache
 
         return ArtifactCache(self.database)
 
-    @cached_property
+    @_shared
     def source(self) -> ModelSource:
         from was_search.model import resolve_model
 
         self.settings.require("model")
         return resolve_model(self.settings.model, self.settings.revision)
 
-    @cached_property
+    @_shared
     def fingerprint(self) -> str:
         from platformdirs import user_cache_path
 
@@ -92,14 +124,14 @@ class Context:
 
         return fingerprint(self.source, user_cache_path("was-search"))
 
-    @cached_property
+    @_shared
     def cluster(self) -> Cluster:
         from was_workers.cluster import connect
 
         with self.reporter.phase("start Ray"):
             return self._stack.enter_context(connect(self.settings.ray, workers=self.settings.workers))
 
-    @cached_property
+    @_shared
     def placement(self) -> Placement:
         """Device and dtype of the workers, decided before any is started.
 
@@ -133,7 +165,7 @@ class Context:
         share = 0.0 if device == "cpu" else (1.0 if settings.gpus_per_worker <= 0 else settings.gpus_per_worker)
         return Placement(device, share, pick_dtype(settings.dtype, device))
 
-    @cached_property
+    @_shared
     def placement_here(self) -> Placement:
         """Device and dtype of the steps that run in this process, whatever a cluster has.
 
@@ -145,7 +177,7 @@ class Context:
         device = pick_device(self.settings.device)
         return Placement(device, 0.0, pick_dtype(self.settings.dtype, device))
 
-    @cached_property
+    @_shared
     def pool(self) -> Pool:
         """The workers; the first is ready when this returns."""
         from was_workers.pool import Pool

@@ -15,10 +15,12 @@ import numpy.typing as npt
 from was_search import __version__
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.search import SearchResult, report_study
 from was_search.errors import StudyError
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, content_hash, perplexity
+from was_search.report import gap_nats
 from was_search.shape import FloatArray
 from was_search.slots import Slot
 
@@ -45,9 +47,12 @@ class Figures:
     achieved: float
 
     def to_json(self, context: Context) -> dict[str, Any]:
+        nll = self.evaluation.nll_nats()
+        by_divergence = {} if self.evaluation.nats is None else {"kl_nats": self.evaluation.loss_nats}
         return {
-            "loss_nats": self.evaluation.loss_nats,
-            "perplexity": perplexity(self.evaluation.loss_nats),
+            **by_divergence,
+            "loss_nats": nll,
+            "perplexity": perplexity(nll),
             "achieved_sparsity": self.achieved,
             "tokens": self.evaluation.tokens,
             "protocol": context.tokens(self.split).protocol.to_json(),
@@ -56,11 +61,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Request:
-    """One evaluation: a candidate (None: the dense model) at its own operating point on a split."""
+    """One evaluation: a candidate (None: the dense model) at its own operating point on a split.
+
+    By NLL, or with ``by_fitness`` by the study's fitness, on the search split.
+    """
 
     name: str
     split: str
     point: OperatingPoint | None
+    by_fitness: bool = False
 
 
 def measure(context: Context, calibration: Calibration, requests: list[Request]) -> list[Figures]:
@@ -69,9 +78,17 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
     found = [_cached(context, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
-        calls = [("evaluate_thresholds", context.tokens(requests[i].split), _thresholds(requests[i])) for i in missing]
+        pool = context.pool  # before anything is put into Ray's memory: Ray would start one of its own
+        calls = [
+            (
+                "evaluate_thresholds",
+                context.tokens(requests[i].split),
+                _thresholds(requests[i]),
+                _top(context, requests[i]),
+            )
+            for i in missing
+        ]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
-        pool = context.pool
         with context.reporter.phase(f"evaluate {names}", len(calls)) as advance:
             for i, evaluation in zip(missing, pool.map(calls, done=advance), strict=True):
                 found[i] = evaluation
@@ -89,18 +106,36 @@ def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
     return None if request.point is None else request.point.thresholds
 
 
+def _by_divergence(context: Context, request: Request) -> bool:
+    return request.by_fitness and context.settings.fitness == "kl"
+
+
+def _top(context: Context, request: Request) -> Any:
+    """The dense top in Ray's shared memory, or None for the NLL."""
+    if not _by_divergence(context, request):
+        return None
+    import ray
+
+    return context.once("dense top, shared", lambda: ray.put(dense_top(context)))
+
+
 def _key(context: Context, request: Request) -> str:
     protocol = context.tokens(request.split).protocol
     settings, device = context.settings, context.placement.device
-    return content_hash("evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request))
+    parts = ["evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request)]
+    if _by_divergence(context, request):
+        parts.append(dense_top_key(context))
+    return content_hash(*parts)
 
 
 def _cached(context: Context, request: Request) -> Evaluation | None:
     found = context.cache.get("evaluation", _key(context, request))
     if found is None:
         return None
-    losses, achieved = unpack_array(found.payload), np.asarray(found.meta["achieved"], np.float64)
-    return Evaluation(losses, int(found.meta["tokens"]), float(found.meta["seconds"]), False, achieved)
+    losses, *nats = np.atleast_2d(unpack_array(found.payload))
+    achieved = np.asarray(found.meta["achieved"], np.float64)
+    tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
+    return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
 
 
 def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
@@ -109,14 +144,18 @@ def _remember(context: Context, request: Request, evaluation: Evaluation) -> Non
         "seconds": evaluation.seconds,
         "achieved": evaluation.achieved.tolist(),
     }
-    context.cache.put("evaluation", _key(context, request), pack_array(evaluation.losses), meta)
+    losses = evaluation.losses
+    if evaluation.nats is not None:
+        losses = np.stack([losses, evaluation.nats])
+        _remember(context, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())
+    context.cache.put("evaluation", _key(context, request), pack_array(losses), meta)
 
 
 def export(context: Context, result: SearchResult | None = None) -> Path:
     """Write the plan of the study's best vector; returns its folder.
 
-    The winner and the best seed are re-calibrated at their own points and compared on the search split at equal
-    achieved sparsity; the better one is exported, and the plan says which.
+    The winner and the best seed are re-calibrated at their own points and compared by the study's fitness on the
+    search split at equal achieved sparsity; the better one is exported, and the plan says which.
 
     Raises:
         StudyError: no such study, or none of its slots is complete.
@@ -133,7 +172,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         contenders += [Contender("fisher seed", s) for s in result.slots if s.origin == "seed:fisher"]
     points = [operating_point(context, calibration, c.sparsities, c.name) for c in contenders]
     on_search = measure(
-        context, calibration, [Request(c.name, "search", p) for c, p in zip(contenders, points, strict=True)]
+        context,
+        calibration,
+        [Request(c.name, "search", p, by_fitness=True) for c, p in zip(contenders, points, strict=True)],
     )
     winner = min(range(len(contenders)), key=lambda i: on_search[i].evaluation.loss_nats)
     chosen, point, figures = contenders[winner], points[winner], on_search[winner]
@@ -141,19 +182,51 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         context.reporter.note(
             f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
         )
+    plan = make_plan(
+        context,
+        calibration,
+        chosen.name,
+        chosen.sparsities,
+        point,
+        figures,
+        {
+            "study": result.study,
+            "slot": chosen.slot.number,
+            "origin": chosen.slot.origin,
+            "trial_loss_nats": chosen.slot.loss_nats,
+        },
+    )
+    folder = plan.save(context.default_plan_folder(result.study))
+    exported = {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved}
+    StudyStore(context.database).set_report(
+        result.study,
+        {
+            "exported": {**exported, "best_slot": best.number},
+            "metrics": plan.metrics,
+            "gap_nats": plan_gap_nats(plan),
+        },
+    )
+    report_study(context, result, calibration)
+    return folder
+
+
+def make_plan(
+    context: Context,
+    calibration: Calibration,
+    name: str,
+    sparsities: FloatArray,
+    point: OperatingPoint,
+    on_search: Figures,
+    origin: dict[str, Any],
+) -> Plan:
+    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
     test, dense_search, dense_test = measure(
         context,
         calibration,
-        [
-            Request(chosen.name, "test", point),
-            Request("dense", "search", None),
-            Request("dense", "test", None),
-        ],
+        [Request(name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
     )
     dense = {"search": dense_search.to_json(context), "test": dense_test.to_json(context)}
-    folder = context.default_plan_folder(result.study)
-    metrics = {"search": figures.to_json(context), "test": test.to_json(context), "dense": dense}
-    plan = Plan(
+    return Plan(
         model=context.source.display_name,
         revision=context.source.revision,
         fingerprint=context.fingerprint,
@@ -161,28 +234,23 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         score=context.settings.score,
         budget=context.settings.target,
         dense_prefix=context.settings.dense_prefix,
-        sparsities=chosen.sparsities,
+        sparsities=sparsities,
         thresholds=point.thresholds,
         norms=_norms(context, calibration),
         achieved={
             "calibration": calibration.shape.sparsity(point.achieved),
-            "search": figures.achieved,
+            "search": on_search.achieved,
             "test": test.achieved,
         },
-        metrics=metrics,
-        provenance=_provenance(context, result, chosen.slot, point),
+        metrics={"search": on_search.to_json(context), "test": test.to_json(context), "dense": dense},
+        provenance={**origin, **_provenance(context, point)},
     )
-    plan.save(folder)
-    store = StudyStore(context.database)
-    store.set_report(
-        result.study,
-        {
-            "exported": {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved},
-            "metrics": metrics,
-        },
-    )
-    report_study(context, result, calibration)
-    return folder
+
+
+def plan_gap_nats(plan: Plan) -> float:
+    """The gap between the splits (see :mod:`was_search.report`) of a plan's own figures."""
+    dense, search, test = plan.metrics["dense"], plan.metrics["search"], plan.metrics["test"]
+    return gap_nats(*(m["loss_nats"] for m in (search, dense["search"], test, dense["test"])))
 
 
 def stored_result(context: Context) -> SearchResult:
@@ -214,7 +282,7 @@ def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...],
     return tuple(tuple(next(parts) for _ in row) for row in shape.in_features)
 
 
-def _provenance(context: Context, result: SearchResult, slot: Slot, point: OperatingPoint) -> dict[str, Any]:
+def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
     settings = dataclasses.asdict(context.settings)
@@ -223,10 +291,6 @@ def _provenance(context: Context, result: SearchResult, slot: Slot, point: Opera
     if Path(context.settings.data).exists():
         settings["data"] = str(Path(context.settings.data).resolve())
     return {
-        "study": result.study,
-        "slot": slot.number,
-        "origin": slot.origin,
-        "trial_loss_nats": slot.loss_nats,
         "calibration_passes": point.passes,
         "calibration_protocol": context.tokens("calibration").protocol.to_json(),
         "settings": settings,

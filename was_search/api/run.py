@@ -7,21 +7,34 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.export import Figures, Request, export, measure
-from was_search.api.search import SearchResult, search
+from was_search.api.search import SearchResult, report_study, search
 from was_search.plan import Plan
 from was_search.protocol import perplexity
+from was_search.report import GAP_MEANING, gap_nats, interval_json
 from was_search.statistics import Interval, paired_interval
+
+SEED_ROW = "fisher seed"
+_ROW_NAMES = {"fisher": SEED_ROW, "warm": "warm seed"}
 
 
 @dataclass(frozen=True)
 class Row:
     """One method on the search and the test split, at its own operating point.
 
-    ``nominal`` is the parameter-weighted sparsity asked for; intervals are None where there is nothing to compare.
+    Attributes:
+        name: as tables show it.
+        nominal: the parameter-weighted sparsity asked for.
+        search: figures on the search split.
+        test: figures on the test split.
+        calibration_achieved: counted on the calibration split.
+        gap_nats: see :data:`was_search.report.GAP_MEANING`.
+        against_uniform: difference on the test split; None where there is nothing to compare.
+        against_seed: likewise, to the Fisher seed.
     """
 
     name: str
@@ -29,8 +42,21 @@ class Row:
     search: Figures
     test: Figures
     calibration_achieved: float
+    gap_nats: float
     against_uniform: Interval | None
-    against_above: Interval | None
+    against_seed: Interval | None
+
+    def to_json(self, context: Context) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "nominal_sparsity": self.nominal,
+            "achieved_on_calibration": self.calibration_achieved,
+            "search": self.search.to_json(context),
+            "test": self.test.to_json(context),
+            "gap_nats": self.gap_nats,
+            "test_against_uniform": interval_json(self.against_uniform),
+            "test_against_fisher_seed": interval_json(self.against_seed),
+        }
 
 
 @dataclass(frozen=True)
@@ -50,89 +76,84 @@ def run(context: Context) -> RunResult:
     folder = export(context, found)
     rows = compare(context, found, Plan.load(folder))
     show(context, rows)
-    context.reporter.result(
-        {
-            "study": found.study,
-            "plan": str(folder),
-            "rows": [
-                {
-                    "name": row.name,
-                    "nominal_sparsity": row.nominal,
-                    "search": row.search.to_json(context),
-                    "test": row.test.to_json(context),
-                    "test_against_uniform": vars(row.against_uniform) if row.against_uniform else None,
-                    "test_against_row_above": vars(row.against_above) if row.against_above else None,
-                }
-                for row in rows
-            ],
-        }
-    )
+    values = [row.to_json(context) for row in rows]
+    _remember(context, found, values)
+    context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
     return RunResult(found, folder, rows)
 
 
 def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
-    """Dense, the three seeds and the exported plan on the search and test splits.
+    """Dense, the seeds and the exported plan on the search and test splits.
 
     Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
     split and are compared at it.
     """
     calibration = calibrate(context)
-    vectors = {("fisher seed" if seed.name == "fisher" else seed.name): seed.sparsities for seed in found.seeds}
+    vectors = {_ROW_NAMES.get(seed.name, seed.name): seed.sparsities for seed in found.seeds}
     is_seed = plan.provenance["origin"].startswith("seed:")
-    vectors[f"best (slot {plan.provenance['slot']}{', a seed' if is_seed else ''})"] = plan.sparsities
+    vectors[f"best (slot {plan.provenance['slot']}{', seed' if is_seed else ''})"] = plan.sparsities
     points: dict[str, OperatingPoint | None] = {"dense": None}
     for name, sparsities in vectors.items():
         points[name] = operating_point(context, calibration, sparsities, name)
     requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
     figures = measure(context, calibration, requests)
-    rows: dict[str, Row] = {}
-    for i, (name, point) in enumerate(points.items()):
-        on_search, on_test = figures[2 * i : 2 * i + 2]
-        rows[name] = Row(
-            name,
-            0.0 if point is None else calibration.shape.sparsity(vectors[name]),
-            on_search,
-            on_test,
-            0.0 if point is None else calibration.shape.sparsity(point.achieved),
-            _interval(on_test, rows.get("uniform")),
-            _interval(on_test, list(rows.values())[-1] if rows else None),
+    rows: list[Row] = []
+    by_name = {name: figures[2 * i : 2 * i + 2] for i, name in enumerate(points)}
+    dense_search, dense_test = by_name["dense"]
+    for name, point in points.items():
+        on_search, on_test = by_name[name]
+        rows.append(
+            Row(
+                name,
+                0.0 if point is None else calibration.shape.sparsity(vectors[name]),
+                on_search,
+                on_test,
+                0.0 if point is None else calibration.shape.sparsity(point.achieved),
+                gap_nats(*(f.evaluation.loss_nats for f in (on_search, dense_search, on_test, dense_test))),
+                None if name in ("dense", "uniform") else _interval(on_test, by_name["uniform"][1]),
+                None if name in ("dense", SEED_ROW) else _interval(on_test, by_name[SEED_ROW][1]),
+            )
         )
-    return list(rows.values())
+    return rows
 
 
 def show(context: Context, rows: list[Row]) -> None:
     """Print the comparison with its protocols."""
     body = []
     for row in rows:
+        achieved = (row.calibration_achieved, row.search.achieved, row.test.achieved)
         body.append(
             [
                 row.name,
                 f"{100 * row.nominal:.2f}",
-                " ".join(f"{100 * v:.1f}" for v in (row.calibration_achieved, row.search.achieved, row.test.achieved)),
+                " ".join(f"{100 * v:.1f}" for v in achieved),
                 f"{row.search.evaluation.loss_nats:.4f}",
                 f"{row.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(row.test.evaluation.loss_nats):.3f}",
-                str(row.against_uniform or ""),
-                str(row.against_above or ""),
+                f"{row.gap_nats:+.4f}" if row.nominal else "",
+                _narrow(row.against_uniform),
+                _narrow(row.against_seed),
             ]
         )
     context.reporter.table(
         f"Results at a budget of {100 * context.settings.target:g} %",
         [
             "",
-            "nominal %",
-            "achieved % c/s/t",
-            "search nats",
-            "test nats",
-            "test ppl",
-            "test - uniform",
-            "test - row above",
+            "nomi-\nnal %",
+            "achieved %\nc/s/t",
+            "search\nnats",
+            "test\nnats",
+            "test\nppl",
+            "gap",
+            "test -\nuniform",
+            f"test -\n{SEED_ROW}",
         ],
         body,
         caption="\n".join(
             [
                 "nats per token; achieved sparsity on the calibration, search and test split",
                 "test - X: difference on the test split, paired by sequence, 95 % interval; negative is better",
+                GAP_MEANING,
                 *(
                     f"{split}: {context.tokens(split).protocol.describe()}"
                     for split in ("calibration", "search", "test")
@@ -142,10 +163,23 @@ def show(context: Context, rows: list[Row]) -> None:
     )
 
 
-def _interval(test: Figures, baseline: Row | None) -> Interval | None:
-    if baseline is None or len(test.evaluation.losses) < 2:
+def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]]) -> None:
+    """Add the comparison to the study's report and note."""
+    from was_storage.studies import StudyStore
+
+    store = StudyStore(context.database)
+    store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
+    report_study(context, found, calibrate(context))
+
+
+def _narrow(interval: Interval | None) -> str:
+    return "" if interval is None else str(interval).replace(" ", "")
+
+
+def _interval(test: Figures, baseline: Figures) -> Interval | None:
+    if len(test.evaluation.losses) < 2:
         return None
-    return paired_interval(test.evaluation.losses, baseline.test.evaluation.losses)
+    return paired_interval(test.evaluation.losses, baseline.evaluation.losses)
 
 
 def next_commands(context: Context, found: SearchResult, folder: Path) -> list[str]:

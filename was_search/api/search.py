@@ -16,8 +16,11 @@ import numpy as np
 
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
+from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.seed import seed
-from was_search.protocol import content_hash, perplexity
+from was_search.api.warm import warm_seeds
+from was_search.fitness import fitness_identity, fitness_words
+from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.slots import Slot, SlotState, best_slot
 
@@ -47,10 +50,14 @@ def search(context: Context) -> SearchResult:
 
     Raises:
         StudyError: the study exists with another model, target or data, or has a live coordinator.
+        ConfigError: ``kl_top_k`` is above the vocabulary.
     """
     from was_storage.studies import StudyStore
 
     settings = context.settings
+    settings.require_one_target()
+    check_fitness(context)
+    warm_seeds(context)  # refused before anything is calibrated
     calibration = calibrate(context)
     seeds = seed(context, calibration)
     name = study_name(context)
@@ -85,8 +92,9 @@ def search(context: Context) -> SearchResult:
             max_attempts=settings.max_attempts,
             descents=descent_plan(context),
         )
+        top = dense_top(context)
         pool = context.pool
-        with context.reporter.search(name, data.protocol.describe()) as show:
+        with context.reporter.search(name, data.protocol.describe(), settings.fitness) as show:
             loop = SearchLoop(
                 book,
                 pool,
@@ -96,6 +104,7 @@ def search(context: Context) -> SearchResult:
                 shape=calibration.shape,
                 seeds=seeds,
                 options=options,
+                top=top,
                 drain=drain,
                 progress=show,
             )
@@ -144,8 +153,10 @@ def identity(context: Context) -> dict[str, Any]:
             settings.descent_rounds,
             settings.descent_sequences,
         ],
+        **({"warm start": settings.warm_start} if settings.warm_start else {}),
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
+        **fitness_identity(settings.fitness, settings.kl_top_k),
     }
 
 
@@ -154,9 +165,13 @@ def study_name(context: Context) -> str:
     settings = context.settings
     if settings.study:
         return settings.study
-    model = re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
     digest = content_hash(identity(context))[:8]
-    return f"{model}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+    return f"{model_label(context)}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+
+
+def model_label(context: Context) -> str:
+    """The model's name as it may stand in a study's name and a folder's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
 
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
@@ -170,7 +185,7 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
     levels = {seed.name: seed.levels for seed in result.seeds}
     figures = {
         "levels": levels_figure(best.levels, levels, context.settings.target),
-        "progress": progress_figure(result.slots),
+        "progress": progress_figure(result.slots, context.settings.fitness),
     }
     annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
 
@@ -178,15 +193,27 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
 def _note(context: Context, result: SearchResult, best: Slot) -> str:
     import json
 
+    from was_search.report import note_lines
+    from was_storage.studies import StudyStore
+
     assert best.loss_nats is not None
+    exported = "\n".join(note_lines(StudyStore(context.database).get(result.study).report))
     settings = json.dumps(context.settings.to_json(), indent=2)
+    fitness, top_k = context.settings.fitness, context.settings.kl_top_k
+    objective = {
+        "nll": "The objective is the mean loss in nats per token",
+        "kl": (
+            "The objective is the divergence (KL) from the dense model's predictions in nats per token, over its "
+            f"likeliest {top_k} tokens and all others together; perplexity is of the text"
+        ),
+    }
     return (
         f"# {result.study}\n\n"
-        f"{_tally(result)}. Best: slot {best.number}, {best.loss_nats:.4f} nats per token "
-        f"(perplexity {perplexity(best.loss_nats):.3f}) on {context.tokens('search').protocol.describe()}; "
+        f"{_tally(result)}. Best: slot {best.number}, "
+        f"{fitness_words(fitness, best.loss_nats, best.nll_nats)}, on {context.tokens('search').protocol.describe()}; "
         f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
-        f"The objective is the mean loss in nats per token. Trials `PRUNED` were stopped early: their sequences "
-        f"showed that the best was better.\n\n## Settings\n\n```json\n{settings}\n```\n"
+        f"{objective[fitness]}. Trials `PRUNED` were stopped early: their sequences "
+        f"showed that the best was better.\n\n{exported}\n## Settings\n\n```json\n{settings}\n```\n"
     )
 
 

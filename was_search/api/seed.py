@@ -8,6 +8,7 @@ import numpy as np
 
 from was_search.api.calibrate import Calibration, calibrate
 from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
 from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
@@ -25,7 +26,9 @@ SEED_SEQUENCES = 16
 
 
 def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]:
-    """The study's seeds at the target: uniform, greedy-uniform if asked for, Fisher. All that is costly is cached.
+    """The study's seeds at the target: uniform, greedy-uniform if asked for, the warm start's if there is one, Fisher.
+
+    All that is costly is cached.
 
     The Fisher seed is the optimum of the dense model's prices, moved on by a short descent: at high sparsity
     prices no longer add up, slopes at the sparse point do.
@@ -33,13 +36,15 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
     from was_search.pricing import DEFAULT_GRID as GRID
 
     settings = context.settings
+    settings.require_one_target()
+    warm = warm_seeds(context)
     calibration = calibration or calibrate(context)
     shape = calibration.shape
     greedy = greedy_table(context, calibration) if settings.greedy_sequences else None
     fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, shape, settings.target)
     if settings.seed_rounds:
         fisher = point_seed("fisher", seed_descent(context, calibration, fisher.sparsities), shape)
-    return [*baseline_seeds(shape, settings.target, greedy), fisher]
+    return [*baseline_seeds(shape, settings.target, greedy), *warm, fisher]
 
 
 def seed_descent(context: Context, calibration: Calibration, start: FloatArray) -> FloatArray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
-from was_search.protocol import EvaluationProtocol, perplexity
-from was_search.slots import SlotState
+from was_search.fitness import fitness_of, fitness_words
+from was_search.protocol import EvaluationProtocol
+from was_search.slots import SlotState, best_slot
 
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
@@ -25,11 +26,12 @@ def studies(context: Context) -> list[StudyRecord]:
                 record.name,
                 f"{100 * float(record.identity.get('target', 0)):g} %",
                 f"{done}/{record.n_slots}",
+                fitness_of(record.identity),
                 "" if record.best_loss_nats is None else f"{record.best_loss_nats:.4f}",
                 f"{record.created_at:%Y-%m-%d %H:%M}",
             ]
         )
-    columns = ["study", "target", "trials", "best nats (search split)", "created"]
+    columns = ["study", "target", "trials", "fitness", "best nats (search split)", "created"]
     context.reporter.table(f"Studies in {context.database.display_url}", columns, rows)
     context.reporter.result({"studies": [_summary(record) for record in found]})
     return found
@@ -53,15 +55,17 @@ def status(context: Context, name: str = "") -> StudyRecord | None:
         name = max(found, key=lambda record: record.created_at).name
     record = store.get(name)
     counts = ", ".join(f"{record.counts.get(state, 0)} {state.value}" for state in SlotState)
+    fitness, slot = fitness_of(record.identity), best_slot(store.slots(name))
     best = (
         "no complete trial yet"
-        if record.best_loss_nats is None
-        else f"{record.best_loss_nats:.4f} nats per token, perplexity {perplexity(record.best_loss_nats):.3f}"
+        if slot is None or slot.loss_nats is None
+        else fitness_words(fitness, slot.loss_nats, slot.nll_nats)
     )
     rows = [
         ["study", record.name],
         ["trials", f"{record.n_slots}: {counts}"],
         ["target", f"{100 * float(record.identity.get('target', 0)):g} % of the seven projections' weights"],
+        ["fitness", str(record.identity.get("fitness", fitness))],
         ["best", best],
         [
             "on",
@@ -96,6 +100,7 @@ def _summary(record: StudyRecord) -> dict[str, object]:
         "study": record.name,
         "n_slots": record.n_slots,
         "counts": {state.value: n for state, n in record.counts.items()},
+        "fitness": fitness_of(record.identity),
         "best_loss_nats": record.best_loss_nats,
         "identity": record.identity,
         "report": record.report,

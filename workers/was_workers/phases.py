@@ -1,4 +1,4 @@
-"""Calibration, pricing and the greedy baseline, spread over the workers of a pool.
+"""Calibration, pricing, the greedy baseline and the dense model's predictions, spread over the workers of a pool.
 
 Shards are cut at whole batches, so the batches, and with them every rounding, are the same whatever the number
 of workers; counts and sums are merged in the order of the shards.
@@ -15,6 +15,7 @@ import ray
 
 from was_search.calibration import PassRunner
 from was_search.descent import DescentOptions
+from was_search.divergence import DenseTop, concatenate
 from was_search.histogram import Histograms
 from was_search.protocol import TokenSet
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
@@ -127,3 +128,20 @@ def greedy_table(
         done=advance,
     )
     return Table("greedy", tuple(blocks))
+
+
+def dense_top(pool: Pool, data: TokenSet, k: int, *, advance: Advance = lambda: None) -> DenseTop:
+    """The dense model's top ``k`` at every predicted token of ``data``.
+
+    Raises:
+        ConfigError: the vocabulary has fewer than ``k`` tokens.
+    """
+    protocol = data.protocol
+    found = pool.map(
+        [
+            ("dense_top", part, k, protocol.predicted_per_sequence, protocol.batch_size)
+            for part in shards(data.tokens, protocol.batch_size, 4 * pool.n_workers)
+        ],
+        done=advance,
+    )
+    return concatenate(found)

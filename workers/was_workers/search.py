@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from was_search.divergence import DenseTop
 from was_search.errors import InfeasibleError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
@@ -78,6 +79,7 @@ class SearchLoop:
         shape: the model's.
         seeds: in the order of the first slots.
         options: see there.
+        top: the dense model's top of ``data``, which makes the divergence from it the fitness; None for the NLL.
         drain: once set, nothing more is handed out and the loop ends with the calls in flight.
         progress: called after every finished slot.
     """
@@ -93,12 +95,14 @@ class SearchLoop:
         shape: ModelShape,
         seeds: list[Seed],
         options: SearchOptions,
+        top: DenseTop | None = None,
         drain: threading.Event,
         progress: Callable[[SearchProgress], None] = lambda _: None,
     ) -> None:
         self._book = durable(book)
         self._pool = pool
         self._data = ray.put(data)
+        self._top = None if top is None else ray.put(top)
         self._histograms = ray.put(histograms)
         self._key = key
         self._shape = shape
@@ -173,6 +177,7 @@ class SearchLoop:
                 self._histograms,
                 slot.sparsities,
                 incumbent,
+                self._top,
                 deadline_seconds=self._options.trial_timeout,
             )
             self._flight[ticket] = (number, attempt, time.monotonic())
@@ -327,16 +332,19 @@ class SearchLoop:
                 f"the loss is {loss}, not a finite number",
             )
             return
+        nll = evaluation.nll_nats(self._slots[number].nll_nats)
         state = SlotState.STOPPED if evaluation.stopped_early else SlotState.COMPLETE
         result: dict[str, Any] = {
             "losses": evaluation.losses,
             "loss_nats": loss,
+            "nll_nats": nll,
             "tokens": evaluation.tokens,
             "seconds": evaluation.seconds,
             "achieved": self._shape.sparsity(evaluation.achieved),
             "worker": outcome.worker,
         }
-        self._book.finish(number, attempt, state, attrs={"perplexity": round(perplexity(loss), 5)}, **result)
+        attrs = {"perplexity": round(perplexity(nll), 5), "nll_nats": nll}
+        self._book.finish(number, attempt, state, attrs=attrs, **result)
         self._done(number, state, result)
 
     def _fail(self, number: int, attempt: int, worker: str, seconds: float, error: str) -> None:

@@ -43,6 +43,7 @@ class SlotBook(Protocol):
         *,
         losses: FloatArray | None = None,
         loss_nats: float | None = None,
+        nll_nats: float | None = None,
         tokens: int = 0,
         seconds: float = 0.0,
         achieved: float | None = None,

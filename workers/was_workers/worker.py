@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search import __version__
+from was_search.divergence import DenseTop
 from was_search.errors import DeviceLostError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet
@@ -195,6 +196,13 @@ class Worker:
             )
             return block_path(error, loaded.structure.shape.params[block], step=step)
 
+    def dense_top(self, tokens: IntArray, k: int, predicted: int, batch_size: int) -> DenseTop:
+        """See :func:`was_search.evaluation.dense_top`."""
+        from was_search.evaluation import dense_top
+
+        with _transient_memory():
+            return dense_top(self._model().model, tokens, k, predicted=predicted, batch_size=batch_size)
+
     def evaluate(
         self,
         data: TokenSet,
@@ -202,8 +210,12 @@ class Worker:
         histograms: Histograms,
         sparsities: FloatArray,
         incumbent_losses: FloatArray | None,
+        top: DenseTop | None = None,
     ) -> Evaluation:
-        """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once."""
+        """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once.
+
+        The fitness is the NLL, or with ``top`` the divergence from the dense model.
+        """
         from was_search.evaluation import ModelEvaluator
 
         loaded = self._model()
@@ -217,18 +229,21 @@ class Worker:
             self._histograms[1],
             mask_op=loaded.mask_op,
             significance=self._spec.significance,
+            top=top,
         )
         with _transient_memory():
             return evaluator.evaluate(sparsities, incumbent_losses)
 
-    def evaluate_thresholds(self, data: TokenSet, thresholds: npt.NDArray[np.float32] | None) -> Evaluation:
-        """Evaluate given thresholds, or the dense model for None."""
+    def evaluate_thresholds(
+        self, data: TokenSet, thresholds: npt.NDArray[np.float32] | None, top: DenseTop | None = None
+    ) -> Evaluation:
+        """Evaluate given thresholds, or the dense model for None; by divergence if there is a ``top``."""
         from was_search.evaluation import evaluate_thresholds
 
         loaded = self._model()
         with _transient_memory():
             return evaluate_thresholds(
-                loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.mask_op
+                loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.mask_op, top=top
             )
 
     def peak_bytes(self) -> int:

@@ -1,0 +1,207 @@
+"""A plan between two studies: their winners interpolated onto a target that was not searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from was_search.api.calibrate import calibrate, operating_point
+from was_search.api.context import Context
+from was_search.api.export import Request, make_plan, measure, plan_gap_nats
+from was_search.api.search import identity, model_label, study_name
+from was_search.api.warm import winner
+from was_search.descent import onto_budget
+from was_search.errors import StudyError
+from was_search.plan import Plan
+from was_search.protocol import content_hash
+from was_search.report import increase
+from was_search.shape import FloatArray, ModelShape
+from was_search.slots import Slot
+
+if TYPE_CHECKING:
+    from was_storage.studies import StudyRecord
+
+SHARED = ("model", "score", "fitness", "search data", "calibration data")
+"""What studies must share for a vector between theirs to mean something, and for their losses to be compared."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A study's winner."""
+
+    study: str
+    target: float
+    slot: Slot
+
+    @property
+    def sparsities(self) -> FloatArray:
+        assert self.slot.sparsities is not None
+        return self.slot.sparsities
+
+    def to_json(self) -> dict[str, Any]:
+        return {"study": self.study, "target": self.target, "slot": self.slot.number}
+
+
+def may_interpolate(context: Context) -> bool:
+    """Whether the settings' own study does not exist, none other of their target does, and two neighbours do.
+
+    Raises:
+        StudyError: another study has this target: interpolating past it silently would not be what is wanted.
+    """
+    from was_storage.studies import StudyStore
+
+    context.settings.require_one_target()
+    if context.settings.study:
+        return False
+    records = StudyStore(context.database).list()
+    if study_name(context) in {record.name for record in records}:
+        return False
+    mine = _plain_identity(context)
+    same = [
+        f"{record.name} (other: {', '.join(k for k in {**record.identity, **mine} if _differs(record, mine, k))})"
+        for record in _alike(context)
+        if not _differs(record, mine, "target")
+    ]
+    if same:
+        raise StudyError(
+            f"study {study_name(context)!r} does not exist, but studies of this target made with other options do: "
+            f"{'; '.join(same)}; give the same options, or --interpolate to pass them by"
+        )
+    return None not in _neighbours(context)
+
+
+def interpolate(context: Context) -> Path:
+    """Write a plan between the winners of the nearest studies below and above the target; returns its folder.
+
+    Per projection a straight line between the two, put exactly on the budget; thresholds are re-taken at the plan's
+    own point, and it is evaluated on the search and test splits. Nothing is searched, and the plan says so.
+
+    Raises:
+        StudyError: there is no study on one of the two sides.
+    """
+    context.settings.require_one_target()
+    target = context.settings.target
+    below, above = _neighbours(context)
+    if below is None or above is None:
+        raise StudyError(_one_sided(context, below, above))
+    calibration = calibrate(context)
+    shape = calibration.shape
+    sparsities = between(below, above, shape, target)
+    name = f"interpolated at {100 * target:g} %"
+    point = operating_point(context, calibration, sparsities, name)
+    (on_search,) = measure(context, calibration, [Request(name, "search", point)])
+    share = (target - below.target) / (above.target - below.target)
+    origin = {
+        "study": f"between {below.study} and {above.study}",
+        "slot": None,
+        "origin": "interpolated",
+        "searched": False,
+        "interpolated": {"below": below.to_json(), "above": above.to_json(), "share_of_above": share},
+    }
+    plan = make_plan(context, calibration, name, sparsities, point, on_search, origin)
+    digest = content_hash(below.to_json(), above.to_json(), sparsities)[:8]
+    label = f"{model_label(context)}-{round(100 * target, 2):g}-interpolated-{digest}"
+    folder = plan.save(context.default_plan_folder(label))
+    _say(context, plan, below, above, folder)
+    return folder
+
+
+def between(below: Neighbour, above: Neighbour, shape: ModelShape, target: float) -> FloatArray:
+    """Sparsities [L, 7] on the straight line between two winners at ``target``, exactly on the budget."""
+    share = (target - below.target) / (above.target - below.target)
+    line: FloatArray = (1.0 - share) * below.sparsities + share * above.sparsities
+    return onto_budget(line, shape, target)
+
+
+def _alike(context: Context) -> list[StudyRecord]:
+    from was_storage.studies import StudyStore
+
+    mine = _plain_identity(context)
+    return [
+        record
+        for record in StudyStore(context.database).list()
+        if not any(_differs(record, mine, key) for key in SHARED)
+    ]
+
+
+def _differs(record: StudyRecord, mine: dict[str, Any], key: str) -> bool:
+    return bool(record.identity.get(key) != mine.get(key))
+
+
+def _plain_identity(context: Context) -> dict[str, Any]:
+    from was_storage.plain import plain
+
+    found: dict[str, Any] = plain(identity(context))
+    return found
+
+
+def _neighbours(context: Context) -> tuple[Neighbour | None, Neighbour | None]:
+    """The nearest studies with a complete trial below and above the target; of several at one target the best."""
+    from was_storage.studies import StudyStore
+
+    store = StudyStore(context.database)
+    target = context.settings.target
+    records = [record for record in _alike(context) if record.best_loss_nats is not None]
+    records.sort(key=lambda r: (abs(_target(r) - target), r.best_loss_nats))
+    found: list[Neighbour | None] = []
+    for side in (-1, 1):
+        nearest = next((r for r in records if side * (_target(r) - target) > 0), None)
+        slot = None if nearest is None else winner(nearest, store.slots(nearest.name))
+        found.append(None if nearest is None or slot is None else Neighbour(nearest.name, _target(nearest), slot))
+    return found[0], found[1]
+
+
+def _target(record: StudyRecord) -> float:
+    return float(record.identity["target"])
+
+
+def _one_sided(context: Context, below: Neighbour | None, above: Neighbour | None) -> str:
+    target = f"{100 * context.settings.target:g} %"
+    missing = " or ".join(side for side, found in (("below", below), ("above", above)) if found is None)
+    there = below or above
+    has = f"there is {there.study} at {100 * there.target:g} %" if there else "there is none of any target"
+    return (
+        f"interpolate: no study of this model, data and score {missing} {target} has a complete trial ({has}); "
+        f"run 'was-search run' with a --target {missing} {target}, or search this one with "
+        f"--target {context.settings.target:g}"
+    )
+
+
+def _say(context: Context, plan: Plan, below: Neighbour, above: Neighbour, folder: Path) -> None:
+    metrics, dense = plan.metrics, plan.metrics["dense"]
+    rows = []
+    for name, figures in (("dense", dense), ("interpolated", metrics)):
+        more = increase(figures["test"]["loss_nats"], dense["test"]["loss_nats"])
+        sparse = name != "dense"
+        rows.append(
+            [
+                name,
+                f"{100 * plan.budget:.2f}" if sparse else "0.00",
+                " ".join(f"{100 * (plan.achieved[s] if sparse else 0.0):.1f}" for s in plan.achieved),
+                f"{figures['search']['loss_nats']:.4f}",
+                f"{figures['test']['loss_nats']:.4f}",
+                f"{figures['test']['perplexity']:.3f}",
+                f"{100 * more:+.2f} %" if sparse else "",
+            ]
+        )
+    context.reporter.table(
+        "Interpolated, not searched",
+        ["", "nomi-\nnal %", "achieved %\nc/s/t", "search\nnats", "test\nnats", "test\nppl", "test ppl\nover dense"],
+        rows,
+        caption="\n".join(context.tokens(split).protocol.describe() for split in ("search", "test")),
+    )
+    context.reporter.note(
+        f"interpolated between {below.study} ({100 * below.target:g} %, slot {below.slot.number}) and "
+        f"{above.study} ({100 * above.target:g} %, slot {above.slot.number}), not searched"
+    )
+    context.reporter.result(
+        {
+            "interpolated": plan.provenance["interpolated"],
+            "searched": False,
+            "metrics": metrics,
+            "achieved": plan.achieved,
+            "gap_nats": plan_gap_nats(plan),
+            "plan": str(folder),
+        }
+    )
