@@ -213,17 +213,29 @@ def calibrate(call: Call) -> None:
 
 @_command(MODEL, CALIBRATE, SEED, CLUSTER, STORAGE)
 def seed(call: Call) -> None:
-    """Make the greedy table and the Fisher-priced seed vector."""
+    """Make the seed vectors and show what each projection costs."""
     from was_search import api
+    from was_search.shape import PROJECTIONS
 
     def step(context: Any) -> None:
         seeds = api.seed(context)
         rows = [[seed.name, *(f"{100 * level:.0f}" for level in seed.levels)] for seed in seeds]
         columns = ["seed", *(str(b) for b in range(len(seeds[0].levels)))]
         context.reporter.table("Levels by block, %", columns, rows)
-        context.reporter.result(
-            {seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()} for seed in seeds}
+        costs = api.sensitivity(context, api.calibrate(context))
+        context.reporter.table(
+            f"Price of dropping {100 * context.settings.target:g} % of a projection's inputs, and what the seed drops",
+            ["block", *PROJECTIONS],
+            [
+                [str(b), *(f"{1e3 * c:.3g} ({100 * s:.0f} %)" for c, s in zip(cost, row, strict=True))]
+                for b, (cost, row) in enumerate(zip(costs, seeds[-1].sparsities, strict=True))
+            ],
+            caption="Fisher price alone, millinats per token for 1 % of all projections' weights; in brackets the seed's",
         )
+        found: dict[str, Any] = {
+            seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()} for seed in seeds
+        }
+        context.reporter.result({**found, "sensitivity": costs.tolist()})
 
     call.run(step)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from was_search.fitness import FitnessName
 from was_search.protocol import perplexity
-from was_search.shape import FloatArray
+from was_search.shape import PROJECTIONS, FloatArray
 from was_search.slots import Slot, SlotState
 
 _COLOURS = {"uniform": "#999999", "greedy-uniform": "#c9a227", "fisher": "#2a6fbb", "best": "#c0392b"}
@@ -36,6 +36,35 @@ def levels_figure(best: FloatArray, seeds: dict[str, FloatArray], target: float)
         title=f"Levels at a budget of {100 * target:g} %",
         xaxis_title="block",
         yaxis_title="level (sparsity of the block)",
+        template="plotly_white",
+    )
+    return figure
+
+
+def sensitivity_figure(sensitivity: FloatArray, sparsities: FloatArray, target: float) -> Any:
+    """Heat map of what each projection costs [L, 7], millinats per percent of weights; a plotly Figure.
+
+    Hovering shows the sparsity [L, 7] that the best vector gives the projection.
+    """
+    import plotly.graph_objects as go
+
+    cost = 1e3 * sensitivity.T
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.round(np.log10(np.maximum(cost, 1e-12)), 3),
+            x=list(range(cost.shape[1])),
+            y=list(PROJECTIONS),
+            customdata=np.dstack([np.round(cost, 4), np.round(100 * sparsities.T, 1)]),
+            hovertemplate="block %{x}, %{y}<br>%{customdata[0]} millinats per 1 %<br>best: %{customdata[1]} % dropped"
+            "<extra></extra>",
+            colorscale="Viridis",
+            colorbar={"title": "log10 of millinats<br>per 1 % of weights"},
+        )
+    )
+    figure.update_layout(
+        title=f"Price of dropping {100 * target:g} % of one projection's inputs (Fisher, dense model)",
+        xaxis_title="block",
+        yaxis={"autorange": "reversed"},
         template="plotly_white",
     )
     return figure

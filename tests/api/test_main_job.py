@@ -15,7 +15,7 @@ import torch
 
 from tests.workers.small_run import assert_each_finished_once, environment, small_settings
 from was_kernels import sparsify
-from was_search.api import Context, evaluate, evaluate_on_tasks, export, run, search
+from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, export, run, search, sensitivity
 from was_search.api.demo import DEMO_FOLDER
 from was_search.api.search import study_name
 from was_search.cli import _load_plan
@@ -102,6 +102,17 @@ def test_the_sparse_runtimes_logits_match_the_masked_reference(made) -> None:
     # float32; products are summed in another order, and logits are of order 10
     torch.testing.assert_close(prefill, expected, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(torch.stack(steps, 1), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_sensitivity_is_read_from_the_cached_prices(made) -> None:
+    settings, _ = made
+    with Context(settings) as context:
+        costs = sensitivity(context, calibrate(context))
+        assert "pool" not in vars(context)
+    assert costs.shape == (12, 7)
+    assert costs.min() > 0.0  # a square, and 60 % of any input matters on some token
+    # q, k, v and o together cost less per weight than gate, up and down on this checkpoint.
+    assert costs[:, :4].mean() < costs[:, 4:].mean()
 
 
 def test_a_second_run_is_read_from_the_cache(made) -> None:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 import numpy as np
 import pytest
 
-from was_search.plots import levels_figure, progress_figure
+from was_search.plots import levels_figure, progress_figure, sensitivity_figure
 from was_search.slots import Slot, SlotState
 
 START = datetime(2025, 1, 1)
@@ -86,3 +86,13 @@ def test_levels_of_the_best_beside_the_seeds():
     np.testing.assert_allclose(found["best"].y, fisher + 0.01)
     np.testing.assert_allclose(found["fisher seed"].y, fisher)
     assert "60 %" in figure.layout.title.text
+
+
+def test_sensitivity_is_shown_by_block_and_projection():
+    costs = np.arange(1.0, 22.0).reshape(3, 7) * 1e-4
+    sparsities = np.linspace(0.2, 0.8, 21).reshape(3, 7)
+    (heat,) = sensitivity_figure(costs, sparsities, 0.6).data
+    assert list(heat.y) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert list(heat.x) == [0, 1, 2]
+    np.testing.assert_allclose(heat.z, np.log10(1e3 * costs.T), atol=5e-4)  # rounded to three digits
+    np.testing.assert_allclose(heat.customdata[..., 1], 100 * sparsities.T, atol=0.05)

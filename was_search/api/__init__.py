@@ -15,7 +15,7 @@ from was_search.api.interpolate import interpolate, may_interpolate
 from was_search.api.max_increase import run_max_increase
 from was_search.api.run import run
 from was_search.api.search import search
-from was_search.api.seed import seed
+from was_search.api.seed import seed, sensitivity
 from was_search.api.studies import dashboard, status, studies
 from was_search.api.targets import run_targets
 
@@ -38,6 +38,7 @@ __all__ = [
     "run_targets",
     "search",
     "seed",
+    "sensitivity",
     "status",
     "studies",
 ]

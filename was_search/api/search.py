@@ -17,7 +17,7 @@ import numpy as np
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
-from was_search.api.seed import seed
+from was_search.api.seed import seed, sensitivity
 from was_search.api.warm import warm_seeds
 from was_search.fitness import fitness_identity, fitness_words
 from was_search.protocol import content_hash
@@ -176,14 +176,15 @@ def model_label(context: Context) -> str:
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
     """Write the note and the two plots that optuna-dashboard shows."""
-    from was_search.plots import levels_figure, progress_figure
+    from was_search.plots import levels_figure, progress_figure, sensitivity_figure
     from was_storage.dashboard import annotate
 
     best = result.best
-    if best is None or best.levels is None:
+    if best is None or best.levels is None or best.sparsities is None:
         return
     levels = {seed.name: seed.levels for seed in result.seeds}
     figures = {
+        "sensitivity": sensitivity_figure(sensitivity(context, calibration), best.sparsities, context.settings.target),
         "levels": levels_figure(best.levels, levels, context.settings.target),
         "progress": progress_figure(result.slots, context.settings.fitness),
     }

@@ -81,9 +81,15 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
 
 def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) -> FloatArray:
     """Prices [L, 7, G] in nats per token on the dense model; one backward pass."""
-    started = time.perf_counter()
     data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
     key = content_hash("prices", 4, calibration.key, data.protocol, grid)
+    return context.once(key, lambda: _fisher_prices(context, calibration, grid, data, key))
+
+
+def _fisher_prices(
+    context: Context, calibration: Calibration, grid: FloatArray, data: TokenSet, key: str
+) -> FloatArray:
+    started = time.perf_counter()
     found = context.cache.get("prices", key)
     if found is not None:
         context.reporter.cached("price (Fisher)", data.protocol.brief(), time.perf_counter() - started)
@@ -97,6 +103,20 @@ def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) 
         prices = phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
     context.cache.put("prices", key, pack_array(prices))
     return prices
+
+
+def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
+    """What dropping the target's share of each projection's inputs costs alone, from the dense model's prices.
+
+    Returns [L, 7], nats per token for one percent of all projections' weights dropped.
+    """
+    from was_search.pricing import DEFAULT_GRID as GRID
+
+    shape, target = calibration.shape, context.settings.target
+    prices = fisher_prices(context, calibration, GRID)
+    at_target = np.apply_along_axis(lambda curve: np.interp(target, GRID, curve), -1, prices)
+    percent_dropped = 100.0 * target * shape.params / shape.params.sum()
+    return np.asarray(at_target / percent_dropped, np.float64)
 
 
 def greedy_table(context: Context, calibration: Calibration) -> Table:
