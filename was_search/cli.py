@@ -230,7 +230,7 @@ def seed(call: Call) -> None:
                 [str(b), *(f"{1e3 * c:.3g} ({100 * s:.0f} %)" for c, s in zip(cost, row, strict=True))]
                 for b, (cost, row) in enumerate(zip(costs, seeds[-1].sparsities, strict=True))
             ],
-            caption="Fisher price alone, millinats per token for 1 % of all projections' weights; in brackets the seed's",
+            caption="Fisher price, millinats per token for 1 % of all projections' weights; in brackets the seed's",
         )
         found: dict[str, Any] = {
             seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()} for seed in seeds
