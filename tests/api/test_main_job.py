@@ -111,8 +111,8 @@ def test_sensitivity_is_read_from_the_cached_prices(made) -> None:
         assert "pool" not in vars(context)
     assert costs.shape == (12, 7)
     assert costs.min() > 0.0  # a square, and 60 % of any input matters on some token
-    # q, k, v and o together cost less per weight than gate, up and down on this checkpoint.
-    assert costs[:, :4].mean() < costs[:, 4:].mean()
+    # By far on this checkpoint: keys are read by every later token, and down's inputs are mostly near zero.
+    assert costs[:, 6].mean() < 0.2 * costs[:, 1].mean()
 
 
 def test_a_second_run_is_read_from_the_cache(made) -> None:
