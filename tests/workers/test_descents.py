@@ -71,7 +71,7 @@ class Pool:
 def run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray, "put", lambda value: value)
 
-    def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None):
+    def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None):
         plan = DescentPlan(epochs, chains, DescentOptions(rounds=12), 4, DATA)
         options = SearchOptions(
             target=0.6,
@@ -93,6 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
             seeds=seeds(),
             options=options,
             drain=drain or threading.Event(),
+            progress=progress,
         )
         return loop.run()
 
@@ -171,3 +172,12 @@ def test_with_few_slots_the_mean_comes_first(run):
 def test_one_chain_has_no_mean(run):
     slots = run(Book(5), Pool(), epochs=1, chains=1)
     assert [slot.origin for slot in slots[3:]] == ["descent:0:0", "sampler:tpe"]
+
+
+def test_what_goes_on_is_shown_once(run):
+    shown = []
+    run(Book(9), Pool(), chains=1, progress=shown.append)
+    activities = [progress.activity for progress in shown]
+    assert activities.count("descent 1 of 2, 1 chain(s) of 12 rounds") == 1
+    assert activities.count("descent 2 of 2, 1 chain(s) of 12 rounds") == 1
+    assert activities[-1] == ""

@@ -124,8 +124,9 @@ class Descents:
             self._waiting = deque(range(self._plan.chains))
         return False
 
-    def hand_out(self) -> None:
-        """Give waiting chains to idle workers."""
+    def hand_out(self) -> bool:
+        """Give waiting chains to idle workers; whether any was given."""
+        waiting = len(self._waiting)
         while self._waiting and self._pool.n_idle:
             chain = self._waiting.popleft()
             self._attempts[chain] = self._attempts.get(chain, 0) + 1
@@ -145,6 +146,7 @@ class Descents:
                 seed,
             )
             self._running[self._pool.submit(*call, deadline_seconds=self._deadline)] = chain
+        return len(self._waiting) < waiting
 
     def owns(self, ticket: int) -> bool:
         return ticket in self._running

@@ -159,8 +159,8 @@ class SearchLoop:
         while self._pool.n_idle:
             number = self._next()
             if number is None:
-                if self._descents is not None and self._descents.running:
-                    self._descents.hand_out()
+                if self._descents is not None and self._descents.hand_out():
+                    self._report(None)
                 return
             slot = self._slots[number]
             incumbent = None
@@ -203,8 +203,6 @@ class SearchLoop:
             return None
         if self._descents is not None and not self._descents.finished(self._slots.values()):
             if (proposal := self._descents.next_proposal()) is None:
-                if self._descents.running:
-                    self._report(None)
                 return None
             self._propose_fixed(number, *proposal)
             return number
