@@ -95,9 +95,9 @@ def descend(
     return onto_budget(np.mean(kept, axis=0), shape, target)
 
 
-def onto_budget(sparsities: FloatArray, shape: ModelShape, target: float) -> FloatArray:
-    """The nearest point [L, 7] of the budget within [0, HIGHEST], in the parameter-weighted square norm."""
-    flat = project(sparsities.ravel(), shape.params.ravel(), target, 0.0, HIGHEST)
+def onto_budget(sparsities: FloatArray, shape: ModelShape, target: float, highest: float = HIGHEST) -> FloatArray:
+    """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm."""
+    flat = project(sparsities.ravel(), shape.params.ravel(), target, 0.0, highest)
     return flat.reshape(shape.params.shape)
 
 

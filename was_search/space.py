@@ -9,6 +9,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from was_search.budget import project
+from was_search.descent import onto_budget
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.seeds import Seed
 from was_search.shape import N_PROJECTIONS, PROJECTIONS, FloatArray, ModelShape
@@ -181,7 +182,7 @@ class AdditiveSpace:
         offsets = np.array([params[name] for name in self._names])
         n = self.shape.n_blocks
         raw = self.seed.sparsities + offsets[:n, None] + offsets[None, n:]
-        return _project_all(raw, self.shape, self.target)
+        return onto_budget(raw, self.shape, self.target, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self.centre if seed.name == self.seed.name else None
@@ -213,7 +214,7 @@ class FullSpace:
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         raw = np.array([params[name] for name in self.centre]).reshape(self.shape.n_blocks, N_PROJECTIONS)
-        return _project_all(raw, self.shape, self.target)
+        return onto_budget(raw, self.shape, self.target, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self._params(seed.sparsities)
@@ -317,7 +318,3 @@ def _check_sparsities(shape: ModelShape, seed: Seed) -> None:
 def _around(value: float, radius: float, highest: float) -> FloatDistribution:
     """A box of ``radius`` around ``value``, within [0, highest]."""
     return FloatDistribution(max(0.0, value - radius), min(highest, value + radius))
-
-
-def _project_all(raw: FloatArray, shape: ModelShape, target: float) -> FloatArray:
-    return project(raw.ravel(), shape.params.ravel(), target, 0.0, HIGHEST).reshape(raw.shape)

@@ -131,8 +131,8 @@ def show(context: Context, rows: list[Row]) -> None:
                 f"{row.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(row.test.evaluation.loss_nats):.3f}",
                 f"{row.gap_nats:+.4f}" if row.nominal else "",
-                _narrow(row.against_uniform),
-                _narrow(row.against_seed),
+                narrow(row.against_uniform),
+                narrow(row.against_seed),
             ]
         )
     context.reporter.table(
@@ -172,7 +172,8 @@ def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]])
     report_study(context, found, calibrate(context))
 
 
-def _narrow(interval: Interval | None) -> str:
+def narrow(interval: Interval | None) -> str:
+    """An interval for a table's narrow column; "" for none."""
     return "" if interval is None else str(interval).replace(" ", "")
 
 

@@ -175,7 +175,7 @@ def model_label(context: Context) -> str:
 
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
-    """Write the note and the two plots that optuna-dashboard shows."""
+    """Write the note and the plots that optuna-dashboard shows."""
     from was_search.plots import levels_figure, progress_figure, sensitivity_figure
     from was_storage.dashboard import annotate
 

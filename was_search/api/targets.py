@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from was_search.api.context import Context
-from was_search.api.run import Row, RunResult, run
+from was_search.api.run import Row, RunResult, narrow, run
 from was_search.api.search import model_label
 from was_search.errors import ConfigError
 from was_search.pareto import Point, dominated, pareto_figure
@@ -144,7 +144,7 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
                 f"{perplexity(best.test.evaluation.loss_nats):.3f}",
                 f"{100 * increase_on_test(each):+.2f} %",
                 f"{best.gap_nats:+.4f}",
-                str(best.against_uniform or "").replace(" ", ""),
+                narrow(best.against_uniform),
                 "yes" if bad else "no",
             ]
         )
