@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from was_search.early_stop import is_worse
+from was_search.early_stop import StopRule
 from was_search.shape import FloatArray, IntArray, ModelShape
 
 STOP_EVERY = 8
@@ -132,8 +132,7 @@ class Ledger:
         sequences: int | IntArray | None = None,
         *,
         before: Score | None = None,
-        incumbent: Score | None = None,
-        significance: float = 0.01,
+        rule: StopRule | None = None,
     ) -> Score:
         """Losses of ``sparsities`` [L, 7] on sequences of the search split.
 
@@ -141,34 +140,30 @@ class Ledger:
             sparsities: on the budget.
             sequences: indices, or the first so many; None is all.
             before: an earlier, partial score of the same vector; what it has seen is not evaluated again.
-            incumbent: a full score: stop when this vector is shown to be worse (see :func:`is_worse`); what was
-                not evaluated is not charged.
-            significance: of that test.
+            rule: asked every few sequences whether to stop; what was not evaluated is not charged. Its incumbent
+                is in the order of ``sequences``.
 
         Raises:
             Exhausted: the tokens left do not suffice; nothing was evaluated.
             OutOfTime: the deadline has passed.
-            ValueError: a vector off the budget, or a partial incumbent.
+            ValueError: a vector off the budget.
         """
         off = self._shape.sparsity(sparsities) - self._target
         if not abs(off) <= 1e-9:
             raise ValueError(f"sparsities: must meet the target {self._target}, off by {off:.3g}")
-        if incumbent is not None and not incumbent.full:
-            raise ValueError("incumbent: must be a full score")
         losses = np.full(self.n_sequences, np.nan) if before is None else before.losses.copy()
         seen = np.zeros(self.n_sequences, bool) if before is None else before.seen.copy()
         wanted = np.arange(self.n_sequences)[slice(sequences) if isinstance(sequences, int | None) else sequences]
         todo = wanted[~seen[wanted]]
         if len(todo) * self.tokens_per_sequence > self.left:
             raise Exhausted
-        step, stopped = (max(len(todo), 1) if incumbent is None else STOP_EVERY), False
+        step, stopped = (max(len(todo), 1) if rule is None else STOP_EVERY), False
         for start in range(0, len(todo), step):
             part = todo[start : start + step]
             self.spend(len(part) * self.tokens_per_sequence)
             losses[part] = self._losses_of(sparsities, part)
             seen[part] = True
-            behind = start + step < len(todo)
-            if incumbent is not None and behind and is_worse(losses[seen], incumbent.losses[seen], significance):
+            if rule is not None and start + step < len(todo) and rule.stops(losses[wanted[seen[wanted]]]):
                 stopped = True
                 break
         score = Score(np.array(sparsities, np.float64), losses, seen, stopped)

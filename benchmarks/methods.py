@@ -141,7 +141,7 @@ def _evolution(task: Task, ledger: Ledger) -> None:
 SamplerMaker = Callable[[int], optuna.samplers.BaseSampler]
 
 
-def _sampler(name: SamplerName, make: SamplerMaker | None = None, *, early_stopping: bool = False) -> Run:
+def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
     """The sampler called ``name`` as in production, or Optuna's own that ``make`` builds from a seed."""
 
     def run(task: Task, ledger: Ledger) -> None:
@@ -161,14 +161,11 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None, *, early_stopp
             params = space.locate(seed)
             if params is not None:
                 suggester.observe(number, params)
-                suggester.tell(number, SlotState.COMPLETE, score.loss_nats, ledger.n_sequences)
-        best = min(scores, key=lambda score: score.loss_nats, default=None)
+                suggester.tell(number, SlotState.COMPLETE, score.loss_nats)
         for number in count(len(task.seeds)):
             params = suggester.suggest(number)
-            score = ledger.evaluate(space.sparsities(params), incumbent=best if early_stopping else None)
-            suggester.tell(number, _state(score), score.loss_nats, int(score.seen.sum()))
-            if score.full and (best is None or score.loss_nats < best.loss_nats):
-                best = score
+            score = ledger.evaluate(space.sparsities(params))
+            suggester.tell(number, _state(score), score.loss_nats)
 
     return run
 
@@ -178,6 +175,10 @@ EPOCHS, CHAINS, PER_ROUND = 2, 2, 24
 
 
 def _descent(task: Task, ledger: Ledger) -> None:
+    descents(task, ledger)
+
+
+def descents(task: Task, ledger: Ledger) -> Score:
     """The search's descents: from the best seed, then from the best of what they gave, with half the step."""
     scores, best = start(task, ledger)
     incumbent = scores[best]
@@ -193,41 +194,11 @@ def _descent(task: Task, ledger: Ledger) -> None:
         mean = np.mean([score.sparsities for score in found], axis=0)
         found.append(ledger.evaluate(onto_budget(mean, task.shape, task.target)))
         incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
-
-
-TRIALS = 120
-RACE_SIGNIFICANCE = 0.1
-
-
-def _trials(race: bool) -> Run:
-    """CMA-ES for so many trials, each in full or raced against the best: what racing saves and what it costs.
-
-    A raced trial that was stopped is told the best's loss plus the mean difference on the sequences that both saw.
-    """
-
-    def run(task: Task, ledger: Ledger) -> None:
-        scores, centre = start(task, ledger)
-        space = task.space_around(task.seeds[centre])
-        suggester = Suggester("cmaes", space, seed=task.seed)
-        best = scores[centre]
-        suggester.observe(0, dict(space.centre))
-        suggester.tell(0, SlotState.COMPLETE, best.loss_nats, ledger.n_sequences)
-        for number in range(1, TRIALS + 1):
-            params = suggester.suggest(number)
-            vector = space.sparsities(params)
-            score = ledger.evaluate(vector, incumbent=best if race else None, significance=RACE_SIGNIFICANCE)
-            loss = best.loss_nats + float((score.losses - best.losses)[score.seen].mean())
-            suggester.tell(number, SlotState.COMPLETE, loss, ledger.n_sequences)
-            if score.full and score.loss_nats < best.loss_nats:
-                best = score
-
-    return run
+    return incumbent
 
 
 def _state(score: Score) -> SlotState:
-    if not np.isfinite(score.loss_nats):
-        return SlotState.FAILED
-    return SlotState.STOPPED if score.stopped else SlotState.COMPLETE
+    return SlotState.COMPLETE if np.isfinite(score.loss_nats) else SlotState.FAILED
 
 
 def _optuna_tpe(seed: int) -> optuna.samplers.BaseSampler:
@@ -285,14 +256,6 @@ register(
         seconds=0.2,
     )
 )
-register(
-    Method(
-        "tpe-stop",
-        _sampler("tpe", early_stopping=True),
-        settings={"sampler": "TPESampler", "multivariate": True, "startup": _STARTUP, "early_stopping": 0.01},
-        seconds=0.3,
-    )
-)
 register(Method("cmaes", _sampler("cmaes"), settings={"sampler": "CmaEsSampler", "sigma": "a sixth of each range"}))
 register(
     Method(
@@ -312,14 +275,5 @@ register(
         settings={"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))},
         most_evaluations=120,
         seconds=1.0,
-    )
-)
-register(Method("cmaes-trials", _trials(False), settings={"trials": TRIALS, "racing": "none"}, most_evaluations=125))
-register(
-    Method(
-        "cmaes-raced",
-        _trials(True),
-        settings={"trials": TRIALS, "racing": "Wilcoxon every 8 sequences", "significance": RACE_SIGNIFICANCE},
-        most_evaluations=125,
     )
 )

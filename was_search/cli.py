@@ -106,11 +106,14 @@ SEARCH: dict[str, Any] = {
     ),
     "early_stopping": _option(
         bool | None,
-        "Stop trials that are worse than the best.",
+        "Stop trials that are not promising.",
         "--early-stopping/--no-early-stopping",
         rich_help_panel="Search",
     ),
-    "significance": _option(float | None, "Of the early-stopping test.", rich_help_panel="Search"),
+    "significance": _option(float | None, "Of the test that a trial is worse than the best.", rich_help_panel="Search"),
+    "rung_keep": _option(
+        float | None, "Share of trials that go on at each rung of sequences; 1: all.", rich_help_panel="Search"
+    ),
     "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
     "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
     "warm_start": _option(

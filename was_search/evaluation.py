@@ -17,7 +17,7 @@ from was_search.divergence import (
     divergence,
     top_log_probs,
 )
-from was_search.early_stop import is_worse
+from was_search.early_stop import StopRule
 from was_search.histogram import Histograms
 from was_search.masking import Masking
 from was_search.protocol import Evaluation, TokenSet
@@ -112,8 +112,7 @@ def evaluate_thresholds(
     thresholds: npt.NDArray[np.float32] | None,
     *,
     mask_op: MaskOp = masked,
-    incumbent_losses: FloatArray | None = None,
-    significance: float = 0.01,
+    rule: StopRule | None = None,
     before: FloatArray | None = None,
     until: int | None = None,
     top: DenseTop | None = None,
@@ -122,7 +121,7 @@ def evaluate_thresholds(
 
     The losses are the NLL, or with ``top`` the divergence from the dense model.
 
-    Early stopping, if there are incumbent losses, happens only between batches.
+    Early stopping, if there is a rule, happens only between batches.
 
     Args:
         model: a causal LM.
@@ -131,8 +130,7 @@ def evaluate_thresholds(
         data: the sequences, in their fixed order.
         thresholds: [L, 7], or None.
         mask_op: see :class:`Masking`.
-        incumbent_losses: per-sequence losses to stop against, [n].
-        significance: of that test.
+        rule: whether to stop, asked after every batch.
         before: losses of the first sequences from an earlier call, a whole number of batches: the evaluation goes
             on behind them. They are part of the losses; tokens, seconds, achieved and nats are of this call alone.
         until: sequences at which to stop and report, rounded up to whole batches; None is all of them.
@@ -168,9 +166,8 @@ def evaluate_thresholds(
                 losses.append(loss.double())
                 nats.append(nll.double())
             done += len(batch)
-            if incumbent_losses is not None and done < len(data.tokens):
-                so_far = torch.cat(losses).cpu().numpy() / protocol.predicted_per_sequence
-                stopped = is_worse(so_far, incumbent_losses, significance)
+            if rule is not None and done < len(data.tokens):
+                stopped = rule.stops(torch.cat(losses).cpu().numpy() / protocol.predicted_per_sequence)
     per_sequence = torch.cat(losses).cpu().numpy() / protocol.predicted_per_sequence
     return Evaluation(
         losses=per_sequence,
@@ -197,7 +194,6 @@ class ModelEvaluator:
         histograms: Histograms,
         *,
         mask_op: MaskOp = masked,
-        significance: float = 0.01,
         top: DenseTop | None = None,
     ) -> None:
         self._model = model
@@ -206,13 +202,12 @@ class ModelEvaluator:
         self._data = data
         self._histograms = histograms
         self._mask_op = mask_op
-        self._significance = significance
         self._top = top
 
     def evaluate(
         self,
         sparsities: FloatArray,
-        incumbent_losses: FloatArray | None = None,
+        rule: StopRule | None = None,
         *,
         before: FloatArray | None = None,
         until: int | None = None,
@@ -225,8 +220,7 @@ class ModelEvaluator:
             self._data,
             self._histograms.thresholds(sparsities),
             mask_op=self._mask_op,
-            incumbent_losses=incumbent_losses,
-            significance=self._significance,
+            rule=rule,
             before=before,
             until=until,
             top=self._top,

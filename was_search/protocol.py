@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from was_search.early_stop import StopRule
 from was_search.errors import ConfigError
 from was_search.shape import FloatArray, IntArray
 
@@ -126,7 +127,7 @@ class Evaluation:
             order.
         tokens: predicted tokens evaluated.
         seconds: time spent, in seconds.
-        stopped_early: whether the incumbent was found better before the last sequence.
+        stopped_early: whether a stop rule ended it before the last sequence.
         achieved: share of channels dropped, counted, float64 [L, 7]; over the tokens outside the dense prefix.
         nats: where the losses are not the NLL themselves, the mean NLL of each sequence evaluated in this call, the
             last m of the n, float64 [m]. None: ``losses`` are the NLL.
@@ -176,12 +177,12 @@ class Evaluator(Protocol):
     def evaluate(
         self,
         sparsities: FloatArray,
-        incumbent_losses: FloatArray | None = None,
+        rule: StopRule | None = None,
         *,
         before: FloatArray | None = None,
         until: int | None = None,
     ) -> Evaluation:
-        """Evaluate nominal ``sparsities`` [L, 7]; with ``incumbent_losses`` it may stop early.
+        """Evaluate nominal ``sparsities`` [L, 7]; with a ``rule`` it may stop early.
 
         ``before`` are the losses of the first sequences from an earlier call, behind which this one goes on;
         ``until`` is the number of sequences at which it ends (None: all).

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from was_search.errors import ConfigError
-from was_search.slots import Slot, SlotState
+from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import Space
 
 SamplerName = Literal["tpe", "cmaes", "gp", "qmc", "random", "was-monotone"]
@@ -91,37 +91,36 @@ class Suggester:
         What was suggested once is not suggested again: random numbers go on from a new seed, QMC at the next
         point of its sequence. CMA-ES, whose state is not kept, starts again at the best slot.
         """
-        suggested = 0
+        suggested, observed = 0, set()
         for slot in slots:
             if slot.params is None or set(slot.params) != set(self._space.distributions):
                 continue
             if slot.origin.startswith("sampler:"):
                 self._startup_left = max(0, self._startup_left - 1)
                 suggested += 1
-            self.observe(slot.number, slot.params)
+            if self.observe(slot.number, slot.params):
+                observed.add(slot.number)
             if slot.state.finished:
-                seen = 0 if slot.losses is None else len(slot.losses)
-                self.tell(slot.number, slot.state, slot.loss_nats, seen)
+                self.tell(slot.number, slot.state, slot.loss_nats)
         if suggested:
-            self._go_on(suggested)
+            known = [slot for slot in slots if slot.number in observed]
+            self._go_on(suggested, best_slot(known))
 
-    def _go_on(self, suggested: int) -> None:
+    def _go_on(self, suggested: int, best: Slot | None) -> None:
         sampler = self._study.sampler
         if isinstance(sampler, optuna.samplers.QMCSampler):
             for _ in range(suggested):
                 sampler._find_sample_id(self._study, self._space.distributions)
             return
-        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        best = min(complete, key=lambda trial: trial.values[0], default=None)
         seed = int(np.random.SeedSequence([self._seed, suggested]).generate_state(1)[0])
-        start = dict(best.params) if best is not None else None
+        start = None if best is None else best.params
         self._study.sampler = make_sampler(self._name, self._space, seed, _STEP, start)
 
-    def observe(self, number: int, params: dict[str, float]) -> None:
-        """Add a slot whose parameters were not suggested here, as running; out-of-range ones are left out."""
+    def observe(self, number: int, params: dict[str, float]) -> bool:
+        """Add a slot whose parameters were not suggested here, as running; False for out-of-range ones, left out."""
         distributions = self._space.distributions
         if any(not distributions[name]._contains(value) for name, value in params.items()):
-            return
+            return False
         trial = FrozenTrial(
             number=-1,
             trial_id=-1,
@@ -138,6 +137,7 @@ class Suggester:
         )
         trial_id = self._study._storage.create_new_trial(self._study._study_id, template_trial=trial)
         self._trials[number] = self._study._storage.get_trial_number_from_id(trial_id)
+        return True
 
     def suggest(self, number: int) -> dict[str, float]:
         """Parameters for slot ``number``."""
@@ -152,17 +152,17 @@ class Suggester:
         self._trials[number] = trial.number
         return {name: float(value) for name, value in trial.params.items()}
 
-    def tell(self, number: int, state: SlotState, loss_nats: float | None, sequences: int) -> None:
-        """The outcome of slot ``number``; slots unknown to the sampler (seeds of other tables) are passed over."""
+    def tell(self, number: int, state: SlotState, loss_nats: float | None) -> None:
+        """The outcome of slot ``number``; slots unknown to the sampler (seeds of other tables) are passed over.
+
+        A stopped slot counts like a complete one, so its ``loss_nats`` should be an estimate of the loss over all
+        sequences (:func:`was_search.early_stop.estimated_loss`): as pruned ones CMA-ES would pass it over.
+        """
         trial_number = self._trials.pop(number, None)
         if trial_number is None:
             return
-        if state is SlotState.COMPLETE:
+        if state in (SlotState.COMPLETE, SlotState.STOPPED) and loss_nats is not None:
             self._study.tell(trial_number, loss_nats)
-        elif state is SlotState.STOPPED and loss_nats is not None:
-            trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, trial_number)
-            self._study._storage.set_trial_intermediate_value(trial_id, sequences, loss_nats)
-            self._study.tell(trial_number, state=TrialState.PRUNED)
         else:
             self._study.tell(trial_number, state=TrialState.FAIL)
 

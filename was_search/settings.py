@@ -64,8 +64,9 @@ class Settings:
         dense_prefix: tokens at a sequence's start that are never masked.
         fitness: what trials are compared by: ``nll``, or ``kl`` for the divergence from the dense model.
         kl_top_k: tokens of the dense model's predictions that ``kl`` tells apart, at most the vocabulary.
-        early_stopping: stop trials that are worse than the incumbent.
-        significance: of the early-stopping test.
+        early_stopping: stop trials that are not promising after some of the sequences.
+        significance: of the test that the incumbent is better.
+        rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
         trial_timeout: seconds after which an evaluation is taken for lost.
         max_attempts: hand-outs of one vector before its slot fails.
         plan: folder for the exported plan; "" derives one under ``was-runs``.
@@ -109,7 +110,8 @@ class Settings:
     fitness: FitnessName = "nll"
     kl_top_k: int = 64
     early_stopping: bool = True
-    significance: float = 0.01
+    significance: float = 0.1
+    rung_keep: float = 0.5
     trial_timeout: float = 1800.0
     max_attempts: int = 3
     plan: str = ""
@@ -133,6 +135,7 @@ class Settings:
         self._range("greedy_sequences", not needs_table, "must be at least 1 with --sampler was-monotone")
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
+        self._range("rung_keep", 0.0 < self.rung_keep <= 1.0, "must be in (0, 1]")
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
         gpus = self.gpus_per_worker
         self._range("gpus_per_worker", gpus == -1 or 0 <= gpus <= 1, "must be in [0, 1]: a model lies on one GPU")

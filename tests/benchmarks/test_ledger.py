@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.ledger import Exhausted, OutOfTime
 from tests.benchmarks.bowl import N_SEQUENCES, TOKENS, L
+from was_search.early_stop import Cut, StopRule
 
 UNIFORM = np.full((L, 7), 0.6)
 
@@ -72,11 +73,12 @@ def test_only_full_evaluations_become_the_incumbent(ledger, bowl):
 def test_early_stopping_saves_tokens(ledger, bowl):
     book = ledger(3)
     best = book.evaluate(bowl.best)
-    stopped = book.evaluate(UNIFORM, incumbent=best)
+    rule = StopRule(best.losses)
+    stopped = book.evaluate(UNIFORM, rule=rule)
     # All eight pairs agree: p is 2^-8, under 0.01.
     assert stopped.stopped and stopped.seen.sum() == 8
     assert book.spent == (N_SEQUENCES + 8) * TOKENS
-    again = book.evaluate(bowl.best, incumbent=best)
+    again = book.evaluate(bowl.best, rule=rule)
     assert again.full and not again.stopped
 
 
@@ -87,10 +89,17 @@ def test_refuses_what_is_off_the_budget(ledger):
         ledger(1).evaluate(UNIFORM * np.nan)
 
 
-def test_refuses_a_partial_incumbent(ledger):
+def test_a_stopped_evaluation_goes_on_in_the_order_it_was_asked_for(ledger, bowl):
     book = ledger(3)
-    with pytest.raises(ValueError, match="incumbent: must be a full score"):
-        book.evaluate(UNIFORM, incumbent=book.evaluate(UNIFORM, 3))
+    best = book.evaluate(bowl.best)
+    order = np.roll(np.arange(N_SEQUENCES), -4)
+    rule = StopRule(best.losses[order], 0.0, (Cut(8, 0.0),))
+    stopped = book.evaluate(UNIFORM, order, rule=rule)
+    assert stopped.stopped
+    np.testing.assert_array_equal(np.flatnonzero(stopped.seen), np.arange(4, 12))
+    whole = book.evaluate(UNIFORM, order, before=stopped)
+    assert whole.full
+    assert book.spent == 2 * book.tokens_per_evaluation
 
 
 def test_a_loss_that_is_not_finite_is_never_the_incumbent(ledger, bowl):

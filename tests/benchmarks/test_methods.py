@@ -6,17 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks import racing
 from benchmarks.methods import METHODS, Method, register, run_method, start
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
 from was_search import descent
 from was_search.errors import ConfigError
 from was_search.space import SPACES
 
+RULES = list(racing.RULES)
 SEARCHES = [
     (name, space)
     for name, method in METHODS.items()
     for space in method.spaces
-    if method.random and name not in ("was-monotone", "gp", "descent", "cmaes-trials", "cmaes-raced")
+    if method.random and name not in {"was-monotone", "gp", "descent", "descent-tpe", "descent-cmaes", *RULES}
 ]
 
 
@@ -52,7 +54,7 @@ def test_the_full_space_reaches_what_levels_cannot(task, ledger, bowl):
     assert full < 2.0 + 0.3 * (levels - 2.0)
 
 
-@pytest.mark.parametrize("name", ["cmaes", "tpe", "tpe-stop", "tpe-default", "random", "evolution"])
+@pytest.mark.parametrize("name", ["cmaes", "tpe", "tpe-default", "random", "evolution"])
 def test_runs_repeat_and_differ_by_seed(task, ledger, name):
     first, second, other = (
         [i.loss_nats for i in (lambda book: (run(name, task(seed=seed), book), book)[1])(ledger(14)).incumbents]
@@ -80,17 +82,6 @@ def test_the_published_baselines_lie_on_the_greedy_table(task, ledger, bowl):
         np.testing.assert_allclose(table.sparsities(levels), best.sparsities, atol=1e-12)
         if name == "was-monotone":
             assert np.all(np.diff(levels) >= -1e-12)
-
-
-def test_early_stopping_fits_more_vectors_into_the_same_tokens(task, ledger, bowl):
-    plain, stopping = ledger(30), ledger(30)
-    run("tpe", task(), plain)
-    calls = len(bowl.calls)
-    run("tpe-stop", task(), stopping)
-    assert plain.n_full == calls == 30
-    assert stopping.n_full < 30
-    assert len(bowl.calls) - calls > 30
-    assert stopping.spent <= stopping.budget
 
 
 def test_losses_that_are_not_finite_do_not_stop_a_search(task, ledger, bowl):
@@ -166,10 +157,23 @@ def test_a_descent_pays_for_its_slopes_and_nears_the_best(task, ledger, bowl):
     assert best.loss_nats - 2.0 < 0.1 * (min(bowl.loss(seed.sparsities) for seed in seeds()) - 2.0)
 
 
-def test_a_race_saves_tokens_on_the_same_number_of_trials(task, ledger):
-    books = {name: ledger(200) for name in ("cmaes-trials", "cmaes-raced")}
+def test_stopping_saves_tokens_on_the_same_number_of_trials(task, ledger):
+    books = {name: ledger(200) for name in RULES}
     for name, book in books.items():
         run(name, task(), book)
-    assert books["cmaes-trials"].spent == (3 + 120) * books["cmaes-trials"].tokens_per_evaluation
+    spent = {name: book.spent / book.tokens_per_evaluation for name, book in books.items()}
+    assert spent["cmaes-trials"] == 3 + 120
     # The sequences' noise is common to all vectors, so every worse one is stopped after 8 of the 16 sequences.
-    assert books["cmaes-raced"].spent < 0.75 * books["cmaes-trials"].spent
+    assert spent["cmaes-raced-10"] < 0.75 * spent["cmaes-trials"]
+    assert spent["cmaes-rungs-33"] < 0.9 * spent["cmaes-rungs-only"] < 0.9 * spent["cmaes-trials"]
+    losses = {name: book.at(book.budget).loss_nats for name, book in books.items()}
+    assert max(losses.values()) - 2.0 < 1.5 * (losses["cmaes-trials"] - 2.0)
+
+
+@pytest.mark.parametrize("name", ["descent-tpe", "descent-cmaes"])
+def test_trials_go_on_from_the_descents(task, ledger, bowl, name):
+    book = ledger(60)
+    best = run(name, dataclasses.replace(task("full"), engine=Slopes(bowl)), book)
+    behind = [i.loss_nats for i in book.incumbents if i.tokens <= 43 * book.tokens_per_evaluation]
+    assert best.loss_nats <= behind[-1]
+    assert book.left < book.tokens_per_evaluation

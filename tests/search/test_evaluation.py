@@ -7,6 +7,7 @@ from scipy.special import log_softmax, rel_entr
 
 from was_search import evaluation
 from was_search.calibration import histogram_pass
+from was_search.early_stop import StopRule
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.evaluation import (
     ModelEvaluator,
@@ -90,7 +91,7 @@ def test_an_evaluation_is_repeatable(evaluator):
 
 def test_stops_between_batches_with_the_losses_so_far(evaluator):
     full = evaluator.evaluate(np.full((3, 7), 0.5))
-    stopped = evaluator.evaluate(np.full((3, 7), 0.5), full.losses - 1.0)
+    stopped = evaluator.evaluate(np.full((3, 7), 0.5), StopRule(full.losses - 1.0))
     assert stopped.stopped_early
     assert len(stopped.losses) == 8  # the first batch boundary with eight sequences
     assert stopped.tokens == 8 * 16
@@ -99,10 +100,10 @@ def test_stops_between_batches_with_the_losses_so_far(evaluator):
 
 def test_does_not_stop_at_the_last_batch_or_when_better(evaluator):
     full = evaluator.evaluate(np.full((3, 7), 0.5))
-    assert not evaluator.evaluate(np.full((3, 7), 0.5), full.losses + 1.0).stopped_early
+    assert not evaluator.evaluate(np.full((3, 7), 0.5), StopRule(full.losses + 1.0)).stopped_early
     late = full.losses.copy()
     late[36:] -= 1.0  # worse on the last batch only
-    assert not evaluator.evaluate(np.full((3, 7), 0.5), late).stopped_early
+    assert not evaluator.evaluate(np.full((3, 7), 0.5), StopRule(late)).stopped_early
 
 
 def test_a_loss_that_is_not_a_number_is_reported(make_llama, structure, tokens, make_data):
@@ -254,8 +255,8 @@ def test_early_stopping_compares_divergences(llama, structure, tokens, make_data
     evaluator = ModelEvaluator(llama, structure, norms, data, dense, top=top)
     full = evaluator.evaluate(np.full((3, 7), 0.5))
     # NLL of order 4 against divergences of order 1: an incumbent of NLL would never stop anything
-    assert not evaluator.evaluate(np.full((3, 7), 0.7), full.nats).stopped_early
-    stopped = evaluator.evaluate(np.full((3, 7), 0.7), full.losses)
+    assert not evaluator.evaluate(np.full((3, 7), 0.7), StopRule(full.nats)).stopped_early
+    stopped = evaluator.evaluate(np.full((3, 7), 0.7), StopRule(full.losses))
     assert stopped.stopped_early
     assert len(stopped.nats) == len(stopped.losses) < 40
 

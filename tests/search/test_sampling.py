@@ -17,7 +17,7 @@ CENTRE = np.array([0.4, 0.7, 0.6, 0.6, 0.7])
 BEST = np.array([0.3, 0.8, 0.65, 0.55, 0.7])
 STUDY = {
     SlotState.COMPLETE: TrialState.COMPLETE,
-    SlotState.STOPPED: TrialState.PRUNED,
+    SlotState.STOPPED: TrialState.COMPLETE,
     SlotState.FAILED: TrialState.FAIL,
 }
 
@@ -42,7 +42,7 @@ def run(suggester: Suggester, space, numbers) -> list[Slot]:
     for number in numbers:
         params = suggester.suggest(number)
         value = loss(space, params)
-        suggester.tell(number, SlotState.COMPLETE, value, 8)
+        suggester.tell(number, SlotState.COMPLETE, value)
         slots.append(Slot(number, SlotState.COMPLETE, origin="sampler:x", params=params, loss_nats=value))
     return slots
 
@@ -134,8 +134,8 @@ def test_restoring_gives_the_same_trials(name):
     first.restore(slots)
     slots += run(first, space, range(1, 12))
     stopped, failed, waiting = (first.suggest(number) for number in (12, 13, 14))
-    first.tell(12, SlotState.STOPPED, 2.5, 16)
-    first.tell(13, SlotState.FAILED, None, 0)
+    first.tell(12, SlotState.STOPPED, 2.5)
+    first.tell(13, SlotState.FAILED, None)
     slots.append(Slot(12, SlotState.STOPPED, origin="sampler:x", params=stopped, loss_nats=2.5, losses=np.ones(16)))
     slots.append(Slot(13, SlotState.FAILED, origin="sampler:x", params=failed, error="nan"))
     slots.append(Slot(14, SlotState.RUNNING, origin="sampler:x", params=waiting))
@@ -146,9 +146,8 @@ def test_restoring_gives_the_same_trials(name):
     ours, theirs = (s._study.get_trials(deepcopy=False) for s in (first, again))
     assert [t.params for t in ours] == [t.params for t in theirs]
     assert [t.values for t in ours] == [t.values for t in theirs]
-    assert [t.intermediate_values for t in ours] == [t.intermediate_values for t in theirs]
     assert again._startup_left == 0
-    again.tell(14, SlotState.COMPLETE, 1.5, 8)  # the one that was under way
+    again.tell(14, SlotState.COMPLETE, 1.5)  # the one that was under way
     assert states(again).count(TrialState.RUNNING) == 0
 
 
@@ -206,17 +205,16 @@ def test_outcomes(state, loss_nats, value):
     space = space_of("tpe")
     suggester = Suggester("tpe", space, seed=0)
     suggester.suggest(4)
-    suggester.tell(4, state, loss_nats, 12)
+    suggester.tell(4, state, loss_nats)
     trial = suggester._study.trials[0]
     assert trial.state is STUDY[state]
     assert trial.value == value
-    assert trial.intermediate_values == ({12: 2.5} if state is SlotState.STOPPED else {})
 
 
 def test_a_stop_without_a_loss_fails():
     suggester = Suggester("random", space_of("random"), seed=0)
     suggester.suggest(0)
-    suggester.tell(0, SlotState.STOPPED, None, 0)
+    suggester.tell(0, SlotState.STOPPED, None)
     assert states(suggester) == [TrialState.FAIL]
 
 
@@ -224,8 +222,8 @@ def test_a_slot_that_is_told_twice_or_unknown_is_passed_over():
     suggester = Suggester("random", space_of("random"), seed=0)
     suggester.suggest(3)
     for _ in range(2):
-        suggester.tell(3, SlotState.COMPLETE, 1.0, 8)
-    suggester.tell(99, SlotState.COMPLETE, 1.0, 8)
+        suggester.tell(3, SlotState.COMPLETE, 1.0)
+    suggester.tell(99, SlotState.COMPLETE, 1.0)
     assert states(suggester) == [TrialState.COMPLETE]
 
 
@@ -260,7 +258,7 @@ def test_one_block(name):
     suggester.restore([Slot(0, SlotState.COMPLETE, origin="seed:fisher", params=dict(space.centre), loss_nats=1.0)])
     for number in range(1, 12):
         assert space.levels(suggester.suggest(number)) == pytest.approx(0.6)
-        suggester.tell(number, SlotState.COMPLETE, 1.0, 8)
+        suggester.tell(number, SlotState.COMPLETE, 1.0)
 
 
 def test_refuses_an_unknown_sampler():

@@ -79,6 +79,8 @@ def run(monkeypatch: pytest.MonkeyPatch):
             radius=0.05,
             seed=0,
             early_stopping=False,
+            significance=0.1,
+            rung_keep=0.5,
             trial_timeout=60.0,
             max_attempts=3,
             descents=plan,

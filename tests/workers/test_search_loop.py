@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import ray
 
+from was_search.early_stop import StopRule
 from was_search.errors import InfeasibleError, ModelError, TransientError
 from was_search.protocol import Evaluation
+from was_search.sampling import Suggester
 from was_search.seeds import baseline_seeds, fisher_seed
 from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
@@ -64,7 +66,7 @@ class Book:
 
 
 class Pool:
-    """Two workers; ``answer(call, sparsities, incumbent)`` gives a value, or raises what the call ends with."""
+    """Two workers; ``answer(call, sparsities, rule)`` gives a value, or raises what the call ends with."""
 
     def __init__(self, answer: Callable[[int, np.ndarray, Any], Evaluation]) -> None:
         self.answer = answer
@@ -101,6 +103,21 @@ def evaluation(sparsities: np.ndarray, loss: float | None = None) -> Evaluation:
     return Evaluation(np.full(4, mean), 400, 0.01, False, sparsities)
 
 
+NOISE = np.array([0.3, -0.2, 0.1, 0.4, -0.3, -0.1, -0.4, 0.2])
+"""Of eight sequences, the same for every vector; its mean is zero."""
+
+
+def bowl(sparsities: np.ndarray) -> float:
+    return float(np.square(sparsities - 0.6).sum()) + 2.0
+
+
+def in_steps(sparsities: np.ndarray, rule: StopRule | None) -> Evaluation:
+    """The bowl on eight sequences in batches of one, as an evaluator goes through them."""
+    losses = bowl(sparsities) + NOISE
+    seen = next((n for n in range(1, 8) if rule is not None and rule.stops(losses[:n])), 8)
+    return Evaluation(losses[:seen], 100 * seen, 0.01, seen < 8, sparsities)
+
+
 def divergence(sparsities: np.ndarray) -> Evaluation:
     """Best where the NLL is worst."""
     found = evaluation(sparsities)
@@ -123,6 +140,8 @@ def run(monkeypatch: pytest.MonkeyPatch):
             "radius": 0.1,
             "seed": 0,
             "early_stopping": True,
+            "significance": 0.1,
+            "rung_keep": 0.5,
             "trial_timeout": 60.0,
             "max_attempts": 3,
             **options,
@@ -174,10 +193,10 @@ def test_every_slot_finishes_once_on_the_budget(run) -> None:
 
 def test_the_loss_is_the_fitness_and_perplexity_is_of_the_nll(run) -> None:
     book = Book(12)
-    incumbents = []
+    rules = []
 
-    def answer(call, s, incumbent):
-        incumbents.append(incumbent)
+    def answer(call, s, rule):
+        rules.append(rule)
         return divergence(s)
 
     slots = run(book, answer)
@@ -188,8 +207,8 @@ def test_the_loss_is_the_fitness_and_perplexity_is_of_the_nll(run) -> None:
         }  # fmt: skip
     # the incumbent is the best by divergence, and its losses are divergences
     seeds_best = min(s.loss_nats for s in slots[:3])
-    assert incumbents[3].mean() == pytest.approx(seeds_best)
-    assert incumbents[3].mean() > max(s.loss_nats for s in slots) - 10
+    assert rules[3].incumbent.mean() == pytest.approx(seeds_best)
+    assert rules[3].incumbent.mean() > max(s.loss_nats for s in slots) - 10
 
 
 def test_the_nll_of_an_nll_search_is_its_loss(run) -> None:
@@ -328,15 +347,75 @@ def test_fewer_trials_than_seeds_keep_the_best_seeds(run) -> None:
 
 
 def test_seeds_are_evaluated_in_full_and_before_the_first_proposal(run) -> None:
-    incumbents = []
+    rules = []
 
-    def answer(call, s, incumbent):
-        incumbents.append(incumbent)
+    def answer(call, s, rule):
+        rules.append(rule)
         return evaluation(s)
 
     run(Book(8), answer)
-    assert all(i is None for i in incumbents[:3])
-    assert all(i is not None for i in incumbents[3:])
+    assert all(rule is None for rule in rules[:3])
+    assert all(rule.significance == 0.1 for rule in rules[3:])
+
+
+def test_without_early_stopping_every_trial_is_evaluated_in_full(run) -> None:
+    rules = []
+    run(Book(8), lambda _, s, rule: (rules.append(rule), evaluation(s))[1], early_stopping=False)
+    assert rules == [None] * 8
+
+
+def test_rungs_compare_with_the_trials_before(run) -> None:
+    """Losses of eight sequences: a trial that is stopped by its rule has seen fewer."""
+    rules: list[Any] = []
+
+    def answer(call, s, rule):
+        rules.append(rule)
+        return in_steps(s, rule)
+
+    book = Book(60)
+    slots = run(book, answer, significance=1e-9, sampler="random")
+    assert [rule.cuts for rule in rules[3:7]] == [()] * 4  # two workers: four trials have ended at the seventh
+    assert [cut.sequences for cut in rules[-1].cuts] == [1, 2, 4]
+    seen = [len(slot.losses) for slot in slots[3:]]
+    assert {1, 2, 4, 8} >= set(seen)
+    assert 0.3 < np.mean(np.array(seen[10:]) == 1) < 0.7
+    assert np.sum(seen) < 0.5 * 8 * len(seen)
+    best = min((s for s in slots if s.state is SlotState.COMPLETE), key=lambda s: s.loss_nats)
+    # What is stopped cannot be best, and what is best was evaluated on every sequence.
+    assert len(best.losses) == 8
+
+
+def test_a_restarted_search_stops_by_the_same_rungs_and_tells_the_same(run, monkeypatch) -> None:
+    told: list[dict[int, float]] = []
+    ordinary = Suggester.tell
+
+    def tell(self, number, state, loss_nats):
+        told[-1][number] = loss_nats
+        ordinary(self, number, state, loss_nats)
+
+    monkeypatch.setattr(Suggester, "tell", tell)
+    rules: dict[int, Any] = {}
+
+    def answer(call, s, rule):
+        rules[call] = rule
+        return in_steps(s, rule)
+
+    book = Book(40)
+    told.append({})
+    run(book, answer, sampler="random")
+    last = rules[39]
+    book.rows.append(Slot(40, SlotState.WAITING))
+    told.append({})
+    rules.clear()
+    run(book, answer, sampler="random")
+    assert len(rules) == 1  # the slot that was added
+    assert {cut.sequences for cut in rules[0].cuts} == {cut.sequences for cut in last.cuts}
+    stopped = [s.number for s in book.slots() if s.state is SlotState.STOPPED]
+    assert stopped
+    # What a stopped trial is told as is the centre's loss and the difference on what both saw.
+    for number in stopped:
+        assert told[0].get(number, told[1][number]) == told[1][number]
+        assert told[1][number] == pytest.approx(bowl(book.slots()[number].sparsities), abs=1e-9)
 
 
 def test_was_monotone_levels_rise_with_depth(run) -> None:

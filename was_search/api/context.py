@@ -192,7 +192,6 @@ class Context:
             device=placement.device,
             score=settings.score,
             threads=threads,
-            significance=settings.significance,
         )
         cluster = self.cluster
         with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):

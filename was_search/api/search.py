@@ -88,6 +88,8 @@ def search(context: Context) -> SearchResult:
             radius=settings.radius,
             seed=settings.seed,
             early_stopping=settings.early_stopping,
+            significance=settings.significance,
+            rung_keep=settings.rung_keep,
             trial_timeout=settings.trial_timeout,
             max_attempts=settings.max_attempts,
             descents=descent_plan(context),
@@ -213,8 +215,9 @@ def _note(context: Context, result: SearchResult, best: Slot) -> str:
         f"{_tally(result)}. Best: slot {best.number}, "
         f"{fitness_words(fitness, best.loss_nats, best.nll_nats)}, on {context.tokens('search').protocol.describe()}; "
         f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
-        f"{objective[fitness]}. Trials `PRUNED` were stopped early: their sequences "
-        f"showed that the best was better.\n\n{exported}\n## Settings\n\n```json\n{settings}\n```\n"
+        f"{objective[fitness]}. Trials `PRUNED` were stopped early: their first sequences "
+        f"showed that the best was better, or that most trials did better.\n\n"
+        f"{exported}\n## Settings\n\n```json\n{settings}\n```\n"
     )
 
 

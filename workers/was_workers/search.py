@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from was_search.divergence import DenseTop
+from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.errors import InfeasibleError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
@@ -38,6 +39,8 @@ class SearchOptions:
     radius: float
     seed: int
     early_stopping: bool
+    significance: float
+    rung_keep: float
     trial_timeout: float
     max_attempts: int
     descents: DescentPlan | None = None
@@ -115,6 +118,9 @@ class SearchLoop:
         self._losses: Counter[int] = Counter()
         self._space: Space | None = None
         self._suggester: Suggester | None = None
+        ended = [s for s in self._slots.values() if s.origin.startswith("sampler:") and s.losses is not None]
+        ended.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
+        self._trials: list[FloatArray] = [s.losses for s in ended if s.losses is not None]
         self._descents: Descents | None = None
         if options.descents is not None and options.descents.epochs:
             self._descents = Descents(
@@ -163,10 +169,6 @@ class SearchLoop:
                     self._report(None)
                 return
             slot = self._slots[number]
-            incumbent = None
-            if self._options.early_stopping and not slot.origin.startswith("seed:"):
-                best = best_slot(list(self._slots.values()))
-                incumbent = best.losses if best else None
             # Committed before it is sent: an evaluation that no slot knows of cannot happen.
             worker = self._pool.next_idle
             attempt = self._book.start(number, worker, self._options.trial_timeout)
@@ -176,12 +178,21 @@ class SearchLoop:
                 self._key,
                 self._histograms,
                 slot.sparsities,
-                incumbent,
+                self._stop_rule(slot),
                 self._top,
                 deadline_seconds=self._options.trial_timeout,
             )
             self._flight[ticket] = (number, attempt, time.monotonic())
             self._refresh(number, state=SlotState.RUNNING, attempt=attempt, worker=worker)
+
+    def _stop_rule(self, slot: Slot) -> StopRule | None:
+        """None for seeds and descents' vectors: few, and each may become the centre of the space."""
+        best = best_slot(list(self._slots.values()))
+        if not self._options.early_stopping or not slot.origin.startswith("sampler:") or best is None:
+            return None
+        assert best.losses is not None
+        cuts = rung_cuts(self._trials, best.losses, self._options.rung_keep)
+        return StopRule(best.losses, self._options.significance, cuts)
 
     def _next(self) -> int | None:
         """The next slot to hand out: one with a vector first, else a new proposal; None if there is none now."""
@@ -241,11 +252,13 @@ class SearchLoop:
 
     def _centre(self) -> Seed:
         """The best of the seeds and of the descents' vectors; those have a table made through them."""
-        fixed = [s for s in self._slots.values() if s.origin.startswith(("seed:", DESCENT))]
-        best = best_slot(fixed)
-        if best is None or best.sparsities is None:
+        best = self._centre_slot()
+        if best is None:
             return self._seeds[-1]
         return next(seed for seed in [*self._seeds, *self._descended()] if _origin(seed) == best.origin)
+
+    def _centre_slot(self) -> Slot | None:
+        return best_slot([s for s in self._slots.values() if s.origin.startswith(("seed:", DESCENT))])
 
     def _descended(self) -> list[Seed]:
         """The descents' vectors with tables made through them."""
@@ -263,7 +276,7 @@ class SearchLoop:
         ordered = sorted(self._slots.values(), key=lambda s: s.number)
         seeds = {s.number: params for s in ordered if (params := own.get(s.origin)) is not None}
         slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
-        return [dataclasses.replace(s, params=seeds.get(s.number, s.params)) for s in slots]
+        return [dataclasses.replace(s, params=seeds.get(s.number, s.params), loss_nats=self._told(s)) for s in slots]
 
     def _propose(
         self,
@@ -352,9 +365,23 @@ class SearchLoop:
     def _done(self, number: int, state: SlotState, result: dict[str, Any]) -> None:
         self._refresh(number, state=state, **result)
         slot = self._slots[number]
+        if slot.origin.startswith("sampler:") and slot.losses is not None:
+            self._trials.append(slot.losses)
         if self._suggester is not None:
-            self._suggester.tell(number, state, slot.loss_nats, 0 if slot.losses is None else len(slot.losses))
+            self._suggester.tell(number, state, self._told(slot))
         self._report(slot)
+
+    def _told(self, slot: Slot) -> float | None:
+        """What the sampler is told: of a stopped slot its estimated loss, by the losses of the space's centre.
+
+        That vector is the same after every restart, and so is what is told.
+        """
+        if slot.state is not SlotState.STOPPED or slot.losses is None:
+            return slot.loss_nats
+        centre = self._centre_slot()
+        if centre is None or centre.losses is None:
+            return slot.loss_nats
+        return estimated_loss(slot.losses, centre.losses)
 
     def _refresh(self, number: int, **changes: Any) -> None:
         self._slots[number] = dataclasses.replace(self._slots[number], **changes)

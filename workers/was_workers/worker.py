@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from was_search import __version__
 from was_search.divergence import DenseTop
+from was_search.early_stop import StopRule
 from was_search.errors import DeviceLostError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet
@@ -38,7 +39,6 @@ class WorkerSpec:
         device: ``cpu`` or ``cuda``.
         score: kind of the column norms.
         threads: CPU threads of torch; 0 leaves torch's own choice.
-        significance: of the early-stopping test.
     """
 
     model: str
@@ -47,7 +47,6 @@ class WorkerSpec:
     device: str
     score: ScoreKind
     threads: int = 0
-    significance: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class Worker:
         key: str,
         histograms: Histograms,
         sparsities: FloatArray,
-        incumbent_losses: FloatArray | None,
+        rule: StopRule | None,
         top: DenseTop | None = None,
     ) -> Evaluation:
         """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once.
@@ -228,11 +227,10 @@ class Worker:
             data,
             self._histograms[1],
             mask_op=loaded.mask_op,
-            significance=self._spec.significance,
             top=top,
         )
         with _transient_memory():
-            return evaluator.evaluate(sparsities, incumbent_losses)
+            return evaluator.evaluate(sparsities, rule)
 
     def evaluate_thresholds(
         self, data: TokenSet, thresholds: npt.NDArray[np.float32] | None, top: DenseTop | None = None
