@@ -59,8 +59,8 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
         "device": engine.info.device,
         "processes": options.processes,
         "graphs": engine.fast.graphs,
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
     }
     left = len(todo)
     for job, found in results(engine, problems, todo, options.processes, deadline):
@@ -88,7 +88,7 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
     return left
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "optuna", "cmaes", "numpy", "scipy"):
         try:
@@ -98,7 +98,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         found = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],

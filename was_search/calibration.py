@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from was_search.histogram import N_BINS, Histograms, bin_counts
+from was_search.histogram import N_BINS, CountOp, Histograms, bin_counts
 from was_search.masking import Masking
 from was_search.score import MaskOp, masked
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
@@ -35,6 +35,7 @@ def histogram_pass(
     batch_size: int,
     dense_prefix: int,
     mask_op: MaskOp = masked,
+    count_op: CountOp = bin_counts,
 ) -> tuple[Histograms, IntArray, IntArray]:
     """One pass over ``tokens`` [n, sequence_length] under ``thresholds`` (None: dense).
 
@@ -47,7 +48,7 @@ def histogram_pass(
     dropped: dict[tuple[int, int], Tensor] = {}
 
     def observe(b: int, p: int, scores: Tensor) -> None:
-        counts = bin_counts(scores)
+        counts = count_op(scores)
         totals[b, p] = totals[b, p] + counts if (b, p) in totals else counts
         if thresholds is not None:
             under = (scores < float(thresholds[b, p])).sum()

@@ -7,6 +7,7 @@ Scores are non-negative floats, so the top 16 bits of their float32 pattern (bfl
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,10 @@ from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
 
 N_BINS = 1 << 15
 _FINITE_BINS = 0x7F80  # the first bin of inf; NaN patterns lie above
+
+
+CountOp = Callable[[Tensor], Tensor]
+"""What :func:`bin_counts` does; a fused one may take its place."""
 
 
 def bin_counts(scores: Tensor) -> Tensor:

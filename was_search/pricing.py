@@ -10,6 +10,7 @@ and what is left of it is noise. At a sparse point it counts: :mod:`was_search.s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ DEFAULT_GRID: FloatArray = np.round(np.arange(0.0, 0.951, 0.025), 6)
 """Sparsities at which projections are priced, [39]."""
 
 
+PriceOp = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""What :func:`price_terms` does; a fused one may take its place."""
+
+
 def price_sums(
     model: nn.Module,
     structure: Structure,
@@ -37,6 +42,7 @@ def price_sums(
     dense_prefix: int,
     predicted: int,
     recompute: bool = False,
+    op: PriceOp | None = None,
 ) -> tuple[FloatArray, int]:
     """Sum over tokens of the price of every projection and level, and the number of tokens.
 
@@ -53,6 +59,7 @@ def price_sums(
         dense_prefix: positions that are never masked and so cost nothing.
         predicted: tokens predicted in one sequence, from its end.
         recompute: keep the activations of one block at a time, for one more forward.
+        op: a fused replacement of :func:`price_terms`.
 
     Returns:
         Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens.
@@ -64,29 +71,42 @@ def price_sums(
     bounds = torch.as_tensor(level_thresholds, device=device)
 
     def priced(b: int, p: int, x: Tensor) -> Tensor:
-        return _Priced.apply(x, norms[b][p], bounds[b, p], dense_prefix, sums[b, p])  # type: ignore[no-any-return, no-untyped-call]
+        return _Priced.apply(x, norms[b][p], bounds[b, p], dense_prefix, sums[b, p], op or price_terms)  # type: ignore[no-any-return, no-untyped-call]
 
     backward_pass(model, structure, tokens, priced, batch_size=batch_size, predicted=predicted, recompute=recompute)
     return sums.cpu().numpy(), len(tokens) * (tokens.shape[1] - dense_prefix)
+
+
+def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, prefix: int) -> Tensor:
+    """Prices of one input at every level, summed over its tokens behind the prefix: float64 [G].
+
+    Args:
+        x: [sequences, positions, d].
+        gradient: like x, of the summed nats at x.
+        norms: [d] float32.
+        bounds: float32 [G], the levels' thresholds, rising.
+        prefix: positions that are never masked.
+    """
+    x = x[:, prefix:].flatten(0, 1)
+    contribution = gradient[:, prefix:].flatten(0, 1).float() * x.float()
+    # Bin i holds the channels dropped at level i but not at level i - 1; the last bin is never dropped.
+    bins = torch.searchsorted(bounds, scores(x, norms), right=True)
+    binned = contribution.new_zeros((len(x), len(bounds) + 1)).scatter_add_(1, bins, contribution)
+    change = binned.cumsum(1)[:, :-1].double()
+    return 0.5 * change.square().sum(0)
 
 
 class _Priced(torch.autograd.Function):
     """Identity; its backward adds the prices of its input to ``sums`` [G]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norms: Tensor, bounds: Tensor, prefix: int, sums: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norms: Tensor, bounds: Tensor, prefix: int, sums: Tensor, op: PriceOp) -> Tensor:
         ctx.save_for_backward(x, norms, bounds)
-        ctx.prefix, ctx.sums = prefix, sums
+        ctx.prefix, ctx.sums, ctx.op = prefix, sums, op
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, norms, bounds = ctx.saved_tensors
-        x = x[:, ctx.prefix :].flatten(0, 1)
-        contribution = gradient[:, ctx.prefix :].flatten(0, 1).float() * x.float()
-        # Bin i holds the channels dropped at level i but not at level i - 1; the last bin is never dropped.
-        bins = torch.searchsorted(bounds, scores(x, norms), right=True)
-        binned = contribution.new_zeros((len(x), len(bounds) + 1)).scatter_add_(1, bins, contribution)
-        change = binned.cumsum(1)[:, :-1].double()
-        ctx.sums += 0.5 * change.square().sum(0)
-        return gradient, None, None, None, None
+        ctx.sums += ctx.op(x, gradient, norms, bounds, ctx.prefix)
+        return gradient, None, None, None, None, None

@@ -14,17 +14,18 @@ channels in a band around the threshold, as a kernel density estimate: ``s / (2 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from was_search.backward import backward_pass
 from was_search.histogram import N_BINS, Histograms, bin_counts
-from was_search.score import scores
+from was_search.score import MaskOp, scores
+from was_search.score import masked as plain_mask
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
 from was_search.structure import Structure
 
@@ -66,6 +67,8 @@ def slope_pass(
     width: float = BOUNDARY_WIDTH,
     window: float = WINDOW,
     recompute: bool = False,
+    mask_op: MaskOp = plain_mask,
+    op: SlopeOp | None = None,
 ) -> Slopes:
     """Slopes at nominal ``sparsities`` [L, 7], with thresholds from ``histograms``.
 
@@ -82,6 +85,8 @@ def slope_pass(
         width: see :data:`BOUNDARY_WIDTH`.
         window: see :data:`WINDOW`; it is cut off at sparsity 0 and 0.99.
         recompute: keep the activations of one block at a time, for one more forward.
+        mask_op: a fused replacement of :func:`was_search.score.masked`.
+        op: a fused replacement of :func:`slope_terms`.
 
     Raises:
         InfeasibleError: sparsities outside [0, 1), or scores that are not finite.
@@ -89,15 +94,14 @@ def slope_pass(
     device = next(model.parameters()).device
     lower = np.clip(sparsities - window, 0.0, 0.99)
     upper = np.clip(sparsities + window, 0.0, 0.99)
-    limits = [_on(device, histograms.thresholds(point)) for point in (sparsities, lower, upper)]
+    thresholds = np.stack([histograms.thresholds(point) for point in (sparsities, lower, upper)], axis=-1)
+    limits = torch.as_tensor(thresholds, device=device)
     changes = torch.zeros((len(structure.blocks), N_PROJECTIONS), dtype=torch.float64, device=device)
     counts = torch.zeros((len(structure.blocks), N_PROJECTIONS, N_BINS), dtype=torch.int64, device=device)
 
     def masked(b: int, p: int, x: Tensor) -> Tensor:
-        threshold, low, high = (limit[b, p] for limit in limits)
-        return _Masked.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, norms[b][p], threshold, low, high, width, dense_prefix, changes[b, p], counts[b, p]
-        )
+        mask = _Mask(float(thresholds[b, p, 0]), width, dense_prefix, changes[b, p], counts[b, p], mask_op, op)
+        return _Masked.apply(x, norms[b][p], limits[b, p], mask)  # type: ignore[no-any-return, no-untyped-call]
 
     nats = backward_pass(
         model, structure, tokens, masked, batch_size=batch_size, predicted=predicted, recompute=recompute
@@ -107,46 +111,71 @@ def slope_pass(
     return Slopes(slopes, Histograms(counts.cpu().numpy()), nats / n_tokens, int(tokens.size))
 
 
-def _on(device: torch.device, thresholds: npt.NDArray[np.float32]) -> Tensor:
-    return torch.as_tensor(thresholds, device=device)
+SlopeOp = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor, Tensor]]
+"""What :func:`slope_terms` does; a fused one may take its place."""
+
+
+def slope_terms(
+    x: Tensor, gradient: Tensor, norms: Tensor, limits: Tensor, width: float, prefix: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of one mask: the gradient passed on with the band's term, and what is learnt on the way.
+
+    Args:
+        x: [sequences, positions, d], the input before masking.
+        gradient: like x, of the loss at the masked input.
+        norms: [d] float32.
+        limits: float32 [3]: the threshold, and the scores between which the slope is taken.
+        width: see :data:`BOUNDARY_WIDTH`.
+        prefix: positions that are never masked.
+
+    Returns:
+        The gradient at x, in the gradient's dtype; the change of the loss when the channels between the limits are
+        dropped, float64 scalar; counts of the scores behind the prefix, int64 [32768].
+    """
+    threshold, low, high = limits
+    score = scores(x[:, prefix:], norms)
+    body = gradient[:, prefix:].float()
+    inside = (score >= low) & (score < high)
+    change = -(body * x[:, prefix:].float() * inside).sum(dtype=torch.float64)
+    factor = (score >= threshold).float()
+    reach = width * threshold
+    factor += ((score - threshold).abs() < reach) * score / (2.0 * reach).clamp_min(1e-30)
+    passed = torch.cat([gradient[:, :prefix], (body * factor).to(gradient.dtype)], dim=1)
+    return passed, change, bin_counts(score)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """One projection's mask, and where its backward adds what it finds."""
+
+    threshold: float
+    width: float
+    prefix: int
+    change: Tensor
+    counts: Tensor
+    mask_op: MaskOp = plain_mask
+    op: SlopeOp | None = None
 
 
 class _Masked(torch.autograd.Function):
     """The hard mask; its backward takes slopes and histograms and passes the gradient on with the band's term."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        norms: Tensor,
-        threshold: Tensor,
-        low: Tensor,
-        high: Tensor,
-        width: float,
-        prefix: int,
-        change: Tensor,
-        counts: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, norms, threshold, low, high)
-        ctx.width, ctx.prefix, ctx.change, ctx.counts = width, prefix, change, counts
-        keep = scores(x, norms) >= threshold
-        keep[:, :prefix] = True
-        return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    def forward(ctx: Any, x: Tensor, norms: Tensor, limits: Tensor, mask: _Mask) -> Tensor:
+        ctx.save_for_backward(x, norms, limits)
+        ctx.mask = mask
+        if mask.threshold <= 0.0:
+            return x.view_as(x)
+        return torch.cat([x[:, : mask.prefix], mask.mask_op(x[:, mask.prefix :], norms, mask.threshold)], dim=1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, norms, threshold, low, high = ctx.saved_tensors
-        score = scores(x[:, ctx.prefix :], norms)
-        body = gradient[:, ctx.prefix :].float()
-        inside = (score >= low) & (score < high)
-        ctx.change -= (body * x[:, ctx.prefix :].float() * inside).sum(dtype=torch.float64)
-        ctx.counts += bin_counts(score)
-        factor = (score >= threshold).float()
-        if ctx.width > 0.0:
-            reach = ctx.width * threshold
-            factor += ((score - threshold).abs() < reach) * score / (2.0 * reach).clamp_min(1e-30)
-        passed = torch.cat([gradient[:, : ctx.prefix], (body * factor).to(gradient.dtype)], dim=1)
-        return passed, None, None, None, None, None, None, None, None
+        mask: _Mask = ctx.mask
+        x, norms, limits = ctx.saved_tensors
+        passed, change, counts = (mask.op or slope_terms)(x, gradient, norms, limits, mask.width, mask.prefix)
+        mask.change.add_(change)
+        mask.counts.add_(counts)
+        return passed, None, None, None
 
 
 class SlopeOracle:
@@ -165,7 +194,7 @@ class SlopeOracle:
         dense_prefix: positions at a sequence's start that are never masked.
         predicted: tokens predicted in one sequence.
         seed: of the order in which sequences come; all are used before one comes again.
-        recompute: see :func:`slope_pass`.
+        recompute: see :func:`slope_pass`; so for the ops.
     """
 
     def __init__(
@@ -182,6 +211,8 @@ class SlopeOracle:
         predicted: int,
         seed: int,
         recompute: bool = False,
+        mask_op: MaskOp = plain_mask,
+        op: SlopeOp | None = None,
     ) -> None:
         self._model, self._structure, self._norms = model, structure, norms
         self._tokens = tokens
@@ -192,6 +223,8 @@ class SlopeOracle:
             "dense_prefix": dense_prefix,
             "predicted": predicted,
             "recompute": recompute,
+            "mask_op": mask_op,
+            "op": op,
         }
         self._rng = np.random.default_rng(seed)
         self._order: list[int] = []

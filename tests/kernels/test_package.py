@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import was_kernels
-from was_kernels.mask_op import mask_op_for
+from was_kernels.ops import Ops, ops_for
 from was_kernels.reference import score_mask_reference
 from was_search.score import masked
 
 KERNELS = Path(was_kernels.__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", ["was_kernels", "was_kernels.runtime", "was_kernels.mask_op"])
+@pytest.mark.parametrize("module", ["was_kernels", "was_kernels.runtime", "was_kernels.ops"])
 def test_importing_imports_no_triton_kernels(module):
     path = [str(KERNELS), str(KERNELS.parent)]
     if module == "was_kernels":
@@ -57,17 +57,19 @@ def test_available_says_why(monkeypatch):
     assert was_kernels.available() == (False, "triton is not installed")
 
 
-def test_mask_op_for_cpu_is_the_plain_one():
-    assert mask_op_for("cpu") is masked
-    assert mask_op_for(torch.device("cpu")) is masked
+def test_ops_for_cpu_are_the_plain_ones():
+    assert ops_for("cpu") == ops_for(torch.device("cpu")) == Ops()
+    assert Ops().mask is masked
 
 
 @pytest.mark.gpu
-def test_mask_op_for_a_gpu_is_fused(cuda):
+def test_ops_for_a_gpu_are_fused(cuda):
     from was_kernels.score_mask import score_mask
 
-    assert mask_op_for("cuda") is score_mask
-    assert mask_op_for(cuda) is score_mask
+    assert ops_for("cuda") == ops_for(cuda)
+    assert ops_for("cuda").mask is score_mask
+    plain = Ops()
+    assert all(getattr(ops_for("cuda"), name) is not op for name, op in vars(plain).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from was_search.calibration import histogram_pass
 from was_search.evaluation import evaluate_thresholds
 from was_search.masking import structure_norms
-from was_search.slope import SlopeOracle, _Masked, slope_pass
+from was_search.slope import SlopeOracle, _Mask, _Masked, slope_pass
 from was_search.structure import find_structure
 
 
@@ -110,7 +110,8 @@ def test_the_band_gives_the_derivative_of_a_masked_mean():
     def slope(width):
         a = torch.ones((), requires_grad=True)
         unused, counts = torch.zeros((), dtype=torch.float64), torch.zeros(1 << 15, dtype=torch.int64)
-        out = _Masked.apply(a * x, norms, threshold, threshold, threshold, width, 0, unused, counts)
+        limits = threshold.expand(3)
+        out = _Masked.apply(a * x, norms, limits, _Mask(float(threshold), width, 0, unused, counts))
         # Where a channel is dropped its sign is still that of x: the derivative of the absolute value at a jump.
         loss = (weights * out * x.sign()).sum(-1).mean()
         return float(torch.autograd.grad(loss, a)[0])

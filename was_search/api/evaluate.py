@@ -37,7 +37,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
     Raises:
         PlanError: the plan belongs to another model.
     """
-    from was_kernels.mask_op import mask_op_for
+    from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
     from was_search.masking import structure_norms
 
@@ -50,7 +50,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
     found = []
     with context.reporter.phase(f"evaluate on {data.protocol.brief()}", len(runs)) as advance:
         for thresholds in runs:
-            op = mask_op_for(context.placement_here.device)
+            op = ops_for(context.placement_here.device).mask
             found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
             advance()
     result = PlanEvaluation(

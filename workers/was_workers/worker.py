@@ -17,13 +17,14 @@ from was_search.early_stop import StopRule
 from was_search.errors import DeviceLostError, TransientError
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet
-from was_search.score import MaskOp, ScoreKind
+from was_search.score import ScoreKind
 from was_search.shape import FloatArray, IntArray, ModelShape
 from was_search.table import BlockTable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from was_kernels.ops import Ops
     from was_search.descent import DescentOptions
     from was_search.structure import Structure
 
@@ -109,7 +110,8 @@ class Worker:
                 thresholds,
                 batch_size=batch_size,
                 dense_prefix=dense_prefix,
-                mask_op=loaded.mask_op,
+                mask_op=loaded.ops.mask,
+                count_op=loaded.ops.count,
             )
 
     def prices(
@@ -135,6 +137,7 @@ class Worker:
                 dense_prefix=dense_prefix,
                 predicted=predicted,
                 recompute=self._recompute,
+                op=loaded.ops.price,
             )
 
     def descend(
@@ -170,6 +173,8 @@ class Worker:
             predicted=predicted,
             seed=seed,
             recompute=self._recompute,
+            mask_op=loaded.ops.mask,
+            op=loaded.ops.slope,
         )
         with _transient_memory():
             return descend(slopes, start, loaded.structure.shape, target, options)
@@ -191,7 +196,7 @@ class Worker:
                 inputs,
                 dense,
                 dense_prefix=dense_prefix,
-                mask_op=loaded.mask_op,
+                mask_op=loaded.ops.mask,
             )
             return block_path(error, loaded.structure.shape.params[block], step=step)
 
@@ -226,7 +231,7 @@ class Worker:
             loaded.norms,
             data,
             self._histograms[1],
-            mask_op=loaded.mask_op,
+            mask_op=loaded.ops.mask,
             top=top,
         )
         with _transient_memory():
@@ -241,7 +246,7 @@ class Worker:
         loaded = self._model()
         with _transient_memory():
             return evaluate_thresholds(
-                loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.mask_op, top=top
+                loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.ops.mask, top=top
             )
 
     def peak_bytes(self) -> int:
@@ -272,7 +277,7 @@ class _Loaded:
     model: nn.Module
     structure: Structure
     norms: list[list[Tensor]]
-    mask_op: MaskOp
+    ops: Ops
     device: str
     seconds: float
 
@@ -282,7 +287,7 @@ def _load(spec: WorkerSpec) -> _Loaded:
 
     import torch
 
-    from was_kernels.mask_op import mask_op_for
+    from was_kernels.ops import ops_for
     from was_search.masking import structure_norms
     from was_search.model import load_model, resolve_model
     from was_search.structure import find_structure
@@ -295,7 +300,7 @@ def _load(spec: WorkerSpec) -> _Loaded:
         structure = find_structure(model)
         norms = structure_norms(structure, spec.score)
     device = torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
-    return _Loaded(model, structure, norms, mask_op_for(spec.device), device, time.perf_counter() - started)
+    return _Loaded(model, structure, norms, ops_for(spec.device), device, time.perf_counter() - started)
 
 
 _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
