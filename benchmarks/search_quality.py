@@ -28,7 +28,6 @@ from benchmarks.methods import METHODS
 from benchmarks.problem import Engine, Setup, prepare
 from benchmarks.rows import append_row, read_rows
 from benchmarks.runs import jobs, pairs, results
-from was_search.checkpoint import resolve_model
 from was_search.errors import ConfigError, WasError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "search_quality.jsonl"
@@ -53,7 +52,7 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
     problems = prepare(engine, sorted({job.target for job in todo}))
     print(f"prepared in {time.time() - began:.0f} s on {engine.info.device}", flush=True)
     common = {
-        "model": {"name": resolve_model(setup.model).display_name, "fingerprint": fingerprint},
+        "model": {"name": options.name, "fingerprint": fingerprint},
         "protocols": protocols,
         "setup": setup.identity(),
         "device": engine.info.device,
@@ -128,6 +127,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="each holds the model on the device")
     parser.add_argument("--deadline", type=float, default=0.0, help="seconds after which nothing more is run")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="demo", help="what rows call the model; its fingerprint is what counts")
     parser.add_argument("--summary", action="store_true", help="print and plot what the results file holds")
     parser.add_argument("--plot", type=Path, help="HTML file of the summary's plot; beside the results if not given")
     group = parser.add_argument_group("model and data", "the packaged demo and its settings by default")

@@ -40,6 +40,8 @@ class StudyProgress(Protocol):
     @property
     def stopped(self) -> int: ...
     @property
+    def saved(self) -> float: ...
+    @property
     def failed(self) -> int: ...
     @property
     def best(self) -> Any: ...
@@ -118,6 +120,7 @@ class JsonReporter(Reporter):
                 finished=progress.finished,
                 total=progress.total,
                 stopped=progress.stopped,
+                tokens_saved=round(progress.saved, 4),
                 failed=progress.failed,
                 fitness=fitness,
                 best_loss_nats=progress.best.loss_nats if progress.best else None,
@@ -235,7 +238,8 @@ def _figures(progress: StudyProgress, rate: float, fitness: FitnessName, *, curr
     if current and progress.current is not None and progress.current.loss_nats is not None:
         parts.append(f"current {progress.current.loss_nats:.4f}")
     parts.append(f"{rate:.1f} trials/min")
-    parts.append(f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early")
+    stopped = f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early"
+    parts.append(f"{stopped} ({100 * progress.saved:.0f} % of the tokens saved)" if progress.stopped else stopped)
     if progress.failed:
         parts.append(f"[red]{progress.failed} failed[/]")
     return ", ".join(parts)

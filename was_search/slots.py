@@ -71,3 +71,12 @@ def best_slot(slots: list[Slot]) -> Slot | None:
     """The complete slot with the least loss; stopped and failed ones are never best."""
     complete = [s for s in slots if s.state is SlotState.COMPLETE and s.loss_nats is not None]
     return min(complete, key=lambda s: (s.loss_nats, s.number), default=None)
+
+
+def tokens_saved(slots: list[Slot]) -> float:
+    """Share of the tokens of all evaluations that stopping early left unread, in [0, 1).
+
+    Against the same trials in full; failed slots are left out.
+    """
+    seen = [len(s.losses) for s in slots if s.losses is not None and s.state in (SlotState.COMPLETE, SlotState.STOPPED)]
+    return 1.0 - sum(seen) / (len(seen) * max(seen)) if seen else 0.0

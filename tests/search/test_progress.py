@@ -18,6 +18,7 @@ class State:
     total: int = 20
     finished: int = 0
     stopped: int = 0
+    saved: float = 0.0
     failed: int = 0
     best: Slot | None = None
     current: Slot | None = None
@@ -27,7 +28,7 @@ class State:
 STATES = [
     State(),
     State(finished=1, best=(slot := Slot(3, SlotState.COMPLETE, loss_nats=1.25, nll_nats=1.25)), current=slot),
-    State(finished=4, stopped=1, failed=1, best=slot, current=Slot(7, SlotState.FAILED)),
+    State(finished=4, stopped=1, saved=0.125, failed=1, best=slot, current=Slot(7, SlotState.FAILED)),
 ]
 
 
@@ -74,7 +75,7 @@ def test_the_search_line(rich):
             show(state)
     text = shown(rich)
     assert "search 4/20 trials, best 1.2500 nats (ppl 3.490, #3)" in text
-    assert "25 % stopped early, 1 failed" in text
+    assert "25 % stopped early (12 % of the tokens saved), 1 failed" in text
 
 
 def test_the_search_line_of_a_divergence(rich):
@@ -136,6 +137,7 @@ def test_json_is_one_object_a_line(capsys):
         "finished": 1,
         "total": 20,
         "stopped": 0,
+        "tokens_saved": 0.0,
         "failed": 0,
         "fitness": "nll",
         "best_loss_nats": 1.25,

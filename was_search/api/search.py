@@ -22,7 +22,7 @@ from was_search.api.warm import warm_seeds
 from was_search.fitness import fitness_identity, fitness_words
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
-from was_search.slots import Slot, SlotState, best_slot
+from was_search.slots import Slot, SlotState, best_slot, tokens_saved
 
 if TYPE_CHECKING:
     from was_workers.descents import DescentPlan
@@ -224,7 +224,8 @@ def _note(context: Context, result: SearchResult, best: Slot) -> str:
 def _tally(result: SearchResult) -> str:
     return (
         f"{len(result.slots)} slots: {result.count(SlotState.COMPLETE)} complete, "
-        f"{result.count(SlotState.STOPPED)} stopped early, {result.count(SlotState.FAILED)} failed"
+        f"{result.count(SlotState.STOPPED)} stopped early ({100 * tokens_saved(result.slots):.0f} % of the tokens "
+        f"saved), {result.count(SlotState.FAILED)} failed"
     )
 
 

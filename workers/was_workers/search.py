@@ -22,7 +22,7 @@ from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed, point_seed
 from was_search.shape import FloatArray, ModelShape
-from was_search.slots import Slot, SlotState, best_slot
+from was_search.slots import Slot, SlotState, best_slot, tokens_saved
 from was_search.space import MonotoneSpace, Space, SpaceName, level_params, make_space, open_distributions
 from was_workers.descents import ORIGIN as DESCENT
 from was_workers.descents import DescentPlan, Descents
@@ -51,8 +51,8 @@ class SearchOptions:
 class SearchProgress:
     """The state of a study, for a progress bar.
 
-    ``best`` is the best complete slot; ``current`` the slot that has just finished; ``activity`` what goes on
-    besides evaluations.
+    ``best`` is the best complete slot; ``saved`` the share of tokens that stopping early saved; ``current`` the slot
+    that has just finished; ``activity`` what goes on besides evaluations.
     """
 
     total: int
@@ -61,6 +61,7 @@ class SearchProgress:
     failed: int
     best: Slot | None
     current: Slot | None
+    saved: float = 0.0
     activity: str = ""
 
     @property
@@ -397,6 +398,7 @@ class SearchLoop:
                 failed=count[SlotState.FAILED],
                 best=best_slot(slots),
                 current=current,
+                saved=tokens_saved(slots),
                 activity=self._descents.describe if self._descents is not None and self._descents.running else "",
             )
         )
