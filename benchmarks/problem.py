@@ -34,7 +34,7 @@ from was_workers.worker import Worker, WorkerSpec
 DEMO = Path(__file__).resolve().parents[1] / "was_search" / "demo_data"
 
 GREEDY_STEP = 0.0125
-SEED_DESCENT = DescentOptions(rounds=8, step=0.06, momentum=0.5, average=0.4)
+SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)
 SEED_SEQUENCES = 16
 """Those of ``was_search.api.seed``, which needs more packages than a GPU machine may have."""
 
@@ -77,7 +77,8 @@ class Setup:
 
     def identity(self) -> dict[str, Any]:
         """What decides results, without places: the model and the data count by their hashes."""
-        return {name: value for name, value in asdict(self).items() if name not in ("model", "data", "device")}
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "device")}
+        return {**own, "seed_descent": {**asdict(SEED_DESCENT), "sequences": SEED_SEQUENCES}}
 
     def tokens(self) -> dict[str, TokenSet]:
         """The three splits, and ``slope``: more of the calibration split."""

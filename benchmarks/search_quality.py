@@ -129,6 +129,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="demo", help="what rows call the model; its fingerprint is what counts")
     parser.add_argument("--summary", action="store_true", help="print and plot what the results file holds")
+    parser.add_argument("--markdown", action="store_true", help="print the summary as Markdown, last checkpoints only")
     parser.add_argument("--plot", type=Path, help="HTML file of the summary's plot; beside the results if not given")
     group = parser.add_argument_group("model and data", "the packaged demo and its settings by default")
     hints = get_type_hints(Setup)
@@ -155,10 +156,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
-        if options.summary:
-            from benchmarks.search_summary import summarise
+        if options.summary or options.markdown:
+            from benchmarks.search_summary import groups, markdown, summarise
 
-            summarise(read_rows(options.output), options.plot or options.output.with_suffix(".html"))
+            names = {name.partition(":")[0] for name in options.methods}
+            rows = [row for row in read_rows(options.output) if row["method"] in names]
+            if options.markdown:
+                for conditions, targets in groups(rows).items():
+                    print(f"{conditions}\n\n{markdown(targets)}\n")
+                return 0
+            summarise(rows, options.plot or options.output.with_suffix(".html"))
             return 0
         setup = Setup(**{field.name: getattr(options, field.name) for field in fields(Setup)})
         left = benchmark(options, setup)

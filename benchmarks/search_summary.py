@@ -23,10 +23,10 @@ class Cell:
     greatest: float
     n: int
 
-    def __str__(self) -> str:
+    def text(self, between: str = " ") -> str:
         if self.n == 1:
             return f"{self.median:.4f}"
-        return f"{self.median:.4f} [{self.least:.4f} {self.greatest:.4f}]"
+        return f"{self.median:.4f} [{self.least:.4f}{between}{self.greatest:.4f}]"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _conditions(row: dict[str, Any]) -> str:
         f"{row['model']['name']} {row['model']['fingerprint'][:8]}, {test['data']}, {test['dtype']}, "
         f"search {search['n_sequences']} x {search['sequence_length']} tokens {search['tokens_hash'][:8]}, "
         f"test {test['n_sequences']} x {test['sequence_length']} tokens {test['tokens_hash'][:8]}, "
-        f"radius {row['radius']:g}"
+        f"seed's descent step {row.get('setup', {}).get('seed_descent', {'step': 0.06})['step']:g}, radius {row['radius']:g}"
     )
 
 
@@ -88,11 +88,34 @@ def table(curves: list[Curve]) -> str:
     checkpoints = sorted({c for curve in curves for c in curve.cells if math.isfinite(c)})
     body = [["", *(f"{c:g}" for c in checkpoints), "runs", "achieved % on test"]]
     for curve in curves:
-        cells = [str(curve.cells.get(c, "")) for c in checkpoints]
+        cells = [curve.cells[c].text() if c in curve.cells else "" for c in checkpoints]
         low, high = (100 * value for value in curve.achieved)
         body.append([curve.name, *cells, str(max(c.n for c in curve.cells.values())), f"{low:.2f}-{high:.2f}"])
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body)
+
+
+def markdown(targets: dict[float, list[Curve]], names: list[str] | None = None) -> str:
+    """One Markdown table: method x target, the median test loss [least, greatest] once all its budget was spent."""
+    by_name: dict[str, dict[float, Curve]] = defaultdict(dict)
+    for target, curves in targets.items():
+        for curve in curves:
+            by_name[curve.name][target] = curve
+    # Methods that were not run at every target stand last.
+    order = {name: (-len(found), sum(curve.last for curve in found.values())) for name, found in by_name.items()}
+    wanted = names or sorted(by_name, key=order.__getitem__)
+    lines = [
+        "| method | evaluations | " + " | ".join(f"{100 * target:g} %" for target in targets) + " |",
+        "|---" * (2 + len(targets)) + "|",
+    ]
+    for name in wanted:
+        spent = max(max(curve.cells) for curve in by_name[name].values())
+        cells = []
+        for target in targets:
+            curve = by_name[name].get(target)
+            cells.append("" if curve is None else curve.cells[max(curve.cells)].text(", "))
+        lines.append(f"| {name} | {spent:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def summarise(rows: Rows, plot: Path) -> None:
@@ -158,7 +181,7 @@ def _html(conditions: str, targets: dict[float, list[Curve]], path: Path) -> Non
     figure.update_yaxes(title_text="test nats per token, median over seeds", row=1, col=1)
     figure.update_layout(title={"text": conditions, "font": {"size": 12}}, template="plotly_white")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs="cdn")
+    figure.write_html(path, include_plotlyjs="cdn", config={"displayModeBar": False})
 
 
 def _png(conditions: str, targets: dict[float, list[Curve]], path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.search_summary import groups, summarise, table
+from benchmarks.search_summary import groups, markdown, summarise, table
 
 PROTOCOL = {"data": "text", "dtype": "float32", "n_sequences": 4, "sequence_length": 8, "tokens_hash": "abcdef0123"}
 
@@ -74,3 +74,12 @@ def test_the_plot_and_the_print(tmp_path, capsys):
 def test_nothing_to_show(tmp_path, capsys):
     summarise([], tmp_path / "quality.html")
     assert capsys.readouterr().out == "no rows yet\n"
+
+
+def test_the_markdown_has_a_method_a_line_and_those_not_run_everywhere_last():
+    (targets,) = groups([*ROWS, row("cmaes", {10: 4.0}, target=0.7)]).values()
+    lines = markdown(targets).splitlines()
+    assert lines[0] == "| method | evaluations | 60 % | 70 % |"
+    assert lines[2] == "| cmaes:levels | 50 | 2.2000 [2.1000, 2.3000] | 4.0000 |"
+    assert lines[3] == "| uniform | 50 | 2.9000 | 3.9000 |"
+    assert lines[4] == "| gp:full | 10 | 2.0000 |  |"

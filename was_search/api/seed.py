@@ -18,11 +18,11 @@ from was_search.table import Table
 GREEDY_STEP = 0.0125
 """Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
 
-SEED_STEP = 0.06
+SEED_STEP = 0.04
 SEED_MOMENTUM = 0.5
 SEED_AVERAGE = 0.4
 SEED_SEQUENCES = 16
-"""The descent behind the prices is short: longer steps, less inertia, and fewer sequences a round than a search's."""
+"""The descent behind the prices is short: less inertia, and fewer sequences a round than a search's."""
 
 
 def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]:
@@ -53,7 +53,7 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
     settings, data = context.settings, context.slope_tokens
     options = DescentOptions(rounds=settings.seed_rounds, step=SEED_STEP, momentum=SEED_MOMENTUM, average=SEED_AVERAGE)
     parts = (calibration.key, data.protocol, start, settings.target, vars(options), SEED_SEQUENCES, settings.seed)
-    key = content_hash("seed-descent", 1, *parts)
+    key = content_hash("seed-descent", 2, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
     found = context.cache.get("descent", key)
     if found is not None:
