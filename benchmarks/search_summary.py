@@ -75,11 +75,12 @@ def _curve(name: str, runs: Rows) -> Curve:
 
 def _conditions(row: dict[str, Any]) -> str:
     test, search = row["protocols"]["test"], row["protocols"]["search"]
+    step = row.get("setup", {}).get("seed_descent", {"step": 0.06})["step"]  # what it was before rows said it
     return (
         f"{row['model']['name']} {row['model']['fingerprint'][:8]}, {test['data']}, {test['dtype']}, "
         f"search {search['n_sequences']} x {search['sequence_length']} tokens {search['tokens_hash'][:8]}, "
         f"test {test['n_sequences']} x {test['sequence_length']} tokens {test['tokens_hash'][:8]}, "
-        f"seed's descent step {row.get('setup', {}).get('seed_descent', {'step': 0.06})['step']:g}, radius {row['radius']:g}"
+        f"seed's descent step {step:g}, radius {row['radius']:g}"
     )
 
 
