@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from was_search.histogram import Histograms
 from was_search.masking import Masking
-from was_search.score import MaskOp, masked
+from was_search.score import MaskOp, mask_input
 from was_search.shape import FloatArray, IntArray
 from was_search.structure import Structure
 
@@ -55,7 +55,7 @@ def block_error(
     dense: Histograms,
     *,
     dense_prefix: int,
-    mask_op: MaskOp = masked,
+    mask_op: MaskOp = mask_input,
 ) -> Callable[[FloatArray], float]:
     """A function of the seven sparsities: ``||y_sparse - y|| / ||y||`` of the block's output (TEAL section 4.3).
 

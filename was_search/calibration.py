@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from was_search.histogram import N_BINS, CountOp, Histograms, bin_counts
 from was_search.masking import Masking
-from was_search.score import MaskOp, masked
+from was_search.score import MaskOp, mask_input
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
 from was_search.structure import Structure
 
@@ -34,7 +34,7 @@ def histogram_pass(
     *,
     batch_size: int,
     dense_prefix: int,
-    mask_op: MaskOp = masked,
+    mask_op: MaskOp = mask_input,
     count_op: CountOp = bin_counts,
 ) -> tuple[Histograms, IntArray, IntArray]:
     """One pass over ``tokens`` [n, sequence_length] under ``thresholds`` (None: dense).

@@ -21,7 +21,7 @@ from was_search.early_stop import StopRule
 from was_search.histogram import Histograms
 from was_search.masking import Masking
 from was_search.protocol import Evaluation, TokenSet
-from was_search.score import MaskOp, masked
+from was_search.score import MaskOp, mask_input
 from was_search.shape import FloatArray, IntArray
 from was_search.structure import Structure
 
@@ -111,7 +111,7 @@ def evaluate_thresholds(
     data: TokenSet,
     thresholds: npt.NDArray[np.float32] | None,
     *,
-    mask_op: MaskOp = masked,
+    mask_op: MaskOp = mask_input,
     rule: StopRule | None = None,
     before: FloatArray | None = None,
     until: int | None = None,
@@ -193,7 +193,7 @@ class ModelEvaluator:
         data: TokenSet,
         histograms: Histograms,
         *,
-        mask_op: MaskOp = masked,
+        mask_op: MaskOp = mask_input,
         top: DenseTop | None = None,
     ) -> None:
         self._model = model

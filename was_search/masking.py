@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from was_search.score import MaskOp, ScoreKind, column_norms, masked, scores
+from was_search.score import MaskOp, ScoreKind, column_norms, mask_input, scores
 from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.structure import Structure
 
@@ -42,7 +42,7 @@ class Masking:
         norms: from :func:`structure_norms`.
         thresholds: [L, 7], or None to mask nothing (to observe only).
         dense_prefix: positions at a sequence's start left unmasked.
-        mask_op: a fused replacement of :func:`was_search.score.masked`.
+        mask_op: a fused replacement of :func:`was_search.score.mask_input`.
         count: count dropped channels, read with :meth:`achieved`.
         observer: called with the scores of the inputs before masking.
     """
@@ -54,7 +54,7 @@ class Masking:
         thresholds: npt.NDArray[np.float32] | None,
         *,
         dense_prefix: int = 1,
-        mask_op: MaskOp = masked,
+        mask_op: MaskOp = mask_input,
         count: bool = False,
         observer: Observer | None = None,
     ) -> None:
@@ -101,11 +101,10 @@ class Masking:
                 if self._counting:
                     self._add(b, p, body.numel(), body.new_full((), body.numel(), dtype=torch.int64))
                 return None
-            kept = self._mask_op(body, norms, threshold)
+            y, kept = self._mask_op(x, norms, threshold, self._prefix)
             if self._counting:
-                # A zero input scores 0, under any positive threshold: what is kept is what is not zero.
-                self._add(b, p, body.numel(), torch.count_nonzero(kept))
-            return (torch.cat([x[:, : self._prefix], kept], dim=1),)
+                self._add(b, p, body.numel(), kept)
+            return (y,)
 
         return hook
 

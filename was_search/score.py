@@ -15,8 +15,8 @@ from torch import Tensor
 ScoreKind = Literal["l1", "l2", "none"]
 SCORE_KINDS: tuple[ScoreKind, ...] = ("l1", "l2", "none")
 
-MaskOp = Callable[[Tensor, Tensor, float], Tensor]
-"""(x [..., d], norms [d] float32, threshold) -> x with the dropped channels set to zero."""
+MaskOp = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+"""What :func:`mask_input` does; a fused one may take its place."""
 
 
 def column_norms(weight: Tensor, kind: ScoreKind) -> Tensor:
@@ -39,7 +39,23 @@ def scores(x: Tensor, norms: Tensor) -> Tensor:
 
 
 def masked(x: Tensor, norms: Tensor, threshold: float) -> Tensor:
-    """x with the channels whose score is under ``threshold`` set to zero; the reference :data:`MaskOp`."""
+    """x with the channels whose score is under ``threshold`` set to zero."""
     if threshold <= 0.0:
         return x
     return torch.where(scores(x, norms) >= threshold, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """A projection's input with :func:`masked` applied behind the prefix, and the number of channels kept there.
+
+    Args:
+        x: [batch, positions, d], whole sequences.
+        norms: [d] float32.
+        threshold: above 0; a zero input scores 0, so what is kept is what is not zero.
+        prefix: positions at a sequence's start that keep all channels.
+
+    Returns:
+        Like x; int64 scalar on x's device.
+    """
+    body = masked(x[:, prefix:], norms, threshold)
+    return torch.cat([x[:, :prefix], body], dim=1), torch.count_nonzero(body)

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from was_search.backward import backward_pass
 from was_search.histogram import N_BINS, Histograms, bin_counts
-from was_search.score import MaskOp, scores
-from was_search.score import masked as plain_mask
+from was_search.score import MaskOp, mask_input, scores
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
 from was_search.structure import Structure
 
@@ -67,7 +66,7 @@ def slope_pass(
     width: float = BOUNDARY_WIDTH,
     window: float = WINDOW,
     recompute: bool = False,
-    mask_op: MaskOp = plain_mask,
+    mask_op: MaskOp = mask_input,
     op: SlopeOp | None = None,
 ) -> Slopes:
     """Slopes at nominal ``sparsities`` [L, 7], with thresholds from ``histograms``.
@@ -85,7 +84,7 @@ def slope_pass(
         width: see :data:`BOUNDARY_WIDTH`.
         window: see :data:`WINDOW`; it is cut off at sparsity 0 and 0.99.
         recompute: keep the activations of one block at a time, for one more forward.
-        mask_op: a fused replacement of :func:`was_search.score.masked`.
+        mask_op: a fused replacement of :func:`was_search.score.mask_input`.
         op: a fused replacement of :func:`slope_terms`.
 
     Raises:
@@ -153,7 +152,7 @@ class _Mask:
     prefix: int
     change: Tensor
     counts: Tensor
-    mask_op: MaskOp = plain_mask
+    mask_op: MaskOp = mask_input
     op: SlopeOp | None = None
 
 
@@ -166,7 +165,7 @@ class _Masked(torch.autograd.Function):
         ctx.mask = mask
         if mask.threshold <= 0.0:
             return x.view_as(x)
-        return torch.cat([x[:, : mask.prefix], mask.mask_op(x[:, mask.prefix :], norms, mask.threshold)], dim=1)
+        return mask.mask_op(x, norms, mask.threshold, mask.prefix)[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -211,7 +210,7 @@ class SlopeOracle:
         predicted: int,
         seed: int,
         recompute: bool = False,
-        mask_op: MaskOp = plain_mask,
+        mask_op: MaskOp = mask_input,
         op: SlopeOp | None = None,
     ) -> None:
         self._model, self._structure, self._norms = model, structure, norms

@@ -9,7 +9,7 @@ import torch
 from was_kernels import available
 from was_search.histogram import CountOp, bin_counts
 from was_search.pricing import PriceOp, price_terms
-from was_search.score import MaskOp, masked
+from was_search.score import MaskOp, mask_input
 from was_search.slope import SlopeOp, slope_terms
 
 
@@ -17,7 +17,7 @@ from was_search.slope import SlopeOp, slope_terms
 class Ops:
     """One implementation of each; plain torch by default."""
 
-    mask: MaskOp = masked
+    mask: MaskOp = mask_input
     count: CountOp = bin_counts
     price: PriceOp = price_terms
     slope: SlopeOp = slope_terms
@@ -28,6 +28,6 @@ def ops_for(device: str | torch.device) -> Ops:
     if torch.device(device).type != "cuda" or not available()[0]:
         return Ops()
     from was_kernels import gradient_passes
-    from was_kernels.score_mask import score_mask
+    from was_kernels.mask_input import mask_input as fused_mask_input
 
-    return Ops(score_mask, gradient_passes.count_scores, gradient_passes.price_terms, gradient_passes.slope_terms)
+    return Ops(fused_mask_input, gradient_passes.count_scores, gradient_passes.price_terms, gradient_passes.slope_terms)

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ("test_gradient_passes.py", "test_score_mask.py", "test_sparse_gemv.py", "test_sparse_linear.py")
+FILES = (
+    "test_gradient_passes.py",
+    "test_mask_input.py",
+    "test_score_mask.py",
+    "test_sparse_gemv.py",
+    "test_sparse_linear.py",
+)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")

@@ -135,15 +135,19 @@ def test_the_observer_sees_scores_before_masking_outside_the_prefix(llama, struc
 def test_another_mask_op_is_used(llama, structure, tokens):
     calls = []
 
-    def op(x, norms, threshold):
-        calls.append((tuple(x.shape), threshold))
-        return x
+    def op(x, norms, threshold, prefix):
+        calls.append((tuple(x.shape), threshold, prefix))
+        return x, torch.tensor(5)
 
     thresholds = np.zeros((3, 7), np.float32)
     thresholds[1, 6] = 0.5
-    with torch.inference_mode(), Masking(structure, structure_norms(structure, "l2"), thresholds, mask_op=op):
+    with (
+        torch.inference_mode(),
+        Masking(structure, structure_norms(structure, "l2"), thresholds, mask_op=op, count=True) as found,
+    ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
-    assert calls == [((2, 16, 24), 0.5)]
+    assert calls == [((2, 17, 24), 0.5, 1)]
+    assert found.achieved()[1, 6] == 1.0 - 5 / (2 * 16 * 24)
 
 
 def test_biases_are_added_after_masking(tokens):
