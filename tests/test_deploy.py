@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 
 from was_search.cli import app
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
-TEXTS = [path for path in (DEPLOY / "README.md", DEPLOY / "compose.yaml", ROOT / "README.md") if path.is_file()]
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+TEXTS = [DEPLOY / "README.md", DEPLOY / "compose.yaml", DEPLOY / "cluster.yaml", *MANIFESTS, ROOT / "README.md"]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMAGE = f"{PROJECT['name']}:{PROJECT['version']}"
@@ -48,7 +50,7 @@ def commands_in(path: Path) -> Iterator[list[str]]:
     for line in typed_lines(path):
         words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else line.split()
         for i, word in enumerate(words):
-            starts = i == 0 or words[i - 1] != "cd"
+            starts = i == 0 or words[i - 1] not in ("cd", "secret")
             if word.rsplit("/", 1)[-1] == PROJECT["name"] and starts:
                 end = next((j for j in range(i + 1, len(words)) if words[j] in ("|", "&&", ";", ">")), len(words))
                 yield words[i + 1 : end]
@@ -60,7 +62,38 @@ def named_commands() -> list[tuple[str, list[str]]]:
         command = service.get("command", [])
         if command[:1] == [PROJECT["name"]]:
             found.append((f"service {name}", command[1:]))
+    for name, words in manifest_commands():
+        found.append((name, words))
     return [(where, words) for where, words in found if words]
+
+
+def manifests() -> list[dict[str, Any]]:
+    return [part for path in MANIFESTS for part in yaml.safe_load_all(path.read_text(encoding="utf-8"))]
+
+
+def pods(value: Any) -> Iterator[dict[str, Any]]:
+    """Every pod's specification in a manifest."""
+    if isinstance(value, dict):
+        if "containers" in value:
+            yield value
+        for item in value.values():
+            yield from pods(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from pods(item)
+
+
+def manifest_commands() -> Iterator[tuple[str, list[str]]]:
+    """The arguments of was-search in jobs and containers."""
+    for document in manifests():
+        name = f"{document['kind']} {document['metadata']['name']}"
+        lines = [shlex.split(document["spec"]["entrypoint"])] if document["kind"] == "RayJob" else []
+        lines += [
+            container["command"] for pod in pods(document) for container in pod["containers"] if "command" in container
+        ]
+        for words in lines:
+            assert words[0] == PROJECT["name"], f"{name} starts {words[0]}"
+            yield name, words[1:]
 
 
 def flags_of(command: str) -> set[str]:
@@ -72,6 +105,9 @@ def flags_of(command: str) -> set[str]:
     ("where", "words"), [pytest.param(w, c, id=f"{w}: {' '.join(c)[:60]}") for w, c in named_commands()]
 )
 def test_named_command_exists(where: str, words: list[str]) -> None:
+    if words[0] == "submit" and "--" in words:
+        test_named_command_exists(where, words[words.index("--") + 1 :])
+        words = words[: words.index("--")]
     flags = [word.split("=", 1)[0] for word in words if word.startswith("-")]
     if words[0].startswith("-"):
         assert words[0] in ("--version", "--help", "-h"), f"{where}: was-search has no option {words[0]}"
@@ -91,7 +127,7 @@ def test_the_texts_name_the_main_commands() -> None:
 def test_flags_named_alone_exist(path: Path) -> None:
     """A flag that stands by itself in the text belongs to was-search, Ray or compose."""
     ours = set().union(*(flags_of(name) for name in COMMANDS)) | {"--version"}
-    others = {"--num-gpus", "--num-cpus", "--node-ip-address", "--dashboard-host", "--volumes"}
+    others = {"--env-file", "--num-gpus", "--num-cpus", "--node-ip-address", "--dashboard-host", "--volumes"}
     alone = {line.split()[0] for line in typed_lines(path) if line.startswith("--")}
     assert alone <= ours | others
 
@@ -154,7 +190,7 @@ def test_images_are_the_same_everywhere() -> None:
     services = compose()["services"]
     assert {s["image"] for s in services.values()} == {IMAGE, services["postgres"]["image"]}
     assert int(services["postgres"]["image"].removeprefix("postgres:")) >= 16
-    for path in DEPLOY.iterdir():
+    for path in DEPLOY.rglob("*"):
         if path.is_file():
             named = set(re.findall(r"\bwas-search:[\w.]+", path.read_text(encoding="utf-8")))
             assert named <= {IMAGE}, path.name
@@ -199,3 +235,66 @@ def test_example_environment_is_complete_and_holds_no_secret() -> None:
     assert required == {"POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"}
     assert all(not given[name] for name in (*required, "HF_TOKEN"))
     assert ".env" in (DEPLOY / ".gitignore").read_text(encoding="utf-8").split()
+
+
+def test_kubernetes_containers_use_our_image_and_only_secrets_that_are_explained() -> None:
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    found = [container for document in manifests() for pod in pods(document) for container in pod["containers"]]
+    assert {container["image"] for container in found} == {IMAGE}
+    made = set(re.findall(r"kubectl create secret generic ([\w-]+)", text))
+    named = set()
+    for container in found:
+        named |= {e["valueFrom"]["secretKeyRef"]["name"] for e in container.get("env", []) if "valueFrom" in e}
+        named |= {source["secretRef"]["name"] for source in container.get("envFrom", [])}
+        assert all("value" not in e for e in container.get("env", [])), "a value in the open"
+    assert named == made
+
+
+def test_kubernetes_volumes_exist_and_are_explained() -> None:
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    for document in manifests():
+        for pod in pods(document):
+            volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+            for container in pod["containers"]:
+                assert {mount["name"] for mount in container.get("volumeMounts", [])} == set(volumes)
+            for volume in volumes.values():
+                if "persistentVolumeClaim" in volume:
+                    assert f"`{volume['persistentVolumeClaim']['claimName']}`" in text
+
+
+def test_the_head_is_not_preemptible_and_gpu_nodes_come_and_go() -> None:
+    (cluster,) = (document for document in manifests() if document["kind"] == "RayCluster")
+    (job,) = (document for document in manifests() if document["kind"] == "RayJob")
+    spec = cluster["spec"]
+    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["enableInTreeAutoscaling"] is True
+    capacity = "karpenter.sh/capacity-type"
+    head, (group,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    assert head["template"]["spec"]["nodeSelector"][capacity] == "on-demand"
+    assert group["template"]["spec"]["nodeSelector"][capacity] == "spot"
+    assert group["minReplicas"] == 0 < group["maxReplicas"]
+    # Ray's own account of GPUs and what Kubernetes gives the pod are the same.
+    (worker,) = group["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == group["rayStartParams"]["num-gpus"]
+    knowing = {e["name"] for c in head["template"]["spec"]["containers"] for e in c["env"]}
+    assert "WAS_SEARCH_STORAGE" in knowing
+    assert "env" not in worker
+
+
+def test_the_ray_version_is_one_that_the_project_allows() -> None:
+    (cluster,) = (document for document in manifests() if document["kind"] == "RayCluster")
+    version = cluster["spec"]["rayVersion"]
+    (wanted,) = (Requirement(line) for line in PROJECT["dependencies"] if line.startswith("ray"))
+    assert version in wanted.specifier
+
+
+def test_the_launchers_file_fits_rays_schema() -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    validate_config({**document, "cluster_synced_files": []})  # the launcher adds that one itself
+    types = document["available_node_types"]
+    assert "InstanceMarketOptions" not in types[document["head_node_type"]]["node_config"]
+    assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert document["docker"]["image"] == IMAGE

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from was_search import __version__
+from was_search.cli_submit import register as register_submit
 from was_search.errors import ConfigError, WasError
 from was_search.plan import Plan
 from was_search.progress import JsonReporter, Reporter, RichReporter
@@ -427,6 +428,9 @@ def doctor(
     checks = call.run(lambda context: api.doctor(context, start_services=services))
     if any(check.good is False for check in checks):
         raise typer.Exit(EXIT_ERROR)
+
+
+register_submit(app)
 
 
 def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import was_workers.pool as pool_module
+from was_search import __version__
 from was_search.errors import DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
@@ -46,7 +47,8 @@ def pool(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
                         raise ModelError("no such folder on this node") from None
                 if failing == "all":
                     raise ModelError("not a checkpoint")
-                return WorkerInfo("host", os.getpid(), "cpu", None, "0", 0.0)
+                version = "0.0.1" if failing == "version" else __version__
+                return WorkerInfo("host", os.getpid(), "cpu", None, version, 0.0)
 
             def echo(self, value: Any) -> Any:
                 return value, os.getpid()
@@ -133,3 +135,8 @@ def test_more_gpus_than_the_machine_has(cluster: Cluster) -> None:
     spec = WorkerSpec("m", "", "float32", "cuda", "l2")
     with pytest.raises(ResourceError, match=r"2 worker\(s\) with 0.5 GPU each were asked for and this machine has 0"):
         Pool(Cluster(True, "local", 2, 0), spec, n_workers=2, gpus_per_worker=0.5)
+
+
+def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
+    with pytest.raises(ResourceError, match=rf"runs was-search 0\.0\.1 and the coordinator {__version__}; install"):
+        pool(failing="version").wait_idle(60)

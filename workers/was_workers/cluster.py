@@ -15,6 +15,9 @@ from pathlib import Path
 
 from was_search.errors import ResourceError
 
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it where it starts a job."""
+
 PACKAGES = ("was_search", "was_storage", "was_workers", "was_kernels")
 
 
@@ -53,7 +56,7 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         if local:
             # An inherited address would win over "local" in child processes, which find our packages as this one does.
             os.environ.pop("RAY_ADDRESS", None)
-            folders = dict.fromkeys(str(Path(module).parent) for module in _packages())
+            folders = dict.fromkeys(str(Path(module).parent) for module in package_folders())
             os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
             ray.init(
                 address="local",
@@ -65,7 +68,8 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         else:
             ray.init(
                 address=address,
-                runtime_env={"py_modules": _packages()},
+                # Inside a Ray job they are there already, and Ray takes a runtime environment but once.
+                runtime_env=None if _IN_A_JOB in os.environ else {"py_modules": package_folders()},
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
@@ -90,7 +94,7 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _packages() -> list[str]:
+def package_folders() -> list[str]:
     """The folders of our four packages."""
     return [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
 

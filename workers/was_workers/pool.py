@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
 
+from was_search import __version__
 from was_search.errors import DeviceLostError, ResourceError, TransientError
 from was_workers.cluster import Cluster
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
@@ -230,6 +231,7 @@ class Pool:
             self._lost(call, error)
             return
         if call.ticket < 0:
+            _require_same_version(value)
             member.info, member.failures = value, 0
         else:
             self._ready.append(Outcome(call.ticket, member.name, value=value))
@@ -280,3 +282,12 @@ class Pool:
                 del self._calls[reference]
                 ray.kill(call.member.actor, no_restart=False)
                 self._lost(call, TimeoutError(f"no answer from {call.member.name} before the deadline"))
+
+
+def _require_same_version(info: WorkerInfo) -> None:
+    """Raise a ResourceError for a worker that runs another version of was-search than this process."""
+    if info.version != __version__:
+        raise ResourceError(
+            f"ray: the worker {info.name} runs was-search {info.version} and the coordinator {__version__}; install "
+            "the same version on every node, or none: the coordinator ships its own packages"
+        )
