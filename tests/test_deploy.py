@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -15,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from was_search.cli import app
+from was_search.metrics import StudyMetrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -158,13 +160,17 @@ def test_links_and_paths_exist() -> None:
 def test_compose_services_and_volumes_fit_together() -> None:
     document = compose()
     services = document["services"]
-    assert set(services) == {"postgres", "ray-head", "worker", "worker-gpu", "dashboard"}
+    ours = {"ray-head", "worker", "worker-gpu", "dashboard"}
+    assert set(services) == {"postgres", "prometheus", "grafana"} | ours
     for name, service in services.items():
         for needed in service.get("depends_on", {}):
             assert "healthcheck" in services[needed], f"{name} waits for {needed}, which tells nothing of its health"
         for volume in service.get("volumes", []):
             source = volume.split(":", 1)[0]
-            assert source.startswith("$") or source in document["volumes"]
+            if source.startswith("./"):
+                assert (DEPLOY / source).is_file(), f"{name} mounts {source}"
+            else:
+                assert source.startswith("$") or source in document["volumes"]
         for port in service.get("ports", []):
             assert port.startswith("${WAS_LISTEN:-127.0.0.1}:"), f"{name} opens {port} to the network"
 
@@ -188,7 +194,10 @@ def test_only_coordinator_and_dashboard_know_the_database() -> None:
 
 def test_images_are_the_same_everywhere() -> None:
     services = compose()["services"]
-    assert {s["image"] for s in services.values()} == {IMAGE, services["postgres"]["image"]}
+    others = ("postgres", "prometheus", "grafana")
+    assert {s["image"] for name, s in services.items() if name not in others} == {IMAGE}
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{services[name]['image']}`" in readme for name in others)
     assert int(services["postgres"]["image"].removeprefix("postgres:")) >= 16
     for path in DEPLOY.rglob("*"):
         if path.is_file():
@@ -232,7 +241,7 @@ def test_example_environment_is_complete_and_holds_no_secret() -> None:
     lines = (DEPLOY / ".env.example").read_text(encoding="utf-8").splitlines()
     given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     assert set(given) == wanted
-    assert required == {"POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"}
+    assert required == {"POSTGRES_PASSWORD", "RAY_AUTH_TOKEN", "GRAFANA_PASSWORD"}
     assert all(not given[name] for name in (*required, "HF_TOKEN"))
     assert ".env" in (DEPLOY / ".gitignore").read_text(encoding="utf-8").split()
 
@@ -298,3 +307,30 @@ def test_the_launchers_file_fits_rays_schema() -> None:
     assert "InstanceMarketOptions" not in types[document["head_node_type"]]["node_config"]
     assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert document["docker"]["image"] == IMAGE
+
+
+def test_the_board_shows_metrics_that_exist() -> None:
+    board = json.loads((DEPLOY / "grafana" / "was-search.json").read_text(encoding="utf-8"))
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    named = {name for text in expressions for name in re.findall(r"\bwas_search_\w+", text)}
+    ours = {f"was_search_{end}" for end in ("slots", "best_loss_nats", "tokens_saved_ratio", "evaluations_total")}
+    ours |= {"was_search_tokens_total", "was_search_evaluation_seconds_bucket"}
+    assert named == ours
+    samples = {sample.name for family in StudyMetrics("s").registry.collect() for sample in family.samples}
+    known = {family.name for family in StudyMetrics("s").registry.collect()}
+    for name in named:
+        assert name in samples or re.sub(r"_(total|bucket)$", "", name) in known
+    datasource = yaml.safe_load((DEPLOY / "grafana" / "datasource.yml").read_text(encoding="utf-8"))["datasources"][0]
+    assert {panel["datasource"]["uid"] for panel in board["panels"]} == {datasource["uid"]}
+
+
+def test_prometheus_looks_where_the_figures_are() -> None:
+    services = compose()["services"]
+    scrapes = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+    (target,) = scrapes[0]["static_configs"][0]["targets"]
+    host, _, port = target.partition(":")
+    assert host in services
+    assert f"--metrics 0.0.0.0:{port}" in (DEPLOY / "README.md").read_text(encoding="utf-8")
+    nodes = scrapes[1]["dns_sd_configs"][0]
+    for name in nodes["names"]:
+        assert f"--metrics-export-port={nodes['port']}" in services[name]["command"]

@@ -117,6 +117,9 @@ SEARCH: dict[str, Any] = {
     ),
     "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
     "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
+    "metrics": _option(
+        str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"
+    ),
     "warm_start": _option(
         str | None, "An earlier study whose best vector is one more seed of this one.", rich_help_panel="Search"
     ),

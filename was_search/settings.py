@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from was_search.errors import ConfigError
 from was_search.fitness import FITNESSES, FitnessName
+from was_search.metrics import parse_address
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
@@ -69,6 +70,7 @@ class Settings:
         rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
         trial_timeout: seconds after which an evaluation is taken for lost.
         max_attempts: hand-outs of one vector before its slot fails.
+        metrics: ``HOST:PORT`` or ``PORT`` where a search's figures are served for Prometheus; "" for nowhere.
         plan: folder for the exported plan; "" derives one under ``was-runs``.
     """
 
@@ -114,6 +116,7 @@ class Settings:
     rung_keep: float = 0.5
     trial_timeout: float = 1800.0
     max_attempts: int = 3
+    metrics: str = ""
     plan: str = ""
 
     def __post_init__(self) -> None:
@@ -141,6 +144,8 @@ class Settings:
         self._range("gpus_per_worker", gpus == -1 or 0 <= gpus <= 1, "must be in [0, 1]: a model lies on one GPU")
         for name, allowed in _CHOICES.items():
             self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+        if self.metrics:
+            parse_address(self.metrics)
         own = self.sampler == "was-monotone"
         self._range("space", not own or self.space == "levels", "must be levels with the sampler was-monotone")
 

@@ -87,6 +87,7 @@ def test_whole_numbers_are_numbers(toml):
         ("significance", 0.0, "must be in (0, 0.5)"),
         ("significance", 0.5, "must be in (0, 0.5)"),
         ("rung_keep", 0.0, "must be in (0, 1]"),
+        ("metrics", "host", "must be HOST:PORT or PORT"),
         ("rung_keep", 1.5, "must be in (0, 1]"),
         ("trial_timeout", 0.0, "must be positive, in seconds"),
         ("gpus_per_worker", -0.5, "must be in [0, 1]: a model lies on one GPU"),

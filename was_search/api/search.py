@@ -20,6 +20,8 @@ from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.seed import seed, sensitivity
 from was_search.api.warm import warm_seeds
 from was_search.fitness import fitness_identity, fitness_words
+from was_search.metrics import served
+from was_search.progress import StudyProgress
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.slots import Slot, SlotState, best_slot, tokens_saved
@@ -96,7 +98,15 @@ def search(context: Context) -> SearchResult:
         )
         top = dense_top(context)
         pool = context.pool
-        with context.reporter.search(name, data.protocol.describe(), settings.fitness) as show:
+        with (
+            context.reporter.search(name, data.protocol.describe(), settings.fitness) as show,
+            served(settings.metrics, name) as measure,
+        ):
+
+            def progress(state: StudyProgress) -> None:
+                show(state)
+                measure(state)
+
             loop = SearchLoop(
                 book,
                 pool,
@@ -108,7 +118,7 @@ def search(context: Context) -> SearchResult:
                 options=options,
                 top=top,
                 drain=drain,
-                progress=show,
+                progress=progress,
             )
             slots = loop.run()
     result = SearchResult(name, slots, seeds, drained=not all(slot.state.finished for slot in slots))

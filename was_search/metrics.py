@@ -1,0 +1,95 @@
+"""A study's figures for Prometheus, served by the coordinator while it searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from was_search.errors import ConfigError, ResourceError
+from was_search.progress import StudyProgress
+
+SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+"""Upper bounds of the evaluations' durations."""
+
+
+class StudyMetrics:
+    """Prometheus metrics of one study, brought up to date by every :class:`StudyProgress`.
+
+    Attributes:
+        registry: holds them, and nothing of the process's.
+    """
+
+    def __init__(self, study: str) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+        self._study = study
+
+        def make(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+            return kind(f"was_search_{name}", text, ("study", *labels), registry=self.registry, **options)
+
+        self._slots = make(Gauge, "slots", "Slots of the study by state.", "state")
+        self._best = make(Gauge, "best_loss_nats", "Least loss of a complete slot, nats per token.")
+        self._saved = make(Gauge, "tokens_saved_ratio", "Share of the tokens that stopping early left unread.")
+        self._evaluations = make(Counter, "evaluations", "Slots that this coordinator saw finish.", "state")
+        self._tokens = make(Counter, "tokens", "Predicted tokens evaluated.")
+        self._seconds = make(Histogram, "evaluation_seconds", "Duration of an evaluation.", buckets=SECONDS)
+
+    def update(self, progress: StudyProgress) -> None:
+        """Take in the state of the study, and the slot that has just finished, if one has."""
+        complete = progress.finished - progress.stopped - progress.failed
+        counts = {"complete": complete, "stopped": progress.stopped, "failed": progress.failed}
+        for state, count in {**counts, "unfinished": progress.total - progress.finished}.items():
+            self._slots.labels(self._study, state).set(count)
+        if progress.best is not None and progress.best.loss_nats is not None:
+            self._best.labels(self._study).set(progress.best.loss_nats)
+        self._saved.labels(self._study).set(progress.saved)
+        slot = progress.current
+        if slot is not None:
+            self._evaluations.labels(self._study, str(slot.state)).inc()
+            self._tokens.labels(self._study).inc(slot.tokens)
+            self._seconds.labels(self._study).observe(slot.seconds)
+
+
+@contextmanager
+def served(address: str, study: str) -> Iterator[Callable[[StudyProgress], None]]:
+    """What takes a study's progress in, while its metrics are served at ``address``; for "" it does nothing.
+
+    Args:
+        address: ``HOST:PORT``, or ``PORT`` on this machine alone.
+        study: its name.
+
+    Raises:
+        ConfigError: not an address.
+        ResourceError: the port cannot be listened on.
+    """
+    if not address:
+        yield lambda progress: None
+        return
+    from prometheus_client import start_http_server
+
+    host, port = parse_address(address)
+    metrics = StudyMetrics(study)
+    try:
+        server, thread = start_http_server(port, host, metrics.registry)
+    except OSError as error:
+        raise ResourceError(f"metrics: cannot listen on {host}:{port} ({error}); choose another port") from error
+    try:
+        yield metrics.update
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT`` or ``PORT``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"metrics: must be HOST:PORT or PORT, got {address!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
