@@ -42,13 +42,14 @@ class Database:
     ten connections, usually two or three.
     """
 
-    def __init__(self, url: str, server: EmbeddedServer | None = None) -> None:
+    def __init__(self, url: str, server: EmbeddedServer | None = None, *, read_only: bool = False) -> None:
         """Use :meth:`open`."""
         self._url = normalise_url(url)
+        self._read_only = read_only
         self._server = server
         self._lock = threading.Lock()
         self._optuna: RDBStorage | None = None
-        self.engine: Engine = create_engine(self._url, **_engine_arguments(self._url))
+        self.engine: Engine = create_engine(self._url, **_engine_arguments(self._url, read_only))
 
     @classmethod
     def open(cls, storage: str = EMBEDDED, *, home: Path | None = None) -> Database:
@@ -81,6 +82,14 @@ class Database:
             raise
         return database
 
+    def read_only(self) -> Database:
+        """The same database through connections that the server lets read only; the caller closes it first.
+
+        Optuna's tables are made before, where they are missing.
+        """
+        self.optuna_storage()
+        return Database(self._url, read_only=True)
+
     @property
     def url(self) -> str:
         """The normalised URL, password included: for connecting, never for showing."""
@@ -109,7 +118,7 @@ class Database:
 
         with self.translated(), setup_lock(self.engine):
             try:
-                return RDBStorage(self._url, engine_kwargs=_engine_arguments(self._url))
+                return RDBStorage(self._url, engine_kwargs=_engine_arguments(self._url, self._read_only))
             except RuntimeError as error:
                 raise StorageError(f"database {self.display_url}: {error}") from error
 
@@ -143,12 +152,15 @@ class Database:
         self.close()
 
 
-def _engine_arguments(url: str) -> dict[str, Any]:
+def _engine_arguments(url: str, read_only: bool = False) -> dict[str, Any]:
     """A small pool that notices dead connections; what the URL says about the connection wins."""
     arguments: dict[str, Any] = dict(_DEFAULT_ARGUMENTS)
     arguments["application_name"] = f"was-search {socket.gethostname()}:{os.getpid()}"
     given = parse_url(url).query
     connect = {key: value for key, value in arguments.items() if key not in given}
+    if read_only:
+        options = given.get("options", connect.get("options", ""))
+        connect["options"] = f"{options} -cdefault_transaction_read_only=on"
     return {"pool_size": 2, "max_overflow": 3, "pool_pre_ping": True, "connect_args": connect}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import urllib.error
 import urllib.request
 
 import optuna
@@ -14,7 +15,7 @@ from optuna_dashboard import get_note
 from sqlalchemy import event
 
 from tests.storage.small_study import new_study, vector
-from was_search.errors import ResourceError, StudyError
+from was_search.errors import ResourceError, StorageError, StudyError
 from was_storage import dashboard
 from was_storage.dashboard import annotate, open_dashboard, serve
 from was_storage.database import Database
@@ -100,3 +101,33 @@ def test_serving_ends_with_an_interrupt(database: Database, monkeypatch: pytest.
 
     monkeypatch.setattr(dashboard.DashboardServer, "serve_forever", interrupted)
     serve(database, port=0)
+
+
+def test_a_dashboard_that_can_only_read(database: Database) -> None:
+    """Its page may ask for a deletion; the server refuses, and shows what there is as before."""
+    record = new_study(database)
+    with database.read_only() as reading, open_dashboard(reading, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            base = server.url.removesuffix("/dashboard")
+            request = urllib.request.Request(f"{base}/api/studies/{record.optuna_study_id}", method="DELETE")
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request)
+            assert refused.value.code == 500
+            with urllib.request.urlopen(f"{base}/api/studies/{record.optuna_study_id}") as answer:
+                assert json.load(answer)["name"] == record.name
+        finally:
+            server.shutdown()
+            thread.join()
+    assert StudyStore(database).get(record.name).n_slots == 4
+    assert database.optuna_storage().get_study_name_from_id(record.optuna_study_id) == record.name
+
+
+def test_reading_keeps_what_the_url_says(database: Database) -> None:
+    with Database(f"{database.url}&options=-csearch_path%3Dpublic", read_only=True) as reading:
+        with reading.engine.connect() as connection:
+            assert connection.exec_driver_sql("SHOW default_transaction_read_only").scalar() == "on"
+            assert connection.exec_driver_sql("SHOW search_path").scalar() == "public"
+        with pytest.raises(StorageError), reading.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE forbidden (x int)")

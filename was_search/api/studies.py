@@ -78,8 +78,12 @@ def status(context: Context, name: str = "") -> StudyRecord | None:
     return record
 
 
-def dashboard(context: Context, *, study: str = "", host: str = "127.0.0.1", port: int = 8080) -> None:
+def dashboard(
+    context: Context, *, study: str = "", host: str = "127.0.0.1", port: int = 8080, allow_edits: bool = False
+) -> None:
     """Serve optuna-dashboard until interrupted; the embedded Postgres lives as long.
+
+    Its connections can only read, unless ``allow_edits``: whoever reaches the page could delete studies.
 
     Raises:
         StudyError: there is no study of the given name.
@@ -92,7 +96,11 @@ def dashboard(context: Context, *, study: str = "", host: str = "127.0.0.1", por
     if study:
         store_url += f"studies/{StudyStore(context.database).get(study).optuna_study_id}"
     context.reporter.note(f"optuna-dashboard on {store_url} (ctrl-C ends it)")
-    serve(context.database, host=host, port=port)
+    if allow_edits:
+        serve(context.database, host=host, port=port)
+        return
+    with context.database.read_only() as database:
+        serve(database, host=host, port=port)
 
 
 def _summary(record: StudyRecord) -> dict[str, object]:
