@@ -1,0 +1,122 @@
+"""The dashboard in a real browser: headless Chromium, where there is one."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.storage.small_study import new_study, vector
+from was_search.plots import levels_figure, progress_figure
+from was_search.slots import SlotState
+from was_storage.dashboard import annotate, open_dashboard
+from was_storage.database import Database
+from was_storage.studies import StudyRecord, StudyStore
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BUILD = Path(__file__).parents[2] / "build"
+
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed (Debian: apt-get install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def record(database: Database) -> StudyRecord:
+    """A study with a stopped and a failed slot whose losses so far are lower than the best's."""
+    found = new_study(database, 6, name="browser study")
+    with StudyStore(database).coordinate(found.name) as session:
+        for number, (state, loss) in enumerate(
+            [
+                (SlotState.COMPLETE, 2.5),
+                (SlotState.COMPLETE, 2.25),
+                (SlotState.STOPPED, 1.5),
+                (SlotState.FAILED, None),
+                (SlotState.COMPLETE, 2.75),
+            ]
+        ):
+            session.propose(number, **vector(number))
+            attempt = session.start(number, "worker-0", 60)
+            losses = None if loss is None else np.full(8 if state is SlotState.COMPLETE else 3, loss)
+            session.finish(number, attempt, state, losses=losses, tokens=100, seconds=1.5, worker="worker-0")
+        slots = session.slots()
+    levels = np.array([0.5, 0.7])
+    annotate(
+        database.optuna_storage(),
+        found.name,
+        note="# The study's note\n\nBest: slot 1, perplexity 9.49.",
+        figures={"progress": progress_figure(slots, "nll"), "levels": levels_figure(levels, {"uniform": levels}, 0.6)},
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(database: Database, record: StudyRecord) -> Iterator[str]:
+    with database.read_only() as reading, open_dashboard(reading, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"{server.url}/studies/{record.optuna_study_id}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def browse(address: str, tmp_path: Path) -> Callable[[str, str], str]:
+    """The words of one of the study's pages, once those expected are there; a screenshot goes to ``build/``."""
+
+    def load(page: str, expected: str) -> str:
+        BUILD.mkdir(exist_ok=True)
+        common = [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--hide-scrollbars", f"--user-data-dir={tmp_path}", "--window-size=1400,1600", "--virtual-time-budget=15000",
+        ]  # fmt: skip
+        shot = BUILD / f"dashboard-{page or 'history'}.png"
+        shot.unlink(missing_ok=True)
+        url = f"{address}/{page}".rstrip("/")
+        subprocess.run([*common, f"--screenshot={shot}", url], check=True, capture_output=True, timeout=180)
+        assert shot.stat().st_size > 10_000
+        words = ""
+        for _ in range(5):  # on a busy machine the page may be dumped before its answers have come
+            found = subprocess.run(
+                [*common, "--dump-dom", url], check=True, capture_output=True, timeout=180, text=True
+            ).stdout
+            text = re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(script|style).*?</\1>", " ", found))
+            words = " ".join(html.unescape(text).split())
+            if expected in words:
+                break
+        assert expected in words, words[:2000]
+        return words
+
+    return load
+
+
+def test_the_history_shows_the_study_and_its_best_trial(browse, record) -> None:
+    words = browse("", "Best Trial")
+    assert record.name in words
+    # A stopped trial's lower running mean is no result, and the failed one has none.
+    best = re.search(r"Best Trial.{0,400}", words)
+    assert best is not None
+    assert re.search(r"2\.25\b", best.group()), best.group()
+    assert "1.5" not in re.findall(r"\d+\.\d+", best.group())[:1]
+
+
+def test_the_note_and_our_plots_are_there(browse) -> None:
+    assert "perplexity 9.49" in browse("note", "The study's note")
+    assert "Perplexity on the search split" in browse("", "Levels at a budget of 60 %")
+
+
+def test_every_trial_is_listed_with_its_state(browse) -> None:
+    words = browse("trials", "Pruned")
+    assert "Complete" in words
+    assert "Fail" in words
