@@ -79,7 +79,8 @@ def browse(address: str, tmp_path: Path) -> Callable[[str, str], str]:
         BUILD.mkdir(exist_ok=True)
         common = [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--hide-scrollbars", f"--user-data-dir={tmp_path}", "--window-size=1400,1600", "--virtual-time-budget=15000",
+            "--hide-scrollbars", f"--user-data-dir={tmp_path}", "--window-size=1400,1600",
+            "--virtual-time-budget=15000",
         ]  # fmt: skip
         shot = BUILD / f"dashboard-{page or 'history'}.png"
         shot.unlink(missing_ok=True)
