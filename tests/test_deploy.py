@@ -21,7 +21,14 @@ from was_search.metrics import StudyMetrics
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-TEXTS = [DEPLOY / "README.md", DEPLOY / "compose.yaml", DEPLOY / "cluster.yaml", *MANIFESTS, ROOT / "README.md"]
+TEXTS = [
+    DEPLOY / "README.md",
+    DEPLOY / "runbook.md",
+    DEPLOY / "compose.yaml",
+    DEPLOY / "cluster.yaml",
+    *MANIFESTS,
+    ROOT / "README.md",
+]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMAGE = f"{PROJECT['name']}:{PROJECT['version']}"
@@ -334,3 +341,17 @@ def test_prometheus_looks_where_the_figures_are() -> None:
     nodes = scrapes[1]["dns_sd_configs"][0]
     for name in nodes["names"]:
         assert f"--metrics-export-port={nodes['port']}" in services[name]["command"]
+
+
+def test_the_runbook_quotes_messages_that_exist() -> None:
+    text = (DEPLOY / "runbook.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \|", text[text.index("## When") : text.index("## Watch")], re.MULTILINE)
+    quoted = [span for row in rows for span in _SPAN.findall(row)]
+    assert len(quoted) > 6
+    sources = [p for folder in ("was_search", "storage", "workers", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    # Messages are broken over lines between quotation marks, with values in braces.
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    code = re.sub(r"\{[^{}]*\}", "", code)
+    for message in quoted:
+        for part in re.split(r"\.\.\.|\d+", message):
+            assert part.strip() in code, f"the runbook quotes {message!r}"
