@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Literal, get_args
+from datetime import datetime
+from typing import Any, Literal, get_args
 
 import numpy as np
 import optuna
@@ -18,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from was_search.errors import ConfigError
 from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import Space
+from was_search.tpe import make_tpe
 
 SamplerName = Literal["tpe", "cmaes", "gp", "qmc", "random", "was-monotone"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -42,7 +44,7 @@ def make_sampler(
         warnings.simplefilter("ignore", FutureWarning)  # x0 and sigma0 of CMA-ES go in Optuna 6
         match name:
             case "tpe" | "was-monotone":
-                return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0)
+                return make_tpe(seed)
             case "cmaes":
                 return optuna.samplers.CmaEsSampler(
                     seed=seed,
@@ -84,6 +86,7 @@ class Suggester:
         self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
         self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
         self._trials: dict[int, int] = {}
+        self._distributions = _Shared(space.distributions)
 
     def restore(self, slots: list[Slot]) -> None:
         """Tell the sampler of slots that an earlier run proposed: finished ones and those still to be evaluated.
@@ -98,10 +101,8 @@ class Suggester:
             if slot.origin.startswith("sampler:"):
                 self._startup_left = max(0, self._startup_left - 1)
                 suggested += 1
-            if self.observe(slot.number, slot.params):
+            if self._add(slot.number, slot.params, *_told_as(slot.state, slot.loss_nats)):
                 observed.add(slot.number)
-            if slot.state.finished:
-                self.tell(slot.number, slot.state, slot.loss_nats)
         if suggested:
             known = [slot for slot in slots if slot.number in observed]
             self._go_on(suggested, best_slot(known))
@@ -118,25 +119,29 @@ class Suggester:
 
     def observe(self, number: int, params: dict[str, float]) -> bool:
         """Add a slot whose parameters were not suggested here, as running; False for out-of-range ones, left out."""
-        distributions = self._space.distributions
-        if any(not distributions[name]._contains(value) for name, value in params.items()):
+        return self._add(number, params, TrialState.RUNNING, None)
+
+    def _add(self, number: int, params: dict[str, float], state: TrialState, value: float | None) -> bool:
+        distributions = self._distributions
+        if any(not distributions[name]._contains(param) for name, param in params.items()):
             return False
+        now = datetime.now()
         trial = FrozenTrial(
             number=-1,
             trial_id=-1,
-            state=TrialState.RUNNING,
-            value=None,
-            values=None,
-            datetime_start=None,
-            datetime_complete=None,
-            params=dict(params),
+            state=state,
+            value=value,
+            datetime_start=now,
+            datetime_complete=now if state.is_finished() else None,
+            params=_Shared(params),
             distributions=distributions,
             user_attrs={},
             system_attrs={},
             intermediate_values={},
         )
         trial_id = self._study._storage.create_new_trial(self._study._study_id, template_trial=trial)
-        self._trials[number] = self._study._storage.get_trial_number_from_id(trial_id)
+        if not state.is_finished():
+            self._trials[number] = self._study._storage.get_trial_number_from_id(trial_id)
         return True
 
     def suggest(self, number: int) -> dict[str, float]:
@@ -148,7 +153,7 @@ class Suggester:
             return params
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = self._study.ask(self._space.distributions)
+            trial = self._study.ask(self._distributions)
         self._trials[number] = trial.number
         return {name: float(value) for name, value in trial.params.items()}
 
@@ -161,10 +166,8 @@ class Suggester:
         trial_number = self._trials.pop(number, None)
         if trial_number is None:
             return
-        if state in (SlotState.COMPLETE, SlotState.STOPPED) and loss_nats is not None:
-            self._study.tell(trial_number, loss_nats)
-        else:
-            self._study.tell(trial_number, state=TrialState.FAIL)
+        told, value = _told_as(state, loss_nats)
+        self._study.tell(trial_number, value, state=told)
 
     def _step(self, number: int) -> dict[str, float]:
         rng = np.random.default_rng([self._seed, number])
@@ -175,3 +178,19 @@ class Suggester:
             value = centre[name] + _STEP * (high - low) * rng.standard_normal()
             params[name] = float(np.clip(value, low, high))
         return params
+
+
+class _Shared(dict[str, Any]):
+    """A dictionary that nobody changes, so that the in-memory storage's deep copies may share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+def _told_as(state: SlotState, loss_nats: float | None) -> tuple[TrialState, float | None]:
+    """A slot as the sampler is told of it: running until it finishes, and stopped like complete."""
+    if not state.finished:
+        return TrialState.RUNNING, None
+    if state is SlotState.FAILED or loss_nats is None:
+        return TrialState.FAIL, None
+    return TrialState.COMPLETE, loss_nats
