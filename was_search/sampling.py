@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from datetime import datetime
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -101,8 +100,10 @@ class Suggester:
             if slot.origin.startswith("sampler:"):
                 self._startup_left = max(0, self._startup_left - 1)
                 suggested += 1
-            if self._add(slot.number, slot.params, *_told_as(slot.state, slot.loss_nats)):
+            if self.observe(slot.number, slot.params):
                 observed.add(slot.number)
+            if slot.state.finished:
+                self.tell(slot.number, slot.state, slot.loss_nats)
         if suggested:
             known = [slot for slot in slots if slot.number in observed]
             self._go_on(suggested, best_slot(known))
@@ -119,20 +120,16 @@ class Suggester:
 
     def observe(self, number: int, params: dict[str, float]) -> bool:
         """Add a slot whose parameters were not suggested here, as running; False for out-of-range ones, left out."""
-        return self._add(number, params, TrialState.RUNNING, None)
-
-    def _add(self, number: int, params: dict[str, float], state: TrialState, value: float | None) -> bool:
         distributions = self._distributions
         if any(not distributions[name]._contains(param) for name, param in params.items()):
             return False
-        now = datetime.now()
         trial = FrozenTrial(
             number=-1,
             trial_id=-1,
-            state=state,
-            value=value,
-            datetime_start=now,
-            datetime_complete=now if state.is_finished() else None,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=None,
+            datetime_complete=None,
             params=_Shared(params),
             distributions=distributions,
             user_attrs={},
@@ -140,8 +137,7 @@ class Suggester:
             intermediate_values={},
         )
         trial_id = self._study._storage.create_new_trial(self._study._study_id, template_trial=trial)
-        if not state.is_finished():
-            self._trials[number] = self._study._storage.get_trial_number_from_id(trial_id)
+        self._trials[number] = self._study._storage.get_trial_number_from_id(trial_id)
         return True
 
     def suggest(self, number: int) -> dict[str, float]:
@@ -166,8 +162,10 @@ class Suggester:
         trial_number = self._trials.pop(number, None)
         if trial_number is None:
             return
-        told, value = _told_as(state, loss_nats)
-        self._study.tell(trial_number, value, state=told)
+        if state in (SlotState.COMPLETE, SlotState.STOPPED) and loss_nats is not None:
+            self._study.tell(trial_number, loss_nats)
+        else:
+            self._study.tell(trial_number, state=TrialState.FAIL)
 
     def _step(self, number: int) -> dict[str, float]:
         rng = np.random.default_rng([self._seed, number])
@@ -185,12 +183,3 @@ class _Shared(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
-
-
-def _told_as(state: SlotState, loss_nats: float | None) -> tuple[TrialState, float | None]:
-    """A slot as the sampler is told of it: running until it finishes, and stopped like complete."""
-    if not state.finished:
-        return TrialState.RUNNING, None
-    if state is SlotState.FAILED or loss_nats is None:
-        return TrialState.FAIL, None
-    return TrialState.COMPLETE, loss_nats

@@ -58,7 +58,7 @@ def slot_from_row(row: Row[Any]) -> Slot:
 
 
 def distributions_to_json(distributions: Distributions) -> dict[str, str]:
-    return {name: distribution_to_json(value) for name, value in distributions.items()}
+    return {name: _distribution_json(value) for name, value in distributions.items()}
 
 
 def distributions_from_json(value: Mapping[str, str] | None) -> dict[str, BaseDistribution]:
@@ -232,6 +232,11 @@ def _floats(value: Any) -> Any:
 @lru_cache(maxsize=4096)
 def _distribution(text: str) -> BaseDistribution:
     return json_to_distribution(text)
+
+
+@lru_cache(maxsize=4096)
+def _distribution_json(distribution: BaseDistribution) -> str:
+    return str(distribution_to_json(distribution))
 
 
 def _naive(moment: datetime) -> datetime:

@@ -14,6 +14,7 @@ import ray
 
 from was_search.early_stop import StopRule
 from was_search.errors import InfeasibleError, ModelError, TransientError
+from was_search.hand_out import HandOut, Result
 from was_search.protocol import Evaluation
 from was_search.sampling import Suggester
 from was_search.seeds import baseline_seeds, fisher_seed
@@ -53,6 +54,15 @@ class Book:
         self._set(number, state=SlotState.RUNNING, attempt=self.rows[number].attempt + 1, worker=worker)
         return self.rows[number].attempt
 
+    def begin(self, hand_outs: list[HandOut], lease_seconds: float) -> list[int]:
+        for hand_out in hand_outs:
+            if hand_out.proposal is not None:
+                self.propose(hand_out.number, **vars(hand_out.proposal))
+        return [self.start(hand_out.number, hand_out.worker, lease_seconds) for hand_out in hand_outs]
+
+    def finish_all(self, results: list[Result]) -> list[bool]:
+        return [self.finish(**vars(result)) for result in results]
+
     def requeue(self, number: int, reason: str) -> None:
         self._set(number, state=SlotState.WAITING, error=reason)
 
@@ -77,7 +87,9 @@ class Pool:
     def n_idle(self) -> int:
         return 2 - len(self._running)
 
-    next_idle = "worker"
+    @property
+    def idle_names(self) -> list[str]:
+        return ["worker"] * self.n_idle
 
     def submit(self, method: str, *args: Any, deadline_seconds: float) -> int:
         assert method == "evaluate"
