@@ -110,12 +110,16 @@ def measure(server: Any, case: Case) -> dict[str, Any]:
             make_history(database, case.finished)
         with _autocommit(url) as connection:
             connection.execute(text(f"ALTER DATABASE {name}_new RENAME TO {name}"))
+    copy = f"case_{os.getpid()}"
     with _autocommit(url) as connection:
-        connection.execute(text("DROP DATABASE IF EXISTS scale_case"))
-        connection.execute(text(f"CREATE DATABASE scale_case TEMPLATE {name}"))
-    given = {"case": vars(case), "url": server.url("scale_case"), "spawned_at": time.time()}
+        connection.execute(text(f"CREATE DATABASE {copy} TEMPLATE {name}"))
+    given = {"case": vars(case), "url": server.url(copy), "spawned_at": time.time()}
     command = [sys.executable, "-m", "benchmarks.coordinator", "--child", json.dumps(given)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    finally:
+        with _autocommit(url) as connection:
+            connection.execute(text(f"DROP DATABASE {copy} WITH (FORCE)"))
     row: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
     return row
 
