@@ -95,7 +95,7 @@ class Suggester:
         """
         suggested, observed = 0, set()
         for slot in slots:
-            if slot.params is None or set(slot.params) != set(self._space.distributions):
+            if slot.params is None or slot.params.keys() != self._distributions.keys():
                 continue
             if slot.origin.startswith("sampler:"):
                 self._startup_left = max(0, self._startup_left - 1)
@@ -162,10 +162,13 @@ class Suggester:
         trial_number = self._trials.pop(number, None)
         if trial_number is None:
             return
+        # Study.tell copies the whole trial twice, which is most of the time of resuming, and adds nothing here.
+        storage = self._study._storage
+        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, trial_number)
         if state in (SlotState.COMPLETE, SlotState.STOPPED) and loss_nats is not None:
-            self._study.tell(trial_number, loss_nats)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [float(loss_nats)])
         else:
-            self._study.tell(trial_number, state=TrialState.FAIL)
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _step(self, number: int) -> dict[str, float]:
         rng = np.random.default_rng([self._seed, number])

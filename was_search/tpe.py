@@ -3,7 +3,7 @@
 Stock TPE converts the parameters of all trials into arrays at every suggestion, which costs about as much as the
 densities themselves at a thousand trials of 32 parameters. A trial's parameters never change, so a row of numbers
 is made once. The densities of all candidates are computed at once in arrays of candidates x trials x parameters,
-which leave the processor's cache at a few thousand trials; here they go candidate by candidate through two buffers.
+which leave the processor's cache at a few thousand trials; here they go tile by tile and candidate by candidate.
 Where this Optuna is not one that the test against the stock sampler has seen, the stock one is used.
 """
 
