@@ -117,7 +117,12 @@ def begin(
     for (values, _), trial_id in zip(new, made, strict=True):
         values["trial_id"] = trial_id
     if rows:
-        given = {"study_id": study_id, "epoch": epoch, "lease": float(lease_seconds), "rows": json.dumps(rows)}
+        given = {
+            "study_id": study_id,
+            "epoch": epoch,
+            "lease": float(lease_seconds),
+            "rows": json.dumps(rows, ensure_ascii=False),
+        }
         attempts.update({row.number: row.attempt for row in connection.execute(_BEGIN, given)})
     return [attempts[number] for number in numbers]
 
@@ -135,7 +140,7 @@ def finish(
         For each whether it is the slot's result.
     """
     rows = [_result_row(slot, attrs) for slot, attrs in results]
-    given = {"study_id": study_id, "rows": json.dumps(rows)}
+    given = {"study_id": study_id, "rows": json.dumps(rows, ensure_ascii=False)}
     booked = {row.number: row.trial_id for row in connection.execute(_FINISH, given)}
     ended = []
     for slot, attrs in results:
