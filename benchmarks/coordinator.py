@@ -272,8 +272,12 @@ def run_stock(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         rng = np.random.default_rng(index)
         sampler = optuna.samplers.TPESampler(seed=index, multivariate=True, constant_liar=True, n_startup_trials=0)
-        study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(url), sampler=sampler)
-        study.get_trials(deepcopy=False)  # the workers' start is not measured
+        try:
+            study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(url), sampler=sampler)
+            study.get_trials(deepcopy=False)  # the workers' start is not measured
+        except Exception:
+            ready.abort()
+            raise
         ready.wait()
         start = time.monotonic()
         time.sleep(rng.uniform(0.0, max(case.seconds, 0.001)))  # out of step, as in a study that has run for a while
@@ -295,7 +299,10 @@ def run_stock(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     for process in processes:
         process.start()
     with Monitor(url) as monitor:
-        ready.wait()
+        try:
+            ready.wait()
+        except threading.BrokenBarrierError:
+            raise SystemExit("not all workers reached the database: each holds two connections") from None
         commits = _committed(monitor)
         started = time.monotonic()
         while any(process.is_alive() for process in processes) and queue.qsize() < case.workers:
