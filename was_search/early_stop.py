@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def rung_cuts(trials: Sequence[FloatArray], incumbent: FloatArray, keep: float) 
     cuts = []
     for share in RUNGS:
         sequences = max(1, math.ceil(share * len(incumbent)))
-        there = [losses for losses in trials if len(losses) >= sequences][-RECENT:]
+        there = list(islice((losses for losses in reversed(trials) if len(losses) >= sequences), RECENT))
         if len(there) >= MIN_TRIALS and sequences < len(incumbent):
             differences = [float((losses[:sequences] - incumbent[:sequences]).mean()) for losses in there]
             cuts.append(Cut(sequences, float(np.quantile(differences, keep))))

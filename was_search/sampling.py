@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import optuna
@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from was_search.errors import ConfigError
 from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import Space
+from was_search.tpe import make_tpe
 
 SamplerName = Literal["tpe", "cmaes", "gp", "qmc", "random", "was-monotone"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -42,7 +43,7 @@ def make_sampler(
         warnings.simplefilter("ignore", FutureWarning)  # x0 and sigma0 of CMA-ES go in Optuna 6
         match name:
             case "tpe" | "was-monotone":
-                return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0)
+                return make_tpe(seed)
             case "cmaes":
                 return optuna.samplers.CmaEsSampler(
                     seed=seed,
@@ -84,6 +85,7 @@ class Suggester:
         self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
         self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
         self._trials: dict[int, int] = {}
+        self._distributions = _Shared(space.distributions)
 
     def restore(self, slots: list[Slot]) -> None:
         """Tell the sampler of slots that an earlier run proposed: finished ones and those still to be evaluated.
@@ -93,7 +95,7 @@ class Suggester:
         """
         suggested, observed = 0, set()
         for slot in slots:
-            if slot.params is None or set(slot.params) != set(self._space.distributions):
+            if slot.params is None or slot.params.keys() != self._distributions.keys():
                 continue
             if slot.origin.startswith("sampler:"):
                 self._startup_left = max(0, self._startup_left - 1)
@@ -118,18 +120,17 @@ class Suggester:
 
     def observe(self, number: int, params: dict[str, float]) -> bool:
         """Add a slot whose parameters were not suggested here, as running; False for out-of-range ones, left out."""
-        distributions = self._space.distributions
-        if any(not distributions[name]._contains(value) for name, value in params.items()):
+        distributions = self._distributions
+        if any(not distributions[name]._contains(param) for name, param in params.items()):
             return False
         trial = FrozenTrial(
             number=-1,
             trial_id=-1,
             state=TrialState.RUNNING,
             value=None,
-            values=None,
             datetime_start=None,
             datetime_complete=None,
-            params=dict(params),
+            params=_Shared(params),
             distributions=distributions,
             user_attrs={},
             system_attrs={},
@@ -148,7 +149,7 @@ class Suggester:
             return params
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = self._study.ask(self._space.distributions)
+            trial = self._study.ask(self._distributions)
         self._trials[number] = trial.number
         return {name: float(value) for name, value in trial.params.items()}
 
@@ -161,10 +162,13 @@ class Suggester:
         trial_number = self._trials.pop(number, None)
         if trial_number is None:
             return
+        # Study.tell copies the whole trial twice, which is most of the time of resuming, and adds nothing here.
+        storage = self._study._storage
+        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, trial_number)
         if state in (SlotState.COMPLETE, SlotState.STOPPED) and loss_nats is not None:
-            self._study.tell(trial_number, loss_nats)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [float(loss_nats)])
         else:
-            self._study.tell(trial_number, state=TrialState.FAIL)
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _step(self, number: int) -> dict[str, float]:
         rng = np.random.default_rng([self._seed, number])
@@ -175,3 +179,10 @@ class Suggester:
             value = centre[name] + _STEP * (high - low) * rng.standard_normal()
             params[name] = float(np.clip(value, low, high))
         return params
+
+
+class _Shared(dict[str, Any]):
+    """A dictionary that nobody changes, so that the in-memory storage's deep copies may share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self

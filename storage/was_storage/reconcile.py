@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from optuna.storages import BaseStorage
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
-from was_search.slots import SlotState
-from was_storage import slot_rows, trials
+from was_storage import optuna_rows, slot_rows, trials
 
 
 def link_trials(connection: Connection, storage: BaseStorage, study_id: int, optuna_study_id: int) -> int:
@@ -23,31 +22,33 @@ def link_trials(connection: Connection, storage: BaseStorage, study_id: int, opt
     by hand and are left alone.
     """
     repairs = 0
-    rows: dict[int, Row[Any]] = {row.number: row for row in slot_rows.read_all(connection, study_id, proposed=True)}
-    linked = {number: row.trial_id for number, row in rows.items() if row.trial_id is not None}
-    for trial in trials.unfinished(storage, optuna_study_id):
-        number = trial.user_attrs.get(trials.SLOT_ATTR)
-        if not isinstance(number, int) or linked.get(number) == trial._trial_id:
+    linked = slot_rows.trial_ids(connection, study_id)
+    for trial_id, number in _unfinished(connection, storage, optuna_study_id):
+        if not isinstance(number, int) or linked.get(number) == trial_id:
             continue
-        if number in rows and number not in linked:
-            slot_rows.write(connection, study_id, number, trial_id=trial._trial_id)
-            linked[number] = trial._trial_id
-        else:
-            trials.fail_surplus(storage, trial._trial_id, f"surplus trial of slot {number}")
-        repairs += 1
-    for number, row in rows.items():
-        if number not in linked:
-            trial_id = trials.create(storage, optuna_study_id, row)
+        if number in linked and linked[number] is None:
             slot_rows.write(connection, study_id, number, trial_id=trial_id)
-            repairs += 1
-    return repairs
+            linked[number] = trial_id
+        else:
+            trials.fail_surplus(storage, trial_id, f"surplus trial of slot {number}")
+        repairs += 1
+    missing = [number for number, trial_id in linked.items() if trial_id is None]
+    for number in missing:
+        made = trials.create(storage, optuna_study_id, slot_rows.read(connection, study_id, number))
+        slot_rows.write(connection, study_id, number, trial_id=made)
+    return repairs + len(missing)
 
 
 def tell_finished(connection: Connection, storage: BaseStorage, study_id: int, optuna_study_id: int) -> int:
     """Tell Optuna of the finished slots that it does not know of; returns how many. All must be linked."""
-    unfinished = {trial._trial_id for trial in trials.unfinished(storage, optuna_study_id)}
-    if not unfinished:
-        return 0
-    rows = slot_rows.read_all(connection, study_id, proposed=True)
-    untold = [row for row in rows if SlotState(row.state).finished and row.trial_id in unfinished]
+    unfinished = [trial_id for trial_id, _ in _unfinished(connection, storage, optuna_study_id)]
+    untold = slot_rows.read_finished(connection, study_id, unfinished)
     return sum(trials.tell(storage, trials.slot_from_row(row), row.attrs or {}) for row in untold)
+
+
+def _unfinished(connection: Connection, storage: BaseStorage, optuna_study_id: int) -> list[tuple[int, Any]]:
+    """(trial id, its slot's number if it has one) of the trials not told yet, oldest first."""
+    if optuna_rows.known(connection):
+        return optuna_rows.unfinished(connection, optuna_study_id, trials.SLOT_ATTR)
+    found = trials.unfinished(storage, optuna_study_id)
+    return [(trial._trial_id, trial.user_attrs.get(trials.SLOT_ATTR)) for trial in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import Connection, Row, func, select
 
 from was_search.errors import StudyError
+from was_search.hand_out import HandOut, Result
 from was_search.slots import Slot, SlotState
-from was_storage import optuna_study, reconcile, slot_rows, trials
+from was_storage import batches, optuna_rows, optuna_study, reconcile, slot_rows, trials
 from was_storage.database import Database
 from was_storage.fence import Fence
 from was_storage.plain import plain
@@ -54,6 +55,9 @@ class CoordinatorSession:
         self._study_id = study_id
         self._fence = Fence(database, study_id, name)
         self._untold: set[int] = set()
+        self._unsure: set[int] = set()
+        self._kinds = batches.KnownKinds()
+        self._direct = False
 
     def __enter__(self) -> CoordinatorSession:
         """Take over the study.
@@ -64,6 +68,8 @@ class CoordinatorSession:
         self._fence.take_over()
         try:
             self.optuna_study_id = self._ensure_optuna_study()
+            with self._database.begin() as connection:
+                self._direct = optuna_rows.known(connection)
             self.repaired = self.reconcile()
         except BaseException:
             self.close()
@@ -85,7 +91,7 @@ class CoordinatorSession:
     def slots(self) -> list[Slot]:
         """All slots, by number."""
         with self._database.begin() as connection:
-            return [trials.slot_from_row(row) for row in slot_rows.read_all(connection, self._study_id)]
+            return slot_rows.read_slots(connection, self._study_id)
 
     def finished_trials(self) -> list[FrozenTrial]:
         """The finished slots that have a vector as Optuna trials, in the order they finished, from our
@@ -164,6 +170,43 @@ class CoordinatorSession:
             )
             return attempt
 
+    def begin(self, hand_outs: Sequence[HandOut], lease_seconds: float) -> list[int]:
+        """:meth:`propose` and :meth:`start` for several slots in one transaction, Optuna's trials included.
+
+        All or nothing: where one is refused, none is handed out. Repeated for the same workers it changes nothing.
+        With an Optuna whose tables we do not know, the slots go one by one through its API.
+
+        Returns:
+            The attempts, from 1, in the order of ``hand_outs``.
+
+        Raises:
+            StudyError: as :meth:`propose` and :meth:`start`.
+        """
+        if not self._direct:
+            return [self._begin_one(hand_out, lease_seconds) for hand_out in hand_outs]
+        with self._fence.transaction() as connection:
+            return batches.begin(
+                connection, self._study_id, self.optuna_study_id, self.epoch, hand_outs, lease_seconds, self._kinds
+            )
+
+    def finish_all(self, results: Sequence[Result]) -> list[bool]:
+        """:meth:`finish` for several slots in one transaction, Optuna told in the same one; for each whether it is
+        its slot's result.
+
+        Raises:
+            StudyError: a state that is not a finished one.
+        """
+        checked = [(_checked(result), plain(dict(result.attrs or {}))) for result in results]
+        if not self._direct:
+            return [self._finish_one(slot, attrs) for slot, attrs in checked]
+        numbers = {slot.number for slot, _ in checked}
+        with self._fence.transaction() as connection:
+            unsure = self._unsure & numbers
+            self._unsure |= numbers
+            booked = batches.finish(connection, self._study_id, checked, unsure)
+        self._unsure -= numbers
+        return booked
+
     def requeue(self, number: int, reason: str) -> bool:
         """Put a running slot back with its vector, trial and attempt count; False where it is not running."""
         with self._fence.transaction() as connection:
@@ -215,33 +258,10 @@ class CoordinatorSession:
         Raises:
             StudyError: no such slot, or ``state`` is not a finished one.
         """
-        if not state.finished:
-            raise StudyError(f"state: a slot finishes complete, stopped or failed, got {state}")
-        result = trials.refuse_not_finite(
-            Slot(
-                number,
-                state,
-                attempt,
-                losses=None if losses is None else np.asarray(losses, np.float64).ravel(),
-                loss_nats=None if loss_nats is None else float(loss_nats),
-                nll_nats=None if nll_nats is None else float(nll_nats),
-                tokens=int(tokens),
-                seconds=float(seconds),
-                achieved=None if achieved is None else float(achieved),
-                worker=worker,
-                error=_storable(error),
-            )
+        result = Result(
+            number, attempt, state, losses, loss_nats, nll_nats, tokens, seconds, achieved, worker, error, attrs
         )
-        extra = plain(dict(attrs or {}))
-        with self._fence.transaction() as connection:
-            row = self._row(connection, number)
-            if row.attempt == attempt and row.state == SlotState.RUNNING:
-                self._untold.add(number)
-                self._commit_result(connection, result, {**(row.attrs or {}), **extra})
-            elif row.attempt != attempt or number not in self._untold:
-                return False
-        self._tell(number)
-        return True
+        return self._finish_one(_checked(result), plain(dict(attrs or {})))
 
     def reconcile(self) -> int:
         """Make slots and Optuna's trials agree one to one; returns the number of repairs. Runs on entry;
@@ -265,6 +285,23 @@ class CoordinatorSession:
         """Add waiting slots until there are ``n_slots``; never removes any. Returns the number of slots."""
         with self._fence.transaction() as connection:
             return slot_rows.add_slots(connection, self._study_id, n_slots)
+
+    def _begin_one(self, hand_out: HandOut, lease_seconds: float) -> int:
+        if (proposal := hand_out.proposal) is not None:
+            self.propose(hand_out.number, **vars(proposal))
+        return self.start(hand_out.number, hand_out.worker, lease_seconds)
+
+    def _finish_one(self, result: Slot, extra: dict[str, Any]) -> bool:
+        number = result.number
+        with self._fence.transaction() as connection:
+            row = self._row(connection, number)
+            if row.attempt == result.attempt and row.state == SlotState.RUNNING:
+                self._untold.add(number)
+                self._commit_result(connection, result, {**(row.attrs or {}), **extra})
+            elif row.attempt != result.attempt or number not in self._untold:
+                return False
+        self._tell(number)
+        return True
 
     def _store_vector(self, number: int, values: dict[str, Any]) -> bool:
         """First commit of a proposal; returns whether the vector was there already."""
@@ -343,6 +380,27 @@ class CoordinatorSession:
 
     def _write(self, connection: Connection, number: int, **values: Any) -> None:
         slot_rows.write(connection, self._study_id, number, **values)
+
+
+def _checked(result: Result) -> Slot:
+    """The result as a slot, in storable form; failed where a loss is not finite."""
+    if not result.state.finished:
+        raise StudyError(f"state: a slot finishes complete, stopped or failed, got {result.state}")
+    return trials.refuse_not_finite(
+        Slot(
+            result.number,
+            result.state,
+            result.attempt,
+            losses=None if result.losses is None else np.asarray(result.losses, np.float64).ravel(),
+            loss_nats=None if result.loss_nats is None else float(result.loss_nats),
+            nll_nats=None if result.nll_nats is None else float(result.nll_nats),
+            tokens=int(result.tokens),
+            seconds=float(result.seconds),
+            achieved=None if result.achieved is None else float(result.achieved),
+            worker=result.worker,
+            error=_storable(result.error),
+        )
+    )
 
 
 def _storable(words: str) -> str:

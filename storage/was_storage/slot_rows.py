@@ -8,11 +8,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, func, select, text, update
 
 from was_search.errors import StudyError
-from was_search.slots import SlotState
+from was_search.slots import Slot, SlotState
 from was_storage.schema import slot
+from was_storage.trials import slot_from_row
 
 VECTOR = ("params", "distributions", "attrs", "levels", "sparsities")
 """The columns that a proposal fills."""
+
+_ARRAYS = ("levels", "sparsities", "losses")
 
 
 def add_slots(connection: Connection, study_id: int, n_slots: int) -> int:
@@ -33,6 +36,14 @@ def read_all(connection: Connection, study_id: int, *, proposed: bool = False) -
     return connection.execute(query).all()
 
 
+def read_slots(connection: Connection, study_id: int) -> list[Slot]:
+    """All slots by number, without what only storage needs; arrays travel in binary, ten times as fast as text."""
+    columns = [column for column in slot.c if column.name not in (*_ARRAYS, "distributions", "attrs")]
+    arrays = [func.array_send(slot.c[name]).label(name) for name in _ARRAYS]
+    query = select(*columns, *arrays).where(slot.c.study_id == study_id).order_by(slot.c.number)
+    return [slot_from_row(row) for row in connection.execute(query)]
+
+
 def read(connection: Connection, study_id: int, number: int) -> Row[Any]:
     """One row.
 
@@ -43,6 +54,21 @@ def read(connection: Connection, study_id: int, number: int) -> Row[Any]:
     if row is None:
         raise StudyError(f"the study has no slot {number}")
     return row
+
+
+def trial_ids(connection: Connection, study_id: int) -> dict[int, int | None]:
+    """Trial by number, of the slots that have a vector."""
+    query = select(slot.c.number, slot.c.trial_id).where(slot.c.study_id == study_id, slot.c.params.is_not(None))
+    return {row.number: row.trial_id for row in connection.execute(query.order_by(slot.c.number))}
+
+
+def read_finished(connection: Connection, study_id: int, trial_ids: Sequence[int]) -> Sequence[Row[Any]]:
+    """The rows of those of ``trial_ids`` whose slots have finished, by number."""
+    finished = [str(state) for state in SlotState if state.finished]
+    query = select(slot).where(
+        slot.c.study_id == study_id, slot.c.state.in_(finished), slot.c.trial_id == func.any(list(trial_ids))
+    )
+    return connection.execute(query.order_by(slot.c.number)).all()
 
 
 def write(connection: Connection, study_id: int, number: int, **values: Any) -> None:

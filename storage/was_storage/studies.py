@@ -20,8 +20,7 @@ from was_storage.plain import plain
 from was_storage.schema import slot as slot_table
 from was_storage.schema import study as study_table
 from was_storage.session import CoordinatorSession
-from was_storage.slot_rows import add_slots, read_all
-from was_storage.trials import slot_from_row
+from was_storage.slot_rows import add_slots, read_slots
 
 MAX_NAME_CHARACTERS = 200
 _VERSIONED = ("was-search", "optuna", "torch", "transformers", "triton")
@@ -144,7 +143,7 @@ class StudyStore:
         """
         record = self.get(name)
         with self._database.begin() as connection:
-            return [slot_from_row(row) for row in read_all(connection, record.id)]
+            return read_slots(connection, record.id)
 
     def set_report(self, name: str, report: Mapping[str, Any]) -> None:
         """Replace the study's report.

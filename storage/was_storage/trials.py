@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
@@ -41,11 +41,9 @@ def slot_from_row(row: Row[Any]) -> Slot:
         attempt=row.attempt,
         origin=row.origin,
         params=row.params,
-        levels=None if row.levels is None else np.asarray(row.levels, np.float64),
-        sparsities=None
-        if row.sparsities is None
-        else np.asarray(row.sparsities, np.float64).reshape(-1, N_PROJECTIONS),
-        losses=None if row.losses is None else np.asarray(row.losses, np.float64),
+        levels=_floats(row.levels),
+        sparsities=None if row.sparsities is None else _floats(row.sparsities).reshape(-1, N_PROJECTIONS),
+        losses=_floats(row.losses),
         loss_nats=row.loss_nats,
         nll_nats=row.nll_nats,
         tokens=row.tokens,
@@ -60,7 +58,7 @@ def slot_from_row(row: Row[Any]) -> Slot:
 
 
 def distributions_to_json(distributions: Distributions) -> dict[str, str]:
-    return {name: distribution_to_json(value) for name, value in distributions.items()}
+    return {name: _distribution_json(value) for name, value in distributions.items()}
 
 
 def distributions_from_json(value: Mapping[str, str] | None) -> dict[str, BaseDistribution]:
@@ -74,8 +72,7 @@ def running_template(slot: Slot, distributions: Distributions, attrs: Mapping[st
         StudyError: parameters and distributions do not fit; the message says which.
     """
     assert slot.params is not None and slot.levels is not None
-    levels = [round(float(level), _LEVEL_DECIMALS) for level in slot.levels]
-    user_attrs = {"origin": slot.origin, "levels": levels, **plain(dict(attrs)), SLOT_ATTR: slot.number}
+    user_attrs = proposal_attrs(slot.number, slot.origin, slot.levels, plain(dict(attrs)))
     try:
         return create_trial(
             state=TrialState.RUNNING,
@@ -85,6 +82,12 @@ def running_template(slot: Slot, distributions: Distributions, attrs: Mapping[st
         )
     except ValueError as error:
         raise StudyError(f"slot {slot.number}: {error}") from error
+
+
+def proposal_attrs(number: int, origin: str, levels: Iterable[float], attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The user attributes of a slot that has a vector, in JSON's types as ``attrs`` is."""
+    rounded = [round(float(level), _LEVEL_DECIMALS) for level in levels]
+    return {"origin": origin, "levels": rounded, **attrs, SLOT_ATTR: number}
 
 
 def finished_trial(slot: Slot, distributions: Distributions) -> FrozenTrial:
@@ -211,9 +214,29 @@ def refuse_not_finite(slot: Slot) -> Slot:
     return replace(slot, loss_nats=loss)
 
 
+_HEADER_BYTES = 20
+_ELEMENT = np.dtype([("n_bytes", ">i4"), ("value", ">f8")])
+
+
+def _floats(value: Any) -> Any:
+    """A column of doubles as float64 [n], None for none: from a list, or from Postgres' binary form of an array.
+
+    That form is number of dimensions, flags and element type, then length and lower bound of the dimension, then
+    each element behind its length in bytes; big-endian. An empty array has no dimension.
+    """
+    if value is None or isinstance(value, list):
+        return None if value is None else np.asarray(value, np.float64)
+    return np.frombuffer(bytes(value)[_HEADER_BYTES:], _ELEMENT)["value"].astype(np.float64)
+
+
 @lru_cache(maxsize=4096)
 def _distribution(text: str) -> BaseDistribution:
     return json_to_distribution(text)
+
+
+@lru_cache(maxsize=4096)
+def _distribution_json(distribution: BaseDistribution) -> str:
+    return str(distribution_to_json(distribution))
 
 
 def _naive(moment: datetime) -> datetime:

@@ -30,7 +30,9 @@ DATA = SimpleNamespace(
 class Pool:
     """Two workers. ``lose`` is how many descents are lost first, ``broken`` an error that they all raise."""
 
-    next_idle = "worker"
+    @property
+    def idle_names(self) -> list[str]:
+        return ["worker"] * self.n_idle
 
     def __init__(self, lose: int = 0, broken: Exception | None = None) -> None:
         self.lose, self.broken = lose, broken

@@ -14,6 +14,7 @@ import ray
 
 from was_search.early_stop import StopRule
 from was_search.errors import InfeasibleError, ModelError, TransientError
+from was_search.hand_out import HandOut, Result
 from was_search.protocol import Evaluation
 from was_search.sampling import Suggester
 from was_search.seeds import baseline_seeds, fisher_seed
@@ -53,6 +54,15 @@ class Book:
         self._set(number, state=SlotState.RUNNING, attempt=self.rows[number].attempt + 1, worker=worker)
         return self.rows[number].attempt
 
+    def begin(self, hand_outs: list[HandOut], lease_seconds: float) -> list[int]:
+        for hand_out in hand_outs:
+            if hand_out.proposal is not None:
+                self.propose(hand_out.number, **vars(hand_out.proposal))
+        return [self.start(hand_out.number, hand_out.worker, lease_seconds) for hand_out in hand_outs]
+
+    def finish_all(self, results: list[Result]) -> list[bool]:
+        return [self.finish(**vars(result)) for result in results]
+
     def requeue(self, number: int, reason: str) -> None:
         self._set(number, state=SlotState.WAITING, error=reason)
 
@@ -77,7 +87,9 @@ class Pool:
     def n_idle(self) -> int:
         return 2 - len(self._running)
 
-    next_idle = "worker"
+    @property
+    def idle_names(self) -> list[str]:
+        return ["worker"] * self.n_idle
 
     def submit(self, method: str, *args: Any, deadline_seconds: float) -> int:
         assert method == "evaluate"
@@ -442,3 +454,70 @@ def test_durable_repeats_transient_errors_and_no_others(monkeypatch: pytest.Monk
     with pytest.raises(ModelError):
         book.requeue(0, "bad")
     assert calls == ["x"] * 4 + ["bad"]
+
+
+class ManyWorkers(Pool):
+    """Sixteen workers; all that run end together at every fourth look."""
+
+    looks = 0
+
+    @property
+    def n_idle(self) -> int:
+        return 16 - len(self._running)
+
+    def wait(self, timeout_seconds: float) -> list[Outcome]:
+        self.looks += 1
+        if self.looks % 4:
+            return []
+        return [outcome for _ in range(len(self._running)) for outcome in super(ManyWorkers, self).wait(0.0)]
+
+
+def test_a_large_pool_gets_vectors_that_were_chosen_ahead(run, monkeypatch) -> None:
+    """Chosen while all workers are busy, written down when handed out, and each slot finishes once all the same."""
+    monkeypatch.setattr("tests.workers.test_search_loop.Pool", ManyWorkers)
+    order: list[str] = []
+    suggest, begins = Suggester.suggest, Book.begin
+
+    def watched(self, number):
+        order.append("choose")
+        return suggest(self, number)
+
+    def begin(self, hand_outs, lease_seconds):
+        order.extend(["hand out"] * len(hand_outs))
+        return begins(self, hand_outs, lease_seconds)
+
+    monkeypatch.setattr(Suggester, "suggest", watched)
+    monkeypatch.setattr(Book, "begin", begin)
+    book = Book(120)
+    run(book, lambda _, s, __: evaluation(s))
+    assert sorted(book.finishes) == list(range(120))
+    ahead = np.cumsum([1 if step == "choose" else -1 for step in order[3:]])
+    assert ahead.max() >= 1
+    assert ahead[-1] == 0  # none was chosen for nothing
+
+
+def test_a_drain_forgets_what_was_chosen_ahead(run, monkeypatch) -> None:
+    monkeypatch.setattr("tests.workers.test_search_loop.Pool", ManyWorkers)
+    drain = threading.Event()
+    book = Book(120)
+    run(book, lambda _, s, __: evaluation(s), drain=drain, progress=lambda p: p.finished < 60 or drain.set())
+    left = [slot for slot in book.slots() if slot.state is SlotState.WAITING]
+    assert left
+    assert all(slot.sparsities is None for slot in left)
+    assert all(slot.state is SlotState.COMPLETE for slot in run(book, lambda _, s, __: evaluation(s)))
+    assert sorted(book.finishes) == list(range(120))
+
+
+def test_results_that_come_together_are_booked_together(run, monkeypatch) -> None:
+    """Results before errors: a slot that was lost too often fails only because another one has succeeded."""
+    monkeypatch.setattr("tests.workers.test_search_loop.Pool", ManyWorkers)
+    sizes: list[int] = []
+    finish_all = Book.finish_all
+    monkeypatch.setattr(
+        Book, "finish_all", lambda self, results: sizes.append(len(results)) or finish_all(self, results)
+    )
+    book = Book(80)
+    slots = run(book, lambda call, s, _: evaluation(s, float("nan") if call % 9 == 8 else None))
+    assert max(sizes) > 8
+    assert sum(sizes) == 80
+    assert {s.state for s in slots} == {SlotState.COMPLETE, SlotState.FAILED}

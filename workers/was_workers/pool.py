@@ -121,6 +121,11 @@ class Pool:
         return self._idle[0].name
 
     @property
+    def idle_names(self) -> list[str]:
+        """Names of the idle workers in the order that ``submit`` takes them."""
+        return [member.name for member in self._idle]
+
+    @property
     def infos(self) -> list[WorkerInfo]:
         """Workers that have loaded their model so far."""
         return [member.info for member in self._members if member.info is not None]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +17,26 @@ import ray
 from was_search.divergence import DenseTop
 from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.errors import InfeasibleError, TransientError
+from was_search.hand_out import HandOut, Proposal, Result
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed, point_seed
 from was_search.shape import FloatArray, ModelShape
-from was_search.slots import Slot, SlotState, best_slot, tokens_saved
+from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import MonotoneSpace, Space, SpaceName, level_params, make_space, open_distributions
+from was_workers.ahead import Lookahead
 from was_workers.descents import ORIGIN as DESCENT
 from was_workers.descents import DescentPlan, Descents
 from was_workers.pool import Outcome, Pool
 from was_workers.slot_book import SlotBook, durable
+from was_workers.slot_table import SlotTable
+
+_TOGETHER_SECONDS = 0.05
+"""Vectors chosen within this time are committed together: a commit costs more than a further trial in it."""
+
+_HAND_OUT_SECONDS = 1.0
+"""Then results that have come meanwhile are looked at, before more is handed out."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,16 @@ class SearchLoop:
         self._options = options
         self._drain = drain
         self._progress = progress
-        self._slots = {slot.number: slot for slot in book.slots()}
+        self._slots = SlotTable(book.slots())
+        self._ahead: deque[tuple[int, Proposal]] = deque()
+        self._lookahead = Lookahead()
+        self._results: list[tuple[Result, dict[str, Any]]] = []
         self._flight: dict[int, tuple[int, int, float]] = {}
         self._losses: Counter[int] = Counter()
         self._space: Space | None = None
         self._suggester: Suggester | None = None
+        self._distributions: Mapping[str, Any] = {}
+        self._reference: FloatArray | None = None
         ended = [s for s in self._slots.values() if s.origin.startswith("sampler:") and s.losses is not None]
         ended.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
         self._trials: list[FloatArray] = [s.losses for s in ended if s.losses is not None]
@@ -145,10 +159,10 @@ class SearchLoop:
         self._report(None)
         try:
             while self._flight or (not self._drain.is_set() and self._unfinished()):
+                more = False
                 if not self._drain.is_set():
-                    self._hand_out()
-                errors = [error for outcome in self._pool.wait(0.5) if (error := self._settle(outcome))]
-                if errors:
+                    more = self._hand_out() or self._choose_ahead()
+                if errors := self._settle_all(self._pool.wait(0.0 if more else 0.5)):
                     raise errors[0]
         except Exception as error:
             for number, _, _ in self._flight.values():
@@ -157,92 +171,126 @@ class SearchLoop:
         return self._book.slots()
 
     def _unfinished(self) -> bool:
-        if all(slot.state.finished for slot in self._slots.values()):
+        if not self._slots.unfinished:
             # Someone may have extended the study while it ran.
-            self._slots = {slot.number: slot for slot in self._book.slots()}
-        return any(not slot.state.finished for slot in self._slots.values())
+            self._slots = SlotTable(self._book.slots())
+        return self._slots.unfinished
 
-    def _hand_out(self) -> None:
+    def _hand_out(self) -> bool:
+        """Give idle workers something to do; True where time was up before all of them had."""
+        end = time.monotonic() + _HAND_OUT_SECONDS
         while self._pool.n_idle:
-            number = self._next()
-            if number is None:
+            if time.monotonic() > end:
+                return True
+            together = self._choose_together()
+            if not together:
                 if self._descents is not None and self._descents.hand_out():
                     self._report(None)
-                return
-            slot = self._slots[number]
+                return False
             # Committed before it is sent: an evaluation that no slot knows of cannot happen.
-            worker = self._pool.next_idle
-            attempt = self._book.start(number, worker, self._options.trial_timeout)
-            ticket = self._pool.submit(
-                "evaluate",
-                self._data,
-                self._key,
-                self._histograms,
-                slot.sparsities,
-                self._stop_rule(slot),
-                self._top,
-                deadline_seconds=self._options.trial_timeout,
-            )
-            self._flight[ticket] = (number, attempt, time.monotonic())
-            self._refresh(number, state=SlotState.RUNNING, attempt=attempt, worker=worker)
+            attempts = self._book.begin(together, self._options.trial_timeout)
+            for hand_out, attempt in zip(together, attempts, strict=True):
+                self._send(hand_out, attempt)
+        return False
+
+    def _choose_together(self) -> list[HandOut]:
+        """Slots for idle workers in the order that the pool takes them, as many as are chosen in a moment."""
+        end = time.monotonic() + _TOGETHER_SECONDS
+        chosen: list[HandOut] = []
+        for worker in self._pool.idle_names:
+            if (found := self._next()) is None:
+                break
+            number, proposal = found
+            chosen.append(HandOut(number, worker, proposal))
+            if time.monotonic() > end:
+                break
+        return chosen
+
+    def _send(self, hand_out: HandOut, attempt: int) -> None:
+        slot = self._slots[hand_out.number]
+        ticket = self._pool.submit(
+            "evaluate",
+            self._data,
+            self._key,
+            self._histograms,
+            slot.sparsities,
+            self._stop_rule(slot),
+            self._top,
+            deadline_seconds=self._options.trial_timeout,
+        )
+        self._flight[ticket] = (hand_out.number, attempt, time.monotonic())
+        self._refresh(hand_out.number, state=SlotState.RUNNING, attempt=attempt, worker=hand_out.worker)
 
     def _stop_rule(self, slot: Slot) -> StopRule | None:
         """None for seeds and descents' vectors: few, and each may become the centre of the space."""
-        best = best_slot(list(self._slots.values()))
+        best = self._slots.best
         if not self._options.early_stopping or not slot.origin.startswith("sampler:") or best is None:
             return None
         assert best.losses is not None
         cuts = rung_cuts(self._trials, best.losses, self._options.rung_keep)
         return StopRule(best.losses, self._options.significance, cuts)
 
-    def _next(self) -> int | None:
+    def _next(self) -> tuple[int, Proposal | None] | None:
         """The next slot to hand out: one with a vector first, else a new proposal; None if there is none now."""
-        waiting = [s for s in self._slots.values() if s.state is SlotState.WAITING]
-        for slot in waiting:
-            if slot.sparsities is not None:
-                return slot.number
-        if not waiting:
+        if (number := self._slots.take_ready()) is not None:
+            return number, None
+        while self._ahead:
+            number, proposal = self._ahead.popleft()
+            if number in self._slots:
+                return number, proposal
+        return self._choose()
+
+    def _choose(self) -> tuple[int, Proposal] | None:
+        """A vector for the first slot that has none; None if there is none now."""
+        if (number := self._slots.first_free()) is None:
             return None
-        number = waiting[0].number
-        known = {s.origin for s in self._slots.values()}
-        missing = [seed for seed in self._seeds if f"seed:{seed.name}" not in known]
+        missing = [seed for seed in self._seeds if not self._slots.origins[f"seed:{seed.name}"]]
         if missing:
             # With fewer slots than seeds the last ones, the best, are kept.
-            seed = missing[-len(waiting) :][0]
-            self._propose_fixed(number, f"seed:{seed.name}", seed.sparsities)
-            return number
-        if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
-            return None
-        if self._descents is not None and not self._descents.finished(self._slots.values()):
-            if (proposal := self._descents.next_proposal()) is None:
+            seed = missing[-self._slots.n_free :][0]
+            return number, self._fixed(number, f"seed:{seed.name}", seed.sparsities)
+        if self._suggester is None:
+            if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
                 return None
-            self._propose_fixed(number, *proposal)
-            return number
-        self._propose_sampled(number)
-        return number
+            if self._descents is not None and not self._descents.finished(self._slots.values()):
+                if (proposal := self._descents.next_proposal()) is None:
+                    return None
+                return number, self._fixed(number, *proposal)
+        return number, self._sampled(number)
 
-    def _propose_fixed(self, number: int, origin: str, sparsities: FloatArray) -> None:
+    def _choose_ahead(self) -> bool:
+        """Choose one vector that no worker has asked for yet, where that keeps them busy; whether it did.
+
+        It is not written down before it is handed out: a crash forgets it, and its slot is given another.
+        """
+        wanted = self._lookahead.depth(len(self._flight) + self._pool.n_idle)
+        if self._suggester is None or len(self._ahead) >= wanted or (number := self._slots.first_free()) is None:
+            return False
+        self._ahead.append((number, self._sampled(number)))
+        return True
+
+    def _fixed(self, number: int, origin: str, sparsities: FloatArray) -> Proposal:
         """A vector that no sampler suggested."""
         levels = self._shape.levels(sparsities)
-        self._propose(
-            number, origin, level_params(levels), open_distributions(self._shape.n_blocks), levels, sparsities
-        )
+        kinds = open_distributions(self._shape.n_blocks)
+        return self._proposal(number, origin, level_params(levels), kinds, levels, sparsities)
 
-    def _propose_sampled(self, number: int) -> None:
+    def _sampled(self, number: int) -> Proposal:
         if self._suggester is None or self._space is None:
+            centre = self._centre_slot()
+            self._reference = None if centre is None else centre.losses
             self._space = self._make_space()
-            self._suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
-            self._suggester.restore(self._in_space())
+            self._distributions = self._space.distributions
+            suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
+            suggester.restore(self._in_space())
+            self._suggester = suggester
+        started = time.perf_counter()
         params = self._suggester.suggest(number)
         sparsities = self._space.sparsities(params)
-        self._propose(
-            number,
-            f"sampler:{self._options.sampler}",
-            params,
-            self._space.distributions,
-            self._shape.levels(sparsities),
-            sparsities,
-        )
+        origin, levels = f"sampler:{self._options.sampler}", self._shape.levels(sparsities)
+        proposal = self._proposal(number, origin, params, self._distributions, levels, sparsities)
+        self._lookahead.chose(time.perf_counter() - started)
+        return proposal
 
     def _make_space(self) -> Space:
         if self._options.sampler == "was-monotone":
@@ -279,7 +327,7 @@ class SearchLoop:
         slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
         return [dataclasses.replace(s, params=seeds.get(s.number, s.params), loss_nats=self._told(s)) for s in slots]
 
-    def _propose(
+    def _proposal(
         self,
         number: int,
         origin: str,
@@ -287,21 +335,31 @@ class SearchLoop:
         distributions: Mapping[str, Any],
         levels: FloatArray,
         sparsities: FloatArray,
-    ) -> None:
+    ) -> Proposal:
         attrs = {
             "nominal_sparsity": round(self._shape.sparsity(sparsities), 6),
             "sparsities": np.round(sparsities, 4).tolist(),
         }
-        self._book.propose(
-            number,
-            origin=origin,
-            params=params,
-            distributions=distributions,
-            levels=levels,
-            sparsities=sparsities,
-            attrs=attrs,
-        )
         self._refresh(number, origin=origin, params=params, levels=levels, sparsities=sparsities)
+        return Proposal(origin, params, distributions, levels, sparsities, attrs)
+
+    def _settle_all(self, outcomes: list[Outcome]) -> list[BaseException]:
+        """Book outcomes, results in one go before anything is put back; returns the errors that end the search."""
+        errors = []
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.error is not None):
+            if outcome.error is not None:
+                self._commit_results()
+            if error := self._settle(outcome):
+                errors.append(error)
+        self._commit_results()
+        return errors
+
+    def _commit_results(self) -> None:
+        results, self._results = self._results, []
+        if results:
+            self._book.finish_all([result for result, _ in results])
+        for result, changes in results:
+            self._done(result.number, result.state, changes)
 
     def _settle(self, outcome: Outcome) -> BaseException | None:
         """Book an outcome; returns an error that ends the search, its slot put back."""
@@ -312,6 +370,7 @@ class SearchLoop:
         number, attempt, started = self._flight.pop(outcome.ticket)
         error = outcome.error
         if error is None:
+            self._lookahead.evaluated(time.monotonic() - started)
             self._finish_evaluation(number, attempt, outcome, outcome.value)
             return None
         seconds = time.monotonic() - started
@@ -323,7 +382,7 @@ class SearchLoop:
         if mendable:
             self._losses[number] += 1
         spent = self._losses[number] >= self._options.max_attempts
-        if mendable and spent and best_slot(list(self._slots.values())) is not None:
+        if mendable and spent and self._slots.best is not None:
             self._fail(number, attempt, outcome.worker, seconds, f"lost {self._losses[number]} times; last: {reason}")
             return None
         self._book.requeue(number, reason)
@@ -356,12 +415,11 @@ class SearchLoop:
             "worker": outcome.worker,
         }
         attrs = {"perplexity": round(perplexity(nll), 5), "nll_nats": nll}
-        self._book.finish(number, attempt, state, attrs=attrs, **result)
-        self._done(number, state, result)
+        self._results.append((Result(number, attempt, state, **result, attrs=attrs), result))
 
     def _fail(self, number: int, attempt: int, worker: str, seconds: float, error: str) -> None:
-        self._book.finish(number, attempt, SlotState.FAILED, worker=worker, seconds=seconds, error=error)
-        self._done(number, SlotState.FAILED, {"worker": worker, "seconds": seconds, "error": error})
+        result: dict[str, Any] = {"worker": worker, "seconds": seconds, "error": error}
+        self._results.append((Result(number, attempt, SlotState.FAILED, **result), result))
 
     def _done(self, number: int, state: SlotState, result: dict[str, Any]) -> None:
         self._refresh(number, state=state, **result)
@@ -379,26 +437,24 @@ class SearchLoop:
         """
         if slot.state is not SlotState.STOPPED or slot.losses is None:
             return slot.loss_nats
-        centre = self._centre_slot()
-        if centre is None or centre.losses is None:
+        if self._reference is None:
             return slot.loss_nats
-        return estimated_loss(slot.losses, centre.losses)
+        return estimated_loss(slot.losses, self._reference)
 
     def _refresh(self, number: int, **changes: Any) -> None:
         self._slots[number] = dataclasses.replace(self._slots[number], **changes)
 
     def _report(self, current: Slot | None) -> None:
-        slots = list(self._slots.values())
-        count = {state: sum(s.state is state for s in slots) for state in SlotState}
+        slots = self._slots
         self._progress(
             SearchProgress(
                 total=len(slots),
-                complete=count[SlotState.COMPLETE],
-                stopped=count[SlotState.STOPPED],
-                failed=count[SlotState.FAILED],
-                best=best_slot(slots),
+                complete=slots.counts[SlotState.COMPLETE],
+                stopped=slots.counts[SlotState.STOPPED],
+                failed=slots.counts[SlotState.FAILED],
+                best=slots.best,
                 current=current,
-                saved=tokens_saved(slots),
+                saved=slots.saved,
                 activity=self._descents.describe if self._descents is not None and self._descents.running else "",
             )
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from was_search.errors import TransientError
-from was_search.shape import FloatArray
-from was_search.slots import Slot, SlotState
+from was_search.hand_out import HandOut, Result
+from was_search.slots import Slot
 
 _logger = logging.getLogger(__name__)
 
@@ -19,38 +19,11 @@ class SlotBook(Protocol):
 
     def slots(self) -> list[Slot]: ...
 
-    def propose(
-        self,
-        number: int,
-        *,
-        origin: str,
-        params: Mapping[str, float],
-        distributions: Mapping[str, Any],
-        levels: FloatArray,
-        sparsities: FloatArray,
-        attrs: Mapping[str, Any],
-    ) -> object: ...
-
-    def start(self, number: int, worker: str, lease_seconds: float) -> int: ...
+    def begin(self, hand_outs: Sequence[HandOut], lease_seconds: float) -> list[int]: ...
 
     def requeue(self, number: int, reason: str) -> object: ...
 
-    def finish(
-        self,
-        number: int,
-        attempt: int,
-        state: SlotState,
-        *,
-        losses: FloatArray | None = None,
-        loss_nats: float | None = None,
-        nll_nats: float | None = None,
-        tokens: int = 0,
-        seconds: float = 0.0,
-        achieved: float | None = None,
-        worker: str = "",
-        error: str = "",
-        attrs: Mapping[str, Any] | None = None,
-    ) -> bool: ...
+    def finish_all(self, results: Sequence[Result]) -> list[bool]: ...
 
 
 def durable(book: SlotBook, *, patience_seconds: float = 120.0) -> SlotBook:
