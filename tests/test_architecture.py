@@ -66,7 +66,8 @@ def modules(package: str) -> list[Path]:
 
 
 def is_composition_root(path: Path) -> bool:
-    return path == PACKAGES["was_search"] / "cli.py" or path.parent == PACKAGES["was_search"] / "api"
+    core = PACKAGES["was_search"]
+    return (path.parent == core and path.name.startswith("cli")) or path.parent == core / "api"
 
 
 def is_entry(path: Path) -> bool:

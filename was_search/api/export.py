@@ -286,7 +286,7 @@ def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
     settings = dataclasses.asdict(context.settings)
-    del settings["storage"]
+    del settings["storage"], settings["notify"]
     settings["model"], settings["revision"] = context.source.location, context.source.revision
     if Path(context.settings.data).exists():
         settings["data"] = str(Path(context.settings.data).resolve())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from was_search.errors import TransientError
 from was_search.shape import FloatArray
 from was_search.slots import Slot, SlotState
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -33,6 +34,8 @@ class SlotBook(Protocol):
 
     def start(self, number: int, worker: str, lease_seconds: float) -> int: ...
 
+    def shrink(self, n_slots: int) -> int: ...
+
     def requeue(self, number: int, reason: str) -> object: ...
 
     def finish(
@@ -53,16 +56,16 @@ class SlotBook(Protocol):
     ) -> bool: ...
 
 
-def durable(book: SlotBook, *, patience_seconds: float = 120.0) -> SlotBook:
+def durable(book: T, *, patience_seconds: float = 120.0) -> T:
     """``book`` with every call repeated while it raises TransientError, for ``patience_seconds`` at most.
 
-    Every method of a book may be repeated: it finishes what was begun.
+    Every method of a book, or of a control desk, may be repeated: it finishes what was begun.
     """
-    return cast(SlotBook, _Durable(book, patience_seconds))
+    return cast(T, _Durable(book, patience_seconds))
 
 
 class _Durable:
-    def __init__(self, book: SlotBook, patience_seconds: float) -> None:
+    def __init__(self, book: Any, patience_seconds: float) -> None:
         self._book = book
         self._patience = patience_seconds
 
