@@ -34,13 +34,13 @@ class ControlStore:
 
     def read(self, name: str) -> Control:
         """What is asked of the study at present."""
-        study_id = StudyStore(self._database).get(name).id
+        study_id = StudyStore(self._database).id_of(name)
         with self._database.begin() as connection:
             return control_rows.read(connection, study_id)
 
     def wish(self, name: str, wish: Wish) -> bool:
         """Ask the study's coordinator to ``wish``; returns whether one is alive."""
-        study_id = StudyStore(self._database).get(name).id
+        study_id = StudyStore(self._database).id_of(name)
         with self._database.begin() as connection:
             control_rows.write_wish(connection, study_id, wish)
             return held(connection, study_id)
@@ -54,7 +54,7 @@ class ControlStore:
         Raises:
             StudyError: fewer ``trials`` than that.
         """
-        study_id = StudyStore(self._database).get(name).id
+        study_id = StudyStore(self._database).id_of(name)
         with self._database.begin() as connection:
             # Every write of the coordinator shares this row: none is half done now, and none begins.
             connection.execute(select(study.c.id).where(study.c.id == study_id).with_for_update())

@@ -125,6 +125,16 @@ class StudyStore:
             raise StudyError(f"study {name!r} does not exist; this database has {known or 'no studies yet'}")
         return found[0]
 
+    def id_of(self, name: str) -> int:
+        """The study's id in our tables, without counting its slots.
+
+        Raises:
+            StudyError: there is none.
+        """
+        with self._database.begin() as connection:
+            found = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar()
+        return self.get(name).id if found is None else int(found)
+
     def require_same(self, name: str, *, identity: Mapping[str, Any], shape: Mapping[str, Any]) -> StudyRecord:
         """The study ``name``, if it is of this ``identity`` and ``shape``.
 

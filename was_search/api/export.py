@@ -165,7 +165,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     result = result or stored_result(context)
     best = result.best
     if best is None or best.sparsities is None:
-        raise StudyError(f"study {result.study!r} has no complete trial yet; run 'was-search search' first")
+        raise StudyError(
+            f"study {result.study!r} has no complete trial yet; search first, or raise the limit that ended it"
+        )
     calibration = calibrate(context)
     contenders = [Contender(f"best (slot {best.number})", best)]
     if not best.origin.startswith("seed:"):
