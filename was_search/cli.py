@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from was_search import __version__
+from was_search import __version__, cli_control
+from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, STORAGE, Call, app, stderr
+from was_search.cli_command import command as _command
+from was_search.cli_command import option as _option
 from was_search.cli_submit import register as register_submit
 from was_search.errors import ConfigError, WasError
 from was_search.plan import Plan
-from was_search.progress import JsonReporter, Reporter, RichReporter
 from was_search.settings import Settings, load_settings
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Find how much of each layer's input an LLM can skip while decoding, and export it as a plan.",
-)
+__all__ = ["app", "cli_control", "main"]
 
-EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130
-EXIT_DRAINED = 3
-"""The study was interrupted and has slots left; the same command goes on with it."""
-
-
-def _option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
-    return Annotated[annotation, typer.Option(*names, help=help_text, **extra)]
-
-
-SHARED: dict[str, Any] = {
-    "config": _option(Path | None, "TOML file with options by their long names.", rich_help_panel="General"),
-    "quiet": _option(bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"),
-    "as_json": _option(bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel="General"),
-}
-STORAGE: dict[str, Any] = {
-    "storage": _option(
-        str | None, "Postgres URL, or embedded.", envvar="WAS_SEARCH_STORAGE", rich_help_panel="General"
-    ),
-}
 MODEL: dict[str, Any] = {
     "model": _option(str | None, "Local folder or hub id."),
     "revision": _option(str | None, "Hub revision."),
@@ -120,6 +91,20 @@ SEARCH: dict[str, Any] = {
     "metrics": _option(
         str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"
     ),
+    "max_seconds": _option(
+        float | None, "Stop after so many seconds of searching, all runs together.", rich_help_panel="Limits"
+    ),
+    "max_gpu_seconds": _option(float | None, "Stop after so many seconds of GPUs held.", rich_help_panel="Limits"),
+    "max_failures": _option(int | None, "Stop once so many trials have failed.", rich_help_panel="Limits"),
+    "patience": _option(
+        int | None, "Stop after so many finished trials without a better loss.", rich_help_panel="Limits"
+    ),
+    "notify": _option(
+        str | None,
+        "URL that gets a small JSON at the end of a run.",
+        envvar="WAS_SEARCH_NOTIFY",
+        rich_help_panel="Search",
+    ),
     "warm_start": _option(
         str | None, "An earlier study whose best vector is one more seed of this one.", rich_help_panel="Search"
     ),
@@ -131,68 +116,6 @@ SEVERAL: dict[str, Any] = {
     ),
 }
 PLAN_OUT: dict[str, Any] = {"plan": _option(str | None, "Folder for the exported plan.")}
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the shared options of a command were."""
-
-    config: Path | None
-    reporter: Reporter
-    flags: dict[str, Any]
-
-    def settings(self, base: Settings | None = None) -> Settings:
-        return load_settings(self.config, self.flags, base)
-
-    def run(self, step: Callable[[Any], Any], base: Settings | None = None) -> Any:
-        """Run ``step`` on a context made of the options over ``base``."""
-        from was_search.api import Context
-
-        with Context(self.settings(base), self.reporter) as context:
-            return step(context)
-
-
-def _command(*groups: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command: its options are the groups' and the function's own keyword-only ones."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        shared: dict[str, Any] = {}
-        for group in (*groups, SHARED):
-            shared.update(group)
-        for parameter in own:
-            shared.pop(parameter.name, None)
-        parameters = own + [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=False if name in ("quiet", "as_json") else None,
-                annotation=annotation,
-            )
-            for name, annotation in shared.items()
-        ]
-
-        def wrapper(**options: Any) -> None:
-            mine = {parameter.name: options.pop(parameter.name) for parameter in own}
-            as_json, quiet = options.pop("as_json"), options.pop("quiet")
-            reporter = JsonReporter() if as_json else Reporter() if quiet else RichReporter()
-            try:
-                function(Call(options.pop("config"), reporter, options), **mine)
-            except KeyboardInterrupt:
-                # Click would end silently; phases that were finished are cached, and slots wait for the next run.
-                _stderr().print(
-                    f"interrupted; go on with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True
-                )
-                raise typer.Exit(EXIT_INTERRUPTED) from None
-
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        wrapper.__doc__ = function.__doc__
-        wrapper.__name__ = function.__name__
-        app.command(function.__name__.strip("_"))(wrapper)
-        return function
-
-    return register
 
 
 @app.callback(invoke_without_command=True)
@@ -270,6 +193,7 @@ def search(call: Call) -> None:
                 "best_loss_nats": best.loss_nats if best else None,
                 "best_nll_nats": best.nll_nats if best else None,
                 "drained": found.drained,
+                "ending": str(found.ending),
             }
         )
         return bool(found.drained)
@@ -381,14 +305,6 @@ def generate(
 
 
 @_command(STORAGE)
-def status(call: Call, *, study: Annotated[str, typer.Option(help="Name; the newest one if not given.")] = "") -> None:
-    """Show where a study stands."""
-    from was_search import api
-
-    call.run(lambda context: api.status(context, study))
-
-
-@_command(STORAGE)
 def studies(call: Call) -> None:
     """List the studies of a database."""
     from was_search import api
@@ -454,16 +370,12 @@ def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
 
 def _end(drained: bool) -> None:
     if drained:
-        _stderr().print(
-            "interrupted: what was running has been finished and saved; resume with\n"
+        stderr().print(
+            "interrupted: what has finished is saved, the rest waits; resume with\n"
             f"  was-search {escape(shlex.join(sys.argv[1:]))}",
             soft_wrap=True,
         )
         raise typer.Exit(EXIT_DRAINED)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def main() -> None:
@@ -473,15 +385,15 @@ def main() -> None:
     except WasError as error:
         if "--json" in sys.argv:
             sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
-        _stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_ERROR)
     except MemoryError as error:
-        _stderr().print(f"[red]error:[/] out of memory; use a smaller --batch-size ({escape(str(error))})")
+        stderr().print(f"[red]error:[/] out of memory; use a smaller --batch-size ({escape(str(error))})")
         sys.exit(EXIT_ERROR)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth importing torch for
             raise
-        _stderr().print(
+        stderr().print(
             f"[red]error:[/] GPU out of memory; use a smaller --batch-size or --sequence-length ({escape(str(error))})",
             soft_wrap=True,
         )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -74,6 +75,12 @@ class Reporter:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
         """A table for people."""
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None]]:
+        """A table of two columns that is shown again and again; called with its title, its rows, and a line that
+        says the same where no terminal can be redrawn."""
+        yield lambda title, rows, line: None
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The step's result, for programs."""
@@ -202,14 +209,16 @@ class RichReporter(Reporter):
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
+    @contextmanager
+    def live(self) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None]]:
+        if not self.console.is_terminal:
+            yield lambda title, rows, line: self.note(line)
+            return
+        with Live(console=self.console, auto_refresh=False) as live:
+            yield lambda title, rows, line: live.update(_table(title, ["", ""], rows), refresh=True)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-        table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
-        for i, column in enumerate(columns):
-            numbers = i > 0 and all(not row[i] or row[i][0] in "+-.0123456789" for row in rows)
-            table.add_column(escape(column), justify="right" if numbers else "left", no_wrap=i == 0)
-        for row in rows:
-            table.add_row(*(Text(cell, style=_MARKS.get(cell, "")) for cell in row))
-        self.console.print(table)
+        self.console.print(_table(title, columns, rows, caption))
 
     def text(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
@@ -228,6 +237,16 @@ class RichReporter(Reporter):
             transient=True,
             disable=not self.console.is_terminal,
         )
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> RichTable:
+    table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
+    for i, column in enumerate(columns):
+        numbers = i > 0 and all(not row[i] or row[i][0] in "+-.0123456789" for row in rows)
+        table.add_column(escape(column), justify="right" if numbers else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(Text(cell, style=_MARKS.get(cell, "")) for cell in row))
+    return table
 
 
 def _figures(progress: StudyProgress, rate: float, fitness: FitnessName, *, current: bool = True) -> str:

@@ -16,6 +16,7 @@ from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
 from was_search.targets import parse_increase, parse_targets
+from was_search.webhook import check_webhook
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -71,6 +72,11 @@ class Settings:
         trial_timeout: seconds after which an evaluation is taken for lost.
         max_attempts: hand-outs of one vector before its slot fails.
         metrics: ``HOST:PORT`` or ``PORT`` where a search's figures are served for Prometheus; "" for nowhere.
+        max_seconds: of searching, all runs of the study together, before it stops; 0 for no limit, as below.
+        max_gpu_seconds: of GPUs held by its workers while it searches.
+        max_failures: failed trials.
+        patience: finished trials without a better loss.
+        notify: URL that gets a small JSON when a run has ended or failed; "" for none.
         plan: folder for the exported plan; "" derives one under ``was-runs``.
     """
 
@@ -117,6 +123,11 @@ class Settings:
     trial_timeout: float = 1800.0
     max_attempts: int = 3
     metrics: str = ""
+    max_seconds: float = 0.0
+    max_gpu_seconds: float = 0.0
+    max_failures: int = 0
+    patience: int = 0
+    notify: str = ""
     plan: str = ""
 
     def __post_init__(self) -> None:
@@ -140,6 +151,9 @@ class Settings:
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("rung_keep", 0.0 < self.rung_keep <= 1.0, "must be in (0, 1]")
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
+        for name in ("max_seconds", "max_gpu_seconds", "max_failures", "patience"):
+            self._range(name, 0 <= getattr(self, name) < 1e9, "must be from 0 (no limit) to a thousand million")
+        check_webhook(self.notify)
         gpus = self.gpus_per_worker
         self._range("gpus_per_worker", gpus == -1 or 0 <= gpus <= 1, "must be in [0, 1]: a model lies on one GPU")
         for name, allowed in _CHOICES.items():
@@ -176,8 +190,10 @@ class Settings:
                 raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
 
     def to_json(self) -> dict[str, Any]:
-        """All options but a storage URL, which may hold passwords in more places than can be masked safely."""
+        """All options but the URLs, which may hold passwords in more places than can be masked safely."""
         value = dataclasses.asdict(self)
+        if self.notify:
+            value["notify"] = "a URL"
         if self.storage != "embedded":
             value["storage"] = "a Postgres URL"
         return value

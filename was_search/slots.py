@@ -78,5 +78,10 @@ def tokens_saved(slots: list[Slot]) -> float:
 
     Against the same trials in full; failed slots are left out.
     """
-    seen = [len(s.losses) for s in slots if s.losses is not None and s.state in (SlotState.COMPLETE, SlotState.STOPPED)]
+    finished = (SlotState.COMPLETE, SlotState.STOPPED)
+    return share_saved([len(s.losses) for s in slots if s.losses is not None and s.state in finished])
+
+
+def share_saved(seen: list[int]) -> float:
+    """:func:`tokens_saved` of evaluations that have ``seen`` so many sequences each."""
     return 1.0 - sum(seen) / (len(seen) * max(seen)) if seen else 0.0

@@ -29,6 +29,11 @@ _SETTINGS = {
 }
 
 
+def held(connection: Connection, study_id: int) -> bool:
+    """Whether a coordinator of the study is alive, as far as the database knows."""
+    return connection.execute(_HOLDER, {"key": COORDINATOR_LOCK, "id": study_id}).first() is not None
+
+
 class CoordinatorLock:
     """Held from :meth:`acquire` to :meth:`release`, or until its connection is lost.
 

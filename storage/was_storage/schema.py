@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -19,10 +20,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from was_search.control import Wish
 from was_search.slots import SlotState
 
 SCHEMA = "was"
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in ``migrations/versions``."""
 
 STATES = tuple(str(state) for state in SlotState)
@@ -72,6 +74,42 @@ slot = Table(
     Column("finished_at", DateTime(timezone=True)),
     CheckConstraint("state IN ({})".format(", ".join(f"'{state}'" for state in STATES)), name="slot_state"),
 )
+
+control = Table(
+    "control",
+    metadata,
+    Column("study_id", Integer, ForeignKey(study.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("wish", Text, nullable=False, server_default=text(f"'{Wish.RUN}'")),
+    Column("wished_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("trials", Integer),
+    Column("workers", Integer),
+    Column("max_seconds", Double),
+    Column("max_gpu_seconds", Double),
+    Column("max_failures", Integer),
+    Column("patience", Integer),
+    CheckConstraint("wish IN ({})".format(", ".join(f"'{wish}'" for wish in Wish)), name="control_wish"),
+)
+"""One row a study, written by whoever asks something of it, read by its coordinator. NULL: as its run says."""
+
+run = Table(
+    "run",
+    metadata,
+    Column("study_id", Integer, ForeignKey(study.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("epoch", Integer, primary_key=True, autoincrement=False),
+    Column("coordinator", Text, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("ending", Text, nullable=False, server_default=text("''")),
+    Column("detail", Text, nullable=False, server_default=text("''")),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("workers", Integer, nullable=False, server_default=text("0")),
+    Column("gpus_per_worker", Double, nullable=False, server_default=text("0")),
+    Column("seconds", Double, nullable=False, server_default=text("0")),
+    Column("worker_seconds", Double, nullable=False, server_default=text("0")),
+    Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
+)
+"""One row for every coordinator's turn at a study, written by that coordinator alone."""
 
 artifact = Table(
     "artifact",

@@ -84,6 +84,11 @@ class CoordinatorSession:
         self._fence.release()
 
     @property
+    def study_id(self) -> int:
+        """The study's id in our tables."""
+        return self._study_id
+
+    @property
     def epoch(self) -> int:
         """The number of this takeover."""
         return self._fence.epoch
@@ -285,6 +290,14 @@ class CoordinatorSession:
         """Add waiting slots until there are ``n_slots``; never removes any. Returns the number of slots."""
         with self._fence.transaction() as connection:
             return slot_rows.add_slots(connection, self._study_id, n_slots)
+
+    def shrink(self, n_slots: int) -> int:
+        """Remove waiting slots from ``n_slots`` on, those behind the last one that has a vector or was handed out.
+
+        Returns the number of slots left, which may be more than ``n_slots``.
+        """
+        with self._fence.transaction() as connection:
+            return slot_rows.drop_slots(connection, self._study_id, n_slots)
 
     def _begin_one(self, hand_out: HandOut, lease_seconds: float) -> int:
         if (proposal := hand_out.proposal) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, select, text, update
 
 from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
@@ -25,6 +25,23 @@ def add_slots(connection: Connection, study_id: int, n_slots: int) -> int:
         "SELECT :study_id, n FROM generate_series(0, CAST(:last AS integer)) AS n ON CONFLICT DO NOTHING"
     )
     connection.execute(statement, {"study_id": study_id, "last": n_slots - 1})
+    return int(connection.execute(select(func.count()).where(slot.c.study_id == study_id)).scalar_one())
+
+
+def untouched_from(connection: Connection, study_id: int) -> int:
+    """The number behind the last slot that was given a vector or has left ``waiting``; 0 if there is none."""
+    touched = (slot.c.state != str(SlotState.WAITING)) | slot.c.params.is_not(None) | slot.c.trial_id.is_not(None)
+    query = select(func.coalesce(func.max(slot.c.number) + 1, 0)).where(slot.c.study_id == study_id, touched)
+    return int(connection.execute(query).scalar_one())
+
+
+def drop_slots(connection: Connection, study_id: int, n_slots: int) -> int:
+    """Remove the slots from ``n_slots`` on that lie behind every touched one; returns how many are left.
+
+    The caller's transaction must keep the coordinator from handing any of them out meanwhile.
+    """
+    kept = max(n_slots, untouched_from(connection, study_id))
+    connection.execute(delete(slot).where(slot.c.study_id == study_id, slot.c.number >= kept))
     return int(connection.execute(select(func.count()).where(slot.c.study_id == study_id)).scalar_one())
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
-from was_storage import optuna_study
+from was_storage import control_rows, optuna_study
 from was_storage.coordinator_lock import COORDINATOR_LOCK
 from was_storage.database import Database
 from was_storage.plain import plain
@@ -87,7 +87,9 @@ class StudyStore:
     ) -> StudyRecord:
         """The study ``name``, made with ``n_slots`` waiting slots, or taken up again.
 
-        An existing study gets ``config``, and more slots where it has fewer than ``n_slots``; never fewer.
+        An existing study gets ``config``, and more slots where it has fewer than ``n_slots``; never fewer. What
+        ``was-search set`` has said about an option holds until a run comes with another value of that option in
+        its ``config``; so the same command again does not take back what was set.
 
         Raises:
             StudyError: a name that is not 1-200 printable characters; no slots; an existing study whose
@@ -105,7 +107,8 @@ class StudyStore:
             row = connection.execute(select(study_table).where(study_table.c.name == name).with_for_update()).one()
             _check_same(row, asked)
             connection.execute(update(study_table).where(study_table.c.id == row.id).values(config=values["config"]))
-            add_slots(connection, row.id, n_slots)
+            overrides = control_rows.settle_overrides(connection, row.id, row.config, values["config"])
+            add_slots(connection, row.id, overrides.trials or n_slots)
             optuna_study.ensure(connection, storage, row.id, name, row.optuna_study_id)
         return self.get(name)
 
@@ -120,6 +123,16 @@ class StudyStore:
             known = ", ".join(record.name for record in self.list()[:20])
             raise StudyError(f"study {name!r} does not exist; this database has {known or 'no studies yet'}")
         return found[0]
+
+    def id_of(self, name: str) -> int:
+        """The study's id in our tables, without counting its slots.
+
+        Raises:
+            StudyError: there is none.
+        """
+        with self._database.begin() as connection:
+            found = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar()
+        return self.get(name).id if found is None else int(found)
 
     def require_same(self, name: str, *, identity: Mapping[str, Any], shape: Mapping[str, Any]) -> StudyRecord:
         """The study ``name``, if it is of this ``identity`` and ``shape``.

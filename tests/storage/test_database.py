@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import optuna
 import pytest
-from sqlalchemy import inspect, text
+from sqlalchemy import Connection, inspect, text
 
+from was_search.control import Control, Wish
 from was_search.errors import StorageError, TransientError
 from was_storage import migrate as migrations
+from was_storage.control import ControlStore
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 from was_storage.schema import HEAD, SCHEMA, metadata
@@ -85,16 +89,43 @@ def test_two_may_open_a_fresh_database_at_once(fresh_url: str) -> None:
     assert failures == []
 
 
+def test_studies_from_before_there_was_control_have_one_row_of_it(fresh_url: str) -> None:
+    with at_revision(fresh_url, "0002") as connection:
+        for number, name in enumerate("st", 1):
+            connection.execute(text(f"INSERT INTO was.study VALUES ({number}, '{name}', 1, '{{}}', '{{}}', '{{}}')"))
+        connection.execute(text("INSERT INTO was.slot (study_id, number) VALUES (2, 0), (2, 1)"))
+    with Database.open(fresh_url) as database:
+        store = ControlStore(database)
+        assert store.read("s") == Control(n_slots=0)
+        assert store.read("t") == Control(n_slots=2)
+        assert store.wish("t", Wish.PAUSE) is False
+        assert store.read("t").wish is Wish.PAUSE
+
+
 def test_losses_from_before_there_were_other_fitnesses_are_nll(fresh_url: str) -> None:
-    with Database.open(fresh_url) as database, database.begin() as connection:  # back to the first revision
-        connection.execute(text("ALTER TABLE was.slot DROP COLUMN nll_nats"))
-        connection.execute(text("UPDATE was.alembic_version SET version_num = '0001'"))
+    with at_revision(fresh_url, "0001") as connection:
         connection.execute(text("INSERT INTO was.study VALUES (1, 's', 1, '{}', '{}', '{}')"))
         connection.execute(text("INSERT INTO was.slot (study_id, number, loss_nats) VALUES (1, 0, 2.5), (1, 1, NULL)"))
     with Database.open(fresh_url) as database, database.begin() as connection:
         assert migrations.revision(connection) == HEAD
         rows = connection.execute(text("SELECT loss_nats, nll_nats FROM was.slot ORDER BY number")).all()
     assert [tuple(row) for row in rows] == [(2.5, 2.5), (None, None)]
+
+
+@contextmanager
+def at_revision(url: str, revision: str) -> Iterator[Connection]:
+    """A transaction on a database whose tables are those of ``revision``, as an older was-search made them."""
+    from alembic import command
+    from alembic.config import Config
+
+    with Database.open(url) as database, database.begin() as connection:
+        connection.execute(text("DROP SCHEMA was CASCADE"))
+        connection.execute(text("CREATE SCHEMA was"))
+        config = Config()
+        config.set_main_option("script_location", str(migrations.MIGRATIONS).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+        yield connection
 
 
 def test_a_newer_schema_is_refused(fresh_url: str) -> None:

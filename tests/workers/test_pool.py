@@ -53,6 +53,10 @@ def pool(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             def echo(self, value: Any) -> Any:
                 return value, os.getpid()
 
+            def nap(self, seconds: float) -> int:
+                time.sleep(seconds)
+                return os.getpid()
+
             def fail(self, error: BaseException) -> None:
                 raise error
 
@@ -129,6 +133,109 @@ def test_calls_left_over_by_an_error_do_not_disturb_the_next_map(pool) -> None:
     with pytest.raises(InfeasibleError):
         opened.map([("fail", InfeasibleError("no")), ("echo", 1), ("echo", 2)])
     assert [value for value, _ in opened.map([("echo", i) for i in range(5)])] == list(range(5))
+
+
+def until_idle(pool: Pool, n: int) -> None:
+    end = time.monotonic() + 240
+    while pool.n_idle != n or pool.n_loaded != n:
+        assert time.monotonic() < end
+        pool._ready = pool.wait(0.2)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_pool_grows_beyond_the_processors_and_shrinks(pool) -> None:
+    """A local Ray counts processors (here two, or the machine's): no worker may wait for one."""
+    opened = pool()
+    more = 2 + (os.cpu_count() or 1)
+    opened.resize(more)
+    assert opened.n_workers == more
+    until_idle(opened, more)
+    opened.resize(1)
+    assert (opened.n_workers, opened.n_idle, opened.n_loaded) == (1, 1, 1)
+    assert len({pid for _, pid in opened.map([("echo", i) for i in range(4)])}) == 1
+
+
+def test_shrinking_lets_idle_workers_go_first_and_loses_no_call(pool) -> None:
+    opened = pool()
+    until_idle(opened, 2)
+    opened.resize(3)
+    until_idle(opened, 3)
+    tickets = {opened.submit("nap", 2.0), opened.submit("nap", 2.0)}
+    opened.resize(2)
+    assert (opened.n_workers, opened.n_idle) == (2, 0), "the idle one has gone"
+    opened.resize(1)
+    assert (opened.n_workers, opened.n_loaded) == (1, 2), "a busy one stays until its call has ended"
+    found = []
+    while len(found) < 2:
+        found += opened.wait(1.0)
+    assert {outcome.ticket for outcome in found} == tickets
+    assert all(outcome.error is None for outcome in found)
+    assert (opened.n_workers, opened.n_loaded, opened.n_idle) == (1, 1, 1)
+    end = time.monotonic() + 20
+    while sum(alive(outcome.value) for outcome in found) > 1:
+        assert time.monotonic() < end, "a worker that was let go is still there"
+        time.sleep(0.1)
+
+
+def test_a_worker_about_to_go_stays_where_more_are_wanted_again(pool) -> None:
+    opened = pool()
+    until_idle(opened, 2)
+    before = both(opened)
+    tickets = [opened.submit("nap", 1.0), opened.submit("nap", 1.0)]
+    opened.resize(1)
+    opened.resize(2)
+    ended: set[int] = set()
+    while len(ended) < 2:
+        ended |= {outcome.ticket for outcome in opened.wait(1.0)}
+    assert ended == set(tickets)
+    assert both(opened) == before
+
+
+def test_a_worker_that_dies_while_it_is_about_to_go_is_not_restarted(pool, tmp_path: Path) -> None:
+    opened = pool()
+    until_idle(opened, 2)
+    opened.submit("nap", 600.0)
+    ticket = opened.submit("once", tmp_path / "killed", "kill")
+    opened.resize(1)
+    leaving = [member for member in opened._members if member.leaving]
+    lost = []
+    while not lost:
+        lost = opened.wait(1.0)
+    assert [(outcome.ticket, outcome.lost) for outcome in lost] == [(ticket, True)]
+    assert opened.n_workers == 1
+    assert len(opened._members) == (1 if leaving[0].info.name in lost[0].worker else 2)
+
+
+def test_abandoned_calls_never_come_back_and_the_workers_do(pool) -> None:
+    opened = pool()
+    before = both(opened)
+    opened.submit("nap", 600.0)
+    opened.submit("nap", 600.0)
+    opened.abandon()
+    assert opened.n_idle == 0
+    until_idle(opened, 2)
+    after = {pid for _, pid in opened.map([("echo", i) for i in range(12)])}
+    assert after.isdisjoint(before)
+
+
+def test_a_pool_has_at_least_one_worker(pool) -> None:
+    with pytest.raises(ResourceError, match="workers: must be at least 1, got 0"):
+        pool().resize(0)
+
+
+def test_growing_beyond_the_gpus_changes_nothing(pool) -> None:
+    opened = pool()
+    opened._gpus_per_worker = 0.5
+    with pytest.raises(ResourceError, match=r"4 worker\(s\) with 0.5 GPU each were asked for and this machine has 0"):
+        opened.resize(4)
+    assert opened.n_workers == 2
 
 
 def test_more_gpus_than_the_machine_has(cluster: Cluster) -> None:

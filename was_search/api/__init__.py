@@ -6,6 +6,7 @@ with Context(Settings(model="meta-llama/Llama-3.2-1B", data="wikitext2"), RichRe
 
 from was_search.api.calibrate import calibrate, operating_point
 from was_search.api.context import Context
+from was_search.api.control import ask, change
 from was_search.api.demo import demo, demo_settings
 from was_search.api.doctor import doctor
 from was_search.api.evaluate import evaluate, evaluate_on_tasks
@@ -16,12 +17,15 @@ from was_search.api.max_increase import run_max_increase
 from was_search.api.run import run
 from was_search.api.search import search
 from was_search.api.seed import seed, sensitivity
-from was_search.api.studies import dashboard, status, studies
+from was_search.api.status import status, watch
+from was_search.api.studies import dashboard, studies
 from was_search.api.targets import run_targets
 
 __all__ = [
     "Context",
+    "ask",
     "calibrate",
+    "change",
     "dashboard",
     "demo",
     "demo_settings",
@@ -41,4 +45,5 @@ __all__ = [
     "sensitivity",
     "status",
     "studies",
+    "watch",
 ]

@@ -23,6 +23,7 @@ from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
 
 if TYPE_CHECKING:
+    from was_search.api.notify import Announcement
     from was_search.model import ModelSource
     from was_search.text import SplitText
     from was_storage.cache import ArtifactCache
@@ -64,6 +65,7 @@ class Context:
         self.settings = settings
         self.reporter = reporter or Reporter()
         self.root = self
+        self.announcement: Announcement | None = None
         self._stack = ExitStack()
         self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._results: dict[str, Any] = {}

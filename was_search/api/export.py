@@ -165,7 +165,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     result = result or stored_result(context)
     best = result.best
     if best is None or best.sparsities is None:
-        raise StudyError(f"study {result.study!r} has no complete trial yet; run 'was-search search' first")
+        raise StudyError(
+            f"study {result.study!r} has no complete trial yet; search first, or raise the limit that ended it"
+        )
     calibration = calibrate(context)
     contenders = [Contender(f"best (slot {best.number})", best)]
     if not best.origin.startswith("seed:"):
@@ -286,7 +288,7 @@ def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
     settings = dataclasses.asdict(context.settings)
-    del settings["storage"]
+    del settings["storage"], settings["notify"]
     settings["model"], settings["revision"] = context.source.location, context.source.revision
     if Path(context.settings.data).exists():
         settings["data"] = str(Path(context.settings.data).resolve())

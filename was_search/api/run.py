@@ -12,6 +12,7 @@ from typing import Any
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.export import Figures, Request, export, measure
+from was_search.api.notify import announced
 from was_search.api.search import SearchResult, report_study, search
 from was_search.plan import Plan
 from was_search.protocol import perplexity
@@ -70,16 +71,17 @@ class RunResult:
 
 def run(context: Context) -> RunResult:
     """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report."""
-    found = search(context)
-    if found.drained:
-        return RunResult(found, None, [])
-    folder = export(context, found)
-    rows = compare(context, found, Plan.load(folder))
-    show(context, rows)
-    values = [row.to_json(context) for row in rows]
-    _remember(context, found, values)
-    context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
-    return RunResult(found, folder, rows)
+    with announced(context):
+        found = search(context)
+        if found.drained:
+            return RunResult(found, None, [])
+        folder = export(context, found)
+        rows = compare(context, found, Plan.load(folder))
+        show(context, rows)
+        values = [row.to_json(context) for row in rows]
+        _remember(context, found, values)
+        context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
+        return RunResult(found, folder, rows)
 
 
 def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:

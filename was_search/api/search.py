@@ -17,8 +17,11 @@ import numpy as np
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
+from was_search.api.notify import announced
 from was_search.api.seed import seed, sensitivity
+from was_search.api.steered import over_already, written_down
 from was_search.api.warm import warm_seeds
+from was_search.control import LAST_SLOT, Ending, EndingKind, limits_of
 from was_search.fitness import fitness_identity, fitness_words
 from was_search.metrics import served
 from was_search.progress import StudyProgress
@@ -32,12 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A study's slots after a search; ``drained`` says that it was interrupted and has slots left."""
+    """A study's slots after a search.
+
+    ``drained`` says that it was interrupted and has slots left; ``ending`` how it ended.
+    """
 
     study: str
     slots: list[Slot]
     seeds: list[Seed]
     drained: bool
+    ending: Ending = LAST_SLOT
 
     @property
     def best(self) -> Slot | None:
@@ -48,21 +55,32 @@ class SearchResult:
 
 
 def search(context: Context) -> SearchResult:
-    """Create or resume the study and run it to its last slot; ctrl-C drains it.
+    """Create or resume the study and run it until its last slot, a rule, or somebody ends it; ctrl-C drains it.
 
     Raises:
         StudyError: the study exists with another model, target or data, or has a live coordinator.
         ConfigError: ``kl_top_k`` is above the vocabulary.
     """
+    with announced(context) as announcement:
+        found = _search(context)
+        announcement.study, announcement.slots, announcement.ending = found.study, found.slots, found.ending
+        return found
+
+
+def _search(context: Context) -> SearchResult:
+    from was_storage.control import ControlStore
     from was_storage.studies import StudyStore
 
     settings = context.settings
     settings.require_one_target()
     check_fitness(context)
     warm_seeds(context)  # refused before anything is calibrated
+    asked_since = ControlStore(context.database).now()
     calibration = calibrate(context)
     seeds = seed(context, calibration)
     name = study_name(context)
+    if context.announcement is not None:
+        context.announcement.study = name
     store = StudyStore(context.database)
     store.open_or_create(
         name,
@@ -76,9 +94,11 @@ def search(context: Context) -> SearchResult:
     started = time.perf_counter()
     with store.coordinate(name) as book, _drain_on_interrupt() as drain:
         slots = book.slots()
-        if all(slot.state.finished for slot in slots):
-            result = SearchResult(name, slots, seeds, drained=False)
-            context.reporter.cached("search", f"study {name}, {_tally(result)}", time.perf_counter() - started)
+        ending = over_already(context, book, slots)
+        if ending is not None:
+            result = SearchResult(name, slots, seeds, drained=False, ending=ending)
+            words = _tally(result) + (f"; {ending}" if ending.detail else "")
+            context.reporter.cached("search", f"study {name}, {words}", time.perf_counter() - started)
             return result
 
         from was_workers.search import SearchLoop, SearchOptions
@@ -95,10 +115,12 @@ def search(context: Context) -> SearchResult:
             trial_timeout=settings.trial_timeout,
             max_attempts=settings.max_attempts,
             descents=descent_plan(context),
+            limits=limits_of(vars(settings)),
         )
         top = dense_top(context)
         pool = context.pool
         with (
+            written_down(context, book, asked_since) as run,
             context.reporter.search(name, data.protocol.describe(), settings.fitness) as show,
             served(settings.metrics, name) as measure,
         ):
@@ -118,10 +140,14 @@ def search(context: Context) -> SearchResult:
                 options=options,
                 top=top,
                 drain=drain,
+                desk=run.desk,
                 progress=progress,
             )
             slots = loop.run()
-    result = SearchResult(name, slots, seeds, drained=not all(slot.state.finished for slot in slots))
+            run.ending = loop.ending
+    result = SearchResult(name, slots, seeds, drained=loop.ending.interrupted, ending=loop.ending)
+    if loop.ending.kind is EndingKind.STOPPED:
+        context.reporter.note(f"search {loop.ending}; {result.count(SlotState.WAITING)} trial(s) were never begun")
     report_study(context, result, calibration)
     return result
 

@@ -1,13 +1,11 @@
-"""Look at studies: the list, one study's state, and optuna-dashboard."""
+"""Look at studies: the list, and optuna-dashboard."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
-from was_search.fitness import fitness_of, fitness_words
-from was_search.protocol import EvaluationProtocol
-from was_search.slots import SlotState, best_slot
+from was_search.fitness import fitness_of
 
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
@@ -35,47 +33,6 @@ def studies(context: Context) -> list[StudyRecord]:
     context.reporter.table(f"Studies in {context.database.display_url}", columns, rows)
     context.reporter.result({"studies": [_summary(record) for record in found]})
     return found
-
-
-def status(context: Context, name: str = "") -> StudyRecord | None:
-    """State of the study ``name``, or of the newest one; None if there is none.
-
-    Raises:
-        StudyError: no study has this name.
-    """
-    from was_storage.studies import StudyStore
-
-    store = StudyStore(context.database)
-    if not name:
-        found = store.list()
-        if not found:
-            context.reporter.note("no studies yet; start one with 'was-search run' or 'was-search demo'")
-            context.reporter.result({"studies": []})
-            return None
-        name = max(found, key=lambda record: record.created_at).name
-    record = store.get(name)
-    counts = ", ".join(f"{record.counts.get(state, 0)} {state.value}" for state in SlotState)
-    fitness, slot = fitness_of(record.identity), best_slot(store.slots(name))
-    best = (
-        "no complete trial yet"
-        if slot is None or slot.loss_nats is None
-        else fitness_words(fitness, slot.loss_nats, slot.nll_nats)
-    )
-    rows = [
-        ["study", record.name],
-        ["trials", f"{record.n_slots}: {counts}"],
-        ["target", f"{100 * float(record.identity.get('target', 0)):g} % of the seven projections' weights"],
-        ["fitness", str(record.identity.get("fitness", fitness))],
-        ["best", best],
-        [
-            "on",
-            EvaluationProtocol.from_json(record.identity["search data"]).describe(),
-        ],
-        ["exported", str(record.report.get("exported", {}).get("candidate", "not yet"))],
-    ]
-    context.reporter.table("Status", ["", ""], rows)
-    context.reporter.result(_summary(record))
-    return record
 
 
 def dashboard(

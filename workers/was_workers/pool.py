@@ -38,12 +38,13 @@ class Outcome:
     lost: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Member:
     index: int
     actor: Any
     info: WorkerInfo | None = None
     failures: int = 0
+    leaving: bool = False  # once its call has ended
 
     @property
     def name(self) -> str:
@@ -58,7 +59,8 @@ class _Call:
 
 
 class Pool:
-    """A fixed number of actors; one call at a time on each. Used by one thread; closes with its context.
+    """Actors, one call at a time on each; :meth:`resize` changes their number. Used by one thread; closes with its
+    context.
 
     ``submit`` needs an idle worker, ``wait`` returns what has ended. Actors restart by themselves
     (``max_restarts=-1``); a worker that was lost becomes idle again once it has loaded its model. Calls are never
@@ -72,24 +74,23 @@ class Pool:
     """
 
     def __init__(self, cluster: Cluster, spec: WorkerSpec, *, n_workers: int, gpus_per_worker: float) -> None:
-        needed = n_workers * gpus_per_worker
-        if cluster.local and needed > cluster.gpus + 1e-9:
-            raise ResourceError(
-                f"{n_workers} worker(s) with {gpus_per_worker:g} GPU each were asked for and this machine has "
-                f"{cluster.gpus:g}; lower --workers or --gpus-per-worker, or use --device cpu"
-            )
+        self._cluster = cluster
+        self._gpus_per_worker = gpus_per_worker
+        self._require_room(n_workers)
+        # A local Ray is ours alone and counts the processors it was started with: it must not keep a worker waiting.
         actor_class = ray.remote(Worker).options(
-            num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0
+            num_cpus=0 if cluster.local else 1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0
         )
-        self._members = [_Member(i, actor_class.remote(spec)) for i in range(n_workers)]
+        self._new_actor: Callable[[], Any] = lambda: actor_class.remote(spec)
+        self._members: list[_Member] = []
+        self._next_index = 0
         self._idle: deque[_Member] = deque()
         self._calls: dict[Any, _Call] = {}
         self._next_ticket = 0
         self._ready: list[Outcome] = []
         self._recovering: list[tuple[float, _Member]] = []
         self._last_loss = ""
-        for member in self._members:
-            self._prepare(member)
+        self._grow(n_workers)
 
     def __enter__(self) -> Pool:
         return self
@@ -107,9 +108,55 @@ class Pool:
         self._idle.clear()
         self._calls.clear()
 
+    def resize(self, n_workers: int) -> None:
+        """Start workers, or let some go, until there are ``n_workers``; returns at once and loses no call.
+
+        Idle ones go first, then those that have not loaded their model, then busy ones, each once its call has
+        ended.
+
+        Raises:
+            ResourceError: a local machine lacks the GPUs for so many; nothing is changed.
+        """
+        if n_workers < 1:
+            raise ResourceError(f"workers: must be at least 1, got {n_workers}")
+        self._require_room(n_workers)
+        for member in self._members:  # those that have not gone yet are the first to stay
+            if member.leaving and self.n_workers < n_workers:
+                member.leaving = False
+        self._grow(n_workers - self.n_workers)
+        staying = [member for member in self._members if not member.leaving]
+        staying.sort(key=lambda m: (m not in self._idle, m.info is not None, -m.index))
+        for member in staying[: len(staying) - n_workers]:
+            member.leaving = True
+            if not any(call.member is member and call.ticket >= 0 for call in self._calls.values()):
+                self._let_go(member)
+
+    def abandon(self) -> None:
+        """Kill every call in flight; its ticket never comes back. The workers load their model again."""
+        for reference, call in list(self._calls.items()):
+            if call.ticket < 0:
+                continue
+            del self._calls[reference]
+            if call.member.leaving:
+                self._let_go(call.member)
+            else:
+                ray.kill(call.member.actor, no_restart=False)
+                self._recovering.append((time.monotonic() + 0.25, call.member))
+        self._ready.clear()
+
     @property
     def n_workers(self) -> int:
-        return len(self._members)
+        """Workers there are, loaded or not; those that are about to go left out."""
+        return sum(not member.leaving for member in self._members)
+
+    @property
+    def n_loaded(self) -> int:
+        """Workers that hold the model, those that are about to go included."""
+        return len(self.infos)
+
+    @property
+    def gpus_per_worker(self) -> float:
+        return self._gpus_per_worker
 
     @property
     def n_idle(self) -> int:
@@ -151,7 +198,7 @@ class Pool:
                 ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
             for reference in ready:
                 self._settle(reference, self._calls.pop(reference))
-        elif self._recovering:
+        else:
             time.sleep(min(timeout_seconds, 0.25))
         self._expire()
         self._recover()
@@ -216,6 +263,37 @@ class Pool:
                     raise outcome.error
         return results
 
+    def _require_room(self, n_workers: int) -> None:
+        needed = n_workers * self._gpus_per_worker
+        if self._cluster.local and needed > self._cluster.gpus + 1e-9:
+            raise ResourceError(
+                f"{n_workers} worker(s) with {self._gpus_per_worker:g} GPU each were asked for and this machine has "
+                f"{self._cluster.gpus:g}; lower --workers or --gpus-per-worker, or use --device cpu"
+            )
+
+    def _grow(self, more: int) -> None:
+        for _ in range(more):
+            member = _Member(self._next_index, self._new_actor())
+            self._next_index += 1
+            self._members.append(member)
+            self._prepare(member)
+
+    def _let_go(self, member: _Member) -> None:
+        """End a worker that has no call of ours in flight."""
+        ray.kill(member.actor, no_restart=True)
+        self._members.remove(member)
+        if member in self._idle:
+            self._idle.remove(member)
+        self._recovering = [entry for entry in self._recovering if entry[1] is not member]
+        self._calls = {reference: call for reference, call in self._calls.items() if call.member is not member}
+
+    def _release(self, member: _Member) -> None:
+        """The worker's call has ended: it is idle, or goes."""
+        if member.leaving:
+            self._let_go(member)
+        else:
+            self._idle.append(member)
+
     def _start(self, member: _Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float) -> None:
         reference = getattr(member.actor, method).remote(*args)
         self._calls[reference] = _Call(member, ticket, time.monotonic() + seconds)
@@ -240,7 +318,7 @@ class Pool:
             member.info, member.failures = value, 0
         else:
             self._ready.append(Outcome(call.ticket, member.name, value=value))
-        self._idle.append(member)
+        self._release(member)
 
     def _raised(self, call: _Call, cause: BaseException) -> None:
         """The call's own code raised ``cause``; the process lives."""
@@ -249,15 +327,14 @@ class Pool:
             ray.kill(member.actor, no_restart=False)
             self._lost(call, cause)
         elif call.ticket >= 0:
-            self._idle.append(member)
+            self._release(member)
             self._ready.append(Outcome(call.ticket, member.name, error=cause))
         elif isinstance(cause, TransientError):
             self._lost(call, cause)
         elif any(other.info is not None for other in self._members if other is not member):
             # Others have loaded the same model: it is this node that lacks something.
             _logger.warning("%s cannot load the model and is let go: %s", member.name, cause)
-            ray.kill(member.actor, no_restart=True)
-            self._members.remove(member)
+            self._let_go(member)
         else:
             raise cause
 
@@ -267,9 +344,8 @@ class Pool:
             self._ready.append(Outcome(call.ticket, member.name, error=error, lost=True))
         member.failures += 1
         self._last_loss = f"{type(error).__name__}: {error}"
-        if member.failures > _RECOVERIES:
-            ray.kill(member.actor, no_restart=True)
-            self._members.remove(member)
+        if member.leaving or member.failures > _RECOVERIES:
+            self._let_go(member)
             return
         self._recovering.append((time.monotonic() + min(0.25 * 2.0**member.failures, 10.0), member))
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from was_search.control import LAST_SLOT, NO_LIMITS, Control, Limits
 from was_search.divergence import DenseTop
 from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.errors import InfeasibleError, TransientError
@@ -31,6 +32,7 @@ from was_workers.descents import DescentPlan, Descents
 from was_workers.pool import Outcome, Pool
 from was_workers.slot_book import SlotBook, durable
 from was_workers.slot_table import SlotTable
+from was_workers.steering import Desk, Steering
 
 _TOGETHER_SECONDS = 0.05
 """Vectors chosen within this time are committed together: a commit costs more than a further trial in it."""
@@ -54,6 +56,7 @@ class SearchOptions:
     max_attempts: int
     descents: DescentPlan | None = None
     space: SpaceName = "levels"
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class SearchProgress:
 
 
 class SearchLoop:
-    """Runs a study to its last slot, or until asked to drain.
+    """Runs a study to its last slot, or until a rule or somebody ends it.
 
     Seeds come first and are evaluated in full, then come the descents' vectors. Once all have finished, the best of
     them is the centre of the search space, the same one after every restart.
@@ -94,7 +97,12 @@ class SearchLoop:
         options: see there.
         top: the dense model's top of ``data``, which makes the divergence from it the fitness; None for the NLL.
         drain: once set, nothing more is handed out and the loop ends with the calls in flight.
+        desk: where others ask for a pause, another number of workers and so on; None where nobody does.
         progress: called after every finished slot.
+        clock: seconds, for limits and for how often the desk is asked.
+
+    Attributes:
+        ending: how the run ended.
     """
 
     def __init__(
@@ -110,7 +118,9 @@ class SearchLoop:
         options: SearchOptions,
         top: DenseTop | None = None,
         drain: threading.Event,
+        desk: Desk | None = None,
         progress: Callable[[SearchProgress], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._book = durable(book)
         self._pool = pool
@@ -121,12 +131,15 @@ class SearchLoop:
         self._shape = shape
         self._seeds = seeds
         self._options = options
-        self._drain = drain
         self._progress = progress
         self._slots = SlotTable(book.slots())
         self._ahead: deque[tuple[int, Proposal]] = deque()
         self._lookahead = Lookahead()
         self._results: list[tuple[Result, dict[str, Any]]] = []
+        self._steering = Steering(
+            desk, pool, limits=options.limits, drain=drain, slots=list(self._slots.values()), clock=clock
+        )
+        self.ending = LAST_SLOT
         self._flight: dict[int, tuple[int, int, float]] = {}
         self._losses: Counter[int] = Counter()
         self._space: Space | None = None
@@ -151,24 +164,67 @@ class SearchLoop:
             )
 
     def run(self) -> list[Slot]:
-        """All slots at the end; some are unfinished if the loop was drained.
+        """All slots at the end; some are unfinished if :attr:`ending` says that the loop did not reach it.
 
         Raises:
             WasError: a worker met an error that repeating cannot mend; the slot is not consumed.
         """
         self._report(None)
         try:
-            while self._flight or (not self._drain.is_set() and self._unfinished()):
+            while self._goes_on():
                 more = False
-                if not self._drain.is_set():
+                if self._steering.open:
                     more = self._hand_out() or self._choose_ahead()
                 if errors := self._settle_all(self._pool.wait(0.0 if more else 0.5)):
                     raise errors[0]
         except Exception as error:
-            for number, _, _ in self._flight.values():
-                self._book.requeue(number, f"the search stopped: {_first_line(error)}")
+            self._put_back(f"the search stopped: {_first_line(error)}")
             raise
-        return self._book.slots()
+        self._steering.beat()
+        slots = self._book.slots()
+        if self._steering.ending is not None and not all(slot.state.finished for slot in slots):
+            self.ending = self._steering.ending
+        return slots
+
+    def _goes_on(self) -> bool:
+        """Whether the loop has another turn; does what is asked of it first."""
+        was_paused = self._steering.paused
+        control = self._steering.steer()
+        if (control is not None and self._fit(control)) or was_paused != self._steering.paused:
+            self._report(None)
+        if self._steering.cancelled:
+            self._pool.abandon()
+            self._put_back("cancelled")
+            return False
+        return bool(self._flight) or (self._steering.ending is None and self._unfinished())
+
+    def _put_back(self, reason: str) -> None:
+        """Requeue what is in flight."""
+        for number, _, _ in self._flight.values():
+            self._book.requeue(number, reason)
+        self._flight.clear()
+        self._ahead.clear()
+
+    def _fit(self, control: Control) -> bool:
+        """Take in slots that were added, and remove those that are no longer wanted; whether there were any."""
+        before = len(self._slots)
+        for number in range(before, control.n_slots):
+            self._slots[number] = Slot(number, SlotState.WAITING)
+        trials = control.overrides.trials
+        if trials is not None and trials < len(self._slots):
+            ahead = {number for number, _ in self._ahead}
+            used = [s.number + 1 for s in self._slots.values() if not (_untouched(s) or s.number in ahead)]
+            if max(trials, *used, 0) < len(self._slots):
+                self._keep(self._book.shrink(trials), ahead)
+        return len(self._slots) != before
+
+    def _keep(self, n_slots: int, ahead: set[int]) -> None:
+        """Forget the slots from ``n_slots`` on. Those ``ahead`` have a vector that is written down nowhere yet."""
+        kept = [slot for slot in self._slots.values() if slot.number < n_slots]
+        self._slots = SlotTable(s if s.number not in ahead else Slot(s.number, SlotState.WAITING) for s in kept)
+        for slot in kept:
+            if slot.number in ahead:
+                self._slots[slot.number] = slot
 
     def _unfinished(self) -> bool:
         if not self._slots.unfinished:
@@ -424,6 +480,7 @@ class SearchLoop:
     def _done(self, number: int, state: SlotState, result: dict[str, Any]) -> None:
         self._refresh(number, state=state, **result)
         slot = self._slots[number]
+        self._steering.finished(slot)
         if slot.origin.startswith("sampler:") and slot.losses is not None:
             self._trials.append(slot.losses)
         if self._suggester is not None:
@@ -455,13 +512,22 @@ class SearchLoop:
                 best=slots.best,
                 current=current,
                 saved=slots.saved,
-                activity=self._descents.describe if self._descents is not None and self._descents.running else "",
+                activity=self._activity(),
             )
         )
+
+    def _activity(self) -> str:
+        if self._steering.paused:
+            return "paused"
+        return self._descents.describe if self._descents is not None and self._descents.running else ""
 
 
 def _origin(seed: Seed) -> str:
     return seed.name if seed.name.startswith(DESCENT) else f"seed:{seed.name}"
+
+
+def _untouched(slot: Slot) -> bool:
+    return slot.state is SlotState.WAITING and slot.sparsities is None
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from was_search.errors import TransientError
 from was_search.hand_out import HandOut, Result
 from was_search.slots import Slot
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -21,21 +22,23 @@ class SlotBook(Protocol):
 
     def begin(self, hand_outs: Sequence[HandOut], lease_seconds: float) -> list[int]: ...
 
+    def shrink(self, n_slots: int) -> int: ...
+
     def requeue(self, number: int, reason: str) -> object: ...
 
     def finish_all(self, results: Sequence[Result]) -> list[bool]: ...
 
 
-def durable(book: SlotBook, *, patience_seconds: float = 120.0) -> SlotBook:
+def durable(book: T, *, patience_seconds: float = 120.0) -> T:
     """``book`` with every call repeated while it raises TransientError, for ``patience_seconds`` at most.
 
-    Every method of a book may be repeated: it finishes what was begun.
+    Every method of a book, or of a control desk, may be repeated: it finishes what was begun.
     """
-    return cast(SlotBook, _Durable(book, patience_seconds))
+    return cast(T, _Durable(book, patience_seconds))
 
 
 class _Durable:
-    def __init__(self, book: SlotBook, patience_seconds: float) -> None:
+    def __init__(self, book: Any, patience_seconds: float) -> None:
         self._book = book
         self._patience = patience_seconds
 

@@ -1,0 +1,158 @@
+"""Where a study stands: once, or again and again."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from was_search.api.context import Context
+from was_search.errors import ConfigError, TransientError
+from was_search.fitness import fitness_of, fitness_words
+from was_search.overview import Overview, Snapshot, overview, to_json
+from was_search.protocol import EvaluationProtocol
+from was_search.slots import SlotState
+
+if TYPE_CHECKING:
+    from was_storage.studies import StudyRecord
+
+_MOST_REASONS = 5
+
+
+def status(context: Context, name: str = "", *, gpu_price: float | None = None) -> StudyRecord | None:
+    """State of the study ``name``, or of the newest one; None if there is none.
+
+    Args:
+        context: see there.
+        name: the study's.
+        gpu_price: of a GPU hour, which gives a cost.
+
+    Raises:
+        StudyError: no study has this name.
+        ConfigError: a negative price.
+    """
+    from was_storage.overview import read_snapshot
+    from was_storage.studies import StudyStore
+
+    _check_price(gpu_price)
+    name = name or _newest(context)
+    if not name:
+        return None
+    snapshot = read_snapshot(context.database, name)
+    found = overview(snapshot)
+    context.reporter.table("Status", ["", ""], status_rows(snapshot, found, gpu_price))
+    context.reporter.result(to_json(snapshot, found, gpu_price))
+    return StudyStore(context.database).get(name)
+
+
+def watch(context: Context, name: str = "", *, seconds: float = 2.0, gpu_price: float | None = None) -> None:
+    """Show the state every ``seconds`` until interrupted; a restart of the database is waited for.
+
+    Raises:
+        StudyError: no study has this name.
+        ConfigError: an interval below 0.1 s, or a negative price.
+    """
+    from was_storage.overview import read_snapshot
+
+    _check_price(gpu_price)
+    if not 0.1 <= seconds <= 86400:
+        raise ConfigError(f"every: must be from 0.1 to 86400 seconds, got {seconds:g}")
+    name = name or _newest(context)
+    if not name:
+        return
+    try:
+        with context.reporter.live() as show:
+            while True:
+                try:
+                    snapshot = read_snapshot(context.database, name)
+                except TransientError as error:
+                    show("Status", [["study", name], ["database", str(error)]], f"{name}: {error}")
+                else:
+                    found = overview(snapshot)
+                    rows = status_rows(snapshot, found, gpu_price)
+                    show(f"Status at {snapshot.now:%H:%M:%S}", rows, status_line(snapshot, found))
+                    context.reporter.result(to_json(snapshot, found, gpu_price))
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        return
+
+
+def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = None) -> list[list[str]]:
+    """The table's rows; those of which nothing is known are left out."""
+    fitness = fitness_of(snapshot.identity)
+    counts = ", ".join(f"{found.counts[state]} {state.value}" for state in SlotState)
+    best = found.best
+    rows = [
+        ["study", snapshot.name],
+        ["state", " ".join(filter(None, [found.play, found.play_detail]))],
+        ["trials", f"{found.finished} of {found.n_slots} finished: {counts}"],
+        ["target", f"{100 * float(snapshot.identity.get('target', 0)):g} % of the seven projections' weights"],
+        ["fitness", str(snapshot.identity.get("fitness", fitness))],
+        [
+            "best",
+            "no complete trial yet"
+            if best is None or best.loss_nats is None
+            else f"{fitness_words(fitness, best.loss_nats, best.nll_nats)} (slot {best.number}, {best.origin})",
+        ],
+    ]
+    if "search data" in snapshot.identity:
+        rows.append(["on", EvaluationProtocol.from_json(snapshot.identity["search data"]).describe()])
+    rows.append(["tokens saved", f"{100 * found.tokens_saved:.0f} % by stopping early"])
+    if found.trials_per_minute is not None:
+        rows.append(["speed", f"{found.trials_per_minute:.1f} trials/min"])
+    if found.eta_seconds is not None:
+        rows.append(["ETA", duration(found.eta_seconds)])
+    if snapshot.runs:
+        asked = snapshot.control.overrides.workers
+        more = f" ({asked} asked for)" if asked not in (None, found.workers) else ""
+        busy = "" if found.busy_share is None else f", evaluating {100 * found.busy_share:.0f} % of their time"
+        rows.append(["workers", f"{found.workers}{more}{busy}"])
+        rows.append(["GPU hours", f"{found.gpu_hours:.2f} while searching"])
+    if gpu_price is not None:
+        rows.append(["cost", f"{found.gpu_hours * gpu_price:.2f} at {gpu_price:g} a GPU hour"])
+    limits = ", ".join(f"{name} {value:g}" for name, value in vars(found.limits).items() if value)
+    if limits:
+        rows.append(["limits", limits])
+    reasons = list(found.failures.items())
+    rows += [[f"failed {n} x", reason] for reason, n in reasons[:_MOST_REASONS]]
+    if reasons[_MOST_REASONS:]:
+        rows.append(["failed", f"{sum(n for _, n in reasons[_MOST_REASONS:])} x for other reasons"])
+    rows.append(["exported", str(snapshot.report.get("exported", {}).get("candidate", "not yet"))])
+    return rows
+
+
+def status_line(snapshot: Snapshot, found: Overview) -> str:
+    """The same in a line."""
+    parts = [f"{snapshot.now:%H:%M:%S} {snapshot.name}: {found.play}", f"{found.finished}/{found.n_slots} trials"]
+    parts += [f"{found.counts[state]} {state.value}" for state in (SlotState.RUNNING, SlotState.FAILED)]
+    if found.best is not None and found.best.loss_nats is not None:
+        parts.append("best " + fitness_words(fitness_of(snapshot.identity), found.best.loss_nats, found.best.nll_nats))
+    if found.trials_per_minute is not None:
+        parts.append(f"{found.trials_per_minute:.1f} trials/min")
+    if found.eta_seconds is not None:
+        parts.append(f"ETA {duration(found.eta_seconds)}")
+    if found.busy_share is not None:
+        parts.append(f"{found.workers} worker(s) {100 * found.busy_share:.0f} % busy")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as h:mm:ss, with days where there are any."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _newest(context: Context) -> str:
+    """The newest study's name, "" after a note where there is none."""
+    from was_storage.studies import StudyStore
+
+    found = StudyStore(context.database).list()
+    if not found:
+        context.reporter.note("no studies yet; start one with 'was-search run' or 'was-search demo'")
+        context.reporter.result({"studies": []})
+        return ""
+    return max(found, key=lambda record: record.created_at).name
+
+
+def _check_price(gpu_price: float | None) -> None:
+    if gpu_price is not None and not 0 <= gpu_price < float("inf"):
+        raise ConfigError(f"gpu_price: must be a number and not negative, got {gpu_price!r}")

@@ -1,0 +1,68 @@
+"""A search's run as others see it: what was asked of it before, and how it went, in the database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from was_search.api.context import Context
+from was_search.api.notify import failure_words
+from was_search.control import LAST_SLOT, Ending, EndingKind, Tally, Wish, limits_of
+from was_search.errors import WasError
+from was_search.slots import Slot
+
+if TYPE_CHECKING:
+    from was_storage.control import ControlDesk
+    from was_storage.session import CoordinatorSession
+
+
+@dataclass
+class Run:
+    """A run that is being written down; ``ending`` is to be set at its end."""
+
+    desk: ControlDesk
+    ending: Ending
+
+
+def over_already(context: Context, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
+    """How the study has ended before anything was started: all slots have finished, or a limit is met."""
+    from was_storage.control import ControlDesk
+
+    if all(slot.state.finished for slot in slots):
+        return LAST_SLOT
+    desk = ControlDesk(context.database, book)
+    limits = desk.read().overrides.limits(limits_of(vars(context.settings)))
+    rule = limits.met(desk.spent_before(), Tally.of(slots))
+    return Ending(EndingKind.STOPPED, rule) if rule else None
+
+
+@contextmanager
+def written_down(context: Context, book: CoordinatorSession, asked_since: datetime) -> Iterator[Run]:
+    """Begin a run and write down how the block ends.
+
+    Args:
+        context: see there.
+        book: the coordinator's session.
+        asked_since: the database's time when the command began: what was asked before it is an old story.
+    """
+    from was_storage.control import ControlDesk
+
+    desk = ControlDesk(context.database, book)
+    before = desk.open(gpus_per_worker=context.placement.gpus_per_worker, asked_since=asked_since)
+    standing = desk.read().wish
+    if before.ends and standing is Wish.RUN:
+        words = {Wish.DRAIN: "drained", Wish.CANCEL: "cancelled"}[before]
+        context.reporter.note(f"study {book.name} was {words}; it goes on")
+    elif standing is Wish.PAUSE:
+        context.reporter.note(f"study {book.name} is paused; 'was-search resume {book.name}' lets it go on")
+    run = Run(desk, LAST_SLOT)
+    try:
+        yield run
+    except BaseException as error:
+        with suppress(WasError):  # the first error is the one to tell; status sees a coordinator that went away
+            desk.close(Ending(EndingKind.FAILED, failure_words(error)))
+        raise
+    desk.close(run.ending)
