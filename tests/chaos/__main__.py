@@ -1,0 +1,20 @@
+"""`python -m tests.chaos --faults 200 --seed 0`: the long chaos run; what it does is printed as it happens."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from functools import partial
+
+from tests.chaos.cluster import Plan
+from tests.chaos.run import chaos, random_kinds
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--faults", type=int, default=200, help="faults to inject")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults' order and times")
+    parser.add_argument("--trials", type=int, default=0, help="slots of the study; 0: three a fault")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    plan = Plan(trials=options.trials or 3 * options.faults + 20)
+    chaos(plan, random_kinds(options.faults, rng), rng, say=partial(print, flush=True))
