@@ -51,7 +51,7 @@ UNDISTURBED = "undisturbed"
 PASSWORD_USER = "was_search"
 
 
-class Stuck(AssertionError):
+class StuckError(AssertionError):
     """Something did not happen in time; the message holds what was waited for and the logs' last lines."""
 
 
@@ -258,7 +258,7 @@ class Cluster:
         """Take note of ended coordinators; start one where none is left and the study is unfinished.
 
         Raises:
-            Stuck: a node died by itself.
+            StuckError: a node died by itself.
         """
         for coordinator in list(self.coordinators):
             code = coordinator.process.poll()
@@ -277,7 +277,7 @@ class Cluster:
         """The condition's first true value.
 
         Raises:
-            Stuck: it was not true within ``seconds``.
+            StuckError: it was not true within ``seconds``.
         """
         end = time.monotonic() + seconds
         while not (value := condition()):
@@ -293,7 +293,7 @@ class Cluster:
         logs += sorted((self.folder / "ray").glob("session_2*/logs/raylet*.out"))[-2:]
         logs += sorted((self.folder / "ray").glob("session_2*/logs/gcs_server.out"))[-1:]
         tails = [f"--- {path}\n{_tail(path)}" for path in dict.fromkeys(logs)]
-        raise Stuck("\n".join([what, f"slots: {self.counts()}", *tails]))
+        raise StuckError("\n".join([what, f"slots: {self.counts()}", *tails]))
 
     def counts(self) -> dict[str, int]:
         """Slots by state."""
