@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
+import sys
 from functools import partial
 
 from tests.chaos.cluster import Plan
@@ -15,6 +17,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the faults' order and times")
     parser.add_argument("--trials", type=int, default=0, help="slots of the study; 0: three a fault")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ordinary end, which ends the cluster too
     rng = random.Random(options.seed)
     plan = Plan(trials=options.trials or 3 * options.faults + 20)
     chaos(plan, random_kinds(options.faults, rng), rng, say=partial(print, flush=True))
