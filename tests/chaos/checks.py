@@ -78,7 +78,8 @@ def check(cluster: Cluster, hits: list[Hit], witness: Witness) -> Summary:
 
 def check_slots(slots: list[Slot], n: int, witness: Witness) -> None:
     """n slots, each finished with a result, every result as it was first seen."""
-    assert [slot.number for slot in slots] == list(range(n))
+    numbers = [slot.number for slot in slots]
+    assert numbers == list(range(n)), f"slots should be 0 to {n - 1}, there are {numbers}"
     unfinished = {slot.number: slot.state for slot in slots if not slot.state.finished}
     assert not unfinished, f"slots left unfinished: {unfinished}"
     failed = {slot.number: slot.error for slot in slots if slot.state is SlotState.FAILED}

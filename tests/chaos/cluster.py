@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from scripts.make_random_model import make_random_model
@@ -295,15 +295,15 @@ class Cluster:
         tails = [f"--- {path}\n{_tail(path)}" for path in dict.fromkeys(logs)]
         raise StuckError("\n".join([what, f"slots: {self.counts()}", *tails]))
 
-    def counts(self) -> dict[str, int]:
-        """Slots by state."""
+    def counts(self, study: str = STUDY) -> dict[str, int]:
+        """Slots by state; {} before there are any."""
         try:
             rows = self.postgres.query(
                 "SELECT state, count(*) FROM was.slot s JOIN was.study t ON t.id = s.study_id WHERE t.name = :study "
                 "GROUP BY state",
-                study=STUDY,
+                study=study,
             )
-        except (AttributeError, OperationalError):
+        except (AttributeError, DBAPIError):
             return {}
         return {row[0]: row[1] for row in rows}
 
@@ -342,6 +342,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 starves workers where the tests share the machine
             "PYTHONUNBUFFERED": "1",
         }
 

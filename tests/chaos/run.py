@@ -47,13 +47,23 @@ def random_kinds(n: int, rng: random.Random) -> list[str]:
 
 
 def run_undisturbed(cluster: Cluster) -> None:
-    coordinator = cluster.start_coordinator(UNDISTURBED)
+    """The same command as under faults, for another study. The one to be disturbed is started towards its end."""
+    first = cluster.start_coordinator(UNDISTURBED)
     seconds = 180.0 + cluster.plan.trials
-    cluster.wait_until("the undisturbed run ends", lambda: coordinator.process.poll() is not None, seconds)
-    if coordinator.process.returncode:
+
+    def ended() -> bool:
+        return first.process.poll() is not None
+
+    def nearly_done() -> bool:
+        counts = cluster.counts(UNDISTURBED)
+        return bool(counts) and counts.get("waiting", 0) < 10
+
+    cluster.wait_until("the undisturbed run is nearly done", lambda: ended() or nearly_done(), seconds)
+    cluster.start_coordinator()
+    cluster.wait_until("the undisturbed run ends", ended, seconds)
+    if first.process.returncode:
         cluster.stuck("the undisturbed run failed")
-    cluster.coordinators.remove(coordinator)
-    coordinator.log.rename(coordinator.log.with_name("undisturbed.log"))
+    cluster.coordinators.remove(first)
 
 
 def inject(
@@ -62,7 +72,6 @@ def inject(
     """Inject one fault after the other, each once it finds work in flight."""
     hits: list[Hit] = []
     pace = _Pace(cluster, len(kinds))
-    cluster.start_coordinator()
     rivals_since: float | None = None
     for kind in kinds:
         last_seen = time.monotonic()
