@@ -7,9 +7,18 @@ import random
 import signal
 import sys
 from functools import partial
+from types import FrameType
+from typing import NoReturn
 
 from tests.chaos.cluster import Plan
 from tests.chaos.run import chaos, random_kinds
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """An ordinary end, which ends the cluster too; a second signal must not break that off."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signum)
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
@@ -17,7 +26,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the faults' order and times")
     parser.add_argument("--trials", type=int, default=0, help="slots of the study; 0: three a fault")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ordinary end, which ends the cluster too
+    signal.signal(signal.SIGTERM, _terminated)
     rng = random.Random(options.seed)
     plan = Plan(trials=options.trials or 3 * options.faults + 20)
     chaos(plan, random_kinds(options.faults, rng), rng, say=partial(print, flush=True))
