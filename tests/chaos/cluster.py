@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from scripts.make_random_model import make_random_model
 from tests.chaos import processes
-from tests.chaos.counted_worker import FOLDER, EvaluationLog
+from tests.chaos.counted_worker import FOLDER, EvaluationLog, vector_name
 from was_search.api.demo import DEMO_FOLDER
 from was_storage import postgres_binaries
 
@@ -167,12 +167,30 @@ class Exit:
     words: str
 
 
+@dataclass(frozen=True)
+class Running:
+    """A slot that is handed out: its attempt, the process of its worker, the name of its vector."""
+
+    number: int
+    attempt: int
+    pid: int
+    vector: str
+
+
 @dataclass
 class Cluster:
     """All processes of a run. A context manager; none of them outlives it.
 
     :meth:`supervise` is what systemd or Kubernetes would do: a coordinator that has ended is started again by the same
     command, until one reports that the study has finished.
+
+    Attributes:
+        folder: of logs, data and model; its path marks the run's processes.
+        coordinators: those that live, oldest first.
+        exits: how the others ended.
+        finished: whether one reported that the study is finished.
+        delayed: workers that a fault has frozen for now.
+        abandoned: the latest epoch whose coordinator is known to be dead.
     """
 
     plan: Plan
@@ -181,6 +199,7 @@ class Cluster:
     coordinators: list[Coordinator] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
     delayed: set[int] = field(default_factory=set)
+    abandoned: int = 0
     finished: bool = False
 
     def __enter__(self) -> Cluster:
@@ -271,6 +290,7 @@ class Cluster:
             if node.process.poll() is not None:
                 self.stuck(f"{node.name} ended by itself with code {node.process.returncode}")
         if not self.coordinators and not self.finished and self.exits:
+            self.abandoned = self.epoch()
             self.start_coordinator()
 
     def wait_until(self, what: str, condition: Callable[[], Any], seconds: float) -> Any:
@@ -307,22 +327,31 @@ class Cluster:
             return {}
         return {row[0]: row[1] for row in rows}
 
-    def running(self) -> list[tuple[int, int, int]]:
-        """RUNNING slots: number, attempt, process id of the worker."""
-        rows = self.postgres.query(
-            "SELECT number, attempt, worker FROM was.slot s JOIN was.study t ON t.id = s.study_id "
-            "WHERE t.name = :study AND state = 'running' ORDER BY number",
-            study=STUDY,
-        )
-        return [(row.number, row.attempt, int(row.worker.rpartition(":")[2])) for row in rows]
+    def epoch(self) -> int:
+        """The number of the latest takeover of the study, 0 before the first."""
+        rows = self.postgres.query("SELECT epoch FROM was.study WHERE name = :study", study=STUDY)
+        return int(rows[0].epoch) if rows else 0
 
-    def busy(self) -> list[tuple[int, int, int]]:
-        """RUNNING slots whose worker lives and has begun and not ended the evaluation, by its own word.
+    def running(self) -> list[Running]:
+        """Slots that are RUNNING under a coordinator that lives; those that a dead one left are not."""
+        rows = self.postgres.query(
+            "SELECT number, attempt, worker, sparsities FROM was.slot s JOIN was.study t ON t.id = s.study_id "
+            "WHERE t.name = :study AND state = 'running' AND s.epoch > :abandoned ORDER BY number",
+            study=STUDY,
+            abandoned=self.abandoned,
+        )
+        return [
+            Running(row.number, row.attempt, int(row.worker.rpartition(":")[2]), vector_name(row.sparsities))
+            for row in rows
+        ]
+
+    def busy(self) -> list[Running]:
+        """RUNNING slots whose worker lives and, by its own word, has begun and not ended the evaluation.
 
         Those that a fault delays are left out: they have been struck.
         """
-        running = [slot for slot in self.running() if slot[2] not in self.delayed]
-        return [slot for slot in running if processes.alive(slot[2]) and self.log.at_work(slot[2])]
+        running = [slot for slot in self.running() if slot.pid not in self.delayed and processes.alive(slot.pid)]
+        return [slot for slot in running if self.log.at_work(slot.pid) == slot.vector]
 
     def _new_node(self) -> RayNode:
         """Started once the one before is up: two that start at once on one machine take each other's files."""

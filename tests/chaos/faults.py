@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.chaos import processes
-from tests.chaos.cluster import STUDY, Cluster, Coordinator, RayNode
+from tests.chaos.cluster import Cluster, Coordinator, RayNode, Running
 
 _IN_TRANSACTION = (
     "SELECT pg_terminate_backend(pid), application_name FROM pg_stat_activity "
@@ -36,12 +36,11 @@ def kill_worker(cluster: Cluster, rng: random.Random) -> Hit | None:
     struck = _busy_worker(cluster, rng)
     if struck is None:
         return None
-    number, attempt, pid = struck
-    with processes.frozen(pid):
+    with processes.frozen(struck.pid):
         if struck not in cluster.busy():
             return None
-        processes.send(pid, signal.SIGKILL)
-    return Hit("kill worker", f"process {pid}, slot {number}", [(number, attempt)])
+        processes.send(struck.pid, signal.SIGKILL)
+    return Hit("kill worker", f"process {struck.pid}, slot {struck.number}", _lost([struck]))
 
 
 def kill_node(cluster: Cluster, rng: random.Random) -> Hit | None:
@@ -50,21 +49,20 @@ def kill_node(cluster: Cluster, rng: random.Random) -> Hit | None:
     rng.shuffle(nodes)
     for node, raylet in nodes:
         workers = processes.children(raylet)
-        struck = [slot for slot in cluster.busy() if slot[2] in workers]
+        struck = [slot for slot in cluster.busy() if slot.pid in workers]
         if struck:
             return _kill_raylet(cluster, node, raylet, struck[0])
     return None
 
 
-def _kill_raylet(cluster: Cluster, node: RayNode, raylet: int, struck: tuple[int, int, int]) -> Hit | None:
-    number, attempt, pid = struck
-    with processes.frozen(pid):
+def _kill_raylet(cluster: Cluster, node: RayNode, raylet: int, struck: Running) -> Hit | None:
+    with processes.frozen(struck.pid):
         if struck not in cluster.busy():
             return None
         processes.send(raylet, signal.SIGKILL)
         time.sleep(0.1)
     cluster.replace(node)
-    return Hit("kill node", f"{node.name}, slot {number} on process {pid}", [(number, attempt)])
+    return Hit("kill node", f"{node.name}, slot {struck.number} on process {struck.pid}", _lost([struck]))
 
 
 def kill_coordinator(cluster: Cluster, rng: random.Random) -> Hit | None:
@@ -80,8 +78,7 @@ def kill_coordinator(cluster: Cluster, rng: random.Random) -> Hit | None:
         coordinator.killed = True
         processes.send(coordinator.process.pid, signal.SIGKILL)
     coordinator.process.wait()
-    lost = [(number, attempt) for number, attempt, _ in struck]
-    return Hit("kill coordinator", f"process {coordinator.process.pid}, {len(struck)} slots", lost)
+    return Hit("kill coordinator", f"process {coordinator.process.pid}, {len(struck)} slots", _lost(struck))
 
 
 def restart_postgres(mode: str) -> Fault:
@@ -124,16 +121,15 @@ def delay_reply(cluster: Cluster, rng: random.Random) -> Hit | None:
     struck = _busy_worker(cluster, rng)
     if struck is None:
         return None
-    number, attempt, pid = struck
-    processes.send(pid, signal.SIGSTOP)
+    processes.send(struck.pid, signal.SIGSTOP)
     if struck not in cluster.busy():
-        processes.send(pid, signal.SIGCONT)
+        processes.send(struck.pid, signal.SIGCONT)
         return None
-    cluster.delayed.add(pid)
-    thaw = threading.Timer(cluster.plan.trial_timeout * 1.5, _thaw, (cluster, pid))
+    cluster.delayed.add(struck.pid)
+    thaw = threading.Timer(cluster.plan.trial_timeout * 1.5, _thaw, (cluster, struck.pid))
     thaw.daemon = True
     thaw.start()
-    return Hit("delay a reply", f"process {pid}, slot {number}", [(number, attempt)])
+    return Hit("delay a reply", f"process {struck.pid}, slot {struck.number}", _lost([struck]))
 
 
 def second_coordinator(cluster: Cluster, rng: random.Random) -> Hit | None:
@@ -150,7 +146,7 @@ def replace_coordinator(cluster: Cluster, rng: random.Random) -> Hit | None:
     if first is None or len(cluster.coordinators) != 1:
         return None
     with processes.frozen(first.process.pid):
-        struck, before = cluster.busy(), _epoch(cluster)
+        struck, before = cluster.busy(), cluster.epoch()
         if not struck or first.process.poll() is not None:
             return None
         mine = f"%:{first.process.pid}"
@@ -159,10 +155,9 @@ def replace_coordinator(cluster: Cluster, rng: random.Random) -> Hit | None:
         )
         second = cluster.start_coordinator()
         cluster.wait_until(
-            f"coordinator {second.number} takes over from a frozen one", lambda: _epoch(cluster) > before, 120
+            f"coordinator {second.number} takes over from a frozen one", lambda: cluster.epoch() > before, 120
         )
-    lost = [(number, attempt) for number, attempt, _ in struck]
-    return Hit("replace coordinator", f"{first.number} by {second.number}", lost)
+    return Hit("replace coordinator", f"{first.number} by {second.number}", _lost(struck))
 
 
 FAULTS: dict[str, tuple[float, Fault]] = {
@@ -180,7 +175,11 @@ FAULTS: dict[str, tuple[float, Fault]] = {
 """By name: how often relative to the others, and the fault."""
 
 
-def _busy_worker(cluster: Cluster, rng: random.Random) -> tuple[int, int, int] | None:
+def _lost(struck: list[Running]) -> list[tuple[int, int]]:
+    return [(slot.number, slot.attempt) for slot in struck]
+
+
+def _busy_worker(cluster: Cluster, rng: random.Random) -> Running | None:
     busy = cluster.busy()
     return rng.choice(busy) if busy else None
 
@@ -194,7 +193,3 @@ def _coordinator(cluster: Cluster) -> Coordinator | None:
     """The oldest that lives."""
     living = [one for one in cluster.coordinators if one.process.poll() is None]
     return living[0] if living else None
-
-
-def _epoch(cluster: Cluster) -> int:
-    return int(cluster.postgres.query("SELECT epoch FROM was.study WHERE name = :study", study=STUDY)[0].epoch)
