@@ -221,11 +221,8 @@ class Cluster:
         self.pace(0.0)
         self.model = make_random_model(self.folder / "model", "tiny")
         self._environment = self._make_environment()
-        os.environ[FOLDER] = str(self.folder)
-        try:
-            self.postgres = Postgres(self.folder)
-        finally:
-            del os.environ[FOLDER]
+        os.environ[FOLDER] = str(self.folder)  # of Postgres' programs, whenever it is started again
+        self.postgres = Postgres(self.folder)
         self.address = f"127.0.0.1:{free_port()}"
         self._nodes_made = 0
         self.head = RayNode("head", self.folder, self._environment, address=self.address, cpus=0)
@@ -234,6 +231,7 @@ class Cluster:
 
     def close(self, *, keep: bool = False) -> None:
         """End every process; ``keep`` leaves the logs for whoever looks into a failure."""
+        os.environ.pop(FOLDER, None)
         left = processes.end_all(self.folder)
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
