@@ -224,7 +224,7 @@ class Cluster:
         os.environ[FOLDER] = str(self.folder)  # of Postgres' programs, whenever it is started again
         self.postgres = Postgres(self.folder)
         self.address = f"127.0.0.1:{free_port()}"
-        self._nodes_made = 0
+        self._nodes_made = self._coordinators_made = 0
         self.head = RayNode("head", self.folder, self._environment, address=self.address, cpus=0)
         while len(self.nodes) < self.plan.nodes:
             self.nodes.append(self._new_node())
@@ -259,7 +259,7 @@ class Cluster:
         return [sys.executable, "-m", "tests.chaos.coordinator", "search", *flags]
 
     def start_coordinator(self, study: str = STUDY) -> Coordinator:
-        number = len(self.exits) + len(self.coordinators)
+        number, self._coordinators_made = self._coordinators_made, self._coordinators_made + 1
         log = self.folder / f"coordinator-{number}.log"
         environment = {**self._environment, "WAS_SEARCH_STORAGE": self.postgres.url}
         made = Coordinator(number, _spawn(self.command(study), self.folder, environment, log), log)
