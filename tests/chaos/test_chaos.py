@@ -25,7 +25,7 @@ KINDS = (
 @pytest.mark.postgres
 @pytest.mark.slow
 def test_a_fault_of_each_kind_loses_and_doubles_nothing() -> None:
-    summary, hits = chaos(Plan(trials=24, workers=2, trial_timeout=6.0), KINDS, random.Random(0))
+    summary, hits = chaos(Plan(trials=24, workers=2, trial_timeout=10.0), KINDS, random.Random(0))
     assert [hit.fault for hit in hits] == list(KINDS)
     assert summary.slots == 24
     assert summary.attempts > summary.slots, "no evaluation was handed out twice: the faults struck nothing"
