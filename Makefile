@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev,tasks
 
-.PHONY: demo test lint clean
+FAULTS ?= 200
+SEED ?= 0
+
+.PHONY: demo test lint chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/was-search demo
@@ -16,6 +19,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The long chaos run; a short one is among the tests.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'

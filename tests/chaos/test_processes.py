@@ -1,0 +1,64 @@
+"""Nothing that a run starts outlives it, whoever its parent is by then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import processes
+from tests.chaos.cluster import Cluster, Plan, StuckError
+from tests.chaos.counted_worker import FOLDER
+
+
+def orphan(folder: Path) -> int:
+    """A marked process whose parent has gone."""
+    command = ["sh", "-c", "sleep 300 > /dev/null 2>&1 & echo $!"]
+    started = subprocess.run(command, env={**os.environ, FOLDER: str(folder)}, capture_output=True, text=True)
+    return int(started.stdout)
+
+
+def test_orphans_are_found_by_their_mark_and_ended(tmp_path: Path) -> None:
+    ours, others = orphan(tmp_path), orphan(tmp_path / "other")
+    try:
+        assert processes.of_run(tmp_path) == [ours]
+        assert processes.end_all(tmp_path) == []
+        assert not processes.alive(ours)
+        assert processes.alive(others)
+    finally:
+        processes.end_all(tmp_path / "other")
+
+
+def test_a_frozen_process_stands_still_until_the_block_ends(tmp_path: Path) -> None:
+    pid = orphan(tmp_path)
+
+    def state() -> str:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    try:
+        with processes.frozen(pid):
+            assert state() == "T"
+            assert processes.alive(pid)
+        assert state() != "T"
+        processes.send(pid, signal.SIGKILL)
+        end = time.monotonic() + 5
+        while processes.alive(pid) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not processes.alive(pid)
+        processes.send(pid, signal.SIGKILL)  # one that has gone is no error
+    finally:
+        processes.end_all(tmp_path)
+
+
+def test_what_is_stuck_says_what_it_waited_for_and_shows_the_logs(tmp_path: Path) -> None:
+    cluster = Cluster(Plan(trials=1), folder=tmp_path)
+    (tmp_path / "coordinator-3.log").write_text("".join(f"line {i}\n" for i in range(99)))
+    with pytest.raises(StuckError, match="in vain until the moon is full") as error:
+        cluster.wait_until("the moon is full", lambda: False, 0.1)
+    assert "coordinator-3.log" in str(error.value)
+    assert "line 98" in str(error.value)
+    assert "line 50" not in str(error.value)
