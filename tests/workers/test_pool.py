@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 import was_workers.pool as pool_module
 from was_search import __version__
@@ -247,3 +248,18 @@ def test_more_gpus_than_the_machine_has(cluster: Cluster) -> None:
 def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
     with pytest.raises(ResourceError, match=rf"runs was-search 0\.0\.1 and the coordinator {__version__}; install"):
         pool(failing="version").wait_idle(60)
+
+
+def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
+    """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
+    opened = object.__new__(Pool)
+    member = pool_module._Member(0, None)
+    opened._members, opened._recovering, opened._ready = [member], [], []
+    call = pool_module._Call(member, -1, 0.0)
+    for _ in range(100):
+        opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
+    assert member.failures == 0
+    assert len(opened._recovering) == 100
+    member.restarting_since -= pool_module._PREPARE_SECONDS
+    opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
+    assert member.failures == 1

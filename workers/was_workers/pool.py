@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from was_search import __version__
 from was_search.errors import DeviceLostError, ResourceError, TransientError
@@ -44,6 +44,7 @@ class _Member:
     actor: Any
     info: WorkerInfo | None = None
     failures: int = 0
+    restarting_since: float | None = None
     leaving: bool = False  # once its call has ended
 
     @property
@@ -315,7 +316,7 @@ class Pool:
             return
         if call.ticket < 0:
             _require_same_version(value)
-            member.info, member.failures = value, 0
+            member.info, member.failures, member.restarting_since = value, 0, None
         else:
             self._ready.append(Outcome(call.ticket, member.name, value=value))
         self._release(member)
@@ -342,8 +343,15 @@ class Pool:
         member = call.member
         if call.ticket >= 0:
             self._ready.append(Outcome(call.ticket, member.name, error=error, lost=True))
-        member.failures += 1
         self._last_loss = f"{type(error).__name__}: {error}"
+        if call.ticket < 0 and isinstance(error, ActorUnavailableError) and not member.leaving:
+            # Still restarting: its node is busy, or there is none for it yet. That is no failure of its own.
+            now = time.monotonic()
+            member.restarting_since = member.restarting_since or now
+            if now - member.restarting_since < _PREPARE_SECONDS:
+                self._recovering.append((now + 1.0, member))
+                return
+        member.failures += 1
         if member.leaving or member.failures > _RECOVERIES:
             self._let_go(member)
             return
