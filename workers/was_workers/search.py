@@ -1,4 +1,4 @@
-"""The coordinator's loop: choose vectors, hand slots out, commit results. One per study; owns no truth."""
+"""The coordinator's loop: hand slots out, commit results. One per study; owns no truth."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import dataclasses
 import math
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
 
-from was_search.control import LAST_SLOT, NO_LIMITS, Control, Limits
+from was_search.control import LAST_SLOT, Control
 from was_search.divergence import DenseTop
-from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.errors import InfeasibleError, TransientError
-from was_search.hand_out import HandOut, Proposal, Result
+from was_search.hand_out import HandOut, Result
 from was_search.histogram import Histograms
 from was_search.protocol import Evaluation, TokenSet, perplexity
-from was_search.sampling import SamplerName, Suggester
-from was_search.seeds import Seed, point_seed
-from was_search.shape import FloatArray, ModelShape
-from was_search.slots import Slot, SlotState, best_slot
-from was_search.space import MonotoneSpace, Space, SpaceName, level_params, make_space, open_distributions
-from was_workers.ahead import Lookahead
-from was_workers.descents import ORIGIN as DESCENT
-from was_workers.descents import DescentPlan, Descents
+from was_search.seeds import Seed
+from was_search.shape import ModelShape
+from was_search.slots import Slot, SlotState
+from was_workers.chooser import Chooser
+from was_workers.descents import Descents
+from was_workers.options import SearchOptions, SearchProgress
 from was_workers.pool import Outcome, Pool
 from was_workers.slot_book import SlotBook, durable
 from was_workers.slot_table import SlotTable
@@ -41,51 +36,14 @@ _HAND_OUT_SECONDS = 1.0
 """Then results that have come meanwhile are looked at, before more is handed out."""
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """How a search runs; see :class:`was_search.settings.Settings` for each."""
-
-    target: float
-    sampler: SamplerName
-    radius: float
-    seed: int
-    early_stopping: bool
-    significance: float
-    rung_keep: float
-    trial_timeout: float
-    max_attempts: int
-    descents: DescentPlan | None = None
-    space: SpaceName = "levels"
-    limits: Limits = NO_LIMITS
-
-
-@dataclass(frozen=True)
-class SearchProgress:
-    """The state of a study, for a progress bar.
-
-    ``best`` is the best complete slot; ``saved`` the share of tokens that stopping early saved; ``current`` the slot
-    that has just finished; ``activity`` what goes on besides evaluations.
-    """
-
-    total: int
-    complete: int
-    stopped: int
-    failed: int
-    best: Slot | None
-    current: Slot | None
-    saved: float = 0.0
-    activity: str = ""
-
-    @property
-    def finished(self) -> int:
-        return self.complete + self.stopped + self.failed
+__all__ = ["SearchLoop", "SearchOptions", "SearchProgress"]
 
 
 class SearchLoop:
     """Runs a study to its last slot, or until a rule or somebody ends it.
 
-    Seeds come first and are evaluated in full, then come the descents' vectors. Once all have finished, the best of
-    them is the centre of the search space, the same one after every restart.
+    Seeds come first and are evaluated in full, then come the descents' vectors, then a sampler's: see
+    :class:`was_workers.chooser.Chooser`.
 
     Args:
         book: the study's slots, guarded by the coordinator's lock.
@@ -129,12 +87,9 @@ class SearchLoop:
         self._histograms = ray.put(histograms)
         self._key = key
         self._shape = shape
-        self._seeds = seeds
         self._options = options
         self._progress = progress
         self._slots = SlotTable(book.slots())
-        self._ahead: deque[tuple[int, Proposal]] = deque()
-        self._lookahead = Lookahead()
         self._results: list[tuple[Result, dict[str, Any]]] = []
         self._steering = Steering(
             desk, pool, limits=options.limits, drain=drain, slots=list(self._slots.values()), clock=clock
@@ -142,13 +97,6 @@ class SearchLoop:
         self.ending = LAST_SLOT
         self._flight: dict[int, tuple[int, int, float]] = {}
         self._losses: Counter[int] = Counter()
-        self._space: Space | None = None
-        self._suggester: Suggester | None = None
-        self._distributions: Mapping[str, Any] = {}
-        self._reference: FloatArray | None = None
-        ended = [s for s in self._slots.values() if s.origin.startswith("sampler:") and s.losses is not None]
-        ended.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
-        self._trials: list[FloatArray] = [s.losses for s in ended if s.losses is not None]
         self._descents: Descents | None = None
         if options.descents is not None and options.descents.epochs:
             self._descents = Descents(
@@ -162,6 +110,7 @@ class SearchLoop:
                 seconds_per_token=2.0 * options.trial_timeout / data.protocol.predicted_tokens,
                 max_attempts=options.max_attempts,
             )
+        self._chooser = Chooser(self._slots, shape=shape, seeds=seeds, options=options, descents=self._descents)
 
     def run(self) -> list[Slot]:
         """All slots at the end; some are unfinished if :attr:`ending` says that the loop did not reach it.
@@ -174,7 +123,7 @@ class SearchLoop:
             while self._goes_on():
                 more = False
                 if self._steering.open:
-                    more = self._hand_out() or self._choose_ahead()
+                    more = self._hand_out() or self._chooser.choose_ahead(len(self._flight) + self._pool.n_idle)
                 if errors := self._settle_all(self._pool.wait(0.0 if more else 0.5)):
                     raise errors[0]
         except Exception as error:
@@ -203,7 +152,7 @@ class SearchLoop:
         for number, _, _ in self._flight.values():
             self._book.requeue(number, reason)
         self._flight.clear()
-        self._ahead.clear()
+        self._chooser.forget_ahead()
 
     def _fit(self, control: Control) -> bool:
         """Take in slots that were added, and remove those that are no longer wanted; whether there were any."""
@@ -212,7 +161,7 @@ class SearchLoop:
             self._slots[number] = Slot(number, SlotState.WAITING)
         trials = control.overrides.trials
         if trials is not None and trials < len(self._slots):
-            ahead = {number for number, _ in self._ahead}
+            ahead = self._chooser.ahead
             used = [s.number + 1 for s in self._slots.values() if not (_untouched(s) or s.number in ahead)]
             if max(trials, *used, 0) < len(self._slots):
                 self._keep(self._book.shrink(trials), ahead)
@@ -221,7 +170,7 @@ class SearchLoop:
     def _keep(self, n_slots: int, ahead: set[int]) -> None:
         """Forget the slots from ``n_slots`` on. Those ``ahead`` have a vector that is written down nowhere yet."""
         kept = [slot for slot in self._slots.values() if slot.number < n_slots]
-        self._slots = SlotTable(s if s.number not in ahead else Slot(s.number, SlotState.WAITING) for s in kept)
+        self._slots.reload(s if s.number not in ahead else Slot(s.number, SlotState.WAITING) for s in kept)
         for slot in kept:
             if slot.number in ahead:
                 self._slots[slot.number] = slot
@@ -229,7 +178,7 @@ class SearchLoop:
     def _unfinished(self) -> bool:
         if not self._slots.unfinished:
             # Someone may have extended the study while it ran.
-            self._slots = SlotTable(self._book.slots())
+            self._slots.reload(self._book.slots())
         return self._slots.unfinished
 
     def _hand_out(self) -> bool:
@@ -254,7 +203,7 @@ class SearchLoop:
         end = time.monotonic() + _TOGETHER_SECONDS
         chosen: list[HandOut] = []
         for worker in self._pool.idle_names:
-            if (found := self._next()) is None:
+            if (found := self._chooser.next()) is None:
                 break
             number, proposal = found
             chosen.append(HandOut(number, worker, proposal))
@@ -270,134 +219,12 @@ class SearchLoop:
             self._key,
             self._histograms,
             slot.sparsities,
-            self._stop_rule(slot),
+            self._chooser.stop_rule(slot),
             self._top,
             deadline_seconds=self._options.trial_timeout,
         )
         self._flight[ticket] = (hand_out.number, attempt, time.monotonic())
         self._refresh(hand_out.number, state=SlotState.RUNNING, attempt=attempt, worker=hand_out.worker)
-
-    def _stop_rule(self, slot: Slot) -> StopRule | None:
-        """None for seeds and descents' vectors: few, and each may become the centre of the space."""
-        best = self._slots.best
-        if not self._options.early_stopping or not slot.origin.startswith("sampler:") or best is None:
-            return None
-        assert best.losses is not None
-        cuts = rung_cuts(self._trials, best.losses, self._options.rung_keep)
-        return StopRule(best.losses, self._options.significance, cuts)
-
-    def _next(self) -> tuple[int, Proposal | None] | None:
-        """The next slot to hand out: one with a vector first, else a new proposal; None if there is none now."""
-        if (number := self._slots.take_ready()) is not None:
-            return number, None
-        while self._ahead:
-            number, proposal = self._ahead.popleft()
-            if number in self._slots:
-                return number, proposal
-        return self._choose()
-
-    def _choose(self) -> tuple[int, Proposal] | None:
-        """A vector for the first slot that has none; None if there is none now."""
-        if (number := self._slots.first_free()) is None:
-            return None
-        missing = [seed for seed in self._seeds if not self._slots.origins[f"seed:{seed.name}"]]
-        if missing:
-            # With fewer slots than seeds the last ones, the best, are kept.
-            seed = missing[-self._slots.n_free :][0]
-            return number, self._fixed(number, f"seed:{seed.name}", seed.sparsities)
-        if self._suggester is None:
-            if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
-                return None
-            if self._descents is not None and not self._descents.finished(self._slots.values()):
-                if (proposal := self._descents.next_proposal()) is None:
-                    return None
-                return number, self._fixed(number, *proposal)
-        return number, self._sampled(number)
-
-    def _choose_ahead(self) -> bool:
-        """Choose one vector that no worker has asked for yet, where that keeps them busy; whether it did.
-
-        It is not written down before it is handed out: a crash forgets it, and its slot is given another.
-        """
-        wanted = self._lookahead.depth(len(self._flight) + self._pool.n_idle)
-        if self._suggester is None or len(self._ahead) >= wanted or (number := self._slots.first_free()) is None:
-            return False
-        self._ahead.append((number, self._sampled(number)))
-        return True
-
-    def _fixed(self, number: int, origin: str, sparsities: FloatArray) -> Proposal:
-        """A vector that no sampler suggested."""
-        levels = self._shape.levels(sparsities)
-        kinds = open_distributions(self._shape.n_blocks)
-        return self._proposal(number, origin, level_params(levels), kinds, levels, sparsities)
-
-    def _sampled(self, number: int) -> Proposal:
-        if self._suggester is None or self._space is None:
-            centre = self._centre_slot()
-            self._reference = None if centre is None else centre.losses
-            self._space = self._make_space()
-            self._distributions = self._space.distributions
-            suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
-            suggester.restore(self._in_space())
-            self._suggester = suggester
-        started = time.perf_counter()
-        params = self._suggester.suggest(number)
-        sparsities = self._space.sparsities(params)
-        origin, levels = f"sampler:{self._options.sampler}", self._shape.levels(sparsities)
-        proposal = self._proposal(number, origin, params, self._distributions, levels, sparsities)
-        self._lookahead.chose(time.perf_counter() - started)
-        return proposal
-
-    def _make_space(self) -> Space:
-        if self._options.sampler == "was-monotone":
-            greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
-            return MonotoneSpace(self._shape, greedy.table, self._options.target)
-        options = self._options
-        return make_space(options.space, self._shape, self._centre(), options.target, options.radius)
-
-    def _centre(self) -> Seed:
-        """The best of the seeds and of the descents' vectors; those have a table made through them."""
-        best = self._centre_slot()
-        if best is None:
-            return self._seeds[-1]
-        return next(seed for seed in [*self._seeds, *self._descended()] if _origin(seed) == best.origin)
-
-    def _centre_slot(self) -> Slot | None:
-        return best_slot([s for s in self._slots.values() if s.origin.startswith(("seed:", DESCENT))])
-
-    def _descended(self) -> list[Seed]:
-        """The descents' vectors with tables made through them."""
-        return [
-            point_seed(slot.origin, slot.sparsities, self._shape)
-            for slot in self._slots.values()
-            if slot.origin.startswith(DESCENT) and slot.sparsities is not None
-        ]
-
-    def _in_space(self) -> list[Slot]:
-        """Sampled slots, and the seeds that the space holds (one of another table is none), by its parameters."""
-        assert self._space is not None
-        fixed = [*self._seeds, *self._descended()]
-        own = {_origin(seed): self._space.locate(seed) for seed in fixed}
-        ordered = sorted(self._slots.values(), key=lambda s: s.number)
-        seeds = {s.number: params for s in ordered if (params := own.get(s.origin)) is not None}
-        slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
-        return [dataclasses.replace(s, params=seeds.get(s.number, s.params), loss_nats=self._told(s)) for s in slots]
-
-    def _proposal(
-        self,
-        number: int,
-        origin: str,
-        params: dict[str, float],
-        distributions: Mapping[str, Any],
-        levels: FloatArray,
-        sparsities: FloatArray,
-    ) -> Proposal:
-        attrs = {
-            "nominal_sparsity": round(self._shape.sparsity(sparsities), 6),
-            "sparsities": np.round(sparsities, 4).tolist(),
-        }
-        self._refresh(number, origin=origin, params=params, levels=levels, sparsities=sparsities)
-        return Proposal(origin, params, distributions, levels, sparsities, attrs)
 
     def _settle_all(self, outcomes: list[Outcome]) -> list[BaseException]:
         """Book outcomes, results in one go before anything is put back; returns the errors that end the search."""
@@ -426,7 +253,7 @@ class SearchLoop:
         number, attempt, started = self._flight.pop(outcome.ticket)
         error = outcome.error
         if error is None:
-            self._lookahead.evaluated(time.monotonic() - started)
+            self._chooser.evaluated(time.monotonic() - started)
             self._finish_evaluation(number, attempt, outcome, outcome.value)
             return None
         seconds = time.monotonic() - started
@@ -481,22 +308,8 @@ class SearchLoop:
         self._refresh(number, state=state, **result)
         slot = self._slots[number]
         self._steering.finished(slot)
-        if slot.origin.startswith("sampler:") and slot.losses is not None:
-            self._trials.append(slot.losses)
-        if self._suggester is not None:
-            self._suggester.tell(number, state, self._told(slot))
+        self._chooser.finished(slot)
         self._report(slot)
-
-    def _told(self, slot: Slot) -> float | None:
-        """What the sampler is told: of a stopped slot its estimated loss, by the losses of the space's centre.
-
-        That vector is the same after every restart, and so is what is told.
-        """
-        if slot.state is not SlotState.STOPPED or slot.losses is None:
-            return slot.loss_nats
-        if self._reference is None:
-            return slot.loss_nats
-        return estimated_loss(slot.losses, self._reference)
 
     def _refresh(self, number: int, **changes: Any) -> None:
         self._slots[number] = dataclasses.replace(self._slots[number], **changes)
@@ -520,10 +333,6 @@ class SearchLoop:
         if self._steering.paused:
             return "paused"
         return self._descents.describe if self._descents is not None and self._descents.running else ""
-
-
-def _origin(seed: Seed) -> str:
-    return seed.name if seed.name.startswith(DESCENT) else f"seed:{seed.name}"
 
 
 def _untouched(slot: Slot) -> bool:

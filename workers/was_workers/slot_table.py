@@ -21,6 +21,12 @@ class SlotTable(dict[int, Slot]):
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         super().__init__()
+        self.reload(slots)
+
+    def reload(self, slots: Iterable[Slot]) -> None:
+        """Hold ``slots`` and no others."""
+        slots = list(slots)
+        self.clear()
         self.counts: Counter[SlotState] = Counter()
         self.best: Slot | None = None
         self.origins: Counter[str] = Counter()

@@ -1,0 +1,224 @@
+"""Chooses the vectors of a search: seeds, then what the descents end in, then what a sampler suggests."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from was_search.early_stop import StopRule, estimated_loss, rung_cuts
+from was_search.hand_out import Proposal
+from was_search.sampling import Suggester
+from was_search.seeds import Seed, point_seed
+from was_search.shape import FloatArray, ModelShape
+from was_search.slots import Slot, SlotState, best_slot
+from was_search.space import MonotoneSpace, Space, level_params, make_space, open_distributions
+from was_workers.ahead import Lookahead
+from was_workers.descents import ORIGIN as DESCENT
+from was_workers.descents import Descents
+from was_workers.options import SearchOptions
+from was_workers.slot_table import SlotTable
+
+
+class Chooser:
+    """Gives slots their vectors. Knows neither workers nor a database.
+
+    Once the seeds and the descents' vectors have finished, the best of them is the centre of the search space, the
+    same one after every restart. What a slot is given is noted in ``slots``; writing it down is the caller's.
+
+    Args:
+        slots: shared with the loop.
+        shape: the model's.
+        seeds: in the order of the first slots.
+        options: of the search.
+        descents: those of the search, None if there are none.
+    """
+
+    def __init__(
+        self,
+        slots: SlotTable,
+        *,
+        shape: ModelShape,
+        seeds: list[Seed],
+        options: SearchOptions,
+        descents: Descents | None,
+    ) -> None:
+        self._slots = slots
+        self._shape = shape
+        self._seeds = seeds
+        self._options = options
+        self._descents = descents
+        self._ahead: deque[tuple[int, Proposal]] = deque()
+        self._lookahead = Lookahead()
+        self._space: Space | None = None
+        self._suggester: Suggester | None = None
+        self._distributions: Mapping[str, Any] = {}
+        self._reference: FloatArray | None = None
+        ended = [s for s in slots.values() if s.origin.startswith("sampler:") and s.losses is not None]
+        ended.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
+        self._trials: list[FloatArray] = [s.losses for s in ended if s.losses is not None]
+
+    @property
+    def ahead(self) -> set[int]:
+        """Slots whose vectors were chosen before a worker asked, and are written down nowhere yet."""
+        return {number for number, _ in self._ahead}
+
+    def forget_ahead(self) -> None:
+        """Forget vectors that were chosen and not asked for."""
+        self._ahead.clear()
+
+    def evaluated(self, seconds: float) -> None:
+        """How long an evaluation took: what choosing ahead is weighed against."""
+        self._lookahead.evaluated(seconds)
+
+    def finished(self, slot: Slot) -> None:
+        """Learn from a slot that has just finished."""
+        if slot.origin.startswith("sampler:") and slot.losses is not None:
+            self._trials.append(slot.losses)
+        if self._suggester is not None:
+            self._suggester.tell(slot.number, slot.state, self._told(slot))
+
+    def stop_rule(self, slot: Slot) -> StopRule | None:
+        """When the slot's evaluation is to stop.
+
+        None for seeds and descents' vectors: few, and each may become the centre of the space.
+        """
+        best = self._slots.best
+        if not self._options.early_stopping or not slot.origin.startswith("sampler:") or best is None:
+            return None
+        assert best.losses is not None
+        cuts = rung_cuts(self._trials, best.losses, self._options.rung_keep)
+        return StopRule(best.losses, self._options.significance, cuts)
+
+    def next(self) -> tuple[int, Proposal | None] | None:
+        """The next slot to hand out: one with a vector first, else a new proposal; None if there is none now."""
+        if (number := self._slots.take_ready()) is not None:
+            return number, None
+        while self._ahead:
+            number, proposal = self._ahead.popleft()
+            if number in self._slots:
+                return number, proposal
+        return self._choose()
+
+    def _choose(self) -> tuple[int, Proposal] | None:
+        """A vector for the first slot that has none; None if there is none now."""
+        if (number := self._slots.first_free()) is None:
+            return None
+        missing = [seed for seed in self._seeds if not self._slots.origins[f"seed:{seed.name}"]]
+        if missing:
+            # With fewer slots than seeds the last ones, the best, are kept.
+            seed = missing[-self._slots.n_free :][0]
+            return number, self._fixed(number, f"seed:{seed.name}", seed.sparsities)
+        if self._suggester is None:
+            if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
+                return None
+            if self._descents is not None and not self._descents.finished(self._slots.values()):
+                if (proposal := self._descents.next_proposal()) is None:
+                    return None
+                return number, self._fixed(number, *proposal)
+        return number, self._sampled(number)
+
+    def choose_ahead(self, n_workers: int) -> bool:
+        """Choose one vector that no worker has asked for yet, where that keeps ``n_workers`` busy; whether it did.
+
+        It is not written down before it is handed out: a crash forgets it, and its slot is given another.
+        """
+        wanted = self._lookahead.depth(n_workers)
+        if self._suggester is None or len(self._ahead) >= wanted or (number := self._slots.first_free()) is None:
+            return False
+        self._ahead.append((number, self._sampled(number)))
+        return True
+
+    def _fixed(self, number: int, origin: str, sparsities: FloatArray) -> Proposal:
+        """A vector that no sampler suggested."""
+        levels = self._shape.levels(sparsities)
+        kinds = open_distributions(self._shape.n_blocks)
+        return self._proposal(number, origin, level_params(levels), kinds, levels, sparsities)
+
+    def _sampled(self, number: int) -> Proposal:
+        if self._suggester is None or self._space is None:
+            centre = self._centre_slot()
+            self._reference = None if centre is None else centre.losses
+            self._space = self._make_space()
+            self._distributions = self._space.distributions
+            suggester = Suggester(self._options.sampler, self._space, seed=self._options.seed)
+            suggester.restore(self._in_space())
+            self._suggester = suggester
+        started = time.perf_counter()
+        params = self._suggester.suggest(number)
+        sparsities = self._space.sparsities(params)
+        origin, levels = f"sampler:{self._options.sampler}", self._shape.levels(sparsities)
+        proposal = self._proposal(number, origin, params, self._distributions, levels, sparsities)
+        self._lookahead.chose(time.perf_counter() - started)
+        return proposal
+
+    def _make_space(self) -> Space:
+        if self._options.sampler == "was-monotone":
+            greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
+            return MonotoneSpace(self._shape, greedy.table, self._options.target)
+        options = self._options
+        return make_space(options.space, self._shape, self._centre(), options.target, options.radius)
+
+    def _centre(self) -> Seed:
+        """The best of the seeds and of the descents' vectors; those have a table made through them."""
+        best = self._centre_slot()
+        if best is None:
+            return self._seeds[-1]
+        return next(seed for seed in [*self._seeds, *self._descended()] if _origin(seed) == best.origin)
+
+    def _centre_slot(self) -> Slot | None:
+        return best_slot([s for s in self._slots.values() if s.origin.startswith(("seed:", DESCENT))])
+
+    def _descended(self) -> list[Seed]:
+        """The descents' vectors with tables made through them."""
+        return [
+            point_seed(slot.origin, slot.sparsities, self._shape)
+            for slot in self._slots.values()
+            if slot.origin.startswith(DESCENT) and slot.sparsities is not None
+        ]
+
+    def _in_space(self) -> list[Slot]:
+        """Sampled slots, and the seeds that the space holds (one of another table is none), by its parameters."""
+        assert self._space is not None
+        fixed = [*self._seeds, *self._descended()]
+        own = {_origin(seed): self._space.locate(seed) for seed in fixed}
+        ordered = sorted(self._slots.values(), key=lambda s: s.number)
+        seeds = {s.number: params for s in ordered if (params := own.get(s.origin)) is not None}
+        slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
+        return [dataclasses.replace(s, params=seeds.get(s.number, s.params), loss_nats=self._told(s)) for s in slots]
+
+    def _proposal(
+        self,
+        number: int,
+        origin: str,
+        params: dict[str, float],
+        distributions: Mapping[str, Any],
+        levels: FloatArray,
+        sparsities: FloatArray,
+    ) -> Proposal:
+        attrs = {
+            "nominal_sparsity": round(self._shape.sparsity(sparsities), 6),
+            "sparsities": np.round(sparsities, 4).tolist(),
+        }
+        changes: dict[str, Any] = {"origin": origin, "params": params, "levels": levels, "sparsities": sparsities}
+        self._slots[number] = dataclasses.replace(self._slots[number], **changes)
+        return Proposal(origin, params, distributions, levels, sparsities, attrs)
+
+    def _told(self, slot: Slot) -> float | None:
+        """What the sampler is told: of a stopped slot its estimated loss, by the losses of the space's centre.
+
+        That vector is the same after every restart, and so is what is told.
+        """
+        if slot.state is not SlotState.STOPPED or slot.losses is None:
+            return slot.loss_nats
+        if self._reference is None:
+            return slot.loss_nats
+        return estimated_loss(slot.losses, self._reference)
+
+
+def _origin(seed: Seed) -> str:
+    return seed.name if seed.name.startswith(DESCENT) else f"seed:{seed.name}"

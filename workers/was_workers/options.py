@@ -1,0 +1,51 @@
+"""What a search is asked for, and what it tells of its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from was_search.control import NO_LIMITS, Limits
+from was_search.sampling import SamplerName
+from was_search.slots import Slot
+from was_search.space import SpaceName
+from was_workers.descents import DescentPlan
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a search runs; see :class:`was_search.settings.Settings` for each."""
+
+    target: float
+    sampler: SamplerName
+    radius: float
+    seed: int
+    early_stopping: bool
+    significance: float
+    rung_keep: float
+    trial_timeout: float
+    max_attempts: int
+    descents: DescentPlan | None = None
+    space: SpaceName = "levels"
+    limits: Limits = NO_LIMITS
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """The state of a study, for a progress bar.
+
+    ``best`` is the best complete slot; ``saved`` the share of tokens that stopping early saved; ``current`` the slot
+    that has just finished; ``activity`` what goes on besides evaluations.
+    """
+
+    total: int
+    complete: int
+    stopped: int
+    failed: int
+    best: Slot | None
+    current: Slot | None
+    saved: float = 0.0
+    activity: str = ""
+
+    @property
+    def finished(self) -> int:
+        return self.complete + self.stopped + self.failed
