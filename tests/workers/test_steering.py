@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from tests.workers.test_search_loop import SHAPE, Book, evaluation, seeds
+from tests.workers.test_search_loop import SHAPE, Book, ManyWorkers, evaluation, seeds
 from tests.workers.test_search_loop import Pool as AnsweringPool
 from was_search.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
 from was_search.errors import ResourceError, TransientError
@@ -370,3 +370,27 @@ def test_the_last_figures_are_written_down(loop) -> None:
     loop(ShrinkingBook(9), desk).run()
     assert desk.beats[-1].spent.seconds == pytest.approx(desk.beats[-1].worker_seconds / 2)
     assert desk.beats[-1].spent.seconds > 5.0
+
+
+def test_slots_whose_vectors_were_chosen_ahead_are_dropped_like_others(loop, monkeypatch) -> None:
+    """They are in nobody's hands: a vector that no one asked for keeps no slot, and none is handed out twice."""
+
+    class Pool(ManyWorkers):
+        n_workers = n_loaded = 16
+        gpus_per_worker = 0.0
+
+    monkeypatch.setattr("tests.workers.test_steering.Pool", Pool)
+    book, desk = ShrinkingBook(160), Desk()
+    ahead: list[int] = []
+
+    def each(turn: int) -> None:
+        desk.overrides = Overrides(trials=max(160 - turn, 40))
+        ahead.append(len(run._chooser.ahead))
+
+    run = loop(book, desk, each)
+    slots = run.run()
+    assert max(ahead) >= 1
+    assert len(slots) < 160
+    assert [slot.number for slot in slots] == list(range(len(slots)))
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert sorted(book.finishes) == list(range(len(slots)))
