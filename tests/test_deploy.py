@@ -105,8 +105,15 @@ def manifest_commands() -> Iterator[tuple[str, list[str]]]:
             yield name, words[1:]
 
 
-def flags_of(command: str) -> set[str]:
-    parameters = COMMANDS[command].params
+def command_of(words: list[str]) -> Any:
+    """The command that ``words`` call; a group's is named by two of them."""
+    command = COMMANDS[words[0]]
+    return command.commands[words[1]] if hasattr(command, "commands") else command
+
+
+def flags_of(*words: str) -> set[str]:
+    command = command_of([*words])
+    parameters = command.params
     return {"-h", "--help"} | {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)}
 
 
@@ -122,7 +129,7 @@ def test_named_command_exists(where: str, words: list[str]) -> None:
         assert words[0] in ("--version", "--help", "-h"), f"{where}: was-search has no option {words[0]}"
         return
     assert words[0] in COMMANDS, f"{where}: was-search has no command {words[0]}"
-    unknown = sorted(set(flags) - flags_of(words[0]))
+    unknown = sorted(set(flags) - flags_of(*words[:2]))
     assert not unknown, f"{where}: was-search {words[0]} has no {', '.join(unknown)}"
 
 
@@ -135,7 +142,8 @@ def test_the_texts_name_the_main_commands() -> None:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_flags_named_alone_exist(path: Path) -> None:
     """A flag that stands by itself in the text belongs to was-search, Ray or compose."""
-    ours = set().union(*(flags_of(name) for name in COMMANDS)) | {"--version"}
+    single = [name for name, command in COMMANDS.items() if not hasattr(command, "commands")]
+    ours = set().union(*(flags_of(name) for name in single)) | {"--version"}
     others = {"--env-file", "--num-gpus", "--num-cpus", "--node-ip-address", "--dashboard-host", "--volumes"}
     alone = {line.split()[0] for line in typed_lines(path) if line.startswith("--")}
     assert alone <= ours | others

@@ -15,6 +15,7 @@ from was_search import __version__, cli_control
 from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, STORAGE, Call, app, stderr
 from was_search.cli_command import command as _command
 from was_search.cli_command import option as _option
+from was_search.cli_db import db
 from was_search.cli_submit import register as register_submit
 from was_search.errors import ConfigError, WasError
 from was_search.plan import Plan
@@ -353,6 +354,7 @@ def doctor(
 
 
 register_submit(app)
+app.add_typer(db, name="db")
 
 
 def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
