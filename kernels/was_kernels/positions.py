@@ -12,6 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from was_search.errors import ModelError
 
 
+_CACHES = ("cache", "past_key_values")
+"""What the decoder calls its cache: the name since transformers 5.24, and the one before."""
+
+
 class DensePrefix:
     """Flags the tokens at positions under ``prefix``; hooks on the decoder keep the flags up to date.
 
@@ -21,7 +25,7 @@ class DensePrefix:
        is right; packed sequences restart at 0);
     2. a 2-D ``attention_mask``: the count of real tokens before it;
     3. ``cache_position``;
-    4. the length of ``past_key_values`` plus the place in the input.
+    4. the length of the ``cache`` (``past_key_values`` before transformers 5.24) plus the place in the input.
 
     So a left-padded batch needs 1 or 2; with neither, padding counts as tokens. Padding itself is flagged
     dense, which changes nothing that is read. The flags hold during the decoder's forward only: a block
@@ -79,7 +83,7 @@ def token_positions(given: dict[str, Any], length: int, device: torch.device) ->
             position_ids = position_ids[0]
         return _two_dimensional(position_ids)
     places = torch.arange(length, device=device)
-    cache = given.get("past_key_values")
+    cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     if cache is not None:
         places = places + cache.get_seq_length()  # a tensor for a static cache: never read on the host
     mask = given.get("attention_mask")

@@ -18,10 +18,11 @@ class Cache:
         return self.length
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("length", [5, torch.tensor(5)])
-def test_from_the_cache(length):
-    assert token_positions({}, 3, CPU).tolist() == [[0, 1, 2]]
-    assert token_positions({"past_key_values": Cache(length)}, 2, CPU).tolist() == [[5, 6]]
+def test_from_the_cache(length, name):
+    assert token_positions({name: None}, 3, CPU).tolist() == [[0, 1, 2]]
+    assert token_positions({name: Cache(length)}, 2, CPU).tolist() == [[5, 6]]
 
 
 def test_from_position_ids():
