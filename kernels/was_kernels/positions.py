@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from was_search.errors import ModelError
 
-
 _CACHES = ("cache", "past_key_values")
 """What the decoder calls its cache: the name since transformers 5.24, and the one before."""
 
