@@ -11,17 +11,16 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from was_search import __version__, cli_control
+from was_search import __version__, cli_control, cli_submit
 from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, STORAGE, Call, app, stderr
 from was_search.cli_command import command as _command
 from was_search.cli_command import option as _option
 from was_search.cli_db import db
-from was_search.cli_submit import register as register_submit
 from was_search.errors import ConfigError, WasError
 from was_search.plan import Plan
 from was_search.settings import Settings, load_settings
 
-__all__ = ["app", "cli_control", "main"]
+__all__ = ["app", "cli_control", "cli_submit", "main"]
 
 MODEL: dict[str, Any] = {
     "model": _option(str | None, "Local folder or hub id."),
@@ -353,7 +352,6 @@ def doctor(
         raise typer.Exit(EXIT_ERROR)
 
 
-register_submit(app)
 app.add_typer(db, name="db")
 
 

@@ -243,19 +243,7 @@ class CoordinatorSession:
         finite number makes the slot failed. Not telling Optuna (a crash, a lost connection) loses nothing:
         repeating the call or :meth:`reconcile` does it.
 
-        Args:
-            number: the slot's.
-            attempt: as :meth:`start` gave it.
-            state: COMPLETE, STOPPED or FAILED.
-            losses: the study's fitness, mean nats per token of each sequence seen, [n].
-            loss_nats: their mean; computed where None.
-            nll_nats: mean NLL per token of the same sequences.
-            tokens: predicted tokens evaluated.
-            seconds: of this attempt.
-            achieved: counted sparsity, in [0, 1].
-            worker: who evaluated it.
-            error: why it failed.
-            attrs: further user attributes of the trial.
+        The arguments are the fields of :class:`was_search.hand_out.Result`.
 
         Returns:
             Whether this attempt's result is the slot's.

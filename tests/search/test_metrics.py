@@ -2,27 +2,15 @@ from __future__ import annotations
 
 import socket
 import urllib.request
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.search.test_progress import State
 from was_search.errors import ConfigError, ResourceError
 from was_search.metrics import StudyMetrics, parse_address, served
 from was_search.slots import Slot, SlotState
-
-
-@dataclass(frozen=True)
-class State:
-    total: int = 20
-    finished: int = 0
-    stopped: int = 0
-    failed: int = 0
-    saved: float = 0.0
-    best: Slot | None = None
-    current: Slot | None = None
-    activity: str = ""
-
 
 COMPLETE = Slot(3, SlotState.COMPLETE, loss_nats=1.25, tokens=1000, seconds=2.0)
 STOPPED = Slot(4, SlotState.STOPPED, loss_nats=1.5, tokens=200, seconds=0.5)
