@@ -122,9 +122,8 @@ def evolve(
         offspring = [mutate(units, weights, highest, rng, settings) for _ in range(settings.offspring)]
         scored: list[tuple[FloatArray, Score | None]] = [(child, None) for child in offspring]
         for count, survivors in zip(counts, [*(n for _, n in settings.rounds), 1], strict=True):
-            found = [
-                (child, ledger.evaluate(sparsities_of(child), order[:count], before=before)) for child, before in scored
-            ]
+            scores = ledger.evaluate_many([(sparsities_of(child), before) for child, before in scored], order[:count])
+            found = [(child, score) for (child, _), score in zip(scored, scores, strict=True)]
             found.sort(key=lambda pair: pair[1].loss_nats)
             scored = [*found[:survivors]]
         child, score = scored[0]

@@ -1,17 +1,13 @@
-"""Evaluate many vectors on one small model: thresholds on the device, one CUDA graph for each chunk size.
+"""Evaluate many vectors on one small model: thresholds on the device, forwards replayed from CUDA graphs.
 
-The results are those of :func:`was_search.evaluation.evaluate_thresholds`, which it is tested against. A forward of
-a small model on a large GPU is bound by launching some thousand kernels; a graph launches them at once. For that
-nothing in the forward may ask the host: thresholds are a tensor [L, 7] that the hooks read, token buffers are
-static, and attention is a function of our own without a mask. transformers would compare position ids on the host
-before it decides to need no mask, and build one while a graph is captured, where it cannot compare.
+The results are those of :func:`was_search.evaluation.evaluate_thresholds`, which it is tested against. Nothing in the
+forward may ask the host: thresholds are a tensor that the hooks read, and attention is a function of our own without
+a mask. transformers would compare position ids on the host before it decides to need no mask, and build one while a
+graph is captured, where it cannot compare.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,14 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fast_mask import device_mask
+from benchmarks.fast_mask import masks
+from benchmarks.replays import CHUNKS, Replays
+from was_search.divergence import DenseTop, bucket_log_probs, divergence
 from was_search.evaluation import sequence_nats
 from was_search.protocol import TokenSet
 from was_search.shape import FloatArray, IntArray
 from was_search.structure import Structure
-
-CHUNKS = (64, 32, 16, 8)
-"""Sequences of one forward; an evaluation is made of these, largest first."""
 
 _ATTENTION = "was_causal"
 
@@ -41,6 +36,7 @@ class FastEvaluator:
         structure: its blocks.
         norms: from ``structure_norms``.
         data: the sequences.
+        top: the dense model's top on ``data``; makes the divergence from it the loss instead of the NLL.
         graphs: capture CUDA graphs; None: on a GPU.
     """
 
@@ -51,6 +47,7 @@ class FastEvaluator:
         norms: list[list[Tensor]],
         data: TokenSet,
         *,
+        top: DenseTop | None = None,
         graphs: bool | None = None,
     ) -> None:
         device = next(model.parameters()).device
@@ -59,117 +56,80 @@ class FastEvaluator:
         self._norms = norms
         self._protocol = data.protocol
         self._tokens = torch.as_tensor(data.tokens, device=device)
-        self._thresholds = torch.zeros((len(structure.blocks), 7), device=device)
-        self._graphs = device.type == "cuda" if graphs is None else graphs
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._graphs else None
-        if _has_window(model, data.protocol.sequence_length):
-            self._graphs = False
-        else:
-            _use_causal_attention(model)
+        self._top: tuple[Tensor, Tensor] | None = None
+        if top is not None:
+            self._top = (torch.tensor(top.indices, device=device).long(), torch.tensor(top.log_probs, device=device))
+        self._replays = Replays(self._forward, graphs=use_causal_attention(model, data.protocol, graphs))
 
     @property
     def graphs(self) -> bool:
         """Whether evaluations are replayed from graphs."""
-        return self._graphs
+        return self._replays.graphs
+
+    def losses(self, thresholds: npt.NDArray[np.float32], sequences: IntArray | None = None) -> FloatArray:
+        """Mean nats per predicted token of ``sequences`` (indices [n]; None: all), float64 [n].
+
+        ``thresholds`` are [L, 7], or [n, L, 7] for sequences under thresholds of their own. A sequence's loss may
+        depend in the last digits on the chunk that it is evaluated in.
+        """
+        return self.evaluate(thresholds, sequences)[0]
 
     @torch.no_grad()
-    def losses(self, thresholds: npt.NDArray[np.float32], sequences: IntArray | None = None) -> FloatArray:
-        """Mean nats per predicted token of ``sequences`` (indices [n]; None: all) under ``thresholds`` [L, 7].
-
-        float64 [n]. A sequence's loss may depend in the last digits on the chunk that it is evaluated in.
-        """
+    def evaluate(
+        self, thresholds: npt.NDArray[np.float32], sequences: IntArray | None = None
+    ) -> tuple[FloatArray, IntArray]:
+        """As :meth:`losses`; also the channels dropped outside the dense prefix, int64 [n, L, 7]."""
         wanted = np.arange(len(self._tokens)) if sequences is None else np.asarray(sequences, np.int64)
+        limits = np.ascontiguousarray(thresholds, np.float32)
+        limits = np.broadcast_to(limits, (len(wanted), *limits.shape[-2:]))
         if len(wanted) == 0:
-            return np.zeros(0)
-        padded, sizes = _chunks(wanted)
-        self._thresholds.copy_(torch.from_numpy(np.ascontiguousarray(thresholds, np.float32)))
-        index = torch.as_tensor(padded, device=self._tokens.device)
-        found, start = [], 0
-        for size in sizes:
-            found.append(self._run(index[start : start + size]))
-            start += size
-        nats = torch.cat(found).cpu().numpy().astype(np.float64)
-        return nats[: len(wanted)] / self._protocol.predicted_per_sequence
+            return np.zeros(0), np.zeros(limits.shape, np.int64)
+        order, sizes = _chunks(len(wanted))
+        index = torch.as_tensor(wanted[order], device=self._tokens.device)
+        rows = torch.as_tensor(limits[order], device=self._tokens.device)
+        found = [self._replays(i, t) for i, t in zip(index.split(sizes), rows.split(sizes), strict=True)]
+        nats, dropped = (torch.cat(part)[: len(wanted)].cpu().numpy() for part in zip(*found, strict=True))
+        return nats.astype(np.float64) / self._protocol.predicted_per_sequence, dropped.astype(np.int64)
 
-    def _run(self, index: Tensor) -> Tensor:
-        size = len(index)
-        if self._graphs and size not in self._captured:
-            self._capture(size)
-        if not self._graphs:
-            return self._forward(self._tokens[index])
-        graph, tokens, nats = self._captured[size]
-        torch.index_select(self._tokens, 0, index, out=tokens)
-        graph.replay()
-        return nats.clone()  # the next replay of this graph writes over it
-
-    def _capture(self, size: int) -> None:
-        tokens = self._tokens[:1].repeat(size, 1)
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # compiles kernels, allocates cuBLAS's workspaces
-                    self._forward(tokens)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                nats = self._forward(tokens)
-        except RuntimeError as error:
-            self._graphs = False
-            self._captured.clear()
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"no CUDA graph could be captured, evaluations will be slower: {reason}", stacklevel=2)
-            return
-        self._captured[size] = (graph, tokens, nats)
-
-    def _forward(self, tokens: Tensor) -> Tensor:
-        with self._hooks():
-            return sequence_nats(self._model, tokens, self._protocol.predicted_per_sequence)
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        handles = [
-            linear.register_forward_pre_hook(self._hook(self._norms[b][p], self._thresholds[b, p : p + 1]))
-            for b, p, linear in self._structure.linears()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, norms: Tensor, threshold: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
-        prefix = self._protocol.dense_prefix
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-            return (device_mask(args[0], norms, threshold, prefix),)
-
-        return hook
+    def _forward(self, index: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss of each sequence, float32 [n], and the channels dropped, int32 [n, L, 7]."""
+        tokens, predicted = self._tokens[index], self._protocol.predicted_per_sequence
+        dropped = torch.zeros(thresholds.shape, dtype=torch.int32, device=tokens.device)
+        with masks(self._structure, self._norms, thresholds, dropped, self._protocol.dense_prefix):
+            if self._top is None:
+                return sequence_nats(self._model, tokens, predicted), dropped
+            model: Any = self._model
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=predicted + 1).logits
+        indices, dense = (tensor[index].flatten(0, 1) for tensor in self._top)
+        log_probs, _ = bucket_log_probs(logits[:, :-1].flatten(0, 1).float(), indices)
+        return divergence(dense, log_probs).view(len(index), predicted).sum(dim=1), dropped
 
 
-def _chunks(sequences: IntArray) -> tuple[IntArray, list[int]]:
-    """``sequences`` filled up with repeats to whole chunks, and the chunks' sizes."""
-    sizes, left = [], len(sequences)
+def _chunks(n: int) -> tuple[IntArray, list[int]]:
+    """``0 .. n - 1`` filled up with repeats to whole chunks, and the chunks' sizes, largest first."""
+    sizes, left = [], n
     for size in CHUNKS:
         sizes += [size] * (left // size)
         left %= size
     if left:
         sizes.append(CHUNKS[-1])
-    return np.resize(sequences, sum(sizes)), sizes
+    return np.resize(np.arange(n), sum(sizes)), sizes
 
 
-def _has_window(model: Any, sequence_length: int) -> bool:
+def use_causal_attention(model: Any, protocol: Any, graphs: bool | None = None) -> bool:
+    """Let ``model`` attend without a mask, unless a sliding window binds; whether graphs are to be captured.
+
+    ``graphs`` is what was asked for; None: on a GPU.
+    """
     window = getattr(model.config, "sliding_window", None)
-    return window is not None and window < sequence_length
-
-
-def _use_causal_attention(model: Any) -> None:
+    if window is not None and window < protocol.sequence_length:
+        return False
     # A registered name without a mask function of its own gets no mask from transformers.
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, _causal_attention)
     model.set_attn_implementation(_ATTENTION)
+    return next(model.parameters()).is_cuda if graphs is None else graphs
 
 
 def _causal_attention(

@@ -15,8 +15,8 @@ from was_search.shape import FloatArray, IntArray, ModelShape
 STOP_EVERY = 8
 """Sequences between two early-stopping tests, as with a batch size of 8."""
 
-LossesOf = Callable[[FloatArray, IntArray], FloatArray]
-"""(sparsities [L, 7], indices of sequences [n]) -> mean nats per predicted token of each, float64 [n]."""
+LossesOf = Callable[[list[tuple[FloatArray, IntArray]]], list[FloatArray]]
+"""Of each (sparsities [L, 7], indices of sequences [n]): mean nats per predicted token, float64 [n]."""
 
 
 class Exhausted(Exception):  # noqa: N818 - the ordinary end of a method, not a failure
@@ -148,12 +148,8 @@ class Ledger:
             OutOfTime: the deadline has passed.
             ValueError: a vector off the budget.
         """
-        off = self._shape.sparsity(sparsities) - self._target
-        if not abs(off) <= 1e-9:
-            raise ValueError(f"sparsities: must meet the target {self._target}, off by {off:.3g}")
-        losses = np.full(self.n_sequences, np.nan) if before is None else before.losses.copy()
-        seen = np.zeros(self.n_sequences, bool) if before is None else before.seen.copy()
         wanted = np.arange(self.n_sequences)[slice(sequences) if isinstance(sequences, int | None) else sequences]
+        losses, seen = self._known(sparsities, before)
         todo = wanted[~seen[wanted]]
         if len(todo) * self.tokens_per_sequence > self.left:
             raise Exhausted
@@ -161,7 +157,7 @@ class Ledger:
         for start in range(0, len(todo), step):
             part = todo[start : start + step]
             self.spend(len(part) * self.tokens_per_sequence)
-            losses[part] = self._losses_of(sparsities, part)
+            losses[part] = self._losses_of([(sparsities, part)])[0]
             seen[part] = True
             if rule is not None and start + step < len(todo) and rule.stops(losses[wanted[seen[wanted]]]):
                 stopped = True
@@ -170,6 +166,31 @@ class Ledger:
         if score.full and len(todo):
             self._book(score)
         return score
+
+    def evaluate_many(self, asked: list[tuple[FloatArray, Score | None]], sequences: IntArray) -> list[Score]:
+        """As :meth:`evaluate` for each (sparsities, before) in turn, on the same ``sequences``, but in one call."""
+        known = [self._known(sparsities, before) for sparsities, before in asked]
+        todo = [sequences[~seen[sequences]] for _, seen in known]
+        if sum(map(len, todo)) * self.tokens_per_sequence > self.left:
+            return [self.evaluate(sparsities, sequences, before=before) for sparsities, before in asked]
+        found = self._losses_of([(sparsities, part) for (sparsities, _), part in zip(asked, todo, strict=True)])
+        scores = []
+        for (sparsities, _), (losses, seen), part, new in zip(asked, known, todo, found, strict=True):
+            self.spend(len(part) * self.tokens_per_sequence)
+            losses[part], seen[part] = new, True
+            scores.append(Score(np.array(sparsities, np.float64), losses, seen))
+            if scores[-1].full and len(part):
+                self._book(scores[-1])
+        return scores
+
+    def _known(self, sparsities: FloatArray, before: Score | None) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        """Losses and what was seen, to be filled in; refuses a vector off the budget."""
+        off = self._shape.sparsity(sparsities) - self._target
+        if not abs(off) <= 1e-9:
+            raise ValueError(f"sparsities: must meet the target {self._target}, off by {off:.3g}")
+        if before is None:
+            return np.full(self.n_sequences, np.nan), np.zeros(self.n_sequences, bool)
+        return before.losses.copy(), before.seen.copy()
 
     def at(self, tokens: int) -> Incumbent | None:
         """The incumbent once ``tokens`` were spent; None before the first full evaluation."""

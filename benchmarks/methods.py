@@ -15,6 +15,7 @@ from benchmarks.baselines import EvolutionSettings, RampSettings, evolve, linear
 from benchmarks.ledger import Exhausted, Ledger, Score
 from was_search.descent import DescentOptions, onto_budget
 from was_search.errors import ConfigError
+from was_search.fitness import FitnessName
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
@@ -69,6 +70,7 @@ class Method:
         most_evaluations: greatest budget that it is run to.
         seconds: its own time for one evaluation, roughly, at a hundred parameters: decides the order of jobs.
         random: whether the seed changes anything; else one seed is run.
+        fitness: what its ledger's losses are. For ``kl`` the dense model's top costs one evaluation.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Method:
     most_evaluations: float = float("inf")
     seconds: float = 0.0
     random: bool = True
+    fitness: FitnessName = "nll"
 
 
 METHODS: dict[str, Method] = {}
@@ -98,6 +101,8 @@ def register(method: Method) -> Method:
 def run_method(method: Method, task: Task, ledger: Ledger) -> None:
     """Run ``method`` to its end or to the ledger's."""
     try:
+        if method.fitness == "kl":
+            ledger.spend(ledger.tokens_per_evaluation)
         method.run(task, ledger)
     except Exhausted:
         return
@@ -170,7 +175,7 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
     return run
 
 
-EPOCHS, CHAINS, PER_ROUND = 2, 2, 24
+EPOCHS, CHAINS, PER_ROUND, KL_TOP_K = 2, 2, 24, 64
 """Those of ``was_search.settings.Settings``."""
 
 
@@ -256,7 +261,9 @@ register(
         seconds=0.2,
     )
 )
-register(Method("cmaes", _sampler("cmaes"), settings={"sampler": "CmaEsSampler", "sigma": "a sixth of each range"}))
+_CMAES = {"sampler": "CmaEsSampler", "sigma": "a sixth of each range"}
+register(Method("cmaes", _sampler("cmaes"), settings=_CMAES))
+register(Method("cmaes-kl", _sampler("cmaes"), settings={**_CMAES, "fitness": "kl", "top_k": KL_TOP_K}, fitness="kl"))
 register(
     Method(
         "gp",
@@ -267,13 +274,16 @@ register(
     )
 )
 register(Method("evolution", _evolution, spaces=("levels", "full"), settings=EvolutionSettings().to_json()))
+_DESCENT = {"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))}
+register(Method("descent", _descent, spaces=("-",), settings=_DESCENT, most_evaluations=120, seconds=1.0))
 register(
     Method(
-        "descent",
+        "descent-kl",
         _descent,
         spaces=("-",),
-        settings={"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))},
+        settings={**_DESCENT, "fitness": "kl", "top_k": KL_TOP_K},
         most_evaluations=120,
         seconds=1.0,
+        fitness="kl",
     )
 )

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
+from benchmarks.cache import ArrayCache, Arrays
 from benchmarks.fast_evaluator import FastEvaluator
+from benchmarks.fast_passes import FastPasses
+from benchmarks.methods import KL_TOP_K
 from was_search.calibration import operating_point
 from was_search.descent import DescentOptions
 from was_search.errors import ConfigError
+from was_search.evaluation import dense_top
 from was_search.fingerprint import fingerprint
+from was_search.fitness import FitnessName
 from was_search.histogram import Histograms
 from was_search.model import load_tokenizer, pick_device, pick_dtype, resolve_model
 from was_search.pricing import DEFAULT_GRID
@@ -26,7 +31,8 @@ from was_search.protocol import SPLITS, TokenSet, perplexity
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
-from was_search.table import Table
+from was_search.structure import Structure
+from was_search.table import BlockTable, Table
 from was_search.text import load_text
 from was_search.tokens import tokenise
 from was_workers.worker import Worker, WorkerSpec
@@ -41,11 +47,15 @@ SEED_SEQUENCES = 16
 
 @dataclass(frozen=True)
 class Setup:
-    """Model, data and what seeds are made of. The defaults are the demo's."""
+    """Model, data and what seeds are made of. The defaults are the demo's.
+
+    ``cache`` is a folder for greedy tables and the ends of descents; "" keeps none.
+    """
 
     model: str = str(DEMO / "model")
     data: str = str(DEMO / "text")
     device: str = "auto"
+    cache: str = ""
     dtype: str = "float32"
     tf32: bool = False
     score: ScoreKind = "l2"
@@ -77,7 +87,7 @@ class Setup:
 
     def identity(self) -> dict[str, Any]:
         """What decides results, without places: the model and the data count by their hashes."""
-        own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "device")}
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "device", "cache")}
         return {**own, "seed_descent": {**asdict(SEED_DESCENT), "sequences": SEED_SEQUENCES}}
 
     def tokens(self) -> dict[str, TokenSet]:
@@ -130,7 +140,10 @@ class Engine:
         self.worker = Worker(spec)
         self.info = self.worker.prepare()
         self.loaded = self.worker._model()
-        self.fast = FastEvaluator(self.loaded.model, self.loaded.structure, self.loaded.norms, self.data["search"])
+        self.run_pass = FastPasses(*self._masked, self.data["calibration"], count_op=self.loaded.ops.count)
+        self.evaluators = {split: FastEvaluator(*self._masked, self.data[split]) for split in ("search", "test")}
+        self._divergence: FastEvaluator | None = None
+        self._cache = ArrayCache(self.setup.cache)
         self._histograms: tuple[float, Histograms] | None = None
         self._confirmed: dict[tuple[float, bytes], dict[str, Any]] = {}
 
@@ -138,13 +151,44 @@ class Engine:
     def shape(self) -> ModelShape:
         return self.info.shape
 
-    def run_pass(self, thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
-        """A pass over the calibration split: histograms, and achieved sparsities [L, 7]."""
+    @property
+    def graphs(self) -> bool:
+        """Whether evaluations are replayed from CUDA graphs."""
+        return self.evaluators["search"].graphs
+
+    @property
+    def _masked(self) -> tuple[nn.Module, Structure, list[list[Tensor]]]:
+        return self.loaded.model, self.loaded.structure, self.loaded.norms
+
+    def fitness(self, name: FitnessName) -> FastEvaluator:
+        """What losses on the search split are taken by; the dense model's top is made at the first use of ``kl``."""
+        if name == "nll":
+            return self.evaluators["search"]
+        if self._divergence is None:
+            data = self.data["search"]
+            predicted, batch = data.protocol.predicted_per_sequence, data.protocol.batch_size
+            top = dense_top(self.loaded.model, data.tokens, KL_TOP_K, predicted=predicted, batch_size=batch)
+            self._divergence = FastEvaluator(*self._masked, data, top=top)
+        return self._divergence
+
+    def block_table(self, block: int, dense: Histograms) -> BlockTable:
+        """Greedy table of one block, from the cache if it is there."""
         data = self.data["calibration"]
-        found, seen, dropped = self.worker.histograms(
-            data.tokens, thresholds, data.protocol.batch_size, data.protocol.dense_prefix
+        tokens = data.tokens[: self.setup.greedy_sequences]
+
+        def make() -> Arrays:
+            found = self.worker.block_table(
+                block, tokens, dense, data.protocol.batch_size, data.protocol.dense_prefix, GREEDY_STEP
+            )
+            return {"levels": found.levels, "sparsities": found.sparsities}
+
+        return BlockTable(
+            **self._cache.get((*self._identity, "greedy", block, tokens, dense.counts, GREEDY_STEP), make)
         )
-        return found, dropped / np.maximum(seen, 1)
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        return self.info.device, self.setup.fingerprint(), self.setup.identity()
 
     def descend(
         self,
@@ -155,20 +199,26 @@ class Engine:
         per_round: int,
         seed: int,
     ) -> FloatArray:
-        """One descent as a worker of a search runs it."""
+        """One descent as a worker of a search runs it, from the cache if it is there."""
         data = self.data["slope"]
-        return self.worker.descend(
-            data.tokens,
-            histograms,
-            start,
-            target,
-            options,
-            per_round,
-            data.protocol.batch_size,
-            data.protocol.dense_prefix,
-            data.protocol.predicted_per_sequence,
-            seed,
-        )
+
+        def make() -> Arrays:
+            end = self.worker.descend(
+                data.tokens,
+                histograms,
+                start,
+                target,
+                options,
+                per_round,
+                data.protocol.batch_size,
+                data.protocol.dense_prefix,
+                data.protocol.predicted_per_sequence,
+                seed,
+            )
+            return {"end": end}
+
+        decides = (data.tokens, histograms.counts, start, target, asdict(options), per_round, seed)
+        return self._cache.get((*self._identity, "descent", *decides), make)["end"]
 
     def histograms_of(self, problem: Problem) -> Histograms:
         """The problem's histograms, unpacked once for runs of the same target."""
@@ -177,15 +227,21 @@ class Engine:
             self._histograms = (problem.target, found)
         return self._histograms[1]
 
-    def losses(self, problem: Problem, sparsities: FloatArray, sequences: IntArray) -> FloatArray:
-        """Losses on the search split under the problem's shared thresholds: what a ledger evaluates with."""
-        return self.fast.losses(self.histograms_of(problem).thresholds(sparsities), sequences)
+    def losses(
+        self, problem: Problem, asked: list[tuple[FloatArray, IntArray]], fitness: FitnessName = "nll"
+    ) -> list[FloatArray]:
+        """Losses on the search split under the problem's shared thresholds: what a ledger evaluates with.
+
+        ``asked`` are vectors [L, 7] and the sequences that each is evaluated on.
+        """
+        histograms = self.histograms_of(problem)
+        counts = [len(sequences) for _, sequences in asked]
+        rows = np.repeat([histograms.thresholds(sparsities) for sparsities, _ in asked], counts, axis=0)
+        found = self.fitness(fitness).losses(rows, np.concatenate([sequences for _, sequences in asked]))
+        return np.split(found, np.cumsum(counts)[:-1])
 
     def confirm(self, problem: Problem, sparsities: FloatArray) -> dict[str, Any]:
-        """Thresholds re-taken at the vector's own operating point, and its losses there on the search and test split.
-
-        By the reference evaluator, which also counts the sparsity achieved on each split.
-        """
+        """Thresholds re-taken at the vector's own operating point; loss and achieved sparsity there of both splits."""
         key = (problem.target, sparsities.tobytes())
         if key not in self._confirmed:
             # The shared point is near, so fewer passes are needed than from the dense model.
@@ -193,28 +249,25 @@ class Engine:
                 self.run_pass, self.histograms_of(problem), sparsities, problem.shape
             )
             row: dict[str, Any] = {"achieved": {"calibration": problem.shape.sparsity(achieved)}, "passes": passes}
-            for split in ("search", "test"):
-                found = self.worker.evaluate_thresholds(self.data[split], thresholds)
-                row[f"{split}_nats"] = found.loss_nats
-                row["achieved"][split] = problem.shape.sparsity(found.achieved)
+            for split, evaluator in self.evaluators.items():
+                losses, dropped = evaluator.evaluate(thresholds)
+                row[f"{split}_nats"] = float(losses.mean())
+                row["achieved"][split] = problem.shape.sparsity(dropped.mean(axis=0) / self._channels(split))
             row["test_perplexity"] = perplexity(row["test_nats"])
             self._confirmed[key] = row
         return dict(self._confirmed[key])
+
+    def _channels(self, split: str) -> IntArray:
+        """Of one sequence outside the dense prefix, [L, 7]."""
+        protocol = self.data[split].protocol
+        return np.asarray(self.shape.in_features) * (protocol.sequence_length - protocol.dense_prefix)
 
 
 def prepare(engine: Engine, targets: list[float]) -> list[Problem]:
     """Seeds and shared thresholds at each target, as ``was_search.api`` makes them."""
     setup, shape = engine.setup, engine.shape
-    tokens = engine.data["calibration"].tokens
     dense, _ = engine.run_pass(None)
-    protocol = engine.data["calibration"].protocol
-    blocks = [
-        engine.worker.block_table(
-            b, tokens[: setup.greedy_sequences], dense, protocol.batch_size, protocol.dense_prefix, GREEDY_STEP
-        )
-        for b in range(shape.n_blocks)
-    ]
-    greedy = Table("greedy", tuple(blocks))
+    greedy = Table("greedy", tuple(engine.block_table(b, dense) for b in range(shape.n_blocks)))
     dense_prices = _prices(engine, dense)
     problems = []
     for target in targets:

@@ -48,7 +48,7 @@ class Job:
 
     @property
     def expected_seconds(self) -> float:
-        """Rough, to start long runs first: a method's own time grows with the number of parameters."""
+        """Rough, to start a seed's long runs first: a method's own time grows with the number of parameters."""
         dimensions = {"full": 3.0, "-": 0.3}.get(self.space, 1.0)
         method = METHODS[self.method]
         return self.checkpoints[-1] * (0.01 * method.random + method.seconds * dimensions)
@@ -85,7 +85,10 @@ def jobs(
     checkpoints: tuple[float, ...],
     identity: dict[str, Any],
 ) -> list[Job]:
-    """All runs, longest first. ``identity`` is the model, the data and how the problem is prepared."""
+    """All runs, seed by seed, the longest first of each.
+
+    ``identity`` is the model, the data and how the problem is prepared.
+    """
     found = []
     for name, space in chosen:
         method = METHODS[name]
@@ -94,7 +97,7 @@ def jobs(
             for seed in range(seeds if method.random else 1):
                 key = content_hash(1, identity, method.name, method.settings, space, target, seed, radius, own)[:16]
                 found.append(Job(key, method.name, space, target, seed, radius, own))
-    return sorted(found, key=lambda job: -job.expected_seconds)
+    return sorted(found, key=lambda job: (job.seed, -job.expected_seconds))
 
 
 def run_job(engine: Engine, problem: Problem, job: Job, deadline: float = float("inf")) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def run_job(engine: Engine, problem: Problem, job: Job, deadline: float = float(
     """
     method, data = METHODS[job.method], engine.data["search"].protocol
     ledger = Ledger(
-        lambda sparsities, sequences: engine.losses(problem, sparsities, sequences),
+        lambda asked: engine.losses(problem, asked, method.fitness),
         problem.shape,
         problem.target,
         n_sequences=data.n_sequences,

@@ -57,7 +57,7 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
         "setup": setup.identity(),
         "device": engine.info.device,
         "processes": options.processes,
-        "graphs": engine.fast.graphs,
+        "graphs": engine.graphs,
         "versions": versions(),
         "commit": commit(),
     }
@@ -71,6 +71,7 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
             "seed": job.seed,
             "radius": job.radius,
             "settings": METHODS[job.method].settings,
+            "fitness": METHODS[job.method].fitness,
             "tokens_per_evaluation": data["search"].protocol.n_sequences * setup.sequence_length,
             **found,
             **common,

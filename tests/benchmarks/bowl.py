@@ -30,9 +30,9 @@ class Bowl:
     def loss(self, sparsities: np.ndarray) -> float:
         return 2.0 + float(np.square(sparsities - self.best).sum())
 
-    def losses(self, sparsities: np.ndarray, sequences: np.ndarray) -> np.ndarray:
-        self.calls.append(len(sequences))
-        return self.loss(sparsities) + self.noise[sequences]
+    def losses(self, asked: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        self.calls += [len(sequences) for _, sequences in asked]
+        return [self.loss(sparsities) + self.noise[sequences] for sparsities, sequences in asked]
 
 
 def seeds() -> list[Seed]:

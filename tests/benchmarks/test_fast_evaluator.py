@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from benchmarks.fast_evaluator import FastEvaluator
-from was_search.evaluation import evaluate_thresholds
+from was_search.divergence import DenseTop
+from was_search.evaluation import dense_top, evaluate_thresholds
 from was_search.masking import structure_norms
 from was_search.structure import find_structure
 
@@ -13,9 +14,17 @@ THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float3
 THRESHOLDS[0, 3] = 0.0
 
 
-def reference(model, data, thresholds):
+def evaluated(model, data, thresholds, top=None):
     structure = find_structure(model)
-    return evaluate_thresholds(model, structure, structure_norms(structure, "l2"), data, thresholds).losses
+    return evaluate_thresholds(model, structure, structure_norms(structure, "l2"), data, thresholds, top=top)
+
+
+def reference(model, data, thresholds):
+    return evaluated(model, data, thresholds).losses
+
+
+def top_of(model, data) -> DenseTop:
+    return dense_top(model, data.tokens, 7, predicted=data.protocol.predicted_per_sequence, batch_size=8)
 
 
 def fast(model, data, **options) -> FastEvaluator:
@@ -39,6 +48,37 @@ def test_any_sequences_in_any_order(make_llama, token_set, chosen):
     expected = reference(make_llama(), token_set, THRESHOLDS)
     found = fast(make_llama(), token_set).losses(THRESHOLDS, np.array(chosen))
     np.testing.assert_allclose(found, expected[chosen], atol=1e-5)
+
+
+def test_each_sequence_under_thresholds_of_its_own(make_llama, token_set):
+    chosen = np.array([3, 3, 70, 12, 3])
+    factors = [1.0, 0.0, 2.0, 0.5, 3.0]
+    found = fast(make_llama(), token_set).losses(np.stack([THRESHOLDS * np.float32(f) for f in factors]), chosen)
+    model = make_llama()
+    expected = [
+        reference(model, token_set, THRESHOLDS * np.float32(f))[i] for f, i in zip(factors, chosen, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_is_dropped_is_counted(make_llama, token_set):
+    """No channel may differ: both compare the same float32 scores."""
+    _, dropped = fast(make_llama(), token_set).evaluate(THRESHOLDS)
+    expected = evaluated(make_llama(), token_set, THRESHOLDS)
+    structure = find_structure(make_llama())
+    channels = np.asarray(structure.shape.in_features) * (17 - 2)
+    np.testing.assert_allclose(dropped.mean(axis=0) / channels, expected.achieved, atol=1e-4)
+    assert dropped[:, 0, 3].max() == 0
+
+
+@pytest.mark.parametrize("chosen", [[5], list(range(70, 30, -1)), list(range(75))])
+def test_divergence_from_the_dense_model(make_llama, token_set, chosen):
+    model = make_llama()
+    top = top_of(model, token_set)
+    expected = evaluated(model, token_set, THRESHOLDS, top).losses
+    evaluator = fast(make_llama(), token_set, top=top)
+    np.testing.assert_allclose(evaluator.losses(THRESHOLDS, np.array(chosen)), expected[chosen], atol=1e-5)
+    assert np.abs(evaluator.losses(THRESHOLDS * 0)).max() < 1e-5
 
 
 def test_no_sequences(make_llama, token_set):
@@ -103,5 +143,10 @@ def test_graphs_on_a_gpu(make_llama, token_set):
             found = evaluator.losses(thresholds, np.arange(n))
             # float32 without TF32, other kernels: 1e-4 of losses of about 5 nats
             np.testing.assert_allclose(found, expected[:n], atol=1e-4)
+    top = top_of(model, token_set)
+    divergences = fast(make_llama().cuda(), token_set, top=top)
+    expected = evaluated(model, token_set, THRESHOLDS, top).losses
+    np.testing.assert_allclose(divergences.losses(THRESHOLDS), expected, atol=1e-4)
+    assert divergences.graphs
     assert evaluator.graphs
-    assert sorted(evaluator._captured) == [8, 16, 32, 64]
+    assert evaluator._replays.sizes == [8, 16, 32, 64]

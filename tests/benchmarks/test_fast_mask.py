@@ -14,13 +14,21 @@ SHAPES = [(1, 1, 1), (3, 5, 7), (2, 9, 128), (5, 33, 24)]
 
 
 def check(device: str, shape: tuple[int, ...], dtype: torch.dtype, threshold: float, prefix: int) -> None:
-    """Bit for bit the reference behind the prefix, and the input itself within it."""
+    """Bit for bit the reference behind the prefix, and the input itself within it; a threshold for each sequence."""
     torch.manual_seed(0)
     x = torch.randn(shape, device=device).to(dtype)
     norms = torch.rand(shape[-1], device=device)
-    found = device_mask(x, norms, torch.tensor([threshold], device=device), prefix)
-    expected = torch.cat([x[:, :prefix], masked(x[:, prefix:], norms, threshold)], dim=1)
-    assert torch.equal(found, expected)
+    n = shape[0]
+    # Strided views, as of one projection among many.
+    thresholds = (threshold * torch.arange(1, n + 1, device=device))[:, None].expand(n, 2).contiguous()[:, 1]
+    counts = torch.full((n, 3), 5, dtype=torch.int32, device=device)
+    found = device_mask(x, norms, thresholds, prefix, counts[:, 2])
+    for i in range(n):
+        body = masked(x[i, prefix:], norms, float(thresholds[i]))
+        assert torch.equal(found[i], torch.cat([x[i, :prefix], body]))
+        score = x[i, prefix:].abs().float() * norms
+        assert int(counts[i, 2]) == 5 + int((score < thresholds[i]).sum())
+    assert (counts[:, :2] == 5).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

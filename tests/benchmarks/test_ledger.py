@@ -33,6 +33,34 @@ def test_what_was_seen_is_not_charged_again(ledger, bowl):
     np.testing.assert_allclose(whole.losses, bowl.loss(UNIFORM) + bowl.noise, atol=1e-12)
 
 
+def test_several_vectors_at_once_count_like_one_by_one(ledger, bowl):
+    """Also where the budget ends among them."""
+    order = np.array([3, 0, 9, 5])
+    vectors = [UNIFORM, bowl.best, 0.5 * (UNIFORM + bowl.best)]
+    at_once, singly = ledger(2), ledger(2)
+    first = at_once.evaluate_many([(vector, None) for vector in vectors], order)
+    each = [singly.evaluate(vector, order) for vector in vectors]
+    for found, expected in zip(first, each, strict=True):
+        np.testing.assert_array_equal(found.losses, expected.losses)
+        np.testing.assert_array_equal(found.seen, expected.seen)
+    every = np.arange(N_SEQUENCES)
+    with pytest.raises(Exhausted):
+        at_once.evaluate_many(list(zip(vectors, first, strict=True)), every)
+    singly.evaluate(vectors[0], before=each[0])
+    with pytest.raises(Exhausted):
+        singly.evaluate(vectors[1], before=each[1])
+    assert at_once.spent == singly.spent == (3 * 4 + 12) * TOKENS
+    assert at_once.at(at_once.spent).loss_nats == pytest.approx(bowl.loss(UNIFORM), abs=1e-12)
+    with pytest.raises(ValueError, match="off by"):
+        at_once.evaluate_many([(UNIFORM + 1e-8, None)], order)
+
+
+def test_each_of_several_is_booked_at_its_own_tokens(ledger, bowl):
+    book = ledger(3)
+    book.evaluate_many([(UNIFORM, None), (bowl.best, None)], np.arange(N_SEQUENCES))
+    assert [i.tokens for i in book.incumbents] == [N_SEQUENCES * TOKENS, 2 * N_SEQUENCES * TOKENS]
+
+
 def test_nothing_is_done_that_the_budget_does_not_cover(ledger, bowl):
     book = ledger(1.5)
     book.evaluate(UNIFORM)

@@ -25,12 +25,14 @@ class Engine:
         protocol = EvaluationProtocol("x", "ab", "search", 10, 10, 16, False, "float32", 8, 1)
         self.data = {"search": TokenSet(protocol, np.zeros((16, 10), np.int64))}
         self.confirmed = 0
+        self.fitnesses = set()
 
     def histograms_of(self, problem):
         return None  # the bowl has no thresholds
 
-    def losses(self, problem, sparsities, sequences):
-        return self.bowl.losses(sparsities, sequences)
+    def losses(self, problem, asked, fitness):
+        self.fitnesses.add(fitness)
+        return self.bowl.losses(asked)
 
     def confirm(self, problem, sparsities):
         self.confirmed += 1
@@ -62,14 +64,14 @@ def test_refuses_unknown_methods_and_spaces():
         pairs(["evolution:additive"])
 
 
-def test_one_run_of_what_is_not_random_and_the_longest_first():
+def test_one_run_of_what_is_not_random_and_seed_by_seed_the_longest_first():
     found = make("uniform", "random:levels", "gp:full")
     assert [(job.method, job.seed) for job in found] == [
         ("gp", 0),
-        ("gp", 1),
         ("random", 0),
-        ("random", 1),
         ("uniform", 0),
+        ("gp", 1),
+        ("random", 1),
     ]
 
 
@@ -104,6 +106,13 @@ def test_a_row_holds_the_incumbent_at_every_checkpoint(engine, bowl):
     losses = [c["test_nats"] for c in row["checkpoints"]]
     assert losses == sorted(losses, reverse=True)
     np.testing.assert_allclose(bowl.loss(np.array(row["sparsities"])) + 0.5, losses[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "fitness"), [("cmaes", "nll"), ("cmaes-kl", "kl")])
+def test_a_ledger_takes_the_losses_of_its_methods_fitness(engine, name, fitness):
+    row = run_job(engine, PROBLEM, make(f"{name}:levels", checkpoints=(6.0,))[0])
+    assert engine.fitnesses == {fitness}
+    assert row["full_evaluations"] == (6 if fitness == "nll" else 5)
 
 
 def test_a_method_that_ends_early_keeps_its_vector(engine):

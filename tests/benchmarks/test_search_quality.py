@@ -17,6 +17,7 @@ from benchmarks.problem import Setup
 from benchmarks.rows import read_rows
 from benchmarks.search_quality import main
 from was_search.settings import Settings
+from was_workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -57,6 +58,22 @@ def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
     assert len(read_rows(output)) == 3
     assert main(["--summary", "--output", str(output)]) == 0
     assert "cmaes:full" in capsys.readouterr().out
+
+
+def test_divergence_as_the_fitness_and_a_cache(coarse, tmp_path, monkeypatch):
+    """The search's own losses are divergences, what is reported is the NLL; the greedy table is made once."""
+    found = []
+    for name in ("a", "b"):
+        output = tmp_path / f"{name}.jsonl"
+        options = ["--methods", "cmaes-kl:levels", "--output", str(output), "--cache", str(tmp_path / "cache")]
+        assert main([*TINY, *options, "--evaluations", "5"]) == 0
+        (row,) = read_rows(output)
+        assert (row["fitness"], row["full_evaluations"]) == ("kl", 4)
+        found.append(row["checkpoints"])
+        monkeypatch.setattr(Worker, "block_table", None)
+    assert found[0] == found[1]
+    last = found[0][-1]
+    assert 0.0 < last["search_nats_shared_thresholds"] < 1.5 < last["search_nats"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""Take score histograms of one small model again and again, replayed from CUDA graphs.
+
+The results are those of :func:`was_search.calibration.histogram_pass`, which it is tested against.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from benchmarks.fast_evaluator import use_causal_attention
+from benchmarks.fast_mask import masks
+from benchmarks.replays import CHUNKS, Replays
+from was_search.histogram import N_BINS, CountOp, Histograms, bin_counts
+from was_search.protocol import TokenSet
+from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.structure import Structure
+
+
+class FastPasses:
+    """Passes over ``data``; what :data:`was_search.calibration.PassRunner` describes. Not thread-safe.
+
+    Changes the model's attention implementation as :class:`benchmarks.fast_evaluator.FastEvaluator` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        norms: list[list[Tensor]],
+        data: TokenSet,
+        *,
+        count_op: CountOp = bin_counts,
+    ) -> None:
+        self._backbone = getattr(model, "model", model)
+        self._structure = structure
+        self._norms = norms
+        self._prefix = data.protocol.dense_prefix
+        self._tokens = torch.as_tensor(data.tokens, device=next(model.parameters()).device)
+        self._count_op = count_op
+        self._replays = Replays(self._forward, graphs=use_causal_attention(model, data.protocol))
+
+    @torch.no_grad()
+    def __call__(self, thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
+        """Histograms under ``thresholds`` [L, 7] (None: dense), and the sparsities achieved, float64 [L, 7]."""
+        shape = (len(self._structure.blocks), N_PROJECTIONS)
+        limits = np.zeros(shape, np.float32) if thresholds is None else np.ascontiguousarray(thresholds, np.float32)
+        rows = torch.as_tensor(limits, device=self._tokens.device)
+        index = torch.arange(len(self._tokens), device=self._tokens.device)
+        counts = torch.zeros((*shape, N_BINS), dtype=torch.int64, device=index.device)
+        dropped = torch.zeros(shape, dtype=torch.int64, device=index.device)
+        for part in index.split(_sizes(len(index))):
+            found = self._replays(part, rows.expand(len(part), *shape))
+            counts += found[0]
+            dropped += found[1].sum(dim=0)
+        histograms = Histograms(counts.cpu().numpy())
+        seen = np.maximum(histograms.counts.sum(axis=-1), 1)
+        return histograms, dropped.cpu().numpy() / seen
+
+    def _forward(self, index: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        counts = torch.zeros((*thresholds.shape[1:], N_BINS), dtype=torch.int64, device=index.device)
+        dropped = torch.zeros(thresholds.shape, dtype=torch.int32, device=index.device)
+
+        def observe(b: int, p: int, scores: Tensor) -> None:
+            counts[b, p] += self._count_op(scores)
+
+        with masks(self._structure, self._norms, thresholds, dropped, self._prefix, observe):
+            self._backbone(input_ids=self._tokens[index], use_cache=False)
+        return counts, dropped
+
+
+def _sizes(n: int) -> list[int]:
+    """Chunks of ``n`` sequences, the rest as one of its own: what is counted may not be filled up."""
+    sizes, left = [], n
+    for size in CHUNKS:
+        sizes += [size] * (left // size)
+        left %= size
+    return [*sizes, left] if left else sizes

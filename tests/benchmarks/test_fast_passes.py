@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.fast_passes import FastPasses
+from was_search.calibration import histogram_pass
+from was_search.masking import structure_norms
+from was_search.structure import find_structure
+
+THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
+
+
+def reference(model, data, thresholds):
+    structure = find_structure(model)
+    norms = structure_norms(structure, "l2")
+    found, seen, dropped = histogram_pass(
+        model, structure, norms, data.tokens, thresholds, batch_size=8, dense_prefix=data.protocol.dense_prefix
+    )
+    return found.counts, dropped / seen
+
+
+def check(model, other, data) -> None:
+    """float32 scores in other batches may fall into the next bin: a few of 26,250 or more a projection."""
+    structure = find_structure(model)
+    passes = FastPasses(model, structure, structure_norms(structure, "l2"), data)
+    for thresholds in (None, THRESHOLDS, THRESHOLDS * 2):
+        counts, achieved = reference(other, data, thresholds)
+        histograms, found = passes(thresholds)
+        assert np.abs(histograms.counts - counts).sum(axis=-1).max() <= 20
+        np.testing.assert_array_equal(histograms.counts.sum(axis=-1), counts.sum(axis=-1))
+        np.testing.assert_allclose(found, achieved, atol=2e-4)
+
+
+def test_passes_are_those_of_the_reference(make_llama, token_set):
+    check(make_llama(), make_llama(), token_set)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_passes_on_a_gpu(make_llama, token_set):
+    check(make_llama().cuda(), make_llama().cuda(), token_set)
