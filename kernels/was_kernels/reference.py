@@ -59,3 +59,9 @@ def sparse_gemv_reference(
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Llama's RMSNorm over the last axis: the mean of squares in float32, one rounding before the weight, one after."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from was_kernels.counting import ProjectionCount
+from was_kernels.gather_gemv import HALF, MAX_CHANNELS, gather_gemv
+from was_kernels.gather_gemv import MAX_ROWS as FEW_ROWS
 from was_kernels.positions import DensePrefix
 from was_kernels.reference import kept_channels, score_mask_reference
 
@@ -17,8 +19,8 @@ MAX_ROWS = 16
 class SparseLinear(nn.Module):
     """Replaces an ``nn.Linear`` in place: same parameters, weight held column-major, inputs masked.
 
-    One-token steps of up to 16 rows use the Triton sparse GEMV (``triton=True``); everything else masks the
-    input and multiplies densely. For inference: the GEMV passes no gradient.
+    One-token steps of up to 16 rows use the Triton sparse GEMV (``triton=True``), those of up to 8 rows the CUDA one
+    (``counters``); everything else masks the input and multiplies densely. For inference: neither passes a gradient.
 
     The linear's own weight parameter is kept, so its identity, name and dtype stay; only its storage changes
     to [in_features, out_features]. One weight at a time exists twice, for the moment of the copy.
@@ -29,10 +31,18 @@ class SparseLinear(nn.Module):
         threshold: the score under which a channel is dropped; zero or less drops nothing.
         prefix: tells which tokens are dense; None masks every token.
         triton: use the Triton kernels.
+        counters: of :func:`was_kernels.gather_gemv.counters`, to use the CUDA kernel where it fits; None: never.
     """
 
     def __init__(
-        self, linear: nn.Linear, norms: Tensor, threshold: float, *, prefix: DensePrefix | None, triton: bool
+        self,
+        linear: nn.Linear,
+        norms: Tensor,
+        threshold: float,
+        *,
+        prefix: DensePrefix | None,
+        triton: bool,
+        counters: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features = linear.in_features
@@ -52,6 +62,8 @@ class SparseLinear(nn.Module):
 
             self._mask_op = score_mask
             self._gemv = sparse_gemv
+        fits = self.out_features % 8 == 0 and self.in_features <= MAX_CHANNELS and self.weight.dtype in HALF
+        self._counters = counters if fits else None
         self.train(linear.training)
         self.weight.data = self.weight.data.t().contiguous().t()
 
@@ -73,6 +85,17 @@ class SparseLinear(nn.Module):
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, self.threshold), dense)
         if self.threshold <= 0.0:
             return F.linear(x, self.weight, self.bias)
+        if self._counters is not None and one_token and rows <= FEW_ROWS and x.dtype == self.weight.dtype:
+            y = gather_gemv(
+                x.reshape(rows, self.in_features),
+                [self.weight_t],
+                [self.norms],
+                [self.threshold],
+                [self.bias],
+                self._counters,
+                dense=dense,
+            )
+            return y.view(*x.shape[:-1], self.out_features)
         if self._triton and one_token and rows <= MAX_ROWS and x.dtype == self.weight.dtype:
             flat = x.reshape(rows, self.in_features)
             y = self._gemv(flat, self.weight_t, self.norms, self.threshold, self.bias, dense)

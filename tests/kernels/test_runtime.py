@@ -273,11 +273,15 @@ def test_sparsifying_twice_is_refused():
 def test_backends_and_models_that_cannot_run_are_refused():
     model = tiny_model()
     plan = tiny_plan(model)
-    with pytest.raises(ConfigError, match="backend: must be auto, triton or reference, got 'cuda'"):
+    with pytest.raises(ConfigError, match="backend: must be auto, cuda, triton or reference, got 'fast'"):
+        sparsify(model, plan, backend="fast")
+    with pytest.raises(ConfigError, match="backend: cuda takes float16 and bfloat16"):
         sparsify(model, plan, backend="cuda")
     if not torch.cuda.is_available():
         with pytest.raises(ResourceError, match=r"backend triton: .*use backend auto or reference"):
             sparsify(model.float(), plan, backend="triton")
+        with pytest.raises(ResourceError, match=r"backend cuda: no CUDA device; use backend auto or reference"):
+            sparsify(model.half(), plan, backend="cuda")
     shared = copy.deepcopy(model)
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ModelError, match="share one weight"):

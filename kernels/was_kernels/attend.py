@@ -1,0 +1,218 @@
+"""Attention of one decoding step over a static cache, in one launch of CUDA C++ (``cuda/attend.cu``).
+
+A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it is plain torch of the same meaning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from was_kernels.nvrtc import SOURCES, address, ceil_div, cuda_kernel
+from was_kernels.reference import rms_norm
+
+HEAD_SIZES = (64, 128, 256)
+
+
+class _Strides(ctypes.Structure):
+    _fields_ = (("batch", ctypes.c_longlong), ("head", ctypes.c_longlong), ("position", ctypes.c_longlong))
+
+
+def _launch_attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    arrived: Tensor,
+    query_heads: int,
+    scaling: float,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    epsilon: float,
+    mask: Tensor | None,
+) -> Tensor:
+    rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
+    queries = query_heads // heads
+    out = torch.empty((rows, query_heads * head), dtype=qkv.dtype, device=qkv.device)
+    warps, unroll = (8, 4) if queries == 1 else (8, 2) if queries <= 4 and head <= 128 else (4, 1)
+    streams = warps * 32 * 8 // head
+    # Enough splits that one round of every stream covers a usual cache, at most what fills the device once.
+    processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    splits = max(1, min(16, ceil_div(longest, streams * unroll), 2 * processors // (rows * heads)))
+    parts = torch.empty(rows * heads * splits * queries * (head + 2), dtype=torch.float32, device=qkv.device)
+    major = torch.cuda.get_device_capability(qkv.device)[0]
+    macros = {
+        "BF16": int(qkv.dtype == torch.bfloat16),
+        "HEAD": head,
+        "QUERIES": queries,
+        "WARPS": warps,
+        "UNROLL": unroll,
+        "NORMED": int(q_norm is not None),
+        "PDL": int(major >= 9),
+    }
+    kernel = cuda_kernel(SOURCES / "attend.cu", "attend", macros, qkv.device.index or 0)
+    size = qkv.element_size() * head
+    arguments = [
+        address(qkv),
+        ctypes.c_void_p(qkv.data_ptr() + query_heads * size),
+        ctypes.c_void_p(qkv.data_ptr() + (query_heads + heads) * size),
+        address(cos),
+        address(sin),
+        address(q_norm),
+        address(k_norm),
+        address(keys),
+        address(values),
+        address(mask),
+        address(length),
+        address(out),
+        address(parts),
+        address(arrived),
+        _Strides(*keys.stride()[:3]),
+        _Strides(*values.stride()[:3]),
+        ctypes.c_longlong(cos.stride(0) if cos.shape[0] > 1 else 0),
+        ctypes.c_longlong(0 if mask is None or mask.shape[0] == 1 else mask.stride(0)),
+        ctypes.c_longlong(qkv.stride(0)),
+        ctypes.c_float(scaling),
+        ctypes.c_float(epsilon),
+        ctypes.c_int(heads),
+        ctypes.c_int(longest),
+    ]
+    kernel.launch((rows * heads, splits), warps * 32, arguments, overlap=major >= 9)
+    return out
+
+
+def _attend_reference(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_heads: int,
+    scaling: float,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    epsilon: float,
+    mask: Tensor | None,
+) -> Tensor:
+    rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
+    q, k, v = torch.split(qkv.view(rows, -1, head), [query_heads, heads, heads], dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, epsilon), rms_norm(k, k_norm, epsilon)
+    q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    at = length.reshape(1)
+    keys.index_copy_(2, at, k.unsqueeze(2))
+    values.index_copy_(2, at, v.unsqueeze(2))
+    seen = (torch.arange(longest, device=qkv.device) <= length).view(1, 1, 1, -1)
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    groups = query_heads // heads
+    wide_keys, wide_values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), wide_keys, wide_values, attn_mask=seen, scale=scaling)
+    length.add_(1)
+    return out.reshape(rows, query_heads * head)
+
+
+@torch.library.custom_op(
+    "was::attend",
+    mutates_args=("keys", "values", "length"),
+    schema=(
+        "(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) length, Tensor cos, Tensor sin, Tensor arrived, "
+        "int query_heads, float scaling, Tensor? q_norm=None, Tensor? k_norm=None, float epsilon=0.0, "
+        "Tensor? mask=None) -> Tensor"
+    ),
+)
+def _attend_op(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    arrived: Tensor,
+    query_heads: int,
+    scaling: float,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    if not qkv.is_cuda:
+        return _attend_reference(
+            qkv, keys, values, length, cos, sin, query_heads, scaling, q_norm, k_norm, epsilon, mask
+        )
+    return _launch_attend(
+        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask
+    )
+
+
+@_attend_op.register_fake
+def _(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    arrived: Tensor,
+    query_heads: int,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], query_heads * keys.shape[3]))
+
+
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    arrived: Tensor,
+    *,
+    query_heads: int,
+    scaling: float,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of one new token over a static cache: norms of heads, rotation, append and softmax in one launch.
+
+    Positions after the new token are never used, whatever the cache holds there.
+
+    Args:
+        qkv: [B, (query_heads + 2 * heads) * head size], float16 or bfloat16: queries, keys and values side by side.
+        keys: [B, heads, longest, head size] with unit last stride; the new key is written at ``length``.
+        values: likewise.
+        length: int64 scalar tensor, positions filled so far; one more afterwards.
+        cos: [B or 1, head size], rows contiguous, of the new position, in qkv's dtype.
+        sin: likewise.
+        arrived: from :func:`counters`.
+        query_heads: a multiple of heads.
+        scaling: of the scores.
+        q_norm: [head size] or None: weight of an RMSNorm of each query head before the rotation.
+        k_norm: likewise of key heads.
+        epsilon: of those.
+        mask: bool [B or 1, at least longest] with unit last stride: positions that may be seen; None: all.
+
+    Returns:
+        [B, query_heads * head size].
+    """
+    y: Tensor = torch.ops.was.attend(
+        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask
+    )
+    return y
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    other = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos[:, None].float() + other * sin[:, None].float()).to(x.dtype)

@@ -1,0 +1,180 @@
+"""One-token steps of a decoder block in five launches: the projections of a plan fused with all that lies between.
+
+A block whose class is known gets a subclass of it that takes such steps itself and leaves everything else (prompts,
+other caches, wanted attention weights) to transformers. Modules, names and parameters stay as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from was_kernels.attend import HEAD_SIZES, attend
+from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, gather_gemv
+from was_kernels.positions import DensePrefix
+from was_kernels.sparse_linear import SparseLinear
+
+FAMILIES = {
+    "LlamaDecoderLayer": "transformers.models.llama.",
+    "MistralDecoderLayer": "transformers.models.mistral.",
+    "Qwen2DecoderLayer": "transformers.models.qwen2.",
+    "Qwen3DecoderLayer": "transformers.models.qwen3.",
+}
+"""Classes of blocks whose forward is: norm, attention, add, norm, gated MLP, add; and where they must come from."""
+
+AHEAD = (0.0, 0.0, 0.0, 0.0)
+"""Shares of the weights of qkv, o, gate and up, and down that are fetched while the kernel before ends."""
+
+
+class DecodeBlock:
+    """What a block's one-token step needs, gathered once.
+
+    Args:
+        layer: of a class in :data:`FAMILIES`, its seven projections swapped for :class:`SparseLinear`.
+        prefix: tells which tokens are dense.
+        arrived: counters of the model.
+    """
+
+    def __init__(self, layer: Any, prefix: DensePrefix | None, arrived: Tensor) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._projections: tuple[SparseLinear, ...] = (
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+        )
+        self._layer = layer
+        self._prefix = prefix
+        self._arrived = arrived
+        self._ahead = AHEAD
+        self._index: int = attention.layer_idx
+        self._head: int = attention.head_dim
+        self._heads = attention.q_proj.out_features // attention.head_dim
+        self._scaling: float = attention.scaling
+
+    def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
+        """Whether this forward is a step that :meth:`run` covers."""
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > MAX_ROWS:
+            return False
+        if hidden.dtype != self._projections[0].weight.dtype or given.get("output_attentions"):
+            return False
+        if any(projection.count is not None for projection in self._projections):
+            return False
+        layer, angles, mask = self._cache_layer(given), given.get("position_embeddings"), given.get("attention_mask")
+        if layer is None or angles is None or layer.keys.dtype != hidden.dtype:
+            return False
+        if layer.keys.shape[0] != hidden.shape[0] or angles[0].shape[-1] != self._head:
+            return False
+        return mask is None or (mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1)
+
+    def run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+        """The block's output for hidden states [B, 1, d]; the cache's layer is one position longer afterwards."""
+        layer, attention = self._layer, self._layer.self_attn
+        x = hidden.view(hidden.shape[0], -1)
+        dense = None if self._prefix is None else self._prefix.dense(x)
+        qkv = self._gather(x, (0, 1, 2), self._ahead[0], layer.input_layernorm, dense)
+        cache, (cos, sin), mask = self._cache_layer(given), given["position_embeddings"], given.get("attention_mask")
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        attended = attend(
+            qkv,
+            cache.keys,
+            cache.values,
+            cache.cumulative_length,
+            cos.reshape(-1, self._head),
+            sin.reshape(-1, self._head),
+            self._arrived,
+            query_heads=self._heads,
+            scaling=self._scaling,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            epsilon=0.0 if q_norm is None else q_norm.variance_epsilon,
+            mask=None if mask is None else mask[:, 0, 0],
+        )
+        x = self._gather(attended, (3,), self._ahead[1], None, dense, residual=x)
+        inner = self._gather(x, (4, 5), self._ahead[2], layer.post_attention_layernorm, dense, gated=True)
+        return self._gather(inner, (6,), self._ahead[3], None, dense, residual=x).view(hidden.shape)
+
+    def _gather(
+        self,
+        x: Tensor,
+        which: tuple[int, ...],
+        ahead: float,
+        norm: Any,
+        dense: Tensor | None,
+        *,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        chosen = [self._projections[p] for p in which]
+        return gather_gemv(
+            x,
+            [projection.weight_t for projection in chosen],
+            [projection.norms for projection in chosen],
+            [projection.threshold for projection in chosen],
+            [projection.bias for projection in chosen],
+            self._arrived,
+            gated=gated,
+            norm_weight=None if norm is None else norm.weight,
+            epsilon=0.0 if norm is None else norm.variance_epsilon,
+            residual=residual,
+            dense=dense,
+            ahead=ahead,
+        )
+
+    def _cache_layer(self, given: dict[str, Any]) -> Any:
+        """The cache's layer of this block if it is a static one that holds something already, else None."""
+        cache = given.get("cache")
+        cache = given.get("past_key_values") if cache is None else cache
+        layers = getattr(cache, "layers", None)
+        if layers is None or self._index >= len(layers):
+            return None
+        layer = layers[self._index]
+        return layer if type(layer).__name__ == "StaticLayer" and layer.is_initialized else None
+
+
+def fits(layer: Any) -> bool:
+    """Whether :class:`DecodeBlock` covers this block: its class, activation, sizes and dtype."""
+    kind = type(layer)
+    if not kind.__module__.startswith(FAMILIES.get(kind.__name__, " ")):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    down, q, k = mlp.down_proj, attention.q_proj, attention.k_proj
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") or attention.head_dim not in HEAD_SIZES:
+        return False
+    # Queries of one key head are kept in registers.
+    if q.out_features // k.out_features * attention.head_dim > 1024:
+        return False
+    widths = (q.out_features, k.out_features, down.in_features, down.out_features)
+    sizes_fit = all(width % 8 == 0 and width <= MAX_CHANNELS for width in widths)
+    return sizes_fit and down.weight.dtype in HALF and down.weight.dtype == layer.input_layernorm.weight.dtype
+
+
+def fuse(layer: nn.Module, step: DecodeBlock) -> None:
+    """Let ``layer`` take its one-token steps through ``step``, until :func:`unfuse`."""
+    layer._was_step = step  # type: ignore[assignment]
+    kind: Any = type(layer)
+    layer.__class__ = _fused(kind)
+
+
+def unfuse(layer: nn.Module) -> None:
+    """Undo :func:`fuse`; does nothing to a layer that is not fused."""
+    if "_was_step" in layer.__dict__:
+        layer.__class__ = type(layer).__mro__[1]
+        del layer._was_step
+
+
+@lru_cache(maxsize=16)
+def _fused(kind: Any) -> type[nn.Module]:
+    def forward(self: Any, hidden_states: Tensor, *others: Any, **given: Any) -> Any:
+        step: DecodeBlock = self._was_step
+        if not others and step.takes(hidden_states, given):
+            return step.run(hidden_states, given)
+        return kind.forward(self, hidden_states, *others, **given)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

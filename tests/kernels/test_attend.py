@@ -1,0 +1,143 @@
+"""Fused attention of one token: the plain op against its parts on CPU, the CUDA kernel against the plain op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from was_kernels.attend import attend
+from was_kernels.gather_gemv import counters
+
+NAN = float("nan")
+
+
+def inputs(
+    rows: int, heads: int, queries: int, head: int, longest: int, filled: int, dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    made = torch.Generator().manual_seed(rows + heads * 3 + head + filled)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=made).to(device, dtype)
+
+    angles = torch.randn((rows, head // 2), generator=made).repeat(1, 2).to(device)
+    cache = [random(rows, heads, longest, head) for _ in range(2)]
+    for half in cache:
+        half[:, :, filled:] = NAN  # what lies behind the end is never used
+    return {
+        "qkv": random(rows, (queries + 2) * heads * head),
+        "keys": cache[0],
+        "values": cache[1],
+        "length": torch.tensor(filled, device=device),
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+        "arrived": counters(torch.device(device)),
+        "query_heads": queries * heads,
+        "scaling": head**-0.5,
+    }
+
+
+def copied(given: dict[str, Any], device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        floats = dtype is not None and value.is_floating_point()
+        return value.to(device, dtype if floats else value.dtype, copy=True)
+
+    return {name: move(value) for name, value in given.items()}
+
+
+def test_the_plain_op_is_rotation_append_and_softmax():
+    given = inputs(2, 2, 2, 64, 20, 7, torch.float64, "cpu")
+    rows, head = 2, 64
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :3] = False
+    q, k, v = (t.view(rows, -1, head) for t in given["qkv"].split([4 * head, 2 * head, 2 * head], dim=1))
+
+    def turned(x: Tensor) -> Tensor:
+        half = torch.cat((-x[..., head // 2 :], x[..., : head // 2]), dim=-1)
+        return x * given["cos"][:, None] + half * given["sin"][:, None]
+
+    keys = torch.cat([given["keys"][:, :, :7], turned(k)[:, :, None]], dim=2).repeat_interleave(2, dim=1)
+    values = torch.cat([given["values"][:, :, :7], v[:, :, None]], dim=2).repeat_interleave(2, dim=1)
+    scores = torch.einsum("bhd,bhpd->bhp", turned(q), keys) * given["scaling"]
+    scores = scores.masked_fill(~mask[:, None, :8], -float("inf"))
+    expected = torch.einsum("bhp,bhpd->bhd", scores.softmax(-1), values)
+    for half in ("keys", "values"):
+        given[half][:, :, 7:] = 0.0  # the plain op multiplies what is masked by zero
+    found = attend(**given, mask=mask)
+    # Rotations are made in float32.
+    torch.testing.assert_close(found, expected.reshape(rows, -1), rtol=1e-5, atol=1e-6)
+    assert int(given["length"]) == 8
+    torch.testing.assert_close(given["keys"][:, :, 7], turned(k), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(given["values"][:, :, 7], v)
+
+
+CASES = [
+    # rows, key heads, queries each, head size, longest, filled
+    (1, 32, 1, 128, 300, 256),
+    (1, 8, 4, 128, 300, 0),
+    (2, 8, 4, 128, 2000, 1333),
+    (3, 4, 2, 64, 77, 50),
+    (1, 2, 4, 256, 4000, 3999),
+    (1, 2, 8, 128, 512, 17),
+    (8, 3, 1, 64, 64, 63),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_equals_the_plain_op_in_float64(cuda, dtype, case, normed, masked):
+    given = inputs(*case, dtype, "cuda")
+    rows, _, _, head, longest, filled = case
+    if normed:
+        given["q_norm"] = 1.0 + torch.linspace(-0.5, 0.5, head, device=cuda).to(dtype)
+        given["k_norm"] = 1.0 + torch.linspace(0.5, -0.5, head, device=cuda).to(dtype)
+        given["epsilon"] = 1e-6
+    if masked:
+        given["mask"] = torch.ones(rows, longest, dtype=torch.bool, device=cuda)
+        given["mask"][-1, : filled // 3] = False
+    exact = copied(given, "cuda", torch.float64)
+    for half in ("keys", "values"):
+        exact[half][:, :, filled:] = 0.0
+    expected = attend(**{**copied(exact, "cpu")})
+    twice = [copied(given, "cuda") for _ in range(2)]
+    found = [attend(**own) for own in twice]
+    torch.cuda.synchronize()
+    assert torch.equal(*found)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0].double().cpu(), expected, rtol=8 * unit, atol=4 * unit)
+    own = twice[0]
+    assert int(own["length"]) == filled + 1
+    assert not own["arrived"].any()
+    for half in ("keys", "values"):
+        assert torch.equal(own[half][:, :, :filled], given[half][:, :, :filled])
+        assert torch.isfinite(own[half][:, :, filled]).all()
+        assert own[half][:, :, filled + 1 :].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_op_is_well_formed(op_device):
+    given = inputs(1, 2, 2, 64, 16, 3, torch.float16, op_device)
+    for half in ("keys", "values"):
+        given[half].nan_to_num_()
+    torch.library.opcheck(torch.ops.was.attend, tuple(given.values()), test_utils="test_schema")
+    torch.library.opcheck(torch.ops.was.attend, tuple(given.values()), test_utils="test_faketensor")
+
+
+def test_attention_of_torch_agrees_with_the_plain_op_without_rotation():
+    given = inputs(1, 2, 1, 64, 9, 8, torch.float32, "cpu")
+    given["cos"].fill_(1.0)
+    given["sin"].zero_()
+    for half in ("keys", "values"):
+        given[half].nan_to_num_()
+    q, k, v = given["qkv"].view(1, 3, 2, 1, 64).unbind(1)
+    keys, values = torch.cat([given["keys"][:, :, :8], k], 2), torch.cat([given["values"][:, :, :8], v], 2)
+    expected = F.scaled_dot_product_attention(q, keys, values)
+    torch.testing.assert_close(attend(**given), expected.reshape(1, -1))

@@ -1,0 +1,221 @@
+"""Fused one-token steps of whole models: against the same plan on the plain path, greedy tokens and logits.
+
+On CPU the fused ops are plain torch in the model's dtype: float32 there, so that hardly a mask differs. On a GPU the
+kernels run, in half precision.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+from tests.kernels.tiny_models import tiny_plan
+from was_kernels import decode_block, runtime
+from was_kernels.runtime import sparsify
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 256,
+    "intermediate_size": 344,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
+    "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZE, head_dim=128, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, head_dim=64)),
+}
+
+
+def model_of(family: str, device: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(3)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if "bias" in name else 0.08))
+    return model.to(device, dtype)
+
+
+@pytest.fixture
+def dtype(op_device: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The model's; on CPU the fused path is let in for float32."""
+    if op_device == "cuda":
+        return torch.bfloat16
+    monkeypatch.setattr(decode_block, "HALF", (torch.float32,))
+    monkeypatch.setattr(runtime, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference")
+    return torch.float32
+
+
+def tokens_of(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def logits_of_steps(model: Any, tokens: torch.Tensor, prompt: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of the tokens behind the prompt, one by one over a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 9)
+    found = []
+    with torch.inference_mode():
+        for first, last in [(0, prompt), *((at, at + 1) for at in range(prompt, tokens.shape[1]))]:
+            given = {} if mask is None else {"attention_mask": mask[:, :last]}
+            if mask is not None:
+                given["position_ids"] = (mask[:, :last].cumsum(-1) - 1).clamp(min=0)[:, first:]
+            found.append(model(tokens[:, first:last], past_key_values=cache, use_cache=True, **given).logits[:, -1])
+    return torch.stack(found[1:])
+
+
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    taken: list[int] = []
+    run = decode_block.DecodeBlock.run
+
+    def counted(self: Any, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        taken.append(hidden.shape[0])
+        return run(self, hidden, given)
+
+    monkeypatch.setattr(decode_block.DecodeBlock, "run", counted)
+    return taken
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fused_steps_equal_the_plain_path(family, batch, op_device, dtype, monkeypatch):
+    model = model_of(family, op_device, dtype)
+    plan = tiny_plan(model)
+    tokens = tokens_of(batch, 20).to(op_device)
+    taken = steps_taken(monkeypatch)
+    with sparsify(model, plan, backend="reference") as sparse:
+        expected = logits_of_steps(sparse, tokens, 8)
+    assert not taken
+    handle = sparsify(model, plan, backend="cuda")
+    assert handle.fused == 2
+    found = logits_of_steps(model, tokens, 8)
+    assert taken == [batch] * 24
+    handle.restore()
+    assert type(model.model.layers[0]).__mro__[1].__name__ == "GradientCheckpointingLayer"
+    difference, spread = (found - expected).abs(), expected.std()
+    # In half precision a few channels change sides of their threshold.
+    assert difference.median() < (1e-5 if op_device == "cpu" else 0.03) * spread
+    assert difference.max() < (0.02 if op_device == "cpu" else 0.3) * spread
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_left_padding(family, op_device, dtype, monkeypatch):
+    model = model_of(family, op_device, dtype)
+    plan = tiny_plan(model)
+    tokens = tokens_of(2, 16).to(op_device)
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    tokens[1, :5] = 0
+    taken = steps_taken(monkeypatch)
+    with sparsify(model, plan, backend="cuda") as sparse:
+        padded = logits_of_steps(sparse, tokens, 10, mask)
+        alone = logits_of_steps(sparse, tokens[1:, 5:], 5)
+    assert taken
+    difference, spread = (padded[:, 1] - alone[:, 0]).abs(), alone.std()
+    assert difference.median() < (1e-5 if op_device == "cpu" else 0.03) * spread
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_generate_with_both_caches(batch, op_device, dtype, monkeypatch):
+    model = model_of("llama", op_device, dtype)
+    plan = tiny_plan(model)
+    tokens = tokens_of(batch, 7).to(op_device)
+    options = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True}
+    with sparsify(model, plan, backend="reference") as sparse:
+        expected = sparse.generate(tokens, **options)
+    taken = steps_taken(monkeypatch)
+    with sparsify(model, plan, backend="cuda") as sparse:
+        dynamic = sparse.generate(tokens, **options)
+        assert not taken  # a growing cache has no place to append to
+        static = sparse.generate(tokens, cache_implementation="static", **options)
+    assert taken
+    if op_device == "cpu":
+        assert torch.equal(dynamic, expected)
+        assert torch.equal(static, expected)
+    assert static.shape == expected.shape
+
+
+def test_steps_that_are_not_covered_take_the_plain_path(op_device, dtype, monkeypatch):
+    model = model_of("llama", op_device, dtype)
+    plan = tiny_plan(model)
+    taken = steps_taken(monkeypatch)
+    tokens = tokens_of(9, 12).to(op_device)
+    handle = sparsify(model, plan, backend="cuda")
+    logits_of_steps(model, tokens, 10)  # more rows than a launch takes
+    with torch.inference_mode():
+        model(tokens[:1, :1])  # no cache
+    with handle.counting() as counts:
+        logits_of_steps(model, tokens[:1], 10)
+    assert not taken
+    assert counts.tokens == 2
+    handle.restore()
+
+
+def test_other_families_run_without_fused_blocks(op_device, dtype):
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**{**SIZE, "num_key_value_heads": 4})).eval().to(op_device, dtype)
+    assert not decode_block.fits(model.model.layers[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_step_compiles_without_a_graph_break(op_device, dtype):
+    model = model_of("llama", op_device, dtype)
+    plan = tiny_plan(model)
+    tokens = tokens_of(1, 12).to(op_device)
+    with sparsify(model, plan, backend="cuda") as sparse:
+        expected = logits_of_steps(sparse, tokens, 8)
+        plain = sparse.forward
+        compiled = torch.compile(plain, fullgraph=True, backend="inductor" if op_device == "cuda" else "eager")
+        cache = StaticCache(config=model.config, max_cache_len=21)
+        found = []
+        with torch.inference_mode():
+            sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
+            for at in range(8, 12):
+                found.append(compiled(tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1])
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_in_a_cuda_graph(cuda):
+    model = model_of("qwen3", "cuda", torch.bfloat16)
+    plan = tiny_plan(model)
+    tokens = tokens_of(1, 12).to(cuda)
+    with sparsify(model, plan) as sparse, torch.inference_mode():
+        expected = logits_of_steps(sparse, tokens, 8)
+        cache = StaticCache(config=model.config, max_cache_len=21)
+        sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
+        start = copy.deepcopy(cache)
+        token = tokens[:, 8:9].clone()
+        sparse(token, past_key_values=start, use_cache=True)  # compiles the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = sparse(token, past_key_values=cache, use_cache=True).logits
+        found = []
+        for at in range(8, 12):
+            token.copy_(tokens[:, at : at + 1])
+            graph.replay()
+            found.append(logits[:, -1].clone())
+    assert torch.equal(torch.stack(found), expected)
