@@ -2,6 +2,8 @@
 
 ``cmaes-trials`` is CMA-ES for a number of trials that are all evaluated in full; the others are the same search for
 as many trials, of which some are stopped. A stopped trial is told its estimated loss, as in production.
+``descent-tpe-trials`` and ``descent-tpe-rungs`` are the same pair for what the product does by default, TPE behind
+descents.
 """
 
 from __future__ import annotations
@@ -71,13 +73,13 @@ def _trials(**rule: float) -> Run:
     return run
 
 
-def _behind_descents(sampler: SamplerName) -> Run:
+def _behind_descents(sampler: SamplerName, trials: int | None = None, **rule: float) -> Run:
     def run(task: Task, ledger: Ledger) -> None:
         best = descents(task, ledger)
         space = task.space_around(point_seed("descent", best.sparsities, task.shape))
         suggester = Suggester(sampler, space, seed=task.seed)
         _know_centre(suggester, space, best)
-        race(ledger, suggester, space, best, None, **RULE)
+        race(ledger, suggester, space, best, trials, **rule)  # type: ignore[arg-type]
 
     return run
 
@@ -105,8 +107,18 @@ for _sampler in ("tpe", "cmaes"):
     register(
         Method(
             f"descent-{_sampler}",
-            _behind_descents(_sampler),  # type: ignore[arg-type]
+            _behind_descents(_sampler, **RULE),  # type: ignore[arg-type]
             settings={"descents": "as descent", **RULE},
+            most_evaluations=250,
+            seconds=0.5,
+        )
+    )
+for _name, _rule in {"trials": {}, "rungs": RULE}.items():
+    register(
+        Method(
+            f"descent-tpe-{_name}",
+            _behind_descents("tpe", TRIALS, **_rule),
+            settings={"descents": "as descent", "trials": TRIALS, **(_rule or {"racing": "none"})},
             most_evaluations=250,
             seconds=0.5,
         )

@@ -173,6 +173,17 @@ def test_stopping_saves_tokens_on_the_same_number_of_trials(task, ledger):
     assert max(losses.values()) - 2.0 < 1.5 * (losses["cmaes-trials"] - 2.0)
 
 
+def test_behind_descents_stopping_saves_tokens_too(task, ledger, bowl):
+    spent = {}
+    for name in ("descent-tpe-trials", "descent-tpe-rungs"):
+        book = ledger(250)
+        run(name, dataclasses.replace(task(), engine=Slopes(bowl)), book)
+        spent[name] = book.spent / book.tokens_per_evaluation
+    # 2 * 2 * 3 * 24 rounds on a quarter of an evaluation's sequences, 9 vectors, 120 trials.
+    assert spent["descent-tpe-trials"] == 72 + 9 + 120
+    assert spent["descent-tpe-rungs"] - 81 < 0.75 * 120
+
+
 @pytest.mark.parametrize("name", ["descent-tpe", "descent-cmaes"])
 def test_trials_go_on_from_the_descents(task, ledger, bowl, name):
     book = ledger(60)
