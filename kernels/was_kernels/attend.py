@@ -36,6 +36,7 @@ def _launch_attend(
     k_norm: Tensor | None,
     epsilon: float,
     mask: Tensor | None,
+    early: bool,
 ) -> Tensor:
     rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
     queries = query_heads // heads
@@ -46,7 +47,7 @@ def _launch_attend(
     processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     splits = max(1, min(16, ceil_div(longest, streams * unroll), 2 * processors // (rows * heads)))
     parts = torch.empty(rows * heads * splits * queries * (head + 2), dtype=torch.float32, device=qkv.device)
-    major = torch.cuda.get_device_capability(qkv.device)[0]
+    early = early and torch.cuda.get_device_capability(qkv.device)[0] >= 9
     macros = {
         "BF16": int(qkv.dtype == torch.bfloat16),
         "HEAD": head,
@@ -54,7 +55,7 @@ def _launch_attend(
         "WARPS": warps,
         "UNROLL": unroll,
         "NORMED": int(q_norm is not None),
-        "PDL": int(major >= 9),
+        "PDL": int(early),
     }
     kernel = cuda_kernel(SOURCES / "attend.cu", "attend", macros, qkv.device.index or 0)
     size = qkv.element_size() * head
@@ -83,7 +84,7 @@ def _launch_attend(
         ctypes.c_int(heads),
         ctypes.c_int(longest),
     ]
-    kernel.launch((rows * heads, splits), warps * 32, arguments, overlap=major >= 9)
+    kernel.launch((rows * heads, splits), warps * 32, arguments, overlap=early)
     return out
 
 
@@ -125,7 +126,7 @@ def _attend_reference(
     schema=(
         "(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) length, Tensor cos, Tensor sin, Tensor arrived, "
         "int query_heads, float scaling, Tensor? q_norm=None, Tensor? k_norm=None, float epsilon=0.0, "
-        "Tensor? mask=None) -> Tensor"
+        "Tensor? mask=None, bool early=False) -> Tensor"
     ),
 )
 def _attend_op(
@@ -142,13 +143,14 @@ def _attend_op(
     k_norm: Tensor | None = None,
     epsilon: float = 0.0,
     mask: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
     if not qkv.is_cuda:
         return _attend_reference(
             qkv, keys, values, length, cos, sin, query_heads, scaling, q_norm, k_norm, epsilon, mask
         )
     return _launch_attend(
-        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask
+        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask, early
     )
 
 
@@ -183,6 +185,7 @@ def attend(
     k_norm: Tensor | None = None,
     epsilon: float = 0.0,
     mask: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
     """Attention of one new token over a static cache: norms of heads, rotation, append and softmax in one launch.
 
@@ -202,12 +205,14 @@ def attend(
         k_norm: likewise of key heads.
         epsilon: of those.
         mask: bool [B or 1, at least longest] with unit last stride: positions that may be seen; None: all.
+        early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
+            ``qkv``, and must itself have waited for the one before it: all else is read before it has ended.
 
     Returns:
         [B, query_heads * head size].
     """
     y: Tensor = torch.ops.was.attend(
-        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask
+        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask, early
     )
     return y
 

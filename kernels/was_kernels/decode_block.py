@@ -25,9 +25,6 @@ FAMILIES = {
 }
 """Classes of blocks whose forward is: norm, attention, add, norm, gated MLP, add; and where they must come from."""
 
-AHEAD = (0.0, 0.0, 0.0, 0.0)
-"""Shares of the weights of qkv, o, gate and up, and down that are fetched while the kernel before ends."""
-
 
 class DecodeBlock:
     """What a block's one-token step needs, gathered once.
@@ -52,7 +49,6 @@ class DecodeBlock:
         self._layer = layer
         self._prefix = prefix
         self._arrived = arrived
-        self._ahead = AHEAD
         self._index: int = attention.layer_idx
         self._head: int = attention.head_dim
         self._heads = attention.q_proj.out_features // attention.head_dim
@@ -78,7 +74,7 @@ class DecodeBlock:
         layer, attention = self._layer, self._layer.self_attn
         x = hidden.view(hidden.shape[0], -1)
         dense = None if self._prefix is None else self._prefix.dense(x)
-        qkv = self._gather(x, (0, 1, 2), self._ahead[0], layer.input_layernorm, dense)
+        qkv = self._gather(x, (0, 1, 2), layer.input_layernorm, dense)
         cache, (cos, sin), mask = self._cache_layer(given), given["position_embeddings"], given.get("attention_mask")
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         attended = attend(
@@ -95,16 +91,16 @@ class DecodeBlock:
             k_norm=None if k_norm is None else k_norm.weight,
             epsilon=0.0 if q_norm is None else q_norm.variance_epsilon,
             mask=None if mask is None else mask[:, 0, 0],
+            early=True,
         )
-        x = self._gather(attended, (3,), self._ahead[1], None, dense, residual=x)
-        inner = self._gather(x, (4, 5), self._ahead[2], layer.post_attention_layernorm, dense, gated=True)
-        return self._gather(inner, (6,), self._ahead[3], None, dense, residual=x).view(hidden.shape)
+        x = self._gather(attended, (3,), None, dense, residual=x)
+        inner = self._gather(x, (4, 5), layer.post_attention_layernorm, dense, gated=True)
+        return self._gather(inner, (6,), None, dense, residual=x).view(hidden.shape)
 
     def _gather(
         self,
         x: Tensor,
         which: tuple[int, ...],
-        ahead: float,
         norm: Any,
         dense: Tensor | None,
         *,
@@ -124,7 +120,7 @@ class DecodeBlock:
             epsilon=0.0 if norm is None else norm.variance_epsilon,
             residual=residual,
             dense=dense,
-            ahead=ahead,
+            early=True,
         )
 
     def _cache_layer(self, given: dict[str, Any]) -> Any:

@@ -38,8 +38,7 @@ class _Projection(ctypes.Structure):
         ("stride", ctypes.c_longlong),
         ("threshold", ctypes.c_float),
         ("width", ctypes.c_int),
-        ("first_block", ctypes.c_int),
-        ("ahead", ctypes.c_int),
+        ("first_block", ctypes.c_longlong),
     )
 
 
@@ -52,7 +51,7 @@ class Cut:
 
     Attributes:
         lanes: threads along a weight row, 8 columns each.
-        blocks: column blocks of each projection (of gate and up together when gated).
+        blocks: column blocks of each projection.
         shares: blocks along the input channels.
         capacity: channels of a block, rounded up to whole passes of its threads.
         rows: of x that the kernel is compiled for.
@@ -69,7 +68,7 @@ class Cut:
     residents: int
 
 
-def choose_cut(d_in: int, widths: tuple[int, ...], gated: bool, rows: int, n_processors: int) -> Cut:
+def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int) -> Cut:
     """Fill every multiprocessor once, as evenly as whole blocks allow.
 
     A weight row's piece is 512 bytes where that still leaves enough blocks, else 256. A block has at least as many
@@ -77,13 +76,13 @@ def choose_cut(d_in: int, widths: tuple[int, ...], gated: bool, rows: int, n_pro
     """
     compiled_rows = next(n for n in (1, 2, 4, 8) if n >= rows)
     residents = {1: 4, 2: 3, 4: 2, 8: 2}[compiled_rows]
-    columns = widths[:1] if gated else widths
-    lanes = 32 if compiled_rows == 1 and sum(ceil_div(w, 256) for w in columns) >= 32 else 16
-    blocks = tuple(ceil_div(width, lanes * 8) for width in columns)
+    lanes = 32 if compiled_rows == 1 and sum(ceil_div(width, 256) for width in widths) >= 32 else 16
+    blocks = tuple(ceil_div(width, lanes * 8) for width in widths)
     threads = _WARPS * 32
-    most = max(1, d_in // threads)
-    shares = max(1, min(most, residents * n_processors // sum(blocks)))
-    shares = max(shares, ceil_div(d_in, _largest_capacity(lanes, 2 if gated else 1, compiled_rows)))
+    shares = max(1, min(d_in // threads, residents * n_processors // sum(blocks)))
+    sums_bytes = threads * lanes  # a float of each column for each warp
+    most = (_SHARED_BYTES - sums_bytes) // (2 + 4 * compiled_rows) // threads * threads
+    shares = max(shares, ceil_div(d_in, most))
     channels = ceil_div(ceil_div(d_in, _STRIPE), shares) * _STRIPE
     return Cut(
         lanes=lanes,
@@ -94,12 +93,6 @@ def choose_cut(d_in: int, widths: tuple[int, ...], gated: bool, rows: int, n_pro
         unroll=8 if compiled_rows < 8 else 4,
         residents=residents,
     )
-
-
-def _largest_capacity(lanes: int, phases: int, rows: int) -> int:
-    """Channels whose list and values fit into a block's shared memory beside its sums, in whole passes."""
-    sums = _WARPS * phases * lanes * 8 * 4
-    return (_SHARED_BYTES - sums) // (phases * (2 + 4 * rows)) // (_WARPS * 32) * (_WARPS * 32)
 
 
 def counters(device: torch.device) -> Tensor:
@@ -119,20 +112,19 @@ def _launch_gather(
     epsilon: float,
     residual: Tensor | None,
     dense: Tensor | None,
-    ahead: float,
+    early: bool,
 ) -> Tensor:
     rows, d_in = x.shape
     widths = tuple(weight.shape[1] for weight in weights)
-    major = torch.cuda.get_device_capability(x.device)[0]
-    cut = choose_cut(d_in, widths, gated, rows, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    early = early and torch.cuda.get_device_capability(x.device)[0] >= 9
+    cut = choose_cut(d_in, widths, rows, torch.cuda.get_device_properties(x.device).multi_processor_count)
     out = torch.empty((rows, widths[0] if gated else sum(widths)), dtype=x.dtype, device=x.device)
-    n_blocks, phases = sum(cut.blocks), 2 if gated else 1
+    n_blocks = sum(cut.blocks)
     if n_blocks > len(arrived):
         raise ValueError(f"arrived: {n_blocks} counters needed, got {len(arrived)}")
-    parts = torch.empty(n_blocks * cut.shares * cut.rows * phases * cut.lanes * 8, dtype=torch.float32, device=x.device)
+    parts = torch.empty(n_blocks * cut.shares * cut.rows * cut.lanes * 8, dtype=torch.float32, device=x.device)
     group = _GROUPS[len(weights)]()
     first_block = first_column = 0
-    channels = ceil_div(ceil_div(d_in, _STRIPE), cut.shares) * _STRIPE
     for i, (weight, own, threshold, bias) in enumerate(zip(weights, norms, thresholds, biases, strict=True)):
         group.part[i] = _Projection(
             weight.data_ptr(),
@@ -143,7 +135,6 @@ def _launch_gather(
             threshold,
             widths[i],
             first_block,
-            round(ahead * channels),
         )
         if not gated:
             first_block += cut.blocks[i]
@@ -159,7 +150,7 @@ def _launch_gather(
         "NORMED": int(norm_weight is not None),
         "CAPACITY": cut.capacity,
         "MIN_BLOCKS": cut.residents,
-        "PDL": int(major >= 9),
+        "PDL": int(early),
     }
     kernel = cuda_kernel(SOURCES / "gather_gemv.cu", "gather_gemv", macros, x.device.index or 0)
     arguments = [
@@ -176,7 +167,7 @@ def _launch_gather(
         ctypes.c_int(rows),
         ctypes.c_int(d_in),
     ]
-    kernel.launch((n_blocks, cut.shares), _WARPS * 32, arguments, overlap=major >= 9)
+    kernel.launch((n_blocks, cut.shares), _WARPS * 32, arguments, overlap=early)
     return out
 
 
@@ -209,7 +200,7 @@ def gather_gemv_reference(
     schema=(
         "(Tensor x, Tensor[] weights, Tensor[] norms, float[] thresholds, Tensor?[] biases, Tensor arrived, "
         "bool gated=False, Tensor? norm_weight=None, float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, "
-        "float ahead=0.0) -> Tensor"
+        "bool early=False) -> Tensor"
     ),
 )
 def _gather_gemv_op(
@@ -224,7 +215,7 @@ def _gather_gemv_op(
     epsilon: float = 0.0,
     residual: Tensor | None = None,
     dense: Tensor | None = None,
-    ahead: float = 0.0,
+    early: bool = False,
 ) -> Tensor:
     _require_gather(x, weights, norms, thresholds, biases, gated, residual)
     if not x.is_cuda:
@@ -234,7 +225,7 @@ def _gather_gemv_op(
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = None if residual is None else residual.contiguous()
     return _launch_gather(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, ahead
+        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
     )
 
 
@@ -258,7 +249,7 @@ def gather_gemv(
     epsilon: float = 0.0,
     residual: Tensor | None = None,
     dense: Tensor | None = None,
-    ahead: float = 0.0,
+    early: bool = False,
 ) -> Tensor:
     """Sparse projections of one input in one launch: ``y_p = W_p[:, kept_p] x[kept_p] + bias_p``, side by side.
 
@@ -278,7 +269,8 @@ def gather_gemv(
         epsilon: of the RMSNorm.
         residual: like the result; added to it.
         dense: bool [B]: rows that keep every channel.
-        ahead: share of the weights fetched into L2 before the masks are known, while the kernel before ends.
+        early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
+            ``x``; norms and ``norm_weight`` are read before it has ended.
 
     Returns:
         [B, sum of widths], or [B, width] when gated.
@@ -287,7 +279,7 @@ def gather_gemv(
         ValueError: shapes, dtypes or counts other than these.
     """
     y: Tensor = torch.ops.was.gather_gemv(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, ahead
+        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
     )
     return y
 

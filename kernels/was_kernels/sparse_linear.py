@@ -94,6 +94,7 @@ class SparseLinear(nn.Module):
                 [self.bias],
                 self._counters,
                 dense=dense,
+                early=True,
             )
             return y.view(*x.shape[:-1], self.out_features)
         if self._triton and one_token and rows <= MAX_ROWS and x.dtype == self.weight.dtype:

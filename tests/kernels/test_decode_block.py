@@ -106,8 +106,10 @@ def test_fused_steps_equal_the_plain_path(family, batch, op_device, dtype, monke
     plan = tiny_plan(model)
     tokens = tokens_of(batch, 20).to(op_device)
     taken = steps_taken(monkeypatch)
+    with sparsify(copy.deepcopy(model).double(), plan, backend="reference") as exact:
+        expected = logits_of_steps(exact, tokens, 8)
     with sparsify(model, plan, backend="reference") as sparse:
-        expected = logits_of_steps(sparse, tokens, 8)
+        plain = logits_of_steps(sparse, tokens, 8)
     assert not taken
     handle = sparsify(model, plan, backend="cuda")
     assert handle.fused == 2
@@ -115,10 +117,10 @@ def test_fused_steps_equal_the_plain_path(family, batch, op_device, dtype, monke
     assert taken == [batch] * 24
     handle.restore()
     assert type(model.model.layers[0]).__mro__[1].__name__ == "GradientCheckpointingLayer"
-    difference, spread = (found - expected).abs(), expected.std()
-    # In half precision a few channels change sides of their threshold.
-    assert difference.median() < (1e-5 if op_device == "cpu" else 0.03) * spread
-    assert difference.max() < (0.02 if op_device == "cpu" else 0.3) * spread
+    # In half precision channels change sides of their threshold, on the plain path as well.
+    error, usual = ((x - expected).abs() for x in (found, plain))
+    assert error.mean() < 1.2 * usual.mean() + 1e-6
+    assert error.max() < 2.0 * usual.max() + 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -134,8 +136,12 @@ def test_left_padding(family, op_device, dtype, monkeypatch):
         padded = logits_of_steps(sparse, tokens, 10, mask)
         alone = logits_of_steps(sparse, tokens[1:, 5:], 5)
     assert taken
-    difference, spread = (padded[:, 1] - alone[:, 0]).abs(), alone.std()
-    assert difference.median() < (1e-5 if op_device == "cpu" else 0.03) * spread
+    # Half precision: the plain path differs between the two as well, where masks differ in a few channels.
+    with sparsify(model, plan, backend="reference") as sparse:
+        usual = (
+            logits_of_steps(sparse, tokens, 10, mask)[:, 1] - logits_of_steps(sparse, tokens[1:, 5:], 5)[:, 0]
+        ).abs()
+    assert (padded[:, 1] - alone[:, 0]).abs().mean() < 2.0 * usual.mean() + 1e-5
 
 
 @pytest.mark.parametrize("batch", [1, 2])

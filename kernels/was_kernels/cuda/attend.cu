@@ -103,9 +103,8 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
     u16* own_keys = keys + row * key_strides.batch + head * key_strides.head + lane * 8;
     u16* own_values = values + row * value_strides.batch + head * value_strides.head + lane * 8;
     const u8* seen = mask == nullptr ? nullptr : mask + row * mask_stride;
-    wait_for_input();
-    let_next_start();
 
+    // All but q, k and v of the new token were made before the kernel before this one: they are read while it ends.
     // The first round is read before it is known how long the sequence is: the cache is that long in any case.
     uint4 key_words[UNROLL], value_words[UNROLL];
 #pragma unroll
@@ -121,6 +120,8 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
     float cos[8], sin[8], query[QUERIES][8], key[8], value[8];
     unpack(cosines + row * angle_stride + lane * 8, cos);
     unpack(sines + row * angle_stride + lane * 8, sin);
+    wait_for_input();
+    let_next_start();
     const long long of_row = row * input_stride;
 #pragma unroll
     for (int h = 0; h < QUERIES; h++) unpack(q + of_row + (head * QUERIES + h) * HEAD + lane * 8, query[h]);

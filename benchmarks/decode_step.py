@@ -1,0 +1,310 @@
+"""Time one decoding step of a whole model: dense beside plans of several sparsities, in one run on one GPU.
+
+    python -m benchmarks.decode_step --model llama-2-7b --sparsities 0 0.5 0.6 0.75 --compile
+    python -m benchmarks.decode_step --model was_search/demo_data/model --dtype bf16
+
+A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. The step is what ``sparsify``
+leaves a user with: one token for each row through a ``LlamaForCausalLM`` with a static cache, head included, replayed
+from a CUDA graph; every replay gets other tokens. Masks are made inside. Thresholds are the quantiles that a pass
+over random tokens meets, each projection's under the masks of those before it; the sparsity that is reported was
+counted in decoding steps. The limit is the time to read the weights that must be read, the head and the cache at the
+bandwidth measured first. One JSON line a row is appended to benchmarks/results/decode_step.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+
+from benchmarks.bench_sparse_gemv import commit, read_bandwidth
+from scripts.make_random_model import SHAPES, draw
+from was_kernels.runtime import SparseModel, sparsify
+from was_search.fingerprint import fingerprint
+from was_search.masking import structure_norms
+from was_search.plan import Plan
+from was_search.shape import N_PROJECTIONS
+from was_search.structure import find_structure
+
+RESULTS = Path(__file__).parent / "results" / "decode_step.jsonl"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CALIBRATION_TOKENS = 512
+COUNTED_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in milliseconds, sizes in bytes."""
+
+    model: str
+    dtype: str
+    batch: int
+    kv_length: int
+    path: str
+    nominal_sparsity: float
+    sparsity: float
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    limit_ms: float
+    limit_share: float
+    tokens_per_s: float
+    read_bytes: int
+    speedup_over_eager: float
+    speedup_over_compiled: float
+    fused_blocks: int
+    read_tb_per_s: float
+    gpu: str
+    versions: str
+    commit: str
+    when: str
+
+
+def build(name: str, dtype: torch.dtype) -> Any:
+    """A model of random weights of a named shape, or the one in a folder; on the GPU."""
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to("cuda").eval()
+    config = LlamaConfig(**SHAPES[name], tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    outline = model.state_dict()
+    model.to_empty(device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            tensor.copy_(draw(key, outline[key], config.num_hidden_layers, generator))
+    with torch.device("cuda"):
+        rotary = type(model.model.rotary_emb)(config=config)
+        model.model.rotary_emb = rotary  # its buffers are not in the state
+    return model.eval()
+
+
+@torch.inference_mode()
+def plan_at(model: Any, sparsity: float, dense_prefix: int = 1) -> Plan:
+    """A plan of one sparsity everywhere, for tokens at random: exact on the calibration tokens."""
+    structure = find_structure(model)
+    norms = structure_norms(structure, "l2")
+    thresholds = np.zeros((len(structure.blocks), N_PROJECTIONS), np.float32)
+
+    def hook(b: int, p: int) -> Any:
+        def mask(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            (x,) = args
+            scores = x[:, dense_prefix:].abs().float() * norms[b][p]
+            rank = max(1, round(sparsity * scores.numel()))
+            limit = scores.flatten().kthvalue(rank).values
+            thresholds[b, p] = float(limit)
+            kept = torch.where(x.abs().float() * norms[b][p] >= limit, x, torch.zeros_like(x))
+            kept[:, :dense_prefix] = x[:, :dense_prefix]
+            return (kept,)
+
+        return mask
+
+    if sparsity > 0.0:
+        handles = [linear.register_forward_pre_hook(hook(b, p)) for b, p, linear in structure.linears()]
+        tokens = torch.randint(0, model.config.vocab_size, (1, CALIBRATION_TOKENS), device="cuda")
+        model.model(tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    return Plan(
+        model="random",
+        revision="",
+        fingerprint="0" * 64,
+        shape=structure.shape,
+        score="l2",
+        budget=sparsity,
+        dense_prefix=dense_prefix,
+        sparsities=np.full(thresholds.shape, sparsity),
+        thresholds=thresholds,
+        norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
+    )
+
+
+class Step:
+    """One token a row over a static cache that holds ``kv_length`` positions, at first by eager calls.
+
+    Args:
+        model: on the GPU.
+        batch: rows.
+        kv_length: positions in the cache in the middle of a timing.
+    """
+
+    def __init__(self, model: Any, batch: int, kv_length: int) -> None:
+        self.model = model
+        self.token = torch.zeros((batch, 1), dtype=torch.long, device="cuda")
+        self.kv_length = kv_length
+        self.cache = StaticCache(config=model.config, max_cache_len=2 * kv_length)
+        self.position = torch.zeros((1, 1), dtype=torch.long, device="cuda")
+        self.forward = model.forward
+        with torch.inference_mode():
+            prompt = torch.randint(0, model.config.vocab_size, (batch, kv_length - 1), device="cuda")
+            model(prompt, past_key_values=self.cache, use_cache=True)
+
+    def rewind(self, to: int) -> None:
+        """Put the cache at ``to`` positions."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(to)
+
+    def run(self) -> Tensor:
+        logits: Tensor = self.forward(self.token, past_key_values=self.cache, use_cache=True).logits
+        return logits
+
+    @torch.inference_mode()
+    def times(self, replays: int) -> tuple[float, float, float]:
+        """p20, p50 and p80 of a replay in milliseconds, with other tokens each time."""
+        self.rewind(self.kv_length - 16)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        vocabulary = self.model.config.vocab_size
+        tokens = torch.randint(0, vocabulary, (replays + 5, *self.token.shape), device="cuda")
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in tokens]
+        self.rewind(self.kv_length - replays // 2)
+        for own, (start, end) in zip(tokens, events, strict=True):
+            self.token.copy_(own)
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        found = torch.tensor([start.elapsed_time(end) for start, end in events[5:]])
+        low, middle, high = found.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        return low, middle, high
+
+    @torch.inference_mode()
+    def counted(self, handle: SparseModel) -> tuple[float, int]:
+        """(sparsity, bytes of weights read a step) counted over some steps; a batch reads what any row keeps."""
+        self.rewind(self.kv_length - COUNTED_STEPS)
+        kept = torch.zeros((), dtype=torch.int64, device="cuda")
+
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, module.in_features)
+            live = (x.abs().float() * module.norms >= module.threshold) | (module.threshold <= 0.0)
+            kept.add_(live.any(dim=0).sum() * module.out_features * module.weight.element_size())
+
+        handles = [swap.sparse.register_forward_pre_hook(hook) for swap in handle._swaps]
+        with handle.counting() as counts:
+            for _ in range(COUNTED_STEPS):
+                self.token.random_(self.model.config.vocab_size)
+                self.run()
+        for own in handles:
+            own.remove()
+        return counts.sparsity(), int(kept) // COUNTED_STEPS
+
+
+def other_bytes(model: Any, batch: int, kv_length: int) -> int:
+    """What a step reads besides the projections: the head and the cache."""
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = model.lm_head.weight.element_size()
+    cache = 2 * batch * config.num_hidden_layers * config.num_key_value_heads * head * kv_length * itemsize
+    return int(model.lm_head.weight.numel() * itemsize + cache)
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    dtype = DTYPES[options.dtype]
+    model, bandwidth = build(options.model, dtype), read_bandwidth()
+    common = {
+        "model": options.model if options.model in SHAPES else fingerprint(Path(options.model))[:12],
+        "dtype": options.dtype,
+        "batch": options.batch,
+        "kv_length": options.kv_length,
+        "read_tb_per_s": bandwidth / 1e12,
+        "gpu": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "commit": commit(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    others = other_bytes(model, options.batch, options.kv_length)
+    rows: list[Row] = []
+
+    def add(path: str, nominal: float, sparsity: float, read: int, fused: int, step: Step) -> None:
+        low, middle, high = step.times(options.replays)
+        limit = (read + others) / bandwidth * 1e3
+        dense = {row.path: row.p50_ms for row in rows if row.path.startswith("dense")}
+        rows.append(
+            Row(
+                path=path,
+                nominal_sparsity=nominal,
+                sparsity=sparsity,
+                p20_ms=low,
+                p50_ms=middle,
+                p80_ms=high,
+                limit_ms=limit,
+                limit_share=limit / middle,
+                tokens_per_s=1e3 * options.batch / middle,
+                read_bytes=read + others,
+                speedup_over_eager=dense.get("dense", middle) / middle,
+                speedup_over_compiled=dense.get("dense, torch.compile", float("nan")) / middle,
+                fused_blocks=fused,
+                **common,
+            )
+        )
+        row = rows[-1]
+        print(
+            f"{path:22s} {nominal:.2f} counted {sparsity:.3f}  {middle:.3f} ms ({low:.3f} to {high:.3f})  "
+            f"limit {limit:.3f} ms, {row.limit_share:.0%}  x{row.speedup_over_eager:.2f} over eager, "
+            f"x{row.speedup_over_compiled:.2f} over compiled, {row.tokens_per_s:.0f} tokens/s",
+            flush=True,
+        )
+
+    weights = find_structure(model).linears()
+    every = sum(linear.weight.numel() * linear.weight.element_size() for _, _, linear in weights)
+    step = Step(model, options.batch, options.kv_length)
+    add("dense", 0.0, 0.0, every, 0, step)
+    if options.compile:
+        step.forward = torch.compile(model.forward, fullgraph=True)
+        add("dense, torch.compile", 0.0, 0.0, every, 0, step)
+    for sparsity in options.sparsities:
+        handle = sparsify(model, plan_at(model, sparsity), backend=options.backend)
+        step = Step(model, options.batch, options.kv_length)
+        counted, read = step.counted(handle)
+        add(handle.backend, sparsity, counted, read, handle.fused, step)
+        handle.restore()
+    return rows
+
+
+def versions() -> str:
+    import transformers
+    import triton
+
+    found = (platform.python_version(), torch.__version__, triton.__version__, transformers.__version__)
+    return "python {}, torch {}, triton {}, transformers {}".format(*found)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-2-7b", help=f"{', '.join(SHAPES)}, or a folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.0, 0.5, 0.6, 0.75])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv-length", type=int, default=256)
+    parser.add_argument("--replays", type=int, default=50)
+    parser.add_argument("--backend", choices=("auto", "cuda", "triton", "reference"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile's dense step too")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    with options.output.open("a", encoding="utf-8") as file:
+        for row in measure(options):
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
