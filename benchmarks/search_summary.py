@@ -193,13 +193,22 @@ def _png(conditions: str, targets: dict[float, list[Curve]], path: Path) -> None
 
     figure, axes = pyplot.subplots(1, len(targets), figsize=(5 * len(targets), 5), squeeze=False)
     names = sorted({curve.name for curves in targets.values() for curve in curves})
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "tab20")
     for axis, (target, curves) in zip(axes[0], targets.items(), strict=True):
         for curve in curves:
             cells = list(curve.cells.values())
             style = "--" if len({cell.median for cell in cells}) == 1 else "-"
-            colour = colours(names.index(curve.name) % 20)
-            axis.plot(list(curve.cells), [c.median for c in cells], style, color=colour, label=curve.name, marker=".")
+            colour = colours(names.index(curve.name) % colours.N)
+            width = 3.0 if curve.name == "descent" else 1.2  # what the product does
+            axis.plot(
+                list(curve.cells),
+                [c.median for c in cells],
+                style,
+                color=colour,
+                linewidth=width,
+                label=curve.name,
+                marker=".",
+            )
             axis.fill_between(
                 list(curve.cells), [c.least for c in cells], [c.greatest for c in cells], color=colour, alpha=0.1
             )
