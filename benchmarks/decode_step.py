@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.bench_sparse_gemv import commit, read_bandwidth
+from benchmarks.bench_sparse_gemv import commit
 from scripts.make_random_model import SHAPES, draw
-from was_kernels.runtime import SparseModel, sparsify
+from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+from was_kernels.runtime import sparsify
 from was_search.fingerprint import fingerprint
 from was_search.masking import structure_norms
 from was_search.plan import Plan
@@ -38,7 +39,6 @@ from was_search.structure import find_structure
 RESULTS = Path(__file__).parent / "results" / "decode_step.jsonl"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CALIBRATION_TOKENS = 512
-COUNTED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -128,95 +128,9 @@ def plan_at(model: Any, sparsity: float, dense_prefix: int = 1) -> Plan:
     )
 
 
-class Step:
-    """One token a row over a static cache that holds ``kv_length`` positions, at first by eager calls.
-
-    Args:
-        model: on the GPU.
-        batch: rows.
-        kv_length: positions in the cache in the middle of a timing.
-    """
-
-    def __init__(self, model: Any, batch: int, kv_length: int) -> None:
-        self.model = model
-        self.token = torch.zeros((batch, 1), dtype=torch.long, device="cuda")
-        self.kv_length = kv_length
-        self.cache = StaticCache(config=model.config, max_cache_len=2 * kv_length)
-        self.position = torch.zeros((1, 1), dtype=torch.long, device="cuda")
-        self.forward = model.forward
-        with torch.inference_mode():
-            prompt = torch.randint(0, model.config.vocab_size, (batch, kv_length - 1), device="cuda")
-            model(prompt, past_key_values=self.cache, use_cache=True)
-
-    def rewind(self, to: int) -> None:
-        """Put the cache at ``to`` positions."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(to)
-
-    def run(self) -> Tensor:
-        logits: Tensor = self.forward(self.token, past_key_values=self.cache, use_cache=True).logits
-        return logits
-
-    @torch.inference_mode()
-    def times(self, replays: int) -> tuple[float, float, float]:
-        """p20, p50 and p80 of a replay in milliseconds, with other tokens each time."""
-        self.rewind(self.kv_length - 16)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
-        vocabulary = self.model.config.vocab_size
-        tokens = torch.randint(0, vocabulary, (replays + 5, *self.token.shape), device="cuda")
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in tokens]
-        self.rewind(self.kv_length - replays // 2)
-        for own, (start, end) in zip(tokens, events, strict=True):
-            self.token.copy_(own)
-            start.record()
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        found = torch.tensor([start.elapsed_time(end) for start, end in events[5:]])
-        low, middle, high = found.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        return low, middle, high
-
-    @torch.inference_mode()
-    def counted(self, handle: SparseModel) -> tuple[float, int]:
-        """(sparsity, bytes of weights read a step) counted over some steps; a batch reads what any row keeps."""
-        self.rewind(self.kv_length - COUNTED_STEPS)
-        kept = torch.zeros((), dtype=torch.int64, device="cuda")
-
-        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, module.in_features)
-            live = (x.abs().float() * module.norms >= module.threshold) | (module.threshold <= 0.0)
-            kept.add_(live.any(dim=0).sum() * module.out_features * module.weight.element_size())
-
-        handles = [swap.sparse.register_forward_pre_hook(hook) for swap in handle._swaps]
-        with handle.counting() as counts:
-            for _ in range(COUNTED_STEPS):
-                self.token.random_(self.model.config.vocab_size)
-                self.run()
-        for own in handles:
-            own.remove()
-        return counts.sparsity(), int(kept) // COUNTED_STEPS
-
-
-def other_bytes(model: Any, batch: int, kv_length: int) -> int:
-    """What a step reads besides the projections: the head and the cache."""
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    itemsize = model.lm_head.weight.element_size()
-    cache = 2 * batch * config.num_hidden_layers * config.num_key_value_heads * head * kv_length * itemsize
-    return int(model.lm_head.weight.numel() * itemsize + cache)
-
-
 def measure(options: argparse.Namespace) -> list[Row]:
     dtype = DTYPES[options.dtype]
-    model, bandwidth = build(options.model, dtype), read_bandwidth()
+    model, bandwidth = build(options.model, dtype), read_bandwidth(torch.device("cuda"))
     common = {
         "model": options.model if options.model in SHAPES else fingerprint(Path(options.model))[:12],
         "dtype": options.dtype,
@@ -229,10 +143,12 @@ def measure(options: argparse.Namespace) -> list[Row]:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     others = other_bytes(model, options.batch, options.kv_length)
+    tokens = torch.randint(0, model.config.vocab_size, (options.batch, 2 * options.kv_length), device="cuda")
     rows: list[Row] = []
 
-    def add(path: str, nominal: float, sparsity: float, read: int, fused: int, step: Step) -> None:
-        low, middle, high = step.times(options.replays)
+    def add(path: str, nominal: float, sparsity: float, read: int, fused: int, step: DecodeStep) -> None:
+        times = step.times(options.replays)
+        middle = times.p50
         limit = (read + others) / bandwidth * 1e3
         dense = {row.path: row.p50_ms for row in rows if row.path.startswith("dense")}
         rows.append(
@@ -240,9 +156,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
                 path=path,
                 nominal_sparsity=nominal,
                 sparsity=sparsity,
-                p20_ms=low,
+                p20_ms=times.p20,
                 p50_ms=middle,
-                p80_ms=high,
+                p80_ms=times.p80,
                 limit_ms=limit,
                 limit_share=limit / middle,
                 tokens_per_s=1e3 * options.batch / middle,
@@ -255,24 +171,22 @@ def measure(options: argparse.Namespace) -> list[Row]:
         )
         row = rows[-1]
         print(
-            f"{path:22s} {nominal:.2f} counted {sparsity:.3f}  {middle:.3f} ms ({low:.3f} to {high:.3f})  "
+            f"{path:22s} {nominal:.2f} counted {sparsity:.3f}  {middle:.3f} ms ({times.p20:.3f} to {times.p80:.3f})  "
             f"limit {limit:.3f} ms, {row.limit_share:.0%}  x{row.speedup_over_eager:.2f} over eager, "
             f"x{row.speedup_over_compiled:.2f} over compiled, {row.tokens_per_s:.0f} tokens/s",
             flush=True,
         )
 
-    weights = find_structure(model).linears()
-    every = sum(linear.weight.numel() * linear.weight.element_size() for _, _, linear in weights)
-    step = Step(model, options.batch, options.kv_length)
-    add("dense", 0.0, 0.0, every, 0, step)
+    every = projection_bytes([linear for _, _, linear in find_structure(model).linears()])
+    add("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
     if options.compile:
-        step.forward = torch.compile(model.forward, fullgraph=True)
+        step = DecodeStep(model, tokens, options.kv_length, compiled=True)
         add("dense, torch.compile", 0.0, 0.0, every, 0, step)
     for sparsity in options.sparsities:
         handle = sparsify(model, plan_at(model, sparsity), backend=options.backend)
-        step = Step(model, options.batch, options.kv_length)
-        counted, read = step.counted(handle)
-        add(handle.backend, sparsity, counted, read, handle.fused, step)
+        step = DecodeStep(model, tokens, options.kv_length)
+        counted = step.counted(handle)
+        add(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         handle.restore()
     return rows
 

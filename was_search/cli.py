@@ -11,29 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from was_search import __version__, cli_control, cli_submit
-from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, STORAGE, Call, app, stderr
+from was_search import __version__, cli_control, cli_decode, cli_submit
+from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, MODEL, STORAGE, Call, PlanIn, app, load_plan, stderr
 from was_search.cli_command import command as _command
 from was_search.cli_command import option as _option
 from was_search.cli_db import db
 from was_search.errors import ConfigError, WasError
-from was_search.plan import Plan
-from was_search.settings import Settings, load_settings
 
-__all__ = ["app", "cli_control", "cli_submit", "main"]
+__all__ = ["app", "cli_control", "cli_decode", "cli_submit", "main"]
 
-MODEL: dict[str, Any] = {
-    "model": _option(str | None, "Local folder or hub id."),
-    "revision": _option(str | None, "Hub revision."),
-    "data": _option(str | None, "Text file, folder, or wikitext2, c4, alpaca."),
-    "device": _option(str | None, "auto, cpu or cuda."),
-    "dtype": _option(str | None, "auto, float32, bfloat16 or float16."),
-    "sequence_length": _option(int | None, "Tokens of one sequence."),
-    "stride": _option(int | None, "Tokens between windows; 0 means no overlap."),
-    "test_sequences": _option(int | None, "At most so many sequences of the test split."),
-    "batch_size": _option(int | None, "Sequences per forward."),
-    "seed": _option(int | None, "Of the samplers and of the order of sequences."),
-}
 CLUSTER: dict[str, Any] = {
     "workers": _option(int | None, "Ray workers; each holds the model.", rich_help_panel="Cluster"),
     "gpus_per_worker": _option(
@@ -251,12 +237,6 @@ def run(call: Call) -> None:
     _end(call.run(step))
 
 
-PlanIn = Annotated[
-    Path | None,
-    typer.Option("--plan", help="Folder of a plan; the settings it was made with are the defaults."),
-]
-
-
 @_command(MODEL, CALIBRATE)
 def evaluate(
     call: Call,
@@ -277,7 +257,7 @@ def evaluate(
 
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
-    loaded, base = _load_plan(plan)
+    loaded, base = load_plan(plan)
     call.flags.update(calibration_sequences=calibration_sequences, search_sequences=search_sequences)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
 
@@ -287,21 +267,6 @@ def evaluate(
         return api.evaluate(context, loaded, split)
 
     call.run(step, base)
-
-
-@_command({name: MODEL[name] for name in ("model", "revision", "device", "dtype")})
-def generate(
-    call: Call,
-    *,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    plan: PlanIn = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
-) -> None:
-    """Decode greedily with a plan's sparse runtime, or densely without a plan."""
-    from was_search import api
-
-    loaded, base = _load_plan(plan)
-    call.run(lambda context: api.generate(context, loaded, prompt, max_new_tokens=max_new_tokens), base)
 
 
 @_command(STORAGE)
@@ -353,19 +318,6 @@ def doctor(
 
 
 app.add_typer(db, name="db")
-
-
-def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
-    """A plan and the settings that it was made with."""
-    if folder is None:
-        return None, None
-    plan = Plan.load(folder)
-    made_with = dict(plan.provenance.get("settings", {}))
-    made_with["plan"] = ""
-    made_with["revision"] = plan.revision
-    return plan, load_settings(
-        None, {key: value for key, value in made_with.items() if key in Settings.__dataclass_fields__}
-    )
 
 
 def _end(drained: bool) -> None:

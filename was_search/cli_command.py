@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from was_search.plan import Plan
 from was_search.progress import JsonReporter, Reporter, RichReporter
 from was_search.settings import Settings, load_settings
 
@@ -44,6 +45,23 @@ SHARED: dict[str, Any] = {
 STORAGE: dict[str, Any] = {
     "storage": option(str | None, "Postgres URL, or embedded.", envvar="WAS_SEARCH_STORAGE", rich_help_panel="General"),
 }
+
+MODEL: dict[str, Any] = {
+    "model": option(str | None, "Local folder or hub id."),
+    "revision": option(str | None, "Hub revision."),
+    "data": option(str | None, "Text file, folder, or wikitext2, c4, alpaca."),
+    "device": option(str | None, "auto, cpu or cuda."),
+    "dtype": option(str | None, "auto, float32, bfloat16 or float16."),
+    "sequence_length": option(int | None, "Tokens of one sequence."),
+    "stride": option(int | None, "Tokens between windows; 0 means no overlap."),
+    "test_sequences": option(int | None, "At most so many sequences of the test split."),
+    "batch_size": option(int | None, "Sequences per forward."),
+    "seed": option(int | None, "Of the samplers and of the order of sequences."),
+}
+PlanIn = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Folder of a plan; the settings it was made with are the defaults."),
+]
 
 
 @dataclass(frozen=True)
@@ -113,3 +131,16 @@ def command(*groups: dict[str, Any], panel: str | None = None) -> Callable[[Call
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
+    """A plan and the settings that it was made with."""
+    if folder is None:
+        return None, None
+    plan = Plan.load(folder)
+    made_with = dict(plan.provenance.get("settings", {}))
+    made_with["plan"] = ""
+    made_with["revision"] = plan.revision
+    return plan, load_settings(
+        None, {key: value for key, value in made_with.items() if key in Settings.__dataclass_fields__}
+    )

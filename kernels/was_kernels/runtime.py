@@ -61,6 +61,11 @@ class SparseModel:
     def fused(self) -> int:
         return len(self._fused)
 
+    @property
+    def projections(self) -> list[SparseLinear]:
+        """The swapped projections, block by block."""
+        return [swap.sparse for swap in self._swaps]
+
     def __enter__(self) -> nn.Module:
         return self.model
 

@@ -4,6 +4,7 @@ with Context(Settings(model="meta-llama/Llama-3.2-1B", data="wikitext2"), RichRe
     result = run(context)
 """
 
+from was_search.api.bench import bench
 from was_search.api.calibrate import calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.control import ask, change
@@ -24,6 +25,7 @@ from was_search.api.targets import run_targets
 __all__ = [
     "Context",
     "ask",
+    "bench",
     "calibrate",
     "change",
     "dashboard",

@@ -1,0 +1,83 @@
+"""``generate`` and ``bench`` on the packaged demo checkpoint with a plan that a few lines make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.kernels.tiny_models import tiny_plan
+from was_search.api import demo_settings
+from was_search.cli import app
+from was_search.errors import ConfigError
+from was_search.fingerprint import fingerprint
+from was_search.model import load_model, resolve_model
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan of 50 % for the demo checkpoint, with the demo's settings."""
+    settings = demo_settings()
+    source = resolve_model(settings.model)
+    made = tiny_plan(load_model(source, dtype="float32", device="cpu"))
+    folder = tmp_path_factory.mktemp("decode") / "plan"
+    provenance = {"settings": {"model": settings.model, "data": settings.data}, "study": "none"}
+    dataclasses.replace(made, fingerprint=fingerprint(source), provenance=provenance).save(folder)
+    return folder
+
+
+def result_of(output: str) -> dict:
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return next(line for line in lines if line["event"] == "result")
+
+
+def test_bench_times_dense_beside_the_plan(plan):
+    found = run(app, ["bench", "--plan", str(plan), "--kv-length", "40", "--steps", "6", "--device", "cpu", "--json"])
+    assert found.exit_code == 0, found.output
+    result = result_of(found.output)
+    dense, sparse = result["rows"]
+    assert (dense["name"], sparse["name"]) == ("dense", "plan")
+    assert dense["sparsity"] == 0.0 and dense["live_channels"] is None
+    assert 0.3 < sparse["sparsity"] < 0.7
+    assert sparse["read_bytes"] < 0.8 * dense["read_bytes"]
+    for row in result["rows"]:
+        assert 0.0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["p50_ms"])
+        assert row["limit_ms"] == pytest.approx(1e3 * row["read_bytes"] / result["bandwidth_bytes_per_s"])
+    assert "reference" in result["backend"]
+
+
+def test_bench_prints_a_table(plan):
+    found = run(app, ["bench", "--plan", str(plan), "--batch", "2", "--kv-length", "32", "--steps", "3"])
+    assert found.exit_code == 0, found.output
+    assert "One decode step, 2 rows, 32 positions" in found.output
+    assert "live" in found.output and "tokens/s" in found.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "batch: must be at least 1, got 0"),
+        (["--kv-length", "8"], "kv_length: must be at least 32, got 8"),
+        (["--steps", "0"], "steps: must be at least 1"),
+        (["--batch", "4000"], "tokens of test text, there are"),
+    ],
+)
+def test_bench_refuses(plan, options, message):
+    found = run(app, ["bench", "--plan", str(plan), *options])
+    assert isinstance(found.exception, ConfigError)
+    assert message in str(found.exception)
+
+
+def test_generate_counts_what_was_skipped(plan):
+    given = ["generate", "--plan", str(plan), "--prompt", "def area(radius):\n", "--max-new-tokens", "40", "--json"]
+    found = run(app, given)
+    assert found.exit_code == 0, found.output
+    result = result_of(found.output)
+    assert result["tokens"] == 40
+    assert 0.3 < result["achieved"] < 0.7

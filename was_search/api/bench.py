@@ -1,0 +1,140 @@
+"""Time decoding: one step of the dense model beside one with a plan, in the same run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from was_search.api.context import Context
+from was_search.api.evaluate import load_for
+from was_search.errors import ConfigError
+from was_search.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One way to decode, measured.
+
+    Attributes:
+        name: ``dense``, ``dense, compiled`` or ``plan``.
+        p20_ms: a step's time, 20th percentile; likewise ``p50_ms`` and ``p80_ms``.
+        tokens_per_s: of all rows.
+        read_bytes: weights behind live channels, the head and the cache.
+        limit_ms: time to read them at the bandwidth measured in the same run.
+        sparsity: counted in decode steps.
+        live_channels: kept channels of all projections; None: all.
+    """
+
+    name: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    tokens_per_s: float
+    read_bytes: int
+    limit_ms: float
+    sparsity: float
+    live_channels: float | None
+
+
+def bench(
+    context: Context,
+    plan: Plan | None,
+    *,
+    batch: int = 1,
+    kv_length: int = 256,
+    steps: int = 50,
+    compiled: bool = False,
+) -> list[StepTimes]:
+    """Time one-token steps over a static cache on the settings' test text, dense and with ``plan``.
+
+    Args:
+        context: settings: model, data, device and dtype.
+        plan: None: the dense model alone.
+        batch: rows, each with text of its own.
+        kv_length: positions in the cache.
+        steps: timed for each row of the table, at most kv_length.
+        compiled: time the dense model through ``torch.compile`` too.
+
+    Raises:
+        ConfigError: an option out of range, or too little text.
+        PlanError: the plan belongs to another model.
+    """
+    import torch
+
+    from was_kernels import sparsify
+    from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+
+    for name, value, least in (("batch", batch, 1), ("kv_length", kv_length, 32), ("steps", steps, 1)):
+        if value < least:
+            raise ConfigError(f"{name}: must be at least {least}, got {value}")
+    text = context.tokens_uncached("test").tokens.reshape(-1)
+    each = kv_length + steps
+    if len(text) < batch * each:
+        raise ConfigError(
+            f"kv_length: {batch} rows of {each} tokens need {batch * each} tokens of test text, there are {len(text)}; "
+            "raise test_sequences or give more data"
+        )
+    model, structure = load_for(context, plan)
+    room = getattr(model.config, "max_position_embeddings", 2 * kv_length)
+    if kv_length + steps > room:
+        raise ConfigError(f"kv_length: {kv_length} and {steps} steps exceed the model's {room} positions")
+    device = torch.device(context.placement_here.device)
+    tokens = torch.as_tensor(text[: batch * each].reshape(batch, each), dtype=torch.long, device=device)
+    bandwidth, others = read_bandwidth(device), other_bytes(model, batch, kv_length)
+    found: list[StepTimes] = []
+
+    def add(name: str, step: DecodeStep, weight_bytes: int, sparsity: float, live: float | None) -> None:
+        times = step.times(steps)
+        read = weight_bytes + others
+        speed = 1e3 * batch / times.p50
+        found.append(
+            StepTimes(name, times.p20, times.p50, times.p80, speed, read, 1e3 * read / bandwidth, sparsity, live)
+        )
+
+    with context.reporter.phase("time decode steps", 1 + compiled + (plan is not None)) as advance:
+        every = projection_bytes([linear for _, _, linear in structure.linears()])
+        add("dense", DecodeStep(model, tokens, kv_length), every, 0.0, None)
+        advance()
+        if compiled:
+            add("dense, compiled", DecodeStep(model, tokens, kv_length, compiled=True), every, 0.0, None)
+            advance()
+        backend = "dense"
+        if plan is not None:
+            handle = sparsify(model, plan)
+            try:
+                backend = f"{handle.backend}, {handle.fused} of {structure.shape.n_blocks} blocks fused"
+                step = DecodeStep(model, tokens, kv_length)
+                counted = step.counted(handle)
+                add("plan", step, counted.weight_bytes, counted.sparsity, counted.live_channels)
+            finally:
+                handle.restore()
+            advance()
+    _show(context, found, backend, bandwidth, batch, kv_length)
+    return found
+
+
+def _show(context: Context, found: list[StepTimes], backend: str, bandwidth: float, batch: int, kv_length: int) -> None:
+    rows = [
+        [
+            row.name,
+            f"{100 * row.sparsity:.1f} %",
+            "all" if row.live_channels is None else f"{row.live_channels:.0f}",
+            f"{row.p50_ms:.3f} ({row.p20_ms:.3f} to {row.p80_ms:.3f})",
+            f"{row.tokens_per_s:.1f}",
+            f"{row.read_bytes / 1e6:.1f}",
+            f"{100 * row.limit_ms / row.p50_ms:.0f} %",
+            f"{found[0].p50_ms / row.p50_ms:.2f}x",
+        ]
+        for row in found
+    ]
+    context.reporter.table(
+        f"One decode step, {batch} row{'s' if batch > 1 else ''}, {kv_length} positions in the cache",
+        ["", "skipped", "live channels", "ms, median (20 to 80 %)", "tokens/s", "MB read", "of the limit", "speed"],
+        rows,
+    )
+    context.reporter.note(
+        f"{context.placement_here.device}, {context.placement_here.dtype}, {backend}; the limit is reading those bytes "
+        f"at {bandwidth / 1e9:.1f} GB/s, measured here"
+    )
+    value: dict[str, Any] = {"bandwidth_bytes_per_s": bandwidth, "backend": backend, "rows": [asdict(r) for r in found]}
+    context.reporter.result(value)
