@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes,
 from was_kernels.runtime import sparsify
 from was_search.fingerprint import fingerprint
 from was_search.masking import structure_norms
+from was_search.model import resolve_model
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS
 from was_search.structure import find_structure
@@ -59,8 +61,8 @@ class Row:
     limit_share: float
     tokens_per_s: float
     read_bytes: int
-    speedup_over_eager: float
-    speedup_over_compiled: float
+    speedup_over_eager: float | None
+    speedup_over_compiled: float | None
     fused_blocks: int
     read_tb_per_s: float
     gpu: str
@@ -128,67 +130,80 @@ def plan_at(model: Any, sparsity: float, dense_prefix: int = 1) -> Plan:
     )
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
-    dtype = DTYPES[options.dtype]
-    model, bandwidth = build(options.model, dtype), read_bandwidth(torch.device("cuda"))
-    common = {
-        "model": options.model if options.model in SHAPES else fingerprint(Path(options.model))[:12],
-        "dtype": options.dtype,
-        "batch": options.batch,
-        "kv_length": options.kv_length,
-        "read_tb_per_s": bandwidth / 1e12,
-        "gpu": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": commit(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    others = other_bytes(model, options.batch, options.kv_length)
+@dataclass(frozen=True)
+class Case:
+    """A step to be timed; the model runs the plan while it is at hand."""
+
+    path: str
+    nominal_sparsity: float
+    sparsity: float
+    weight_bytes: int
+    fused_blocks: int
+    step: DecodeStep
+
+
+def cases(model: Any, options: argparse.Namespace) -> Iterator[Case]:
+    """The dense steps, then each plan's."""
     tokens = torch.randint(0, model.config.vocab_size, (options.batch, 2 * options.kv_length), device="cuda")
-    rows: list[Row] = []
-
-    def add(path: str, nominal: float, sparsity: float, read: int, fused: int, step: DecodeStep) -> None:
-        times = step.times(options.replays)
-        middle = times.p50
-        limit = (read + others) / bandwidth * 1e3
-        dense = {row.path: row.p50_ms for row in rows if row.path.startswith("dense")}
-        rows.append(
-            Row(
-                path=path,
-                nominal_sparsity=nominal,
-                sparsity=sparsity,
-                p20_ms=times.p20,
-                p50_ms=middle,
-                p80_ms=times.p80,
-                limit_ms=limit,
-                limit_share=limit / middle,
-                tokens_per_s=1e3 * options.batch / middle,
-                read_bytes=read + others,
-                speedup_over_eager=dense.get("dense", middle) / middle,
-                speedup_over_compiled=dense.get("dense, torch.compile", float("nan")) / middle,
-                fused_blocks=fused,
-                **common,
-            )
-        )
-        row = rows[-1]
-        print(
-            f"{path:22s} {nominal:.2f} counted {sparsity:.3f}  {middle:.3f} ms ({times.p20:.3f} to {times.p80:.3f})  "
-            f"limit {limit:.3f} ms, {row.limit_share:.0%}  x{row.speedup_over_eager:.2f} over eager, "
-            f"x{row.speedup_over_compiled:.2f} over compiled, {row.tokens_per_s:.0f} tokens/s",
-            flush=True,
-        )
-
     every = projection_bytes([linear for _, _, linear in find_structure(model).linears()])
-    add("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
+    yield Case("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
     if options.compile:
         step = DecodeStep(model, tokens, options.kv_length, compiled=True)
-        add("dense, torch.compile", 0.0, 0.0, every, 0, step)
+        yield Case("dense, torch.compile", 0.0, 0.0, every, 0, step)
     for sparsity in options.sparsities:
         handle = sparsify(model, plan_at(model, sparsity), backend=options.backend)
         step = DecodeStep(model, tokens, options.kv_length)
         counted = step.counted(handle)
-        add(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
+        yield Case(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         handle.restore()
-    return rows
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Rows as they are measured, each compared with the dense ones before it."""
+    model = build(options.model, DTYPES[options.dtype])
+    bandwidth, others = read_bandwidth(torch.device("cuda")), other_bytes(model, options.batch, options.kv_length)
+    dense: dict[str, float] = {}
+    for case in cases(model, options):
+        times = case.step.times(options.replays)
+        if case.path.startswith("dense"):
+            dense[case.path] = times.p50
+        read = case.weight_bytes + others
+        limit_ms = 1e3 * read / bandwidth
+        over = {name: dense[name] / times.p50 if name in dense else None for name in ("dense", "dense, torch.compile")}
+        yield Row(
+            model=options.model if options.model in SHAPES else fingerprint(resolve_model(options.model))[:12],
+            dtype=options.dtype,
+            batch=options.batch,
+            kv_length=options.kv_length,
+            path=case.path,
+            nominal_sparsity=case.nominal_sparsity,
+            sparsity=case.sparsity,
+            p20_ms=times.p20,
+            p50_ms=times.p50,
+            p80_ms=times.p80,
+            limit_ms=limit_ms,
+            limit_share=limit_ms / times.p50,
+            tokens_per_s=1e3 * options.batch / times.p50,
+            read_bytes=read,
+            speedup_over_eager=over["dense"],
+            speedup_over_compiled=over["dense, torch.compile"],
+            fused_blocks=case.fused_blocks,
+            read_tb_per_s=bandwidth / 1e12,
+            gpu=torch.cuda.get_device_name(),
+            versions=versions(),
+            commit=commit(),
+            when=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    over = "" if row.speedup_over_compiled is None else f", x{row.speedup_over_compiled:.2f} over compiled"
+    return (
+        f"{row.path:22s} {row.nominal_sparsity:.2f} counted {row.sparsity:.3f}  {row.p50_ms:.3f} ms "
+        f"({row.p20_ms:.3f} to {row.p80_ms:.3f})  limit {row.limit_ms:.3f} ms, {row.limit_share:.0%}  "
+        f"x{row.speedup_over_eager or 1.0:.2f} over eager{over}, {row.tokens_per_s:.0f} tokens/s"
+    )
 
 
 def versions() -> str:
@@ -218,6 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     with options.output.open("a", encoding="utf-8") as file:
         for row in measure(options):
             file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            print(line(row), flush=True)
 
 
 if __name__ == "__main__":
