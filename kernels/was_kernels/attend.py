@@ -36,7 +36,9 @@ def _launch_attend(
     k_norm: Tensor | None,
     epsilon: float,
     mask: Tensor | None,
-    early: bool,
+    *,
+    early: bool = False,
+    advance: bool = False,
 ) -> Tensor:
     rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
     queries = query_heads // heads
@@ -83,6 +85,7 @@ def _launch_attend(
         ctypes.c_float(epsilon),
         ctypes.c_int(heads),
         ctypes.c_int(longest),
+        ctypes.c_int(advance),
     ]
     kernel.launch((rows * heads, splits), warps * 32, arguments, overlap=early)
     return out
@@ -116,17 +119,16 @@ def _attend_reference(
     groups = query_heads // heads
     wide_keys, wide_values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
     out = F.scaled_dot_product_attention(q.unsqueeze(2), wide_keys, wide_values, attn_mask=seen, scale=scaling)
-    length.add_(1)
     return out.reshape(rows, query_heads * head)
 
 
 @torch.library.custom_op(
     "was::attend",
-    mutates_args=("keys", "values", "length"),
+    mutates_args=("keys", "values"),
     schema=(
-        "(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) length, Tensor cos, Tensor sin, Tensor arrived, "
+        "(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor cos, Tensor sin, Tensor arrived, "
         "int query_heads, float scaling, Tensor? q_norm=None, Tensor? k_norm=None, float epsilon=0.0, "
-        "Tensor? mask=None, bool early=False) -> Tensor"
+        "Tensor? mask=None) -> Tensor"
     ),
 )
 def _attend_op(
@@ -143,14 +145,13 @@ def _attend_op(
     k_norm: Tensor | None = None,
     epsilon: float = 0.0,
     mask: Tensor | None = None,
-    early: bool = False,
 ) -> Tensor:
     if not qkv.is_cuda:
         return _attend_reference(
             qkv, keys, values, length, cos, sin, query_heads, scaling, q_norm, k_norm, epsilon, mask
         )
     return _launch_attend(
-        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask, early
+        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask
     )
 
 
@@ -206,14 +207,18 @@ def attend(
         epsilon: of those.
         mask: bool [B or 1, at least longest] with unit last stride: positions that may be seen; None: all.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
-            ``qkv``, and must itself have waited for the one before it: all else is read before it has ended.
+            ``qkv``, and must itself have waited for the one before it: all else is read before it has ended. Not used
+            in compiled graphs, whose kernels come in another order.
 
     Returns:
         [B, query_heads * head size].
     """
-    y: Tensor = torch.ops.was.attend(
-        qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask, early
-    )
+    inputs = (qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask)
+    if qkv.is_cuda and not torch.compiler.is_compiling():
+        return _launch_attend(*inputs, early=early, advance=True)
+    # The op leaves the length alone: Inductor may compute what depends on it after an op that changes it in place.
+    y: Tensor = torch.ops.was.attend(*inputs)
+    length.add_(1)
     return y
 
 

@@ -7,6 +7,7 @@ kernels run, in half precision.
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -193,15 +194,15 @@ def test_a_step_compiles_without_a_graph_break(op_device, dtype):
     tokens = tokens_of(1, 12).to(op_device)
     with sparsify(model, plan, backend="cuda") as sparse:
         expected = logits_of_steps(sparse, tokens, 8)
-        plain = sparse.forward
-        compiled = torch.compile(plain, fullgraph=True, backend="inductor" if op_device == "cuda" else "eager")
+        backend = "inductor" if op_device == "cuda" or shutil.which("g++") else "aot_eager"
+        compiled = torch.compile(sparse.forward, fullgraph=True, backend=backend)
         cache = StaticCache(config=model.config, max_cache_len=21)
         found = []
         with torch.inference_mode():
             sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
             for at in range(8, 12):
                 found.append(compiled(tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1])
-    torch.testing.assert_close(torch.stack(found), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0.02, atol=0.02 if op_device == "cuda" else 1e-4)
 
 
 @pytest.mark.gpu

@@ -88,12 +88,12 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
        const u16* __restrict__ k_norm,  // [HEAD], NORMED only
        u16* keys, u16* values,          // [rows, key heads, longest, HEAD], last stride 1
        const u8* __restrict__ mask,     // [rows or 1, longest] or null: positions that may be seen
-       long long* length,               // positions in the cache; one more at the end
+       long long* length,               // positions in the cache; one more at the end if `advance`
        u16* __restrict__ out,           // [rows, key heads * QUERIES * HEAD]
        float* __restrict__ parts,       // [rows * key heads, splits, QUERIES, PART]
        int* __restrict__ arrived,       // [rows * key heads + 1], zero before and after
        Strides key_strides, Strides value_strides, long long angle_stride, long long mask_stride, long long input_stride,
-       float scaling, float epsilon, int key_heads, int longest) {
+       float scaling, float epsilon, int key_heads, int longest, int advance) {
     __shared__ float merged[WARPS][QUERIES][PART];
     __shared__ int is_last;
     const int thread = threadIdx.x, lane = thread % LANES, stream = blockIdx.y * STREAMS + thread / LANES;
@@ -253,7 +253,7 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
         is_last = splits > 1 && arrives_last(arrived + blockIdx.x, splits);
         if (is_last) arrived[blockIdx.x] = 0;
         // Every block has read the length by the time that it gets here.
-        if (arrives_last(arrived + gridDim.x, gridDim.x * splits)) {
+        if (advance && arrives_last(arrived + gridDim.x, gridDim.x * splits)) {
             arrived[gridDim.x] = 0;
             *length = last + 1;
         }
