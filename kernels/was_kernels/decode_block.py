@@ -65,14 +65,16 @@ class DecodeBlock:
         layer, angles, mask = self._cache_layer(given), given.get("position_embeddings"), given.get("attention_mask")
         if layer is None or angles is None or layer.keys.dtype != hidden.dtype:
             return False
-        if layer.keys.shape[0] != hidden.shape[0] or angles[0].shape[-1] != self._head:
+        if layer.keys.shape[0] != hidden.shape[0]:
             return False
-        return mask is None or (mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1)
+        if any(angle.shape[-1] != self._head or angle.dtype != hidden.dtype for angle in angles):
+            return False
+        return mask is None or _is_row_of_flags(mask, layer.keys.shape[2])
 
     def run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
         """The block's output for hidden states [B, 1, d]; the cache's layer is one position longer afterwards."""
         layer, attention = self._layer, self._layer.self_attn
-        x = hidden.view(hidden.shape[0], -1)
+        x = hidden.reshape(hidden.shape[0], -1)
         dense = None if self._prefix is None else self._prefix.dense(x)
         qkv = self._gather(x, (0, 1, 2), layer.input_layernorm, dense)
         cache, (cos, sin), mask = self._cache_layer(given), given["position_embeddings"], given.get("attention_mask")
@@ -132,6 +134,12 @@ class DecodeBlock:
             return None
         layer = layers[self._index]
         return layer if type(layer).__name__ == "StaticLayer" and layer.is_initialized else None
+
+
+def _is_row_of_flags(mask: Tensor, longest: int) -> bool:
+    """Whether a mask says of every position of the cache whether the new token may see it: bool [B or 1, 1, 1, n]."""
+    shaped = mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] >= longest
+    return shaped and mask.dtype == torch.bool and mask.stride(3) == 1
 
 
 def fits(layer: Any) -> bool:

@@ -217,12 +217,13 @@ def _gather_gemv_op(
     dense: Tensor | None = None,
     early: bool = False,
 ) -> Tensor:
-    _require_gather(x, weights, norms, thresholds, biases, gated, residual)
+    _require_gather(x, weights, norms, thresholds, biases, gated, norm_weight, residual)
     if not x.is_cuda:
         return gather_gemv_reference(
             x, weights, norms, thresholds, biases, gated, norm_weight, epsilon, residual, dense
         )
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.storage_offset() % 8:
+        x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     return _launch_gather(
         x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
@@ -259,13 +260,14 @@ def gather_gemv(
 
     Args:
         x: [B, d_in], B up to 8, float16 or bfloat16; d_in up to 65,536.
-        weights: up to three, each [d_in, width] with unit last stride, width a multiple of 8.
+        weights: up to three, each [d_in, width] with unit last stride, width a multiple of 8, rows that start at
+            multiples of 16 bytes.
         norms: float32 [d_in] each.
         thresholds: one each, in the unit of ``abs(x) * norms``.
         biases: [width] or None each.
         arrived: from :func:`counters`; not to be shared by kernels that may run at once.
         gated: the result is ``silu(y_0) * y_1``; takes two projections of one width.
-        norm_weight: [d_in]: x goes through RMSNorm with this weight first, as Llama's.
+        norm_weight: [d_in], a multiple of 8: x goes through RMSNorm with this weight first, as Llama's.
         epsilon: of the RMSNorm.
         residual: like the result; added to it.
         dense: bool [B]: rows that keep every channel.
@@ -291,6 +293,7 @@ def _require_gather(
     thresholds: list[float],
     biases: list[Tensor | None],
     gated: bool,
+    norm_weight: Tensor | None,
     residual: Tensor | None,
 ) -> None:
     n = len(weights)
@@ -300,11 +303,15 @@ def _require_gather(
         raise ValueError("gated: takes two weights of one shape and no residual")
     if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] > MAX_CHANNELS:
         raise ValueError(f"x: [1 to {MAX_ROWS}, up to {MAX_CHANNELS}] needed, got {list(x.shape)}")
+    if norm_weight is not None and x.shape[1] % 8:
+        raise ValueError(f"norm_weight: takes x of a multiple of 8 channels, got {x.shape[1]}")
     for weight, own in zip(weights, norms, strict=True):
         if weight.dim() != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] % 8 or weight.stride(1) != 1:
             raise ValueError(
                 f"weights: [{x.shape[1]}, a multiple of 8] with unit last stride, got {list(weight.shape)}"
             )
+        if weight.stride(0) % 8 or weight.storage_offset() % 8:
+            raise ValueError("weights: rows must start at multiples of 16 bytes")
         if weight.dtype != x.dtype:
             raise ValueError(f"weights: must have x's dtype {x.dtype}, got {weight.dtype}")
         if own.shape != x.shape[1:] or own.dtype != torch.float32:

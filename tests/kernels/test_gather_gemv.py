@@ -158,6 +158,11 @@ def test_bad_inputs_are_refused(op_device):
         gather_gemv(group.x.bfloat16(), *given)
     with pytest.raises(ValueError, match="multiple of 8"):
         gather_gemv(group.x, [weight[:, :7] for weight in group.weights], *given[1:])
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        gather_gemv(group.x, [torch.cat([w, w], 1)[:, 4:12] for w in group.weights], *given[1:])
+    odd = Group(op_device, torch.float16, 1, 60, [8])
+    with pytest.raises(ValueError, match="multiple of 8 channels"):
+        gather_gemv(odd.x, odd.weights, odd.norms, [0.1], odd.biases, odd.arrived, norm_weight=odd.norm_weight)
     with pytest.raises(ValueError, match=r"x: \[1 to 8"):
         gather_gemv(group.x.repeat(9, 1), *given)
 
