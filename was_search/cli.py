@@ -360,12 +360,16 @@ def _load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     if folder is None:
         return None, None
     plan = Plan.load(folder)
-    made_with = dict(plan.provenance.get("settings", {}))
-    made_with["plan"] = ""
-    made_with["revision"] = plan.revision
-    return plan, load_settings(
-        None, {key: value for key, value in made_with.items() if key in Settings.__dataclass_fields__}
-    )
+    recorded = plan.provenance.get("settings")
+    made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    return plan, load_settings(None, {**made_with, "revision": plan.revision})
+
+
+_OF_A_PLAN = (
+    *("model", "data", "device", "dtype", "score", "seed", "sequence_length", "stride", "batch_size", "dense_prefix"),
+    *("calibration_sequences", "search_sequences", "test_sequences"),
+)
+"""Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""
 
 
 def _end(drained: bool) -> None:

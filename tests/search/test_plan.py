@@ -236,7 +236,7 @@ def test_refuses_bad_arrays(name):
     with pytest.raises(PlanError, match=rf"{name}: shape must be \(2, 7\), got \(2, 6\)"):
         make_plan(**{name: np.zeros((2, 6))})
     for bad in (-0.1, np.nan, np.inf):
-        value = np.full((2, 7), 0.5)
+        value = np.full((2, 7), 0.5, np.float64 if name == "sparsities" else np.float32)
         value[1, 1] = bad
         with pytest.raises(PlanError, match=rf"{name}: must be finite and not negative, got"):
             make_plan(**{name: value})
