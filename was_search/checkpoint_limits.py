@@ -70,9 +70,10 @@ def check_size(source: ModelSource, config: PretrainedConfig) -> None:
             "not a whole causal language model"
         )
     with torch.device("meta"):
-        described = sum(
-            weight.numel() for weight in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+        empty: torch.nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
         )
+    described = sum(weight.numel() for weight in empty.parameters())
     if described > _SLACK * stored:
         raise ModelError(
             f"model: {source.folder}: the configuration describes {described:,} weights, the files hold {stored:,}; "

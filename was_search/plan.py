@@ -70,8 +70,8 @@ class Plan:
             value = getattr(self, name)
             if value.shape != expected:
                 raise PlanError(f"{name}: shape must be {expected}, got {value.shape}")
-            if value.dtype != (wanted := np.float64 if name == "sparsities" else np.float32):
-                raise PlanError(f"{name}: must be {np.dtype(wanted)}, got {value.dtype}")
+            if value.dtype != (dtype := "float64" if name == "sparsities" else "float32"):
+                raise PlanError(f"{name}: must be {dtype}, got {value.dtype}")
             if not np.all(np.isfinite(value)) or value.min() < 0.0:
                 raise PlanError(f"{name}: must be finite and not negative, got {value.min()} to {value.max()}")
         if self.sparsities.max() >= 1.0:
@@ -85,8 +85,8 @@ class Plan:
                 raise PlanError(f"{name}: must be printable, got {getattr(self, name)!r}")
         if not _FINGERPRINT.fullmatch(self.fingerprint):
             raise PlanError(f"fingerprint: must be 64 hexadecimal digits, got {self.fingerprint[:80]!r}")
-        if self.dense_prefix < 0:
-            raise PlanError(f"dense_prefix: must not be negative, got {self.dense_prefix}")
+        if not 0 <= self.dense_prefix < 2**31:
+            raise PlanError(f"dense_prefix: must not be negative, and under 2^31, got {self.dense_prefix:.3g}")
         widths = tuple(tuple(n.shape for n in row) for row in self.norms)
         wanted = tuple(tuple((w,) for w in row) for row in self.shape.in_features)
         if widths != wanted or any(n.dtype != np.float32 for row in self.norms for n in row):
@@ -250,10 +250,11 @@ def _read(path: Path, most_bytes: int) -> bytes:
     which no message tells.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise PlanError(f"{path}: not a file; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise PlanError(f"{path}: not a file; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}")
         payload = file.read(most_bytes + 1) if status.st_size <= most_bytes else None
     if payload is None or len(payload) > most_bytes:
         raise PlanError(f"{path}: larger than {most_bytes} bytes; not a plan")

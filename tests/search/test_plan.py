@@ -247,7 +247,7 @@ def test_refuses_other_bad_values():
         make_plan(sparsities=np.full((2, 7), 1.0))
     with pytest.raises(PlanError, match="score: must be one of l1, l2, none, got 'l3'"):
         make_plan(score="l3")
-    with pytest.raises(PlanError, match="dense_prefix: must not be negative, got -1"):
+    with pytest.raises(PlanError, match=r"dense_prefix: must not be negative, and under 2\^31, got -1"):
         make_plan(dense_prefix=-1)
     with pytest.raises(PlanError, match="norms: one float32 array of in_features is needed"):
         make_plan(norms=make_plan().norms[:1])
