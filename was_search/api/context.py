@@ -22,6 +22,7 @@ from was_search.errors import ResourceError
 from was_search.progress import Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
+from was_search.study_names import folder_name
 
 if TYPE_CHECKING:
     from was_search.api.notify import Announcement
@@ -259,7 +260,7 @@ class Context:
         return data
 
     def default_plan_folder(self, study: str) -> Path:
-        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / study / "plan"
+        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / folder_name(study) / "plan"
 
 
 def _read_tokens(found: Artifact) -> TokenSet:
