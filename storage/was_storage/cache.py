@@ -105,13 +105,21 @@ class ArtifactCache:
         Raises:
             StorageError: more than 400 MiB, or ``meta`` has no JSON form.
         """
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise StorageError(f"payload: at most {MAX_PAYLOAD_BYTES} bytes can be cached, got {len(payload)}")
-        stored = Artifact(plain(dict(meta or {})), payload)
-        values = {"kind": kind, "key": key, "meta": stored.meta, "payload": payload, "sha256": _hash(stored)}
-        statement = insert(artifact).values(**values).on_conflict_do_nothing().returning(artifact.c.key)
+        statement = insert(artifact).values(**_row(kind, key, payload, meta)).on_conflict_do_nothing()
         with self._database.begin() as connection:
-            return connection.execute(statement).one_or_none() is not None
+            return connection.execute(statement.returning(artifact.c.key)).one_or_none() is not None
+
+    def replace(self, kind: str, key: str, payload: bytes, meta: Mapping[str, Any] | None = None) -> None:
+        """Store ``payload`` whatever is there: for the few kinds whose key does not name the content.
+
+        Raises:
+            StorageError: as :meth:`put`.
+        """
+        values = _row(kind, key, payload, meta)
+        changed = {name: values[name] for name in ("meta", "payload", "sha256")}
+        statement = insert(artifact).values(**values)
+        with self._database.begin() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["kind", "key"], set_=changed))
 
     def list(self, kind: str | None = None) -> list[ArtifactInfo]:
         """What is cached, of ``kind`` or at all, oldest first."""
@@ -128,6 +136,13 @@ class ArtifactCache:
         statement = delete(artifact).where(artifact.c.kind == kind, artifact.c.key == key)
         with self._database.begin() as connection:
             return connection.execute(statement).rowcount > 0
+
+
+def _row(kind: str, key: str, payload: bytes, meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise StorageError(f"payload: at most {MAX_PAYLOAD_BYTES} bytes can be cached, got {len(payload)}")
+    stored = Artifact(plain(dict(meta or {})), payload)
+    return {"kind": kind, "key": key, "meta": stored.meta, "payload": payload, "sha256": _hash(stored)}
 
 
 def _payload_hash(payload: bytes) -> str:

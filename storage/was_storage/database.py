@@ -96,6 +96,11 @@ class Database:
         return self._url
 
     @property
+    def reads_only(self) -> bool:
+        """Whether it was made by :meth:`read_only`."""
+        return self._read_only
+
+    @property
     def display_url(self) -> str:
         """The URL without password."""
         return display_url(self._url)

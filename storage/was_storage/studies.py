@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
 from was_search.study_names import check_name
-from was_storage import control_rows, optuna_study
+from was_storage import control_rows, optuna_study, plan_files
 from was_storage.coordinator_lock import COORDINATOR_LOCK
 from was_storage.database import Database
 from was_storage.plain import plain
@@ -173,7 +173,7 @@ class StudyStore:
             self.get(name)
 
     def delete(self, name: str) -> None:
-        """Delete the study, its slots and its Optuna study.
+        """Delete the study, its slots, its plan and its Optuna study.
 
         Raises:
             StudyError: there is no such study, or a coordinator is running it.
@@ -186,6 +186,7 @@ class StudyStore:
                 raise StudyError(f"study {name!r} is being run by a coordinator; stop it before deleting the study")
             query = select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
             optuna_study.drop(storage, connection.execute(query).scalar())
+            plan_files.drop_plans(connection, name)
             connection.execute(delete(study_table).where(study_table.c.id == record.id))
 
     def coordinate(self, name: str) -> CoordinatorSession:

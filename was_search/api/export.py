@@ -17,7 +17,7 @@ from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, ope
 from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.search import SearchResult, report_study
-from was_search.errors import StudyError
+from was_search.errors import StorageError, StudyError
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.report import gap_nats
@@ -169,6 +169,7 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     Raises:
         StudyError: no such study, or none of its slots is complete.
     """
+    from was_storage.plan_files import attach_plan
     from was_storage.studies import StudyStore
 
     result = result or stored_result(context)
@@ -217,6 +218,10 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
             "gap_nats": plan_gap_nats(plan),
         },
     )
+    try:
+        attach_plan(context.database, result.study, folder)
+    except StorageError as error:
+        context.reporter.note(f"the plan is not shown in optuna-dashboard: {error}")
     report_study(context, result, calibration)
     return folder
 

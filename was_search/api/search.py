@@ -214,7 +214,13 @@ def model_label(context: Context) -> str:
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
     """Write the note and the plots that optuna-dashboard shows."""
-    from was_search.plots import levels_figure, progress_figure, sensitivity_figure
+    from was_search.plots import (
+        levels_figure,
+        progress_figure,
+        savings_figure,
+        sensitivity_figure,
+        timeline_figure,
+    )
     from was_storage.dashboard import annotate
 
     best = result.best
@@ -225,6 +231,8 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
         "sensitivity": sensitivity_figure(sensitivity(context, calibration), best.sparsities, context.settings.target),
         "levels": levels_figure(best.levels, levels, context.settings.target),
         "progress": progress_figure(result.slots, context.settings.fitness),
+        "timeline": timeline_figure(result.slots),
+        "tokens-saved": savings_figure(result.slots),
     }
     annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
 
