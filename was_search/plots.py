@@ -156,7 +156,6 @@ def timeline_figure(slots: list[Slot]) -> Any:
         xaxis={"type": "date", "title": "UTC"},
         yaxis={"type": "category", "categoryorder": "array", "categoryarray": workers[::-1], "automargin": True},
         barmode="overlay",
-        height=max(360, 140 + 22 * len(workers)),
         template="plotly_white",
     )
     return figure
