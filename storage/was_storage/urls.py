@@ -9,7 +9,13 @@ from was_search.errors import StorageError
 
 DRIVER = "postgresql+psycopg2"
 ACCEPTED = ("postgres", "postgresql", DRIVER)
-_SECRETS = ("password", "sslpassword")
+_SHOWN = (
+    *("host", "hostaddr", "port", "dbname", "user", "options", "application_name", "connect_timeout"),
+    *("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslnegotiation", "channel_binding", "gssencmode"),
+    *("target_session_attrs", "passfile", "service", "keepalives"),
+)
+"""Arguments whose values are no secrets. Others are not shown: ``pasword`` holds one as well."""
+
 _EXAMPLE = "expected postgresql://user:password@host:5432/database, or 'embedded'"
 
 
@@ -47,11 +53,11 @@ def normalise_url(url: str) -> str:
 
 
 def display_url(url: str) -> str:
-    """``url`` for people: passwords, also those among the connection arguments, are ``***``.
+    """``url`` for people: its password, and the values of arguments that are not known to be harmless, are ``***``.
 
     Raises:
         StorageError: not a Postgres URL.
     """
     parsed = parse_url(url)
-    hidden = {key: "***" for key in _SECRETS if key in parsed.query}
+    hidden = {key: "***" for key in parsed.query if key not in _SHOWN}
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
