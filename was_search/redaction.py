@@ -22,7 +22,7 @@ _VALUE = re.compile(rf"({_NAMED}[\"']?\s*[=:]\s*[\"']?)[^\s&'\",;]+", re.IGNOREC
 
 
 def redacted(words: str) -> str:
-    """``words`` without users and passwords of URLs, and without values called password, secret, auth_token and the like."""
+    """``words`` without users and passwords of URLs, and without values called password, secret, auth_token, ..."""
     return _VALUE.sub(rf"\g<1>{HIDDEN}", _USER.sub(f"{HIDDEN}@", words))
 
 

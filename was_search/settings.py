@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -97,7 +97,7 @@ class Settings:
     workers: int = 1
     gpus_per_worker: float = -1.0
     ray: str = "auto"
-    storage: str = field(default="embedded", repr=False)
+    storage: str = dataclasses.field(default="embedded", repr=False)
     device: DeviceName = "auto"
     dtype: DTypeName = "auto"
     sequence_length: int = 2048
@@ -127,7 +127,7 @@ class Settings:
     max_gpu_seconds: float = 0.0
     max_failures: int = 0
     patience: int = 0
-    notify: str = field(default="", repr=False)
+    notify: str = dataclasses.field(default="", repr=False)
     plan: str = ""
 
     def __post_init__(self) -> None:

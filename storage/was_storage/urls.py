@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -16,11 +18,15 @@ _SHOWN = (
 )
 """Arguments whose values are no secrets. Others are not shown: ``pasword`` holds one as well."""
 
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile")
 _EXAMPLE = "expected postgresql://user:password@host:5432/database, or 'embedded'"
 
 
 def parse_url(url: str) -> URL:
-    """``url`` as SQLAlchemy's URL with our driver; connection arguments (``?sslmode=require``) pass through.
+    """``url`` as SQLAlchemy's URL with our driver; connection arguments (``?sslmode=verify-full``) pass through.
+
+    What the URL does not say, libpq takes from its own variables (``PGSSLMODE``, ``PGSSLROOTCERT``, ...). A ``~``
+    before the file of an argument is the home folder.
 
     Raises:
         StorageError: not a Postgres URL, or a part that cannot be read.
@@ -37,7 +43,10 @@ def parse_url(url: str) -> URL:
         raise StorageError(f"storage: the URL cannot be read (is the port a number?); {_EXAMPLE}") from None
     if "@" in (parsed.host or ""):
         raise StorageError("storage: write '@' inside the user name or password as %40 in the URL")
-    return parsed.set(drivername=DRIVER)
+    files = {
+        key: os.path.expanduser(value) for key, value in parsed.query.items() if key in _FILES and value[:1] == "~"
+    }
+    return parsed.set(drivername=DRIVER).update_query_dict(files)
 
 
 def normalise_url(url: str) -> str:

@@ -115,6 +115,6 @@ class Jobs:
         except (ConnectionError, RuntimeError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()
             raise ResourceError(
-                f"ray: jobs at {self._address}: {redacted(reason[0]) if reason else type(error).__name__}; is it the address of the "
-                "head's dashboard, and is its token in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
+                f"ray: jobs at {self._address}: {redacted(reason[0]) if reason else type(error).__name__}; is it the "
+                "address of the head's dashboard, and is its token in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
             ) from error
