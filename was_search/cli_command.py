@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from was_search.logs import configure
 from was_search.progress import JsonReporter, Reporter, RichReporter
 from was_search.settings import Settings, load_settings
 
@@ -39,6 +40,12 @@ def option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
 SHARED: dict[str, Any] = {
     "config": option(Path | None, "TOML file with options by their long names.", rich_help_panel="General"),
     "quiet": option(bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"),
+    "log_format": option(
+        str | None,
+        "Write events and warnings as text or json lines to standard error.",
+        envvar="WAS_SEARCH_LOG_FORMAT",
+        rich_help_panel="General",
+    ),
     "as_json": option(bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel="General"),
 }
 STORAGE: dict[str, Any] = {
@@ -91,6 +98,7 @@ def command(*groups: dict[str, Any], panel: str | None = None) -> Callable[[Call
         def wrapper(**options: Any) -> None:
             mine = {parameter.name: options.pop(parameter.name) for parameter in own}
             as_json, quiet = options.pop("as_json"), options.pop("quiet")
+            configure(options.pop("log_format") or "")
             reporter = JsonReporter() if as_json else Reporter() if quiet else RichReporter()
             try:
                 function(Call(options.pop("config"), reporter, options), **mine)

@@ -44,7 +44,9 @@ def parse_url(url: str) -> URL:
     if "@" in (parsed.host or ""):
         raise StorageError("storage: write '@' inside the user name or password as %40 in the URL")
     files = {
-        key: os.path.expanduser(value) for key, value in parsed.query.items() if key in _FILES and value[:1] == "~"
+        key: os.path.expanduser(value)
+        for key, value in parsed.query.items()
+        if key in _FILES and isinstance(value, str) and value.startswith("~")
     }
     return parsed.set(drivername=DRIVER).update_query_dict(files)
 

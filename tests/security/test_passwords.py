@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ import traceback
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -183,6 +185,16 @@ def test_the_dashboards_pages_do_not_hold_it(logins: Logins, coordinator: Databa
             assert_silent(words, logins.reader)
 
 
+def events(words: str) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a log by their event."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in words.splitlines():
+        if line.startswith("{"):
+            entry = json.loads(line)
+            found.setdefault(entry["event"], []).append(entry)
+    return found
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_whole_run_leaves_it_nowhere(logins: Logins, coordinator: Database, tmp_path: Path) -> None:
@@ -198,6 +210,7 @@ def test_a_whole_run_leaves_it_nowhere(logins: Logins, coordinator: Database, tm
         "--device", "cpu", "--ray", "local", "--workers", "1", "--study", "silent", "--trials", "5",
         "--sequence-length", "48", "--calibration-sequences", "4", "--pricing-sequences", "4", "--seed-rounds", "0",
         "--slope-sequences", "4", "--search-sequences", "4", "--test-sequences", "4", "--descent-epochs", "0",
+        "--log-format", "json",
     ]  # fmt: skip
     env = {
         **environment(),
@@ -225,6 +238,15 @@ def test_a_whole_run_leaves_it_nowhere(logins: Logins, coordinator: Database, tm
         # Only the command itself knows it.
         assert {name for name in holding if "was_search run" not in name} == set()
         assert_silent(words, logins.coordinator)
+        told = events(words)
+        assert {"study taken over", "search begun", "slot handed out", "slot finished", "search ended"} <= set(told)
+        done = told["slot finished"][0]
+        kept = "".join(path.read_text(errors="replace") for path in sessions.rglob("worker-*.err"))
+        ended = next(line for line in events(kept)["evaluation ended"] if line["slot"] == done["slot"])
+        ids = ("study", "slot", "attempt", "trial", "worker")
+        assert [ended[name] for name in ids] == [done[name] for name in ids]
+        assert all(value not in (None, "") for value in [done[name] for name in ids])
+        assert "model loaded" in events(kept)
         looked_at = 0
         for folder in (tmp_path, sessions, Path(tempfile.gettempdir()) / "ray"):
             for path in folder.rglob("*"):

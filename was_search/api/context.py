@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from was_search import logs
 from was_search.errors import ResourceError
 from was_search.progress import Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
@@ -196,6 +197,7 @@ class Context:
             device=placement.device,
             score=settings.score,
             threads=threads,
+            log_format=logs.configured(),
         )
         cluster = self.cluster
         with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):

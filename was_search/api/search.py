@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from was_search import logs
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
@@ -92,7 +93,7 @@ def _search(context: Context) -> SearchResult:
     point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
     data = context.tokens("search")
     started = time.perf_counter()
-    with store.coordinate(name) as book, _drain_on_interrupt() as drain:
+    with logs.bound(study=name), store.coordinate(name) as book, _drain_on_interrupt() as drain:
         slots = book.slots()
         ending = over_already(context, book, slots)
         if ending is not None:
