@@ -7,6 +7,7 @@ stored or not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MOST_OF_A_KIND = 100_000
 """Layers, heads, labels, ...: of some, lists are made before any weight is looked at."""
+
+_COUNT = re.compile(r"(layers?|labels|heads?|experts)$")
 
 _SLACK = 1.5
 """Weights described for each one that is stored; tied ones are stored once or twice."""
@@ -39,8 +42,7 @@ def check_values(source: ModelSource, config: dict[str, Any]) -> None:
             raise ModelError(
                 f"model: {path}: {key} {str(value)[:80]!r} names code on the hub, which is never run; remove the key"
             )
-        counts = key.startswith(("num_", "n_")) or key.endswith(("_layers", "_labels"))
-        if counts and isinstance(value, int) and value > MOST_OF_A_KIND:
+        if _COUNT.search(key) and isinstance(value, int) and value > MOST_OF_A_KIND:
             raise ModelError(f"model: {path}: {key}: at most {MOST_OF_A_KIND} is taken for possible, got {value:.3g}")
 
 

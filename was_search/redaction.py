@@ -63,15 +63,17 @@ def hide_arguments() -> None:
 
     They go into the environment, which only this user can. Returns where there are none; else never.
     """
-    kept, moved = out_of_the_arguments(sys.argv[1:])
+    given = sys.argv[1:]
+    kept, moved = out_of_the_arguments(given)
     if not moved:
         return
+    interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]  # its flags, and the script or module
     sys.stderr.write(
         f"a password on the command line can be read by others and stays in the shell's history: "
         f"put the URL into {' and '.join(moved)} instead\n"
     )
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "was_search", *kept], {**os.environ, **moved})
+    os.execve(sys.executable, [sys.executable, *interpreter, *kept], {**os.environ, **moved})
 
 
 def _without(arguments: list[str], option: str) -> list[str]:
