@@ -61,11 +61,12 @@ def out_of_the_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str,
 def hide_arguments() -> None:
     """Start this program again without passwords on its command line, which every user of the machine can read.
 
-    They go into the environment, which only this user can. Returns where there are none; else never.
+    They go into the environment, which only this user can. Returns where there are none, and where the arguments are
+    not those of this process (another program calls ours); else never.
     """
     given = sys.argv[1:]
     kept, moved = out_of_the_arguments(given)
-    if not moved:
+    if not moved or sys.orig_argv[-len(given) :] != given:
         return
     interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]  # its flags, and the script or module
     sys.stderr.write(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from was_search.redaction import out_of_the_arguments, redacted, secret_of
+from was_search.redaction import hide_arguments, out_of_the_arguments, redacted, secret_of
 
 URL = "postgresql://me:s3cret@host/db"
 
@@ -58,3 +60,15 @@ def test_what_holds_a_password(url: str, has: bool) -> None:
 )
 def test_passwords_leave_the_command_line(arguments: list[str], kept: list[str], moved: dict[str, str]) -> None:
     assert out_of_the_arguments(arguments) == (kept, moved)
+
+
+def test_a_program_that_calls_ours_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execve", lambda program, arguments, environment: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["was-search", "status", "--storage", URL])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest"])
+    hide_arguments()
+    assert started == []
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "/bin/was-search", *sys.argv[1:]])
+    hide_arguments()
+    assert started == [[sys.executable, "-X", "utf8", "/bin/was-search", "status"]]
