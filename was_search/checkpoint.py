@@ -14,6 +14,8 @@ from was_search.errors import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
+_MAX_JSON_BYTES = 64 << 20
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -61,15 +63,20 @@ class ModelSource:
         """The safetensors files that transformers loads, by name: the index's shards or the one file.
 
         Raises:
-            ModelError: the index cannot be read.
+            ModelError: the index cannot be read, or names a file that is none of the folder's.
         """
         index = self.folder / _INDEX
         if not index.is_file():
             return [self.folder / _WEIGHTS] if (self.folder / _WEIGHTS).is_file() else []
         try:
-            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+            names = {str(name) for name in _read_json(index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"model: {index} cannot be read ({error!r}); copy the checkpoint again") from error
+        for name in names:
+            if not _SHARD.fullmatch(name):
+                raise ModelError(
+                    f"model: {index} names {name[:80]!r} as weights; only safetensors files of the folder are read"
+                )
         return [self.folder / name for name in sorted(names)]
 
 
@@ -159,12 +166,24 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     """
     path = source.folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = _read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {path} cannot be read ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"model: {path} must hold a JSON object, got {type(config).__name__}")
     return config
+
+
+def _read_json(path: Path) -> Any:
+    """Raises OSError or ValueError for what is no JSON, is nested too deep or is larger than any configuration."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_JSON_BYTES + 1)
+    if len(content) > _MAX_JSON_BYTES:
+        raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def reason(error: BaseException) -> str:

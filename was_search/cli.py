@@ -17,6 +17,7 @@ from was_search.cli_command import command as _command
 from was_search.cli_command import option as _option
 from was_search.cli_db import db
 from was_search.errors import ConfigError, WasError
+from was_search.redaction import hide_arguments, redacted
 
 __all__ = ["app", "cli_control", "cli_decode", "cli_submit", "main"]
 
@@ -331,13 +332,15 @@ def _end(drained: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line, never a traceback."""
+    """Entry point: errors that a user can mend are one line, never a traceback, and no password is shown."""
+    hide_arguments()
     try:
         app()
     except WasError as error:
+        message = redacted(str(error))
         if "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
-        stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": message}) + "\n")
+        stderr().print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
         sys.exit(EXIT_ERROR)
     except MemoryError as error:
         stderr().print(f"[red]error:[/] out of memory; use a smaller --batch-size ({escape(str(error))})")

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from was_search.logs import configure
 from was_search.plan import Plan
 from was_search.progress import JsonReporter, Reporter, RichReporter
 from was_search.settings import Settings, load_settings
@@ -40,6 +41,12 @@ def option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
 SHARED: dict[str, Any] = {
     "config": option(Path | None, "TOML file with options by their long names.", rich_help_panel="General"),
     "quiet": option(bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"),
+    "log_format": option(
+        str | None,
+        "Write events and warnings as text or json lines to standard error.",
+        envvar="WAS_SEARCH_LOG_FORMAT",
+        rich_help_panel="General",
+    ),
     "as_json": option(bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel="General"),
 }
 STORAGE: dict[str, Any] = {
@@ -109,6 +116,7 @@ def command(*groups: dict[str, Any], panel: str | None = None) -> Callable[[Call
         def wrapper(**options: Any) -> None:
             mine = {parameter.name: options.pop(parameter.name) for parameter in own}
             as_json, quiet = options.pop("as_json"), options.pop("quiet")
+            configure(options.pop("log_format") or "")
             reporter = JsonReporter() if as_json else Reporter() if quiet else RichReporter()
             try:
                 function(Call(options.pop("config"), reporter, options), **mine)
@@ -138,9 +146,13 @@ def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     if folder is None:
         return None, None
     plan = Plan.load(folder)
-    made_with = dict(plan.provenance.get("settings", {}))
-    made_with["plan"] = ""
-    made_with["revision"] = plan.revision
-    return plan, load_settings(
-        None, {key: value for key, value in made_with.items() if key in Settings.__dataclass_fields__}
-    )
+    recorded = plan.provenance.get("settings")
+    made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    return plan, load_settings(None, {**made_with, "revision": plan.revision})
+
+
+_OF_A_PLAN = (
+    *("model", "data", "device", "dtype", "score", "seed", "sequence_length", "stride", "batch_size", "dense_prefix"),
+    *("calibration_sequences", "search_sequences", "test_sequences"),
+)
+"""Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoint import ModelSource, read_config, reason, resolve_model
+from was_search.checkpoint_limits import check_size, check_values
 from was_search.errors import ConfigError, ModelError, ResourceError
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _check_architecture(source: ModelSource) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = read_config(source)
+    check_values(source, values)
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         if "auto_map" in values:
@@ -134,6 +136,14 @@ def _check_architecture(source: ModelSource) -> None:
         raise ModelError(f"model: {source.folder / 'config.json'} is not valid ({reason(error)})") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model: {source.folder} is a {kind} model, not a causal language model")
+    try:
+        check_size(source, config)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model: {source.folder}: no model can be made of its configuration ({reason(error)})"
+        ) from error
 
 
 def pick_device(asked: str) -> str:

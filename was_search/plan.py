@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import re
+import stat
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,10 @@ SCHEMA_VERSION = 1
 JSON_NAME = "plan.json"
 TENSORS_NAME = "plan.safetensors"
 _MAX_JSON_BYTES = 64 << 20
+_MAX_TENSORS_BYTES = 1 << 30
+"""Norms of a model with 126 blocks of width 16,384 take 76 MB."""
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,26 @@ class Plan:
             value = getattr(self, name)
             if value.shape != expected:
                 raise PlanError(f"{name}: shape must be {expected}, got {value.shape}")
+            if value.dtype != (dtype := "float64" if name == "sparsities" else "float32"):
+                raise PlanError(f"{name}: must be {dtype}, got {value.dtype}")
             if not np.all(np.isfinite(value)) or value.min() < 0.0:
                 raise PlanError(f"{name}: must be finite and not negative, got {value.min()} to {value.max()}")
         if self.sparsities.max() >= 1.0:
             raise PlanError(f"sparsities: must be under 1, got {self.sparsities.max()}")
         if self.score not in SCORE_KINDS:
             raise PlanError(f"score: must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}")
-        if self.dense_prefix < 0:
-            raise PlanError(f"dense_prefix: must not be negative, got {self.dense_prefix}")
+        if not (math.isfinite(self.budget) and 0.0 < self.budget < 1.0):
+            raise PlanError(f"budget: must be in (0, 1), got {self.budget}")
+        for name in ("model", "revision"):
+            if not getattr(self, name).isprintable():
+                raise PlanError(f"{name}: must be printable, got {getattr(self, name)!r}")
+        if not _FINGERPRINT.fullmatch(self.fingerprint):
+            raise PlanError(f"fingerprint: must be 64 hexadecimal digits, got {self.fingerprint[:80]!r}")
+        if not 0 <= self.dense_prefix < 2**31:
+            raise PlanError(f"dense_prefix: must not be negative, and under 2^31, got {self.dense_prefix:.3g}")
         widths = tuple(tuple(n.shape for n in row) for row in self.norms)
         wanted = tuple(tuple((w,) for w in row) for row in self.shape.in_features)
-        if widths != wanted:
+        if widths != wanted or any(n.dtype != np.float32 for row in self.norms for n in row):
             raise PlanError("norms: one float32 array of in_features is needed for every projection")
         if not all(np.all(np.isfinite(n)) and n.min() >= 0.0 for row in self.norms for n in row):
             raise PlanError("norms: must be finite and not negative; the model's weights are damaged")
@@ -104,6 +122,8 @@ class Plan:
 
     def save(self, folder: Path) -> Path:
         """Write the two files into ``folder`` (made if missing); each file appears whole or not at all.
+
+        Whatever lies there already, links among it, is replaced and never written through.
 
         Raises:
             PlanError: the folder cannot be written.
@@ -162,13 +182,12 @@ class Plan:
         tensors_path = folder / TENSORS_NAME
         try:
             declared = document["tensors"]
-            size = tensors_path.stat().st_size
-            if size != declared["bytes"]:
+            payload = _read(tensors_path, _MAX_TENSORS_BYTES)
+            if len(payload) != declared["bytes"]:
                 raise PlanError(
-                    f"{tensors_path}: {declared['bytes']} bytes expected, got {size}; the plan is truncated, "
+                    f"{tensors_path}: {declared['bytes']} bytes expected, got {len(payload)}; the plan is truncated, "
                     "copy it again"
                 )
-            payload = tensors_path.read_bytes()
             if hashlib.sha256(payload).hexdigest() != declared["sha256"]:
                 raise PlanError(
                     f"{tensors_path}: sha256 differs from {JSON_NAME}; the plan was changed, export it again"
@@ -181,7 +200,7 @@ class Plan:
                 revision=str(document["revision"]),
                 fingerprint=str(document["fingerprint"]),
                 shape=shape,
-                score=document["score"],
+                score=str(document["score"]),  # type: ignore[arg-type]  # checked there
                 budget=float(document["budget"]),
                 dense_prefix=int(document["dense_prefix"]),
                 sparsities=tensors["sparsities"],
@@ -209,9 +228,7 @@ def _document_hash(document: dict[str, Any]) -> str:
 def _read_document(folder: Path) -> dict[str, Any]:
     path = folder / JSON_NAME
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise PlanError(f"{path}: larger than {_MAX_JSON_BYTES} bytes; not a plan")
-        document = json.loads(path.read_bytes())
+        document = json.loads(_read(path, _MAX_JSON_BYTES))
     except OSError as error:
         raise PlanError(
             f"{path}: cannot be read ({error.strerror}); a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
@@ -226,7 +243,32 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
+def _read(path: Path, most_bytes: int) -> bytes:
+    """A regular file of at most ``most_bytes``; a pipe or a device would never end.
+
+    Links are followed, as the hub's cache is made of them: what is not a plan's file is refused by its content, of
+    which no message tells.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise PlanError(f"{path}: not a file; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}")
+    with os.fdopen(handle, "rb") as file:
+        payload = file.read(most_bytes + 1) if status.st_size <= most_bytes else None
+    if payload is None or len(payload) > most_bytes:
+        raise PlanError(f"{path}: larger than {most_bytes} bytes; not a plan")
+    return payload
+
+
 def _write(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(payload)
-    temporary.replace(path)
+    # A new file of a name that nobody can foresee: a link that lies there is not followed.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,8 +1,10 @@
-"""The figures of a study: levels of the best vector beside the seeds', and loss against evaluations."""
+"""The figures of a study: levels of the best vector beside the seeds', losses, the workers' time, tokens saved."""
 
 from __future__ import annotations
 
 import math
+import re
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,16 @@ import numpy as np
 from was_search.fitness import FitnessName
 from was_search.protocol import perplexity
 from was_search.shape import PROJECTIONS, FloatArray
-from was_search.slots import Slot, SlotState
+from was_search.slots import Slot, SlotState, tokens_saved
 
+MAX_BARS = 2000
+"""Evaluations in the timeline, the latest ones: a page of more is slow."""
+
+_STATES = {
+    SlotState.COMPLETE: ("complete", "#2a6fbb"),
+    SlotState.STOPPED: ("stopped early", "#c9a227"),
+    SlotState.FAILED: ("failed", "#c0392b"),
+}
 _COLOURS = {"uniform": "#999999", "greedy-uniform": "#c9a227", "fisher": "#2a6fbb", "best": "#c0392b"}
 
 
@@ -110,3 +120,80 @@ def progress_figure(slots: list[Slot], fitness: FitnessName = "nll") -> Any:
         template="plotly_white",
     )
     return figure
+
+
+def timeline_figure(slots: list[Slot]) -> Any:
+    """Which worker evaluated which slot when, as far as the slots' last attempts tell; a plotly Figure.
+
+    The latest :data:`MAX_BARS` evaluations, in UTC.
+    """
+    import plotly.graph_objects as go
+
+    done = [s for s in slots if s.state.finished and s.worker and s.started_at and s.finished_at]
+    done.sort(key=lambda s: (s.finished_at, s.number))
+    shown = done[-MAX_BARS:]
+    figure = go.Figure()
+    for state, (label, colour) in _STATES.items():
+        bars = [s for s in shown if s.state is state]
+        figure.add_bar(
+            orientation="h",
+            y=[s.worker for s in bars],
+            base=[_utc(s.started_at) for s in bars],
+            x=[round(1e3 * _seconds(s)) for s in bars],  # plotly counts time in milliseconds
+            text=[str(s.number) for s in bars],
+            customdata=[[s.origin, round(_seconds(s), 1), s.attempt] for s in bars],
+            hovertemplate="slot %{text}, %{customdata[0]}<br>%{customdata[1]} s, attempt %{customdata[2]}"
+            "<extra>%{y}</extra>",
+            textposition="inside",
+            insidetextanchor="middle",
+            marker={"color": colour, "line": {"color": "white", "width": 1}},
+            name=label,
+        )
+    workers = sorted({s.worker for s in shown}, key=lambda name: [(not p.isdigit(), p.zfill(9)) for p in _parts(name)])
+    left_out = f", the last {MAX_BARS} of {len(done)} evaluations" if len(done) > MAX_BARS else ""
+    figure.update_layout(
+        title=f"Workers and the slots that they evaluated{left_out}",
+        xaxis={"type": "date", "title": "UTC"},
+        yaxis={"type": "category", "categoryorder": "array", "categoryarray": workers[::-1], "automargin": True},
+        barmode="overlay",
+        template="plotly_white",
+    )
+    return figure
+
+
+def savings_figure(slots: list[Slot]) -> Any:
+    """Sequences read against those that evaluating every trial in full would have read; a plotly Figure."""
+    import plotly.graph_objects as go
+
+    done = [s for s in slots if s.state in (SlotState.COMPLETE, SlotState.STOPPED) and s.losses is not None]
+    done.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
+    read = np.cumsum([0, *(0 if s.losses is None else len(s.losses) for s in done)])
+    full = max((len(s.losses) for s in done if s.losses is not None), default=0) * np.arange(len(done) + 1)
+    x = list(range(len(done) + 1))
+    figure = go.Figure()
+    figure.add_scatter(x=x, y=full.tolist(), mode="lines", line={"dash": "dot", "color": "#999999"}, name="in full")
+    figure.add_scatter(
+        x=x, y=read.tolist(), mode="lines", fill="tonexty", line={"color": _COLOURS["best"]}, name="read"
+    )
+    figure.update_layout(
+        title=f"{100 * tokens_saved(slots):.0f} % of the tokens saved by stopping early",
+        xaxis_title="evaluations",
+        yaxis_title="sequences",
+        template="plotly_white",
+    )
+    return figure
+
+
+def _seconds(slot: Slot) -> float:
+    """Of the attempt that finished; evaluation only, where it is known."""
+    assert slot.started_at is not None and slot.finished_at is not None
+    return max((slot.finished_at - slot.started_at).total_seconds(), 0.0)
+
+
+def _utc(moment: datetime | None) -> str:
+    assert moment is not None
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "")
+
+
+def _parts(name: str) -> list[str]:
+    return re.findall(r"\d+|\D+", name)

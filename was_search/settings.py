@@ -7,7 +7,7 @@ import tomllib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from was_search.errors import ConfigError
 from was_search.fitness import FITNESSES, FitnessName
@@ -97,7 +97,7 @@ class Settings:
     workers: int = 1
     gpus_per_worker: float = -1.0
     ray: str = "auto"
-    storage: str = "embedded"
+    storage: str = dataclasses.field(default="embedded", repr=False)
     device: DeviceName = "auto"
     dtype: DTypeName = "auto"
     sequence_length: int = 2048
@@ -127,7 +127,7 @@ class Settings:
     max_gpu_seconds: float = 0.0
     max_failures: int = 0
     patience: int = 0
-    notify: str = ""
+    notify: str = dataclasses.field(default="", repr=False)
     plan: str = ""
 
     def __post_init__(self) -> None:
@@ -162,6 +162,9 @@ class Settings:
             parse_address(self.metrics)
         own = self.sampler == "was-monotone"
         self._range("space", not own or self.space == "levels", "must be levels with the sampler was-monotone")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("settings hold the database's password, and are not pickled; send what is needed of them")
 
     @property
     def budgets(self) -> tuple[float, ...]:

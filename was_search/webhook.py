@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from urllib.parse import urlsplit
 from was_search.errors import ConfigError
 
 TIMEOUT_SECONDS = 10.0
-_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*@|(?<=password=)[^\s&]+", re.IGNORECASE)
 _logger = logging.getLogger(__name__)
 
 
@@ -54,8 +52,3 @@ def post(url: str, payload: Mapping[str, Any], *, timeout_seconds: float = TIMEO
     except (OSError, HTTPException, ValueError) as error:
         _logger.warning("notify: %s did not take the message (%s)", host, type(error).__name__)
     return False
-
-
-def without_credentials(words: str) -> str:
-    """``words`` with the users and passwords of URLs in it left out."""
-    return _CREDENTIALS.sub("", words)

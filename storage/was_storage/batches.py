@@ -29,7 +29,7 @@ _BEGIN = text(
     "trial_id = coalesce(r.trial_id, s.trial_id) "
     "FROM json_to_recordset(CAST(:rows AS json)) AS r(number integer, worker text, origin text, params jsonb, "
     "distributions jsonb, attrs jsonb, levels double precision[], sparsities double precision[], trial_id integer) "
-    "WHERE s.study_id = :study_id AND s.number = r.number RETURNING s.number, s.attempt"
+    "WHERE s.study_id = :study_id AND s.number = r.number RETURNING s.number, s.attempt, s.trial_id"
 )
 _FINISH = text(
     "UPDATE was.slot AS s SET state = r.state, losses = r.losses, loss_nats = r.loss_nats, nll_nats = r.nll_nats, "
@@ -79,10 +79,12 @@ def begin(
     hand_outs: Sequence[HandOut],
     lease_seconds: float,
     kinds: KnownKinds,
+    trial_ids: dict[int, int],
 ) -> list[int]:
     """Vectors and trials where there are none yet, and the slots running; returns the attempts, in order.
 
-    Repeated after a commit whose answer was lost, it changes nothing and returns the same.
+    Repeated after a commit whose answer was lost, it changes nothing and returns the same. Optuna's ids of the slots'
+    trials go into ``trial_ids``.
 
     Raises:
         StudyError: see :meth:`was_storage.session.CoordinatorSession.begin`.
@@ -101,6 +103,7 @@ def begin(
             raise StudyError(f"slot {row.number} has another vector already; it never changes")
         if row.state == SlotState.RUNNING and row.epoch == epoch and row.worker == hand_out.worker:
             attempts[row.number] = row.attempt
+            trial_ids[row.number] = row.trial_id
             continue
         if row.state != SlotState.WAITING or (vector is None and row.params is None):
             state = row.state if row.state != SlotState.WAITING else "without a vector"
@@ -123,7 +126,9 @@ def begin(
             "lease": float(lease_seconds),
             "rows": json.dumps(rows, ensure_ascii=False),
         }
-        attempts.update({row.number: row.attempt for row in connection.execute(_BEGIN, given)})
+        for row in connection.execute(_BEGIN, given):
+            attempts[row.number] = row.attempt
+            trial_ids[row.number] = row.trial_id
     return [attempts[number] for number in numbers]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -16,6 +16,8 @@ from was_search.errors import ResourceError, StudyError
 from was_storage.database import Database
 
 if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
     from plotly.graph_objects import Figure
 
 LOOPBACK = "127.0.0.1"
@@ -91,8 +93,9 @@ class _QuietHandler(WSGIRequestHandler):
 def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> DashboardServer:
     """Bind the dashboard to an address; the caller serves and closes it. Port 0 takes any free one.
 
-    The dashboard has no login and lets everyone who reaches it edit studies: keep it on the loopback
-    address, or behind something that asks who it is.
+    The dashboard has no login. On a database that :meth:`Database.read_only` made, everything but looking is refused;
+    on others everyone who reaches it can edit studies: keep it on the loopback address, or behind something that
+    asks who it is.
 
     Raises:
         ResourceError: the port is taken or forbidden, or the host is none of this machine's.
@@ -100,17 +103,46 @@ def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT
     """
     from optuna_dashboard._app import create_app
 
+    from was_storage.plan_files import PlanFiles
+
     # The cache re-reads unfinished trials only: a page of 10,000 trials stays quick.
     storage = optuna.storages.get_storage(database.optuna_storage())
     if not 0 <= port <= 65535:
         raise ResourceError(f"dashboard: port must be 0 to 65535, got {port}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return DashboardServer(family, address, create_app(storage))
+        app = create_app(storage, artifact_store=PlanFiles(database))
+        return DashboardServer(family, address, _guarded(app, reads_only=database.reads_only))
     except OSError as error:
         raise ResourceError(
             f"dashboard: cannot listen on {host}:{port} ({error.strerror or error}); choose another port or host"
         ) from error
+
+
+_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "SAMEORIGIN"),
+    ("Referrer-Policy", "same-origin"),
+)
+_DOWNLOAD = (("Content-Disposition", "attachment"), ("Content-Security-Policy", "sandbox; default-src 'none'"))
+"""Of artifacts: a page among them must not run as one of the dashboard's."""
+
+
+def _guarded(app: WSGIApplication, *, reads_only: bool) -> WSGIApplication:
+    """``app`` with headers for browsers; with ``reads_only`` it answers nothing but looking."""
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        if reads_only and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            start("403 Forbidden", [("Content-Type", "application/json"), *_HEADERS])
+            return [b'{"reason": "this dashboard only shows: was-search dashboard --allow-edits lets it change"}']
+        more = [*_HEADERS, *(_DOWNLOAD if environ["PATH_INFO"].startswith("/artifacts/") else ())]
+
+        def with_headers(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            return start(status, [*headers, *more], *rest)
+
+        return app(environ, with_headers)
+
+    return answer
 
 
 def serve(database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> None:

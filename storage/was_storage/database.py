@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
@@ -96,6 +96,11 @@ class Database:
         return self._url
 
     @property
+    def reads_only(self) -> bool:
+        """Whether it was made by :meth:`read_only`."""
+        return self._read_only
+
+    @property
     def display_url(self) -> str:
         """The URL without password."""
         return display_url(self._url)
@@ -144,6 +149,9 @@ class Database:
         self.engine.dispose()
         if self._server is not None:
             self._server.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a database holds its password, and is not pickled; workers need none")
 
     def __enter__(self) -> Database:
         return self

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row, func, select
 
 from was_search.errors import StudyError
 from was_search.hand_out import HandOut, Result
+from was_search.logs import event
 from was_search.slots import Slot, SlotState
 from was_storage import batches, optuna_rows, optuna_study, reconcile, slot_rows, trials
 from was_storage.database import Database
@@ -58,6 +59,7 @@ class CoordinatorSession:
         self._unsure: set[int] = set()
         self._kinds = batches.KnownKinds()
         self._direct = False
+        self._trial_ids: dict[int, int] = {}
 
     def __enter__(self) -> CoordinatorSession:
         """Take over the study.
@@ -71,6 +73,7 @@ class CoordinatorSession:
             with self._database.begin() as connection:
                 self._direct = optuna_rows.known(connection)
             self.repaired = self.reconcile()
+            event(_logger, "study taken over", study=self.name, epoch=self.epoch, repaired=self.repaired)
         except BaseException:
             self.close()
             raise
@@ -157,6 +160,7 @@ class CoordinatorSession:
             row = self._row(connection, number)
             if row.state == SlotState.RUNNING and row.epoch == self.epoch and row.worker == worker:
                 return int(row.attempt)
+            self._trial_ids[number] = row.trial_id
             if row.state != SlotState.WAITING or row.trial_id is None:
                 found = row.state if row.state != SlotState.WAITING else "without a vector"
                 raise StudyError(f"slot {number}: only a proposed, waiting slot can be started, it is {found}")
@@ -188,11 +192,29 @@ class CoordinatorSession:
             StudyError: as :meth:`propose` and :meth:`start`.
         """
         if not self._direct:
-            return [self._begin_one(hand_out, lease_seconds) for hand_out in hand_outs]
-        with self._fence.transaction() as connection:
-            return batches.begin(
-                connection, self._study_id, self.optuna_study_id, self.epoch, hand_outs, lease_seconds, self._kinds
-            )
+            attempts = [self._begin_one(hand_out, lease_seconds) for hand_out in hand_outs]
+        else:
+            with self._fence.transaction() as connection:
+                attempts = batches.begin(
+                    connection,
+                    self._study_id,
+                    self.optuna_study_id,
+                    self.epoch,
+                    hand_outs,
+                    lease_seconds,
+                    self._kinds,
+                    self._trial_ids,
+                )
+        for hand_out, attempt in zip(hand_outs, attempts, strict=True):
+            self._tell_log("slot handed out", hand_out.number, attempt=attempt, worker=hand_out.worker)
+        return attempts
+
+    def trial_of(self, number: int) -> int | None:
+        """Optuna's id of the trial of a slot that this session has handed out."""
+        return self._trial_ids.get(number)
+
+    def _tell_log(self, name: str, number: int, **fields: Any) -> None:
+        event(_logger, name, study=self.name, slot=number, trial=self.trial_of(number), **fields)
 
     def finish_all(self, results: Sequence[Result]) -> list[bool]:
         """:meth:`finish` for several slots in one transaction, Optuna told in the same one; for each whether it is
@@ -203,14 +225,31 @@ class CoordinatorSession:
         """
         checked = [(_checked(result), plain(dict(result.attrs or {}))) for result in results]
         if not self._direct:
-            return [self._finish_one(slot, attrs) for slot, attrs in checked]
+            booked = [self._finish_one(slot, attrs) for slot, attrs in checked]
+            self._log_results(checked, booked)
+            return booked
         numbers = {slot.number for slot, _ in checked}
         with self._fence.transaction() as connection:
             unsure = self._unsure & numbers
             self._unsure |= numbers
             booked = batches.finish(connection, self._study_id, checked, unsure)
         self._unsure -= numbers
+        self._log_results(checked, booked)
         return booked
+
+    def _log_results(self, results: Sequence[tuple[Slot, dict[str, Any]]], booked: Sequence[bool]) -> None:
+        for (slot, _), counts in zip(results, booked, strict=True):
+            self._tell_log(
+                "slot finished" if counts else "late result ignored",
+                slot.number,
+                attempt=slot.attempt,
+                worker=slot.worker,
+                state=str(slot.state),
+                loss_nats=slot.loss_nats,
+                tokens=slot.tokens,
+                seconds=slot.seconds,
+                error=slot.error or None,
+            )
 
     def requeue(self, number: int, reason: str) -> bool:
         """Put a running slot back with its vector, trial and attempt count; False where it is not running."""
@@ -219,7 +258,8 @@ class CoordinatorSession:
                 return False
             state = SlotState.WAITING
             self._write(connection, number, state=state, worker="", lease_expires_at=None, error=_storable(reason))
-            return True
+        self._tell_log("slot put back", number, reason=reason)
+        return True
 
     def finish(
         self,
@@ -271,7 +311,7 @@ class CoordinatorSession:
         with self._fence.transaction() as connection:
             repairs += reconcile.tell_finished(connection, storage, self._study_id, self.optuna_study_id)
         if repairs:
-            _logger.info("study %s: %d repairs after an interruption", self.name, repairs)
+            event(_logger, "repaired after an interruption", study=self.name, repairs=repairs)
         return repairs
 
     def extend(self, n_slots: int) -> int:

@@ -13,7 +13,8 @@ from sqlalchemy.dialects.postgresql import insert
 
 from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
-from was_storage import control_rows, optuna_study
+from was_search.study_names import check_name
+from was_storage import control_rows, optuna_study, plan_files
 from was_storage.coordinator_lock import COORDINATOR_LOCK
 from was_storage.database import Database
 from was_storage.plain import plain
@@ -22,7 +23,6 @@ from was_storage.schema import study as study_table
 from was_storage.session import CoordinatorSession
 from was_storage.slot_rows import add_slots, read_slots
 
-MAX_NAME_CHARACTERS = 200
 _VERSIONED = ("was-search", "optuna", "torch", "transformers", "triton")
 _COUNTS = (
     func.count().label("n_slots"),
@@ -92,7 +92,7 @@ class StudyStore:
         its ``config``; so the same command again does not take back what was set.
 
         Raises:
-            StudyError: a name that is not 1-200 printable characters; no slots; an existing study whose
+            StudyError: a name that :func:`was_search.study_names.check_name` refuses; no slots; an existing study whose
                 ``identity`` or ``shape`` differs (each differing key is listed); an Optuna study of that
                 name that is not ours.
         """
@@ -118,7 +118,7 @@ class StudyStore:
         Raises:
             StudyError: there is none; the message lists those that there are.
         """
-        found = self._read(name)
+        found = self._read(name) if name.isprintable() else []  # others cannot be made, nor sent to the database
         if not found:
             known = ", ".join(record.name for record in self.list()[:20])
             raise StudyError(f"study {name!r} does not exist; this database has {known or 'no studies yet'}")
@@ -130,6 +130,8 @@ class StudyStore:
         Raises:
             StudyError: there is none.
         """
+        if not name.isprintable():
+            return self.get(name).id
         with self._database.begin() as connection:
             found = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar()
         return self.get(name).id if found is None else int(found)
@@ -171,7 +173,7 @@ class StudyStore:
             self.get(name)
 
     def delete(self, name: str) -> None:
-        """Delete the study, its slots and its Optuna study.
+        """Delete the study, its slots, its plan and its Optuna study.
 
         Raises:
             StudyError: there is no such study, or a coordinator is running it.
@@ -184,6 +186,7 @@ class StudyStore:
                 raise StudyError(f"study {name!r} is being run by a coordinator; stop it before deleting the study")
             query = select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
             optuna_study.drop(storage, connection.execute(query).scalar())
+            plan_files.drop_plans(connection, name)
             connection.execute(delete(study_table).where(study_table.c.id == record.id))
 
     def coordinate(self, name: str) -> CoordinatorSession:
@@ -204,14 +207,6 @@ class StudyStore:
             query = query.where(study_table.c.name == name)
         with self._database.begin() as connection:
             return [_record(row) for row in connection.execute(query)]
-
-
-def check_name(name: str) -> None:
-    """Raise StudyError unless ``name`` is 1-200 printable characters without blanks at its ends."""
-    if not name or len(name) > MAX_NAME_CHARACTERS:
-        raise StudyError(f"study name: must have 1 to {MAX_NAME_CHARACTERS} characters, got {len(name)}")
-    if not name.isprintable() or name != name.strip():
-        raise StudyError(f"study name: must be printable, without blanks at its ends, got {name!r}")
 
 
 def _check_same(row: Row[Any] | StudyRecord, asked: dict[str, dict[str, Any]]) -> None:

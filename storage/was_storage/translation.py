@@ -18,6 +18,18 @@ _AT_CONNECT = (
         "no pg_hba.conf entry",
         "the server does not allow this user, database or address (pg_hba.conf); try ?sslmode=require",
     ),
+    (
+        "certificate verify failed",
+        "the server's certificate is not signed by an authority of sslrootcert; give the CA that signed it",
+    ),
+    ("does not match host name", "the server's certificate is for another host; use the name that it is for"),
+    ("root certificate file", "the file of sslrootcert (or PGSSLROOTCERT) cannot be read; give the CA's certificate"),
+    (
+        "private key file",
+        "the file of sslkey (or PGSSLKEY) cannot be used; it must be there and readable by its owner only",
+    ),
+    ("certificate file", "the file of sslcert (or PGSSLCERT) cannot be read"),
+    ("requires a valid client certificate", "the server asks for a certificate; give sslcert and sslkey"),
     ("could not translate host name", "the host is unknown; check its spelling in the URL"),
     ("connection refused", "no server listens there; start it, or check host and port"),
     (
@@ -107,7 +119,7 @@ def translate(error: BaseException, shown: str, *, opening: bool = False) -> Was
     lost = code[:2] == "08" or (not code and any(part in text for part in _LOST))
     if code in _TRANSIENT_CODES or ((lost or cause.connection_invalidated) and not opening):
         return TransientError(f"database {shown}: the connection was lost or the server is busy ({detail}); try again")
-    if not code:
+    if not code or opening:
         for part, meaning in _AT_CONNECT:
             if part in text:
                 return StorageError(f"cannot connect to {shown}: {meaning} ({detail})")

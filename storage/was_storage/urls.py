@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -9,12 +11,22 @@ from was_search.errors import StorageError
 
 DRIVER = "postgresql+psycopg2"
 ACCEPTED = ("postgres", "postgresql", DRIVER)
-_SECRETS = ("password", "sslpassword")
+_SHOWN = (
+    *("host", "hostaddr", "port", "dbname", "user", "options", "application_name", "connect_timeout"),
+    *("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslnegotiation", "channel_binding", "gssencmode"),
+    *("target_session_attrs", "passfile", "service", "keepalives"),
+)
+"""Arguments whose values are no secrets. Others are not shown: ``pasword`` holds one as well."""
+
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile")
 _EXAMPLE = "expected postgresql://user:password@host:5432/database, or 'embedded'"
 
 
 def parse_url(url: str) -> URL:
-    """``url`` as SQLAlchemy's URL with our driver; connection arguments (``?sslmode=require``) pass through.
+    """``url`` as SQLAlchemy's URL with our driver; connection arguments (``?sslmode=verify-full``) pass through.
+
+    What the URL does not say, libpq takes from its own variables (``PGSSLMODE``, ``PGSSLROOTCERT``, ...). A ``~``
+    before the file of an argument is the home folder.
 
     Raises:
         StorageError: not a Postgres URL, or a part that cannot be read.
@@ -31,7 +43,12 @@ def parse_url(url: str) -> URL:
         raise StorageError(f"storage: the URL cannot be read (is the port a number?); {_EXAMPLE}") from None
     if "@" in (parsed.host or ""):
         raise StorageError("storage: write '@' inside the user name or password as %40 in the URL")
-    return parsed.set(drivername=DRIVER)
+    files = {
+        key: os.path.expanduser(value)
+        for key, value in parsed.query.items()
+        if key in _FILES and isinstance(value, str) and value.startswith("~")
+    }
+    return parsed.set(drivername=DRIVER).update_query_dict(files)
 
 
 def normalise_url(url: str) -> str:
@@ -47,11 +64,11 @@ def normalise_url(url: str) -> str:
 
 
 def display_url(url: str) -> str:
-    """``url`` for people: passwords, also those among the connection arguments, are ``***``.
+    """``url`` for people: its password, and the values of arguments that are not known to be harmless, are ``***``.
 
     Raises:
         StorageError: not a Postgres URL.
     """
     parsed = parse_url(url)
-    hidden = {key: "***" for key in _SECRETS if key in parsed.query}
+    hidden = {key: "***" for key in parsed.query if key not in _SHOWN}
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")

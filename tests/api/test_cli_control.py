@@ -212,7 +212,7 @@ class TestAnnouncements:
     @pytest.mark.parametrize(
         ("error", "detail"),
         [
-            (StorageError("cannot reach postgresql://ada:s3cret@h/db\nmore"), "cannot reach postgresql://h/db"),
+            (StorageError("cannot reach postgresql://ada:s3cret@h/db\nmore"), "cannot reach postgresql://***@h/db"),
             (StudyError("study 's' was deleted"), "study 's' was deleted"),
             (RuntimeError("internal words"), "RuntimeError"),
             (KeyboardInterrupt(), "interrupted"),

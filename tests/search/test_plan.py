@@ -236,7 +236,7 @@ def test_refuses_bad_arrays(name):
     with pytest.raises(PlanError, match=rf"{name}: shape must be \(2, 7\), got \(2, 6\)"):
         make_plan(**{name: np.zeros((2, 6))})
     for bad in (-0.1, np.nan, np.inf):
-        value = np.full((2, 7), 0.5)
+        value = np.full((2, 7), 0.5, np.float64 if name == "sparsities" else np.float32)
         value[1, 1] = bad
         with pytest.raises(PlanError, match=rf"{name}: must be finite and not negative, got"):
             make_plan(**{name: value})
@@ -247,7 +247,7 @@ def test_refuses_other_bad_values():
         make_plan(sparsities=np.full((2, 7), 1.0))
     with pytest.raises(PlanError, match="score: must be one of l1, l2, none, got 'l3'"):
         make_plan(score="l3")
-    with pytest.raises(PlanError, match="dense_prefix: must not be negative, got -1"):
+    with pytest.raises(PlanError, match=r"dense_prefix: must not be negative, and under 2\^31, got -1"):
         make_plan(dense_prefix=-1)
     with pytest.raises(PlanError, match="norms: one float32 array of in_features is needed"):
         make_plan(norms=make_plan().norms[:1])

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
 import pytest
 
-from was_search.plots import levels_figure, progress_figure, sensitivity_figure
+from was_search import plots
+from was_search.plots import levels_figure, progress_figure, savings_figure, sensitivity_figure, timeline_figure
 from was_search.slots import Slot, SlotState
 
 START = datetime(2025, 1, 1)
@@ -96,3 +97,59 @@ def test_sensitivity_is_shown_by_block_and_projection():
     assert list(heat.x) == [0, 1, 2]
     np.testing.assert_allclose(heat.z, np.log10(1e3 * costs.T), atol=5e-4)  # rounded to three digits
     np.testing.assert_allclose(heat.customdata[..., 1], 100 * sparsities.T, atol=0.05)
+
+
+def evaluated(number: int, worker: str, begun: float, ended: float, state=SlotState.COMPLETE, sequences=8) -> Slot:
+    """A slot whose evaluation lay between two seconds; the database gives times with a zone."""
+    start = START.replace(tzinfo=UTC)
+    return Slot(
+        number, state, attempt=1, origin="seed:fisher", losses=np.ones(sequences), loss_nats=1.0, worker=worker,
+        started_at=start + timedelta(seconds=begun), finished_at=(start + timedelta(seconds=ended)),
+    )  # fmt: skip
+
+
+def test_the_timeline_has_a_bar_for_every_evaluation_on_its_workers_row():
+    slots = [
+        evaluated(0, "worker-10@b:5", 0, 2.5),
+        evaluated(1, "worker-2@a:7", 1, 4, SlotState.STOPPED),
+        evaluated(2, "worker-2@a:7", 4, 4.25, SlotState.FAILED),
+        Slot(3, SlotState.RUNNING, worker="worker-2@a:7", started_at=START),
+        Slot(4, SlotState.WAITING),
+    ]
+    figure = timeline_figure(slots)
+    found = traces(figure)
+    assert list(found["complete"].y) == ["worker-10@b:5"]
+    assert list(found["complete"].base) == ["2025-01-01T00:00:00.000"]
+    assert list(found["complete"].x) == [2500]
+    assert list(found["stopped early"].text) == ["1"]
+    assert (list(found["failed"].base), list(found["failed"].x)) == (["2025-01-01T00:00:04.000"], [250])
+    assert list(figure.layout.yaxis.categoryarray) == ["worker-10@b:5", "worker-2@a:7"]  # from below
+
+
+def test_the_timeline_is_in_utc():
+    at = datetime(2025, 1, 1, 2, tzinfo=timezone(timedelta(hours=2)))
+    slot = Slot(0, SlotState.COMPLETE, worker="w", started_at=at, finished_at=at + timedelta(seconds=1))
+    assert list(traces(timeline_figure([slot]))["complete"].base) == ["2025-01-01T00:00:00.000"]
+
+
+def test_a_long_timeline_shows_the_latest(monkeypatch):
+    monkeypatch.setattr(plots, "MAX_BARS", 3)
+    figure = timeline_figure([evaluated(n, "w", n, n + 1) for n in range(5)])
+    assert list(traces(figure)["complete"].text) == ["2", "3", "4"]
+    assert "the last 3 of 5 evaluations" in figure.layout.title.text
+
+
+def test_savings_count_sequences_against_full_evaluations():
+    slots = [
+        evaluated(1, "w", 0, 2, SlotState.STOPPED, 3),
+        evaluated(0, "w", 0, 1),
+        Slot(2, SlotState.FAILED, worker="w"),
+        Slot(3, SlotState.WAITING),
+    ]
+    figure = savings_figure(slots)
+    found = traces(figure)
+    assert list(found["read"].y) == [0, 8, 11]
+    assert list(found["in full"].y) == [0, 8, 16]
+    assert figure.layout.title.text == "31 % of the tokens saved by stopping early"  # 5 of 16
+    assert list(traces(savings_figure([]))["read"].y) == [0]
+    assert timeline_figure([]).data

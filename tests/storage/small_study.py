@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
+from was_storage.cache import Artifact
 from was_storage.database import Database
 from was_storage.session import CoordinatorSession
 from was_storage.studies import StudyRecord, StudyStore
@@ -37,6 +38,11 @@ def new_study(database: Database, n_slots: int = 4, name: str | None = None) -> 
         shape=SHAPE.to_json(),
         n_slots=n_slots,
     )
+
+
+def whole(found: Artifact) -> Artifact:
+    """Reads a cached row as it is."""
+    return found
 
 
 def vector(number: int) -> dict[str, Any]:

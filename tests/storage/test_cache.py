@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
+from tests.storage.small_study import whole
 from was_search.errors import StorageError
 from was_storage import cache as cache_module
 from was_storage.cache import Artifact, ArtifactCache
@@ -24,16 +27,16 @@ def cache(database: Database) -> ArtifactCache:
 
 def test_the_first_put_wins(cache: ArtifactCache) -> None:
     payload = bytes(range(256)) * 1000
-    assert cache.get("histograms", "k") is None
+    assert cache.get("histograms", "k", whole) is None
     assert cache.put("histograms", "k", payload, {"n_blocks": 2})
     assert not cache.put("histograms", "k", b"other")
-    assert cache.get("histograms", "k") == Artifact({"n_blocks": 2}, payload)
-    assert cache.get("tables", "k") is None
+    assert cache.get("histograms", "k", whole) == Artifact({"n_blocks": 2}, payload)
+    assert cache.get("tables", "k", whole) is None
 
 
 def test_an_empty_payload_is_a_payload(cache: ArtifactCache) -> None:
     cache.put("prices", "k", b"")
-    assert cache.get("prices", "k") == Artifact({}, b"")
+    assert cache.get("prices", "k", whole) == Artifact({}, b"")
 
 
 def test_lists_and_deletes(cache: ArtifactCache) -> None:
@@ -49,12 +52,64 @@ def test_lists_and_deletes(cache: ArtifactCache) -> None:
     assert cache.list("a") == []
 
 
-def test_a_damaged_row_is_named(cache: ArtifactCache, database: Database) -> None:
-    cache.put("tables", "key1", b"good")
+GOOD = {"n": 3, "big": 1e22, "small": 5e-324, "negative zero": -0.0, "text": "ü", "list": [1, 2.5, None, True]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "payload = substr(payload, 1, 9)",
+        "payload = payload || 'x'",
+        "payload = set_byte(payload, 5, get_byte(payload, 5) # 1)",
+        "payload = ''",
+        """meta = jsonb_set(meta, '{n}', '4')""",
+        """meta = jsonb_set(meta, '{big}', '1.000000000001e22')""",
+        "meta = meta - 'text'",
+        "meta = '{}'",
+        "sha256 = reverse(sha256)",
+        "sha256 = ''",
+    ],
+)
+def test_a_damaged_row_is_logged_removed_and_not_used(
+    cache: ArtifactCache, database: Database, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cache.put("tables", "key1", b"0123456789", GOOD)
+    cache.put("tables", "key2", b"other")
+    assert cache.get("tables", "key1", whole) is not None
     with database.begin() as connection:
-        connection.execute(text("UPDATE was.artifact SET payload = 'bad'"))
-    with pytest.raises(StorageError, match=r"cached tables key1 is damaged: .* delete the row"):
-        cache.get("tables", "key1")
+        assert connection.execute(text(f"UPDATE was.artifact SET {damage} WHERE key = 'key1'")).rowcount == 1
+    assert cache.get("tables", "key1", whole) is None
+    assert "cached tables key1 is damaged" in caplog.text
+    assert [info.key for info in cache.list()] == ["key2"]
+    assert cache.put("tables", "key1", b"0123456789", GOOD)
+    assert cache.get("tables", "key1", whole) == Artifact(GOOD, b"0123456789")
+
+
+def test_a_row_that_cannot_be_read_is_removed(cache: ArtifactCache, caplog: pytest.LogCaptureFixture) -> None:
+    cache.put("prices", "k", b"12345")
+    assert cache.get("prices", "k", lambda row: np.frombuffer(row.payload, np.float64)) is None
+    assert "ValueError: buffer size must be a multiple of element size" in caplog.text
+    assert cache.list() == []
+
+
+def test_rows_that_were_put_before_meta_was_hashed(cache: ArtifactCache, database: Database) -> None:
+    cache.put("prices", "k", b"12345", {"x": 1})
+    bare = hashlib.sha256(b"12345").hexdigest()
+    with database.begin() as connection:
+        connection.execute(text("UPDATE was.artifact SET sha256 = :bare"), {"bare": bare})
+    assert cache.get("prices", "k", whole) == Artifact({"x": 1}, b"12345")
+    with database.begin() as connection:
+        connection.execute(text("UPDATE was.artifact SET payload = '1234'"))
+    assert cache.get("prices", "k", whole) is None
+
+
+def test_a_login_that_may_only_read_uses_no_damaged_row(cache: ArtifactCache, database: Database) -> None:
+    cache.put("prices", "k", b"12345")
+    with database.begin() as connection:
+        connection.execute(text("UPDATE was.artifact SET payload = '1234'"))
+    with database.read_only() as reading:
+        assert ArtifactCache(reading).get("prices", "k", whole) is None
+    assert len(cache.list()) == 1
 
 
 def test_too_much_is_refused(cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_a_dashboard_that_can_only_read(database: Database) -> None:
             request = urllib.request.Request(f"{base}/api/studies/{record.optuna_study_id}", method="DELETE")
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(request)
-            assert refused.value.code == 500
+            assert refused.value.code == 403
             with urllib.request.urlopen(f"{base}/api/studies/{record.optuna_study_id}") as answer:
                 assert json.load(answer)["name"] == record.name
         finally:

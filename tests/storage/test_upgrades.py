@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import make_url
 
-from tests.storage.small_study import assert_one_to_one, vector
+from tests.storage.small_study import assert_one_to_one, vector, whole
 from was_search.control import Wish
 from was_search.slots import SlotState
 from was_storage.cache import ArtifactCache
@@ -58,7 +58,7 @@ def test_a_study_of_that_revision_is_read_and_gone_on_with(dump: Path, postgres_
         first = store.slots(STUDY)[0]
         np.testing.assert_array_equal(first.losses, [2.5, 2.25, 2.0])
         assert (first.loss_nats, first.achieved, first.worker) == (2.25, 0.6, "worker-0")
-        artifact = ArtifactCache(database).get("histograms", "key")
+        artifact = ArtifactCache(database).get("histograms", "key", whole)
         assert artifact is not None
         assert (artifact.payload, artifact.meta) == (b"payload", {"blocks": 2})
         assert ControlStore(database).read(STUDY).wish is Wish.RUN

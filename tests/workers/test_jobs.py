@@ -23,7 +23,17 @@ from was_workers.jobs import Jobs, refuse_secrets
 def test_a_password_is_not_sent() -> None:
     with pytest.raises(ConfigError, match="storage: a job's command is shown in Ray's dashboard"):
         refuse_secrets(["run", "--storage", "postgresql://me:secret@host/db"])
-    refuse_secrets(["run", "--ray", "auto", "--model", "org/model"])
+    for arguments in (
+        ["run", "--storage=postgresql://host/db?user=me&password=secret"],
+        ["run", "--storage", "postgresql://host/db"],
+        ["run", "--notify", "https://hooks.example/T0/secret"],
+        ["run", "--model", "https://me:secret@hub/model"],
+        ["run", "--data", "password=secret"],
+    ):
+        with pytest.raises(ConfigError, match="a job's command is shown") as caught:
+            refuse_secrets(arguments)
+        assert "secret" not in str(caught.value).replace("looks like a secret", "")
+    refuse_secrets(["run", "--ray", "auto", "--model", "org/model", "--storage", "embedded"])
 
 
 def test_an_address_where_nothing_answers() -> None:

@@ -54,6 +54,9 @@ class Book:
         self._set(number, state=SlotState.RUNNING, attempt=self.rows[number].attempt + 1, worker=worker)
         return self.rows[number].attempt
 
+    def trial_of(self, number: int) -> int | None:
+        return None
+
     def begin(self, hand_outs: list[HandOut], lease_seconds: float) -> list[int]:
         for hand_out in hand_outs:
             if hand_out.proposal is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ from was_search.api.context import Context
 from was_search.histogram import Histograms
 from was_search.protocol import content_hash
 from was_search.shape import FloatArray, ModelShape
+
+if TYPE_CHECKING:
+    from was_storage.cache import Artifact
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,10 @@ def _calibrate(context: Context) -> Calibration:
     started = time.perf_counter()
     settings = context.settings
     key = content_hash("histograms", 1, context.fingerprint, settings.score, context.tokens("calibration").protocol)
-    found = context.cache.get("histograms", key)
+    found = context.cache.get("histograms", key, lambda row: _read_calibration(row, key))
     if found is not None:
-        shape = ModelShape.from_json(found.meta["shape"])
-        histograms = Histograms.from_bytes(found.payload, shape.n_blocks)
         context.reporter.cached("calibrate", _describe(context), time.perf_counter() - started)
-        return Calibration(key, shape, histograms)
+        return found
 
     from was_workers.phases import histogram_runner
 
@@ -83,16 +85,10 @@ def _operating_point(
     from was_search import calibration as maths
 
     started = time.perf_counter()
-    found = context.cache.get("operating-point", key)
+    found = context.cache.get("operating-point", key, lambda row: _read_point(row, key, calibration.shape))
     if found is not None:
         context.reporter.cached(f"calibrate at {name}", "operating point", time.perf_counter() - started)
-        return OperatingPoint(
-            key,
-            Histograms.from_bytes(found.payload, calibration.shape.n_blocks),
-            np.asarray(found.meta["thresholds"], np.float32),
-            np.asarray(found.meta["achieved"], np.float64),
-            int(found.meta["passes"]),
-        )
+        return found
 
     from was_workers.phases import histogram_runner
 
@@ -108,6 +104,20 @@ def _operating_point(
     }
     context.cache.put("operating-point", key, point.histograms.to_bytes(), meta)
     return point
+
+
+def _read_calibration(found: Artifact, key: str) -> Calibration:
+    shape = ModelShape.from_json(found.meta["shape"])
+    return Calibration(key, shape, Histograms.from_bytes(found.payload, shape.n_blocks))
+
+
+def _read_point(found: Artifact, key: str, shape: ModelShape) -> OperatingPoint:
+    thresholds = np.asarray(found.meta["thresholds"], np.float32)
+    achieved = np.asarray(found.meta["achieved"], np.float64)
+    if not thresholds.shape == achieved.shape == shape.params.shape:
+        raise ValueError(f"{shape.params.shape} is wanted, got {thresholds.shape} and {achieved.shape}")
+    histograms = Histograms.from_bytes(found.payload, shape.n_blocks)
+    return OperatingPoint(key, histograms, thresholds, achieved, int(found.meta["passes"]))
 
 
 def _describe(context: Context) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,16 +18,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from was_search import logs
 from was_search.errors import ResourceError
 from was_search.progress import Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
+from was_search.study_names import folder_name
 
 if TYPE_CHECKING:
     from was_search.api.notify import Announcement
     from was_search.model import ModelSource
     from was_search.text import SplitText
-    from was_storage.cache import ArtifactCache
+    from was_storage.cache import Artifact, ArtifactCache
     from was_storage.database import Database
     from was_workers.cluster import Cluster
     from was_workers.pool import Pool
@@ -194,6 +197,7 @@ class Context:
             device=placement.device,
             score=settings.score,
             threads=threads,
+            log_format=logs.configured(),
         )
         cluster = self.cluster
         with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):
@@ -251,15 +255,23 @@ class Context:
     def _load_tokens(self, split: str, n: int) -> TokenSet:
         text, options = self._text(split), self._token_options(n, self.placement.dtype)
         key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
-        found = self.cache.get("tokens", key)
-        if found is not None:
-            return TokenSet(EvaluationProtocol.from_json(found.meta["protocol"]), unpack_array(found.payload))
+        if (found := self.cache.get("tokens", key, _read_tokens)) is not None:
+            return found
         data = _tokenise(self.source, text, options)
         self.cache.put("tokens", key, pack_array(data.tokens), {"protocol": data.protocol.to_json()})
         return data
 
     def default_plan_folder(self, study: str) -> Path:
-        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / study / "plan"
+        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / folder_name(study) / "plan"
+
+
+def _read_tokens(found: Artifact) -> TokenSet:
+    protocol = EvaluationProtocol.from_json(found.meta["protocol"])
+    tokens = unpack_array(found.payload, (protocol.n_sequences, protocol.sequence_length), np.int64)
+    data = TokenSet.of(protocol, tokens)
+    if data.protocol != protocol:
+        raise ValueError("the tokens are not those of the protocol")
+    return data
 
 
 def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> TokenSet:
@@ -272,10 +284,24 @@ def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> 
 def pack_array(array: npt.NDArray[Any]) -> bytes:
     """An array as npy bytes, never pickled."""
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
-def unpack_array(payload: bytes) -> npt.NDArray[Any]:
-    """An array from :func:`pack_array`."""
-    return np.asarray(np.load(io.BytesIO(payload), allow_pickle=False))
+def unpack_array(payload: bytes, shape: tuple[int | None, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array from :func:`pack_array`, if it is of this ``shape`` (None: any width) and ``dtype``.
+
+    Raises:
+        ValueError: another shape, type or length; nothing is taken from memory for what a wrong header claims.
+    """
+    stream = io.BytesIO(payload)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"npy version must be 1.0, got {version}")
+    there, by_columns, kind = np.lib.format.read_array_header_1_0(stream)
+    fits = len(there) == len(shape) and all(want in (None, got) for want, got in zip(shape, there, strict=True))
+    if not fits or by_columns or kind != np.dtype(dtype):
+        raise ValueError(f"{np.dtype(dtype)} {shape} is wanted, got {kind} {there}")
+    if len(payload) - stream.tell() != math.prod(there) * kind.itemsize:
+        raise ValueError(f"{kind} {there} is claimed, got {len(payload) - stream.tell()} bytes")
+    return np.frombuffer(payload, kind, offset=stream.tell()).reshape(there).copy()

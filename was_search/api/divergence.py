@@ -49,7 +49,8 @@ def _dense_top(context: Context) -> DenseTop:
     step = max(1, PIECE_BYTES // sequence_bytes)
     starts = range(0, len(data.tokens), step)
     name = f"dense top {k}"
-    if (found := _cached(context, key, starts)) is not None:
+    shape = (len(data.tokens), data.protocol.predicted_per_sequence, k)
+    if (found := _cached(context, key, starts, shape)) is not None:
         context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
         return found
 
@@ -66,17 +67,22 @@ def _dense_top(context: Context) -> DenseTop:
     return top
 
 
-def _cached(context: Context, key: str, starts: range) -> DenseTop | None:
-    """All pieces, or None where one is missing: a run that was killed may have put only some."""
+def _cached(context: Context, key: str, starts: range, shape: tuple[int, int, int]) -> DenseTop | None:
+    """All pieces of ``shape`` [n, predicted, k], or None where one is missing: a killed run may have put only some."""
+    n, predicted, k = shape
+
+    def piece(start: int, name: str, width: int, dtype: type[np.generic]) -> Any:
+        wanted = (min(starts.step, n - start), predicted, width)
+        return context.cache.get(
+            "dense-top", _piece_key(key, start, name), lambda row: unpack_array(row.payload, wanted, dtype)
+        )
+
     pieces = []
     for start in starts:
-        arrays: list[Any] = []
-        for name in ("indices", "log_probs"):
-            found = context.cache.get("dense-top", _piece_key(key, start, name))
-            if found is None:
-                return None
-            arrays.append(unpack_array(found.payload))
-        pieces.append(DenseTop(np.asarray(arrays[0], np.int32), np.asarray(arrays[1], np.float32)))
+        indices, log_probs = piece(start, "indices", k, np.int32), piece(start, "log_probs", k + 1, np.float32)
+        if indices is None or log_probs is None:
+            return None
+        pieces.append(DenseTop(indices, log_probs))
     return concatenate(pieces)
 
 

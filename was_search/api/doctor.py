@@ -111,7 +111,10 @@ def _postgres(context: Context) -> Check:
 
     with context.database.engine.connect() as connection:
         server = str(connection.execute(text("show server_version")).scalar_one())
-    return Check("Postgres", True, f"{server} at {context.database.display_url}")
+        over_tcp = connection.execute(text("SELECT inet_server_addr() IS NOT NULL")).scalar_one()
+        tls = connection.execute(text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")).scalar()
+    how = "" if not over_tcp else f", {tls}" if tls else ", not encrypted"
+    return Check("Postgres", True, f"{server} at {context.database.display_url}{how}")
 
 
 def _ray(context: Context) -> Check:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,15 @@ from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, ope
 from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.search import SearchResult, report_study
-from was_search.errors import StudyError
+from was_search.errors import StorageError, StudyError
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.report import gap_nats
-from was_search.shape import FloatArray
+from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.slots import Slot
+
+if TYPE_CHECKING:
+    from was_storage.cache import Artifact
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,19 @@ def _key(context: Context, request: Request) -> str:
 
 
 def _cached(context: Context, request: Request) -> Evaluation | None:
-    found = context.cache.get("evaluation", _key(context, request))
-    if found is None:
-        return None
-    losses, *nats = np.atleast_2d(unpack_array(found.payload))
-    achieved = np.asarray(found.meta["achieved"], np.float64)
-    tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
-    return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
+    n = len(context.tokens(request.split).tokens)
+    by_divergence = _by_divergence(context, request)
+
+    def read(found: Artifact) -> Evaluation:
+        rows = unpack_array(found.payload, (2, n) if by_divergence else (n,), np.float64)
+        losses, *nats = np.atleast_2d(rows)
+        achieved = np.asarray(found.meta["achieved"], np.float64)
+        if achieved.ndim != 2 or achieved.shape[1] != N_PROJECTIONS:
+            raise ValueError(f"achieved: [L, {N_PROJECTIONS}] is wanted, got {achieved.shape}")
+        tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
+        return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
+
+    return context.cache.get("evaluation", _key(context, request), read)
 
 
 def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
@@ -160,6 +169,7 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     Raises:
         StudyError: no such study, or none of its slots is complete.
     """
+    from was_storage.plan_files import attach_plan
     from was_storage.studies import StudyStore
 
     result = result or stored_result(context)
@@ -208,6 +218,10 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
             "gap_nats": plan_gap_nats(plan),
         },
     )
+    try:
+        attach_plan(context.database, result.study, folder)
+    except StorageError as error:
+        context.reporter.note(f"the plan is not shown in optuna-dashboard: {error}")
     report_study(context, result, calibration)
     return folder
 
@@ -271,11 +285,10 @@ def stored_result(context: Context) -> SearchResult:
 
 def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
     key = content_hash("norms", 1, context.fingerprint, context.settings.score, context.placement.dtype)
-    found = context.cache.get("norms", key)
     shape = calibration.shape
-    if found is not None:
-        flat = unpack_array(found.payload)
-    else:
+    width = sum(sum(row) for row in shape.in_features)
+    flat = context.cache.get("norms", key, lambda row: unpack_array(row.payload, (width,), np.float32))
+    if flat is None:
         (rows,) = context.pool.map([("norms",)])
         flat = np.concatenate([norm for row in rows for norm in row])
         context.cache.put("norms", key, pack_array(flat))

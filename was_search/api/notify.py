@@ -12,8 +12,9 @@ from was_search.api.context import Context
 from was_search.control import LAST_SLOT, Ending, EndingKind
 from was_search.errors import WasError
 from was_search.protocol import perplexity
+from was_search.redaction import redacted
 from was_search.slots import Slot, SlotState, best_slot
-from was_search.webhook import post, without_credentials
+from was_search.webhook import post
 
 
 @dataclass
@@ -52,7 +53,7 @@ def failure_words(error: BaseException) -> str:
         return "interrupted"
     if not isinstance(error, WasError):
         return type(error).__name__  # its words are not meant for users
-    return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def payload(announcement: Announcement, ending: Ending) -> dict[str, Any]:

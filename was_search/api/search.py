@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from was_search import logs
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
@@ -92,7 +93,7 @@ def _search(context: Context) -> SearchResult:
     point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
     data = context.tokens("search")
     started = time.perf_counter()
-    with store.coordinate(name) as book, _drain_on_interrupt() as drain:
+    with logs.bound(study=name), store.coordinate(name) as book, _drain_on_interrupt() as drain:
         slots = book.slots()
         ending = over_already(context, book, slots)
         if ending is not None:
@@ -214,7 +215,13 @@ def model_label(context: Context) -> str:
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
     """Write the note and the plots that optuna-dashboard shows."""
-    from was_search.plots import levels_figure, progress_figure, sensitivity_figure
+    from was_search.plots import (
+        levels_figure,
+        progress_figure,
+        savings_figure,
+        sensitivity_figure,
+        timeline_figure,
+    )
     from was_storage.dashboard import annotate
 
     best = result.best
@@ -225,6 +232,8 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
         "sensitivity": sensitivity_figure(sensitivity(context, calibration), best.sparsities, context.settings.target),
         "levels": levels_figure(best.levels, levels, context.settings.target),
         "progress": progress_figure(result.slots, context.settings.fitness),
+        "timeline": timeline_figure(result.slots),
+        "tokens-saved": savings_figure(result.slots),
     }
     annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
 

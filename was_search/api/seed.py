@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,8 +13,11 @@ from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
 from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
-from was_search.shape import FloatArray
+from was_search.shape import FloatArray, ModelShape
 from was_search.table import Table
+
+if TYPE_CHECKING:
+    from was_storage.cache import Artifact
 
 GREEDY_STEP = 0.0125
 """Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
@@ -55,10 +59,11 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
     parts = (calibration.key, data.protocol, start, settings.target, vars(options), SEED_SEQUENCES, settings.seed)
     key = content_hash("seed-descent", 2, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
-    found = context.cache.get("descent", key)
+    wanted = calibration.shape.params.shape
+    found = context.cache.get("descent", key, lambda row: unpack_array(row.payload, wanted, np.float64))
     if found is not None:
         context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
-        return np.asarray(unpack_array(found.payload), np.float64)
+        return found
 
     from was_workers import phases
 
@@ -90,10 +95,11 @@ def _fisher_prices(
     context: Context, calibration: Calibration, grid: FloatArray, data: TokenSet, key: str
 ) -> FloatArray:
     started = time.perf_counter()
-    found = context.cache.get("prices", key)
+    wanted = (*calibration.shape.params.shape, len(grid))
+    found = context.cache.get("prices", key, lambda row: unpack_array(row.payload, wanted, np.float64))
     if found is not None:
         context.reporter.cached("price (Fisher)", data.protocol.brief(), time.perf_counter() - started)
-        return unpack_array(found.payload)
+        return found
 
     from was_workers import phases
 
@@ -124,19 +130,26 @@ def greedy_table(context: Context, calibration: Calibration) -> Table:
     started = time.perf_counter()
     data = _first(context.tokens("calibration"), context.settings.greedy_sequences)
     key = content_hash("greedy", 3, calibration.key, data.protocol, GREEDY_STEP)
-    found = context.cache.get("greedy", key)
+    shape = calibration.shape
+    found = context.cache.get("greedy", key, lambda row: _read_table(row, shape))
     if found is not None:
         context.reporter.cached("greedy table", data.protocol.brief(), time.perf_counter() - started)
-        return Table.from_json(found.meta["table"])
+        return found
 
     from was_workers import phases
 
-    shape = calibration.shape
     with context.reporter.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
         table = phases.greedy_table(
             context.pool, data, calibration.histograms, shape, step=GREEDY_STEP, advance=advance
         )
     context.cache.put("greedy", key, b"", {"table": table.to_json()})
+    return table
+
+
+def _read_table(found: Artifact, shape: ModelShape) -> Table:
+    table = Table.from_json(found.meta["table"])
+    if len(table.blocks) != shape.n_blocks:
+        raise ValueError(f"{shape.n_blocks} blocks are wanted, got {len(table.blocks)}")
     return table
 
 

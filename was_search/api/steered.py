@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from was_search.api.context import Context
 from was_search.api.notify import failure_words
 from was_search.control import LAST_SLOT, Ending, EndingKind, Tally, Wish, limits_of
 from was_search.errors import WasError
+from was_search.logs import event
 from was_search.slots import Slot
 
 if TYPE_CHECKING:
     from was_storage.control import ControlDesk
     from was_storage.session import CoordinatorSession
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,10 +63,13 @@ def written_down(context: Context, book: CoordinatorSession, asked_since: dateti
     elif standing is Wish.PAUSE:
         context.reporter.note(f"study {book.name} is paused; 'was-search resume {book.name}' lets it go on")
     run = Run(desk, LAST_SLOT)
+    event(_logger, "search begun", study=book.name, epoch=book.epoch)
     try:
         yield run
     except BaseException as error:
+        event(_logger, "search failed", logging.ERROR, study=book.name, error=failure_words(error))
         with suppress(WasError):  # the first error is the one to tell; status sees a coordinator that went away
             desk.close(Ending(EndingKind.FAILED, failure_words(error)))
         raise
     desk.close(run.ending)
+    event(_logger, "search ended", study=book.name, ending=str(run.ending))

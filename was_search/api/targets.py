@@ -13,6 +13,7 @@ from was_search.errors import ConfigError
 from was_search.pareto import Point, dominated, pareto_figure
 from was_search.protocol import content_hash, perplexity
 from was_search.report import increase, interval_json
+from was_search.study_names import folder_name
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _folder(context: Context, runs: list[TargetRun]) -> Path:
     if context.settings.plan:
         return Path(context.settings.plan)
     if context.settings.study:
-        return Path("was-runs") / context.settings.study
+        return Path("was-runs") / folder_name(context.settings.study)
     return Path("was-runs") / f"{model_label(context)}-targets-{content_hash([run.study for run in runs])[:8]}"
 
 

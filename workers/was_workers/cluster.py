@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from was_search.errors import ResourceError
+from was_search.redaction import SECRET_VARIABLES
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it where it starts a job."""
@@ -58,13 +59,14 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
             os.environ.pop("RAY_ADDRESS", None)
             folders = dict.fromkeys(str(Path(module).parent) for module in package_folders())
             os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-            ray.init(
-                address="local",
-                num_cpus=max(workers, os.cpu_count() or 1),
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            with _without_secrets():
+                ray.init(
+                    address="local",
+                    num_cpus=max(workers, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
         else:
             ray.init(
                 address=address,
@@ -92,6 +94,16 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """Processes that are started inside the block inherit no password: workers never touch the database."""
+    taken = {name: os.environ.pop(name) for name in SECRET_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def package_folders() -> list[str]:

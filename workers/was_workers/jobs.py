@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from was_search.errors import ConfigError, ResourceError
+from was_search.redaction import ENVIRONMENT, redacted, secret_of
 from was_workers.cluster import package_folders
 
 ENTRYPOINT = "python -m was_search"
@@ -24,12 +25,24 @@ _TALKATIVE = (
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
-    """Raise a ConfigError for an argument that may hold a password: Ray's dashboard shows a job's command."""
-    if any("://" in argument and "@" in argument for argument in arguments):
-        raise ConfigError(
-            "storage: a job's command is shown in Ray's dashboard; put the URL into WAS_SEARCH_STORAGE of the head's "
-            "environment instead"
-        )
+    """Raise a ConfigError for an argument that may hold a secret: Ray's dashboard shows a job's command.
+
+    So does any URL of a database or of a webhook, whose path may be all that guards it.
+    """
+    for i, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option in ENVIRONMENT:
+            value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+            if "://" in value:
+                raise ConfigError(
+                    f"{option.removeprefix('--')}: a job's command is shown in Ray's dashboard; put the URL into "
+                    f"{ENVIRONMENT[option]} of the head's environment instead"
+                )
+        if secret_of(argument) or ("://" in argument and "@" in argument):
+            raise ConfigError(
+                "submit: a job's command is shown in Ray's dashboard, and one of the arguments looks like a secret; "
+                "put it into the head's environment instead"
+            )
 
 
 class Jobs:
@@ -102,6 +115,6 @@ class Jobs:
         except (ConnectionError, RuntimeError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()
             raise ResourceError(
-                f"ray: jobs at {self._address}: {reason[0] if reason else repr(error)}; is it the address of the "
-                "head's dashboard, and is its token in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
+                f"ray: jobs at {self._address}: {redacted(reason[0]) if reason else type(error).__name__}; is it the "
+                "address of the head's dashboard, and is its token in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
             ) from error

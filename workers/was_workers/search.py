@@ -17,6 +17,7 @@ from was_search.divergence import DenseTop
 from was_search.errors import InfeasibleError, TransientError
 from was_search.hand_out import HandOut, Result
 from was_search.histogram import Histograms
+from was_search.logs import bound_fields
 from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.seeds import Seed
 from was_search.shape import ModelShape
@@ -221,10 +222,16 @@ class SearchLoop:
             slot.sparsities,
             self._chooser.stop_rule(slot),
             self._top,
+            self._about(hand_out, attempt),
             deadline_seconds=self._options.trial_timeout,
         )
         self._flight[ticket] = (hand_out.number, attempt, time.monotonic())
         self._refresh(hand_out.number, state=SlotState.RUNNING, attempt=attempt, worker=hand_out.worker)
+
+    def _about(self, hand_out: HandOut, attempt: int) -> dict[str, Any]:
+        """What the worker's log says that it evaluates."""
+        ids = {"slot": hand_out.number, "attempt": attempt, "trial": self._book.trial_of(hand_out.number)}
+        return {**bound_fields(), **ids, "worker": hand_out.worker}
 
     def _settle_all(self, outcomes: list[Outcome]) -> list[BaseException]:
         """Book outcomes, results in one go before anything is put back; returns the errors that end the search."""

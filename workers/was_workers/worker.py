@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from was_search.divergence import DenseTop
 from was_search.early_stop import StopRule
 from was_search.errors import DeviceLostError, TransientError
 from was_search.histogram import Histograms
+from was_search.logs import bound, configure, event
 from was_search.protocol import Evaluation, TokenSet
 from was_search.score import ScoreKind
 from was_search.shape import FloatArray, IntArray, ModelShape
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from was_search.structure import Structure
 
 
+_logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class WorkerSpec:
     """How a worker loads its model.
@@ -40,6 +47,7 @@ class WorkerSpec:
         device: ``cpu`` or ``cuda``.
         score: kind of the column norms.
         threads: CPU threads of torch; 0 leaves torch's own choice.
+        log_format: of the worker's log, on its standard error, which Ray keeps in a file; "" for none.
     """
 
     model: str
@@ -48,6 +56,7 @@ class WorkerSpec:
     device: str
     score: ScoreKind
     threads: int = 0
+    log_format: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
+        configure(spec.log_format)
         self._spec = spec
         self._loaded: _Loaded | None = None
         self._histograms: tuple[str, Histograms] | None = None
@@ -215,12 +225,15 @@ class Worker:
         sparsities: FloatArray,
         rule: StopRule | None,
         top: DenseTop | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> Evaluation:
         """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once.
 
-        The fitness is the NLL, or with ``top`` the divergence from the dense model.
+        The fitness is the NLL, or with ``top`` the divergence from the dense model. ``about`` are ids for the log.
         """
         from was_search.evaluation import ModelEvaluator
+
+        event(_logger, "evaluation begun", **(about or {}))
 
         loaded = self._model()
         if self._histograms is None or self._histograms[0] != key:
@@ -234,8 +247,17 @@ class Worker:
             mask_op=loaded.ops.mask,
             top=top,
         )
-        with _transient_memory():
-            return evaluator.evaluate(sparsities, rule)
+        with bound(**(about or {})), _logged_failure(), _transient_memory():
+            found = evaluator.evaluate(sparsities, rule)
+            event(
+                _logger,
+                "evaluation ended",
+                loss_nats=found.loss_nats,
+                tokens=found.tokens,
+                seconds=found.seconds,
+                stopped_early=found.stopped_early,
+            )
+            return found
 
     def evaluate_thresholds(
         self, data: TokenSet, thresholds: npt.NDArray[np.float32] | None, top: DenseTop | None = None
@@ -300,7 +322,18 @@ def _load(spec: WorkerSpec) -> _Loaded:
         structure = find_structure(model)
         norms = structure_norms(structure, spec.score)
     device = torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
-    return _Loaded(model, structure, norms, ops_for(spec.device), device, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    event(_logger, "model loaded", device=device, seconds=seconds, host=socket.gethostname(), pid=os.getpid())
+    return _Loaded(model, structure, norms, ops_for(spec.device), device, seconds)
+
+
+@contextmanager
+def _logged_failure() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        event(_logger, "evaluation failed", logging.WARNING, error=f"{type(error).__name__}: {error}")
+        raise
 
 
 _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
