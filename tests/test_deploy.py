@@ -145,6 +145,7 @@ def test_flags_named_alone_exist(path: Path) -> None:
     single = [name for name, command in COMMANDS.items() if not hasattr(command, "commands")]
     ours = set().union(*(flags_of(name) for name in single)) | {"--version"}
     others = {"--env-file", "--num-gpus", "--num-cpus", "--node-ip-address", "--dashboard-host", "--volumes"}
+    others |= {"--createrole"}
     alone = {line.split()[0] for line in typed_lines(path) if line.startswith("--")}
     assert alone <= ours | others
 
