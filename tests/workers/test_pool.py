@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorUnavailableError
 
 import was_workers.pool as pool_module
 from was_search import __version__
-from was_search.errors import DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
+from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
 from was_workers.cluster import Cluster, connect
+from was_workers.members import PREPARE, Call, Member
 from was_workers.pool import Pool
-from was_workers.worker import WorkerInfo, WorkerSpec
+from was_workers.worker import Place, WorkerInfo, WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -37,6 +39,9 @@ def pool(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         class Told:  # local, so that Ray ships it by value
             def __init__(self, spec: WorkerSpec) -> None:
                 self.spec = spec
+
+            def place(self) -> Place:
+                return Place(ray.get_runtime_context().get_node_id(), "host", os.getpid())
 
             def prepare(self) -> Any:
                 marker = tmp_path / "first"
@@ -227,7 +232,7 @@ def test_abandoned_calls_never_come_back_and_the_workers_do(pool) -> None:
 
 
 def test_a_pool_has_at_least_one_worker(pool) -> None:
-    with pytest.raises(ResourceError, match="workers: must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="workers: must be at least 1, got 0"):
         pool().resize(0)
 
 
@@ -253,9 +258,9 @@ def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
 def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
     opened = object.__new__(Pool)
-    member = pool_module._Member(0, None)
+    member = Member(0, None)
     opened._members, opened._recovering, opened._ready = [member], [], []
-    call = pool_module._Call(member, -1, 0.0)
+    call = Call(member, PREPARE, 0.0)
     for _ in range(100):
         opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
     assert member.failures == 0

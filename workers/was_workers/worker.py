@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import socket
@@ -51,6 +52,15 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a worker's process is: ``node`` is Ray's id of it."""
+
+    node: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
 class WorkerInfo:
     """Who a worker is, once its model is loaded. ``peak_bytes`` is GPU memory, or the process's on CPU."""
 
@@ -77,6 +87,19 @@ class Worker:
         self._spec = spec
         self._loaded: _Loaded | None = None
         self._histograms: tuple[str, Histograms] | None = None
+
+    def place(self) -> Place:
+        """Where this process is; loads nothing."""
+        import ray
+
+        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
+
+    def set_threads(self, n: int) -> None:
+        """Use ``n`` CPU threads of torch from the next call on."""
+        import torch
+
+        self._spec = dataclasses.replace(self._spec, threads=n)
+        torch.set_num_threads(n)
 
     def prepare(self) -> WorkerInfo:
         """Load the model if that has not been done."""
