@@ -9,9 +9,9 @@ from typing import Any
 def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
     """A class for the pool; made here, so that Ray ships it by value.
 
-    Files in ``folder`` tell its processes what to do: ``slow-N`` makes the Nth process (from 0, by its first call) sleep
-    as many seconds as the file says, ``failing-N`` makes it die at every evaluation, on every restart, until the file is
-    removed. Each evaluation appends a line to ``evaluations``.
+    Files in ``folder`` tell its processes what to do: ``slow-N`` makes the Nth worker (from 0, by its first call)
+    sleep as many seconds as the file says, ``failing-N`` makes it die at every evaluation, restarted or not, until the
+    file is removed. Each evaluation appends a line to ``evaluations``.
     """
 
     class BowlWorker:

@@ -144,7 +144,7 @@ def test_a_pool_takes_what_the_cluster_gives_and_asks_for_the_rest(nodes: Nodes,
 
 def test_fewer_places_than_the_least_number_are_an_error(add, start) -> None:
     add()
-    with pytest.raises(ResourceError, match="fewer than 2 workers had loaded the model within 6 s; are there enough"):
+    with pytest.raises(ResourceError, match="fewer than 2 workers had loaded their model within 6 s; are there enough"):
         start("2:4").wait_for_least(6)
 
 

@@ -269,7 +269,7 @@ class Pool:
         Raises:
             ResourceError: none became ready in time.
         """
-        self._wait_for(lambda: len(self._idle) > 0, "no worker had", timeout_seconds)
+        self._wait_for(lambda: len(self._idle) > 0, "no worker had loaded its model within", timeout_seconds)
 
     def wait_for_least(self, timeout_seconds: float = _PREPARE_SECONDS) -> None:
         """Block until the least number of workers that was asked for is ready; of a fixed number, one is enough.
@@ -280,7 +280,7 @@ class Pool:
         if self._range.fixed:
             self.wait_idle(timeout_seconds)
             return
-        few = f"fewer than {self._range.least} workers had"
+        few = f"fewer than {self._range.least} workers had loaded their model within"
         self._wait_for(lambda: self.state.ready >= self._range.least, few, timeout_seconds)
 
     def map(
@@ -326,13 +326,11 @@ class Pool:
                     raise outcome.error
         return results
 
-    def _wait_for(self, there: Callable[[], bool], who: str, timeout_seconds: float) -> None:
+    def _wait_for(self, there: Callable[[], bool], what: str, timeout_seconds: float) -> None:
         end = time.monotonic() + timeout_seconds
         while not there():
             if time.monotonic() > end:
-                raise ResourceError(
-                    f"{who} loaded the model within {timeout_seconds:.0f} s; are there enough free resources?"
-                )
+                raise ResourceError(f"{what} {timeout_seconds:.0f} s; are there enough free resources?")
             self._ready = self.wait(1.0)
 
     def _fitting(self, asked: WorkerRange) -> WorkerRange:
@@ -401,7 +399,7 @@ class Pool:
             if not alone and time.monotonic() < member.quarantine.until:
                 continue
             member.quarantine = None
-            if n_ready >= wanted:
+            if n_ready >= wanted and not alone:
                 _logger.warning("%s is let go from quarantine: others are in its place", member.name)
                 self._let_go(member)
             else:

@@ -20,6 +20,9 @@ _OVERDUE = 3.0
 _LEAST_SECONDS = 10.0
 """No call in flight is overdue before."""
 
+_REASON = 200
+"""Characters of an error that are shown; Ray's are paragraphs."""
+
 _LONGEST = 16
 """A quarantine is at most so many times as long as the first."""
 
@@ -79,7 +82,7 @@ class Health:
         """A call of the worker's was lost."""
         self._failures[worker] += 1
         if 0 < self._policy.failures <= self._failures[worker]:
-            self._put(worker, f"{self._failures[worker]} calls in a row were lost; the last: {reason}")
+            self._put(worker, f"{self._failures[worker]} calls in a row were lost; the last: {reason[:_REASON]}")
 
     def look(self, evaluations: Container[int]) -> None:
         """Find calls in flight that take far too long; ``evaluations`` are the tickets of those that evaluate."""
