@@ -191,6 +191,7 @@ class Context:
             dtype=placement.dtype,
             device=placement.device,
             score=settings.score,
+            spread=placement.gpus_per_worker > 1,
         )
         cluster = self.cluster
         with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):

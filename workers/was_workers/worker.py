@@ -41,6 +41,7 @@ class WorkerSpec:
         device: ``cpu`` or ``cuda``.
         score: kind of the column norms.
         threads: CPU threads of torch; 0 leaves torch's own choice.
+        spread: over all GPUs that the process sees, whole blocks on each; by accelerate.
     """
 
     model: str
@@ -49,6 +50,7 @@ class WorkerSpec:
     device: str
     score: ScoreKind
     threads: int = 0
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,8 +279,10 @@ class Worker:
         import torch
 
         if self._spec.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            devices = range(torch.cuda.device_count()) if self._spec.spread else [torch.cuda.current_device()]
+            peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
             return int(peak)
         import resource
 
@@ -319,10 +323,16 @@ def _load(spec: WorkerSpec) -> _Loaded:
     if spec.threads:
         torch.set_num_threads(spec.threads)
     with _transient_memory():
-        model = load_model(resolve_model(spec.model, spec.revision), dtype=spec.dtype, device=spec.device)
+        model = load_model(
+            resolve_model(spec.model, spec.revision),
+            dtype=spec.dtype,
+            device=spec.device,
+            device_map="balanced" if spec.spread else None,
+        )
         structure = find_structure(model)
         norms = structure_norms(structure, spec.score)
-    device = torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
+    n = f"{torch.cuda.device_count()} x " if spec.spread else ""
+    device = n + torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
     return _Loaded(model, structure, norms, ops_for(spec.device), device, time.perf_counter() - started)
 
 
