@@ -330,6 +330,7 @@ def test_the_board_shows_metrics_that_exist() -> None:
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     named = {name for text in expressions for name in re.findall(r"\bwas_search_\w+", text)}
     ours = {f"was_search_{end}" for end in ("slots", "best_loss_nats", "tokens_saved_ratio", "evaluations_total")}
+    ours.add("was_search_workers")
     ours |= {"was_search_tokens_total", "was_search_evaluation_seconds_bucket"}
     assert named == ours
     samples = {sample.name for family in StudyMetrics("s").registry.collect() for sample in family.samples}
