@@ -153,7 +153,7 @@ def test_the_guide_leads_from_nothing_to_a_plan(folder: Path, server: TcpServer)
                 "/models/Llama-3.2-1B": str(DEMO_FOLDER / "model"),
                 "wikitext2": str(DEMO_FOLDER / "text"),
                 "--trials 200": "--trials 6",
-                "--workers 8": f"--workers 2 --config {options}",
+                "--workers 8": f"--workers 1:2 --config {options}",
             },
         ),
         seconds=220.0,
