@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from was_search.pool_state import PoolState
 from was_search.protocol import Evaluation
 from was_workers.pool import Outcome
 
@@ -57,6 +58,20 @@ class VirtualPool:
         self._idle = deque((name, float("nan")) for name in (f"virtual-{i}" for i in range(n_workers)))
         self._running: list[tuple[float, int, str, Any]] = []
         self._ended: deque[tuple[str, float]] = deque()
+
+    @property
+    def state(self) -> PoolState:
+        return PoolState(str(self.n_workers), ready=self.n_workers)
+
+    @property
+    def running(self) -> list[tuple[int, int, float]]:
+        return []
+
+    def need(self, n: int) -> None:
+        pass
+
+    def quarantine(self, index: int, reason: str, seconds: float) -> bool:
+        return False
 
     @property
     def n_idle(self) -> int:

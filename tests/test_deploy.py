@@ -145,6 +145,7 @@ def test_flags_named_alone_exist(path: Path) -> None:
     single = [name for name, command in COMMANDS.items() if not hasattr(command, "commands")]
     ours = set().union(*(flags_of(name) for name in single)) | {"--version"}
     others = {"--env-file", "--num-gpus", "--num-cpus", "--node-ip-address", "--dashboard-host", "--volumes"}
+    others |= {"--createrole"}
     alone = {line.split()[0] for line in typed_lines(path) if line.startswith("--")}
     assert alone <= ours | others
 
@@ -329,6 +330,7 @@ def test_the_board_shows_metrics_that_exist() -> None:
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     named = {name for text in expressions for name in re.findall(r"\bwas_search_\w+", text)}
     ours = {f"was_search_{end}" for end in ("slots", "best_loss_nats", "tokens_saved_ratio", "evaluations_total")}
+    ours.add("was_search_workers")
     ours |= {"was_search_tokens_total", "was_search_evaluation_seconds_bucket"}
     assert named == ours
     samples = {sample.name for family in StudyMetrics("s").registry.collect() for sample in family.samples}

@@ -50,7 +50,7 @@ def backward_pass(
             with recomputed_blocks(structure, recompute):
                 nats = sequence_nats(model, batch, predicted).sum()
                 torch.autograd.grad(nats, starts)
-            total += nats.detach().double()
+            total += nats.detach().double().to(device)
     return float(total)
 
 

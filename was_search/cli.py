@@ -22,9 +22,15 @@ from was_search.redaction import hide_arguments, redacted
 __all__ = ["app", "cli_control", "cli_decode", "cli_submit", "main"]
 
 CLUSTER: dict[str, Any] = {
-    "workers": _option(int | None, "Ray workers; each holds the model.", rich_help_panel="Cluster"),
+    "workers": _option(
+        str | None,
+        "Ray workers, each with the model: a number, or as many from 2 to 64 as the cluster has places for: 2:64.",
+        rich_help_panel="Cluster",
+    ),
     "gpus_per_worker": _option(
-        float | None, "GPUs of one worker, up to 1; fractions share one.", rich_help_panel="Cluster"
+        float | None,
+        "GPUs of one worker: a fraction shares one, 2 and more spread the model over them.",
+        rich_help_panel="Cluster",
     ),
     "ray": _option(str | None, "auto, local, or a cluster's address.", rich_help_panel="Cluster"),
 }
@@ -77,6 +83,17 @@ SEARCH: dict[str, Any] = {
     "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
     "metrics": _option(
         str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"
+    ),
+    "quarantine_slowdown": _option(
+        float | None,
+        "Give a worker no trials while it takes so many times its peers' time a token; 0: never.",
+        rich_help_panel="Cluster",
+    ),
+    "quarantine_failures": _option(
+        int | None, "Or once it has failed so many times in a row; 0: never.", rich_help_panel="Cluster"
+    ),
+    "quarantine_seconds": _option(
+        float | None, "How long for the first time; twice as long each further time.", rich_help_panel="Cluster"
     ),
     "max_seconds": _option(
         float | None, "Stop after so many seconds of searching, all runs together.", rich_help_panel="Limits"

@@ -44,7 +44,7 @@ def set_(
     *,
     study: Study,
     trials: Annotated[int | None, typer.Option(help="Trials of the study; fewer drops those not begun.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Size of the pool of workers.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Size of the pool of workers, or a range such as 2:64.")] = None,
     max_seconds: Annotated[
         float | None, typer.Option(help="Seconds of searching, all runs together; 0 lifts a limit.")
     ] = None,

@@ -10,7 +10,9 @@ from enum import StrEnum
 from typing import Any
 
 from was_search.errors import ConfigError
+from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
+from was_search.worker_range import WorkerRange
 
 MOST_TRIALS = 1_000_000
 _LARGEST = 1_000_000_000
@@ -83,14 +85,16 @@ class Usage:
     Attributes:
         spent: see there.
         worker_seconds: of workers that held the model.
-        workers: that the pool has.
+        workers: that the pool has, those left out that wait for a place, go, or are in quarantine.
         paused: whether it hands nothing out.
+        pool: all of them; None where nothing is known.
     """
 
     spent: Spent = Spent()
     worker_seconds: float = 0.0
     workers: int = 0
     paused: bool = False
+    pool: PoolState | None = None
 
 
 @dataclass
@@ -161,7 +165,7 @@ class Overrides:
 
     Attributes:
         trials: slots of the study, at least 1.
-        workers: size of the pool, at least 1.
+        workers: size of the pool, at least 1, or a range such as ``2:64``.
         max_seconds: see :class:`Limits`, as the other three; 0 lifts the limit.
 
     Raises:
@@ -169,15 +173,19 @@ class Overrides:
     """
 
     trials: int | None = None
-    workers: int | None = None
+    workers: int | str | None = None
     max_seconds: float | None = None
     max_gpu_seconds: float | None = None
     max_failures: int | None = None
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.workers is not None:
+            object.__setattr__(self, "workers", WorkerRange.parse(self.workers).plain)
         for name, value in self.given.items():
-            least = 1 if name in ("trials", "workers") else 0
+            if name == "workers":
+                continue
+            least = 1 if name == "trials" else 0
             if not (math.isfinite(value) and value >= least):
                 rule = "must be at least 1" if least else "must be a number and not negative (0 lifts the limit)"
                 raise ConfigError(f"{name}: {rule}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Losses of a masked model: the reference Evaluator, one model on one device."""
+"""Losses of a masked model: the reference Evaluator, one model on one device or spread over several."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def sequence_nats(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
     ``tokens`` is int64 [batch, sequence_length]; the loss of a token is the cross entropy of the logits at the
     position before it, in float32.
     """
-    logits, targets = _logits(model, tokens, predicted), tokens[:, -predicted:].flatten()
+    logits = _logits(model, tokens, predicted)
+    targets = tokens[:, -predicted:].flatten().to(logits.device)
     parts = [
         nn.functional.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
         for rows in _pieces(logits, _LOGIT_ELEMENTS)
@@ -54,8 +55,9 @@ def sequence_divergence(model: nn.Module, tokens: Tensor, predicted: int, top: D
 
 def _sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: DenseTop) -> tuple[Tensor, Tensor]:
     """:func:`sequence_divergence` and :func:`sequence_nats`, from one forward."""
-    logits, targets = _logits(model, tokens, predicted), tokens[:, -predicted:].flatten()
-    indices, dense = top.rows(tokens.device)
+    logits = _logits(model, tokens, predicted)
+    targets = tokens[:, -predicted:].flatten().to(logits.device)
+    indices, dense = top.rows(logits.device)
 
     def losses(x: Tensor, rows: slice) -> Tensor:
         log_probs, total = bucket_log_probs(x, indices[rows])
@@ -159,11 +161,11 @@ def evaluate_thresholds(
         while done < end and not stopped:
             batch = torch.as_tensor(data.tokens[done : done + protocol.batch_size], dtype=torch.long, device=device)
             if top is None:
-                losses.append(sequence_nats(model, batch, protocol.predicted_per_sequence).double())
+                losses.append(sequence_nats(model, batch, protocol.predicted_per_sequence).double().to(device))
             else:
                 part = top[done : done + protocol.batch_size]
                 loss, nll = _sequence_losses(model, batch, protocol.predicted_per_sequence, part)
-                losses.append(loss.double())
+                losses.append(loss.double().to(device))
                 nats.append(nll.double())
             done += len(batch)
             if rule is not None and done < len(data.tokens):

@@ -32,6 +32,7 @@ class StudyMetrics:
         self._slots = make(Gauge, "slots", "Slots of the study by state.", "state")
         self._best = make(Gauge, "best_loss_nats", "Least loss of a complete slot, nats per token.")
         self._saved = make(Gauge, "tokens_saved_ratio", "Share of the tokens that stopping early left unread.")
+        self._workers = make(Gauge, "workers", "Workers by state: ready, loading, pending, draining...", "state")
         self._evaluations = make(Counter, "evaluations", "Slots that this coordinator saw finish.", "state")
         self._tokens = make(Counter, "tokens", "Predicted tokens evaluated.")
         self._seconds = make(Histogram, "evaluation_seconds", "Duration of an evaluation.", buckets=SECONDS)
@@ -45,6 +46,8 @@ class StudyMetrics:
         if progress.best is not None and progress.best.loss_nats is not None:
             self._best.labels(self._study).set(progress.best.loss_nats)
         self._saved.labels(self._study).set(progress.saved)
+        for state, count in progress.pool.counts.items():
+            self._workers.labels(self._study, state).set(count)
         slot = progress.current
         if slot is not None:
             self._evaluations.labels(self._study, str(slot.state)).inc()

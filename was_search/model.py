@@ -60,12 +60,13 @@ def load_model(
         revision: of a name that is a hub id.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` as in :func:`pick_dtype`.
         device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``.
-        device_map: spreads the blocks over several GPUs, as transformers takes it; then ``device`` is not used.
+        device_map: spreads the blocks over several devices, as transformers takes it; then ``device`` is not used.
 
     Raises:
         ModelError: unreadable or incomplete weights, a model that needs code of its own, or one that is not a
             causal language model.
-        ResourceError: no GPU for ``cuda``, or accelerate is missing for ``device_map``.
+        ResourceError: no GPU for ``cuda``, accelerate is missing for ``device_map``, or the devices are too small: what
+            lies on a disk, or in main memory beside GPUs, would be moved for every forward.
         ConfigError: an unknown dtype or device.
         torch.OutOfMemoryError: the GPU is too full.
     """
@@ -105,10 +106,23 @@ def load_model(
             f"model: {source.folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
             "not a whole causal language model"
         )
+    if device_map is not None:
+        _require_no_offload(getattr(model, "hf_device_map", {}))
     if placement is None:
         model.to(device)
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
+
+
+def _require_no_offload(placed: dict[str, Any]) -> None:
+    """Refuse modules that have no place on the devices that compute."""
+    places = {str(place) for place in placed.values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        left = sorted(name for name, place in placed.items() if str(place) in ("cpu", "disk"))
+        raise ResourceError(
+            f"gpus_per_worker: the model does not fit the GPUs of a worker: {len(left)} part(s) are left over, as "
+            f"{left[0]}; give it more GPUs, or a smaller --dtype"
+        )
 
 
 def _check_architecture(source: ModelSource) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 from was_search.control import Control, EndingKind, Limits, Wish, limits_of
 from was_search.fitness import fitness_of
+from was_search.pool_state import PoolState
 from was_search.protocol import perplexity
 from was_search.slots import SlotState, share_saved
 
@@ -47,6 +49,7 @@ class RunRecord:
         seconds: of searching, pauses left out.
         worker_seconds: of workers that held the model.
         gpu_seconds: of their GPUs.
+        pool: a :class:`was_search.pool_state.PoolState` as JSON, {} where it is not known.
     """
 
     epoch: int
@@ -62,6 +65,7 @@ class RunRecord:
     seconds: float
     worker_seconds: float
     gpu_seconds: float
+    pool: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Overview:
         gpu_hours: of GPUs held while searching, all runs together.
         failures: failed slots by reason.
         limits: that hold now.
-        workers: of the last run's pool.
+        workers: of the last run's pool; those left out that wait for a place, go, or are in quarantine.
+        pool: the last run's, all of it.
     """
 
     play: str
@@ -116,6 +121,7 @@ class Overview:
     failures: dict[str, int]
     limits: Limits
     workers: int
+    pool: PoolState
 
     @property
     def n_slots(self) -> int:
@@ -166,6 +172,7 @@ def overview(snapshot: Snapshot) -> Overview:
         failures=failures_by_reason(slots),
         limits=limits,
         workers=0 if run is None else run.workers,
+        pool=PoolState.from_json({} if run is None else run.pool),
     )
 
 
@@ -248,6 +255,7 @@ def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None)
         "trials_per_minute": found.trials_per_minute,
         "eta_seconds": found.eta_seconds,
         "workers": found.workers,
+        "pool": found.pool.to_json(),
         "busy_share": found.busy_share,
         "gpu_hours": found.gpu_hours,
         "cost": None if gpu_price is None else found.gpu_hours * gpu_price,

@@ -64,17 +64,17 @@ def price_sums(
     Returns:
         Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens.
     """
-    device = next(model.parameters()).device
-    sums = torch.zeros(
-        (len(structure.blocks), N_PROJECTIONS, level_thresholds.shape[-1]), dtype=torch.float64, device=device
-    )
-    bounds = torch.as_tensor(level_thresholds, device=device)
+    # Blocks may lie on several devices; a block's sums lie on its own.
+    shape = (N_PROJECTIONS, level_thresholds.shape[-1])
+    devices = [norms[b][0].device for b in range(len(structure.blocks))]
+    sums = [torch.zeros(shape, dtype=torch.float64, device=device) for device in devices]
+    bounds = [torch.as_tensor(level_thresholds[b], device=device) for b, device in enumerate(devices)]
 
     def priced(b: int, p: int, x: Tensor) -> Tensor:
-        return _Priced.apply(x, norms[b][p], bounds[b, p], dense_prefix, sums[b, p], op or price_terms)  # type: ignore[no-any-return, no-untyped-call]
+        return _Priced.apply(x, norms[b][p], bounds[b][p], dense_prefix, sums[b][p], op or price_terms)  # type: ignore[no-any-return, no-untyped-call]
 
     backward_pass(model, structure, tokens, priced, batch_size=batch_size, predicted=predicted, recompute=recompute)
-    return sums.cpu().numpy(), len(tokens) * (tokens.shape[1] - dense_prefix)
+    return torch.stack([part.cpu() for part in sums]).numpy(), len(tokens) * (tokens.shape[1] - dense_prefix)
 
 
 def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, prefix: int) -> Tensor:

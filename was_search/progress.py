@@ -26,6 +26,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from was_search.fitness import UNITS, FitnessName
+from was_search.pool_state import PoolState
 from was_search.protocol import perplexity
 
 Advance = Callable[[], None]
@@ -50,6 +51,8 @@ class StudyProgress(Protocol):
     def current(self) -> Any: ...
     @property
     def activity(self) -> str: ...
+    @property
+    def pool(self) -> PoolState: ...
 
 
 class Reporter:
@@ -132,6 +135,7 @@ class JsonReporter(Reporter):
                 fitness=fitness,
                 best_loss_nats=progress.best.loss_nats if progress.best else None,
                 best_nll_nats=progress.best.nll_nats if progress.best else None,
+                workers=progress.pool.counts,
                 slot=progress.current.number if progress.current else None,
                 loss_nats=progress.current.loss_nats if progress.current else None,
                 nll_nats=progress.current.nll_nats if progress.current else None,
@@ -259,6 +263,8 @@ def _figures(progress: StudyProgress, rate: float, fitness: FitnessName, *, curr
     parts.append(f"{rate:.1f} trials/min")
     stopped = f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early"
     parts.append(f"{stopped} ({100 * progress.saved:.0f} % of the tokens saved)" if progress.stopped else stopped)
+    if quarantined := len(progress.pool.quarantined):
+        parts.append(f"[yellow]{quarantined} worker(s) in quarantine[/]")
     if progress.failed:
         parts.append(f"[red]{progress.failed} failed[/]")
     return ", ".join(parts)

@@ -22,13 +22,17 @@ def recomputed_blocks(structure: Structure, enabled: bool = True) -> Iterator[No
         yield
         return
     modules = [block.module for block in structure.blocks]
+    # A model that is spread over devices has a forward of its own on each module, which moves what comes in.
+    before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = _recomputed(module.forward)
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, before, strict=True):
             del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
 
 
 def _recomputed(forward: Any) -> Any:

@@ -17,6 +17,7 @@ from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
 from was_search.targets import parse_increase, parse_targets
 from was_search.webhook import check_webhook
+from was_search.worker_range import WorkerRange
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -42,8 +43,10 @@ class Settings:
         radius: how far levels (or offsets, or sparsities) may lie from the seed's.
         score: the norm in the weight-aware score.
         seed: of samplers and of the order of sequences.
-        workers: Ray actors that hold the model.
-        gpus_per_worker: GPUs of one worker, at most 1, fractions too; -1 means 1 on a GPU machine, 0 elsewhere.
+        workers: Ray actors that hold the model: a number, or ``2:64`` for at least 2 and as many up to 64 as the
+            cluster has places for.
+        gpus_per_worker: GPUs of one worker: a fraction shares one, 2 and more spread the model over them; -1 means 1 on
+            a GPU machine, 0 elsewhere.
         ray: ``auto`` (the cluster of RAY_ADDRESS, else local), ``local``, or an address.
         storage: a Postgres URL or ``embedded``.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -71,6 +74,9 @@ class Settings:
         rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
         trial_timeout: seconds after which an evaluation is taken for lost.
         max_attempts: hand-outs of one vector before its slot fails.
+        quarantine_slowdown: a worker that takes so many times its peers' time a token gets no trials; 0 for never.
+        quarantine_failures: nor one that has failed so many times in a row; 0 for never.
+        quarantine_seconds: how long for the first time; twice as long each further time.
         metrics: ``HOST:PORT`` or ``PORT`` where a search's figures are served for Prometheus; "" for nowhere.
         max_seconds: of searching, all runs of the study together, before it stops; 0 for no limit, as below.
         max_gpu_seconds: of GPUs held by its workers while it searches.
@@ -94,7 +100,7 @@ class Settings:
     radius: float = 0.05
     score: ScoreKind = "l2"
     seed: int = 0
-    workers: int = 1
+    workers: int | str = 1
     gpus_per_worker: float = -1.0
     ray: str = "auto"
     storage: str = dataclasses.field(default="embedded", repr=False)
@@ -122,6 +128,9 @@ class Settings:
     rung_keep: float = 0.5
     trial_timeout: float = 1800.0
     max_attempts: int = 3
+    quarantine_slowdown: float = 4.0
+    quarantine_failures: int = 3
+    quarantine_seconds: float = 600.0
     metrics: str = ""
     max_seconds: float = 0.0
     max_gpu_seconds: float = 0.0
@@ -132,7 +141,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
+            if field.name != "workers":
+                object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
+        object.__setattr__(self, "workers", WorkerRange.parse(self.workers).plain)
         self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
         several, limit = parse_targets(self.targets), parse_increase(self.max_ppl_increase)
         if several and limit is not None:
@@ -153,9 +164,16 @@ class Settings:
         self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
         for name in ("max_seconds", "max_gpu_seconds", "max_failures", "patience"):
             self._range(name, 0 <= getattr(self, name) < 1e9, "must be from 0 (no limit) to a thousand million")
+        slowdown = self.quarantine_slowdown
+        self._range("quarantine_slowdown", slowdown == 0 or slowdown > 1, "must be above 1, or 0 for never")
+        self._range("quarantine_failures", self.quarantine_failures >= 0, "must not be negative")
+        self._range("quarantine_seconds", self.quarantine_seconds > 0, "must be positive, in seconds")
         check_webhook(self.notify)
         gpus = self.gpus_per_worker
-        self._range("gpus_per_worker", gpus == -1 or 0 <= gpus <= 1, "must be in [0, 1]: a model lies on one GPU")
+        whole = 1 <= gpus <= 1024 and gpus == int(gpus)
+        self._range(
+            "gpus_per_worker", gpus == -1 or 0 <= gpus < 1 or whole, "must be a share of one GPU, or a whole number"
+        )
         for name, allowed in _CHOICES.items():
             self._range(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
         if self.metrics:
@@ -165,6 +183,11 @@ class Settings:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("settings hold the database's password, and are not pickled; send what is needed of them")
+
+    @property
+    def worker_range(self) -> WorkerRange:
+        """``workers`` as a range."""
+        return WorkerRange.parse(self.workers)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -204,7 +227,6 @@ class Settings:
 
 _COUNTS = (
     "trials",
-    "workers",
     "calibration_sequences",
     "pricing_sequences",
     "slope_sequences",

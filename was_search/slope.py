@@ -90,24 +90,27 @@ def slope_pass(
     Raises:
         InfeasibleError: sparsities outside [0, 1), or scores that are not finite.
     """
-    device = next(model.parameters()).device
     lower = np.clip(sparsities - window, 0.0, 0.99)
     upper = np.clip(sparsities + window, 0.0, 0.99)
     thresholds = np.stack([histograms.thresholds(point) for point in (sparsities, lower, upper)], axis=-1)
-    limits = torch.as_tensor(thresholds, device=device)
-    changes = torch.zeros((len(structure.blocks), N_PROJECTIONS), dtype=torch.float64, device=device)
-    counts = torch.zeros((len(structure.blocks), N_PROJECTIONS, N_BINS), dtype=torch.int64, device=device)
+    # Blocks may lie on several devices; what is learnt of a block lies on its own.
+    devices = [norms[b][0].device for b in range(len(structure.blocks))]
+    limits = [torch.as_tensor(thresholds[b], device=device) for b, device in enumerate(devices)]
+    changes = [torch.zeros(N_PROJECTIONS, dtype=torch.float64, device=device) for device in devices]
+    counts = [torch.zeros((N_PROJECTIONS, N_BINS), dtype=torch.int64, device=device) for device in devices]
 
     def masked(b: int, p: int, x: Tensor) -> Tensor:
-        mask = _Mask(float(thresholds[b, p, 0]), width, dense_prefix, changes[b, p], counts[b, p], mask_op, op)
-        return _Masked.apply(x, norms[b][p], limits[b, p], mask)  # type: ignore[no-any-return, no-untyped-call]
+        mask = _Mask(float(thresholds[b, p, 0]), width, dense_prefix, changes[b][p], counts[b][p], mask_op, op)
+        return _Masked.apply(x, norms[b][p], limits[b][p], mask)  # type: ignore[no-any-return, no-untyped-call]
 
     nats = backward_pass(
         model, structure, tokens, masked, batch_size=batch_size, predicted=predicted, recompute=recompute
     )
     n_tokens = len(tokens) * predicted
-    slopes = changes.cpu().numpy() / n_tokens / np.maximum(upper - lower, 1e-9)
-    return Slopes(slopes, Histograms(counts.cpu().numpy()), nats / n_tokens, int(tokens.size))
+    change = torch.stack([part.cpu() for part in changes]).numpy()
+    slopes = change / n_tokens / np.maximum(upper - lower, 1e-9)
+    counted = torch.stack([part.cpu() for part in counts]).numpy()
+    return Slopes(slopes, Histograms(counted), nats / n_tokens, int(tokens.size))
 
 
 SlopeOp = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor, Tensor]]

@@ -141,6 +141,7 @@ class ControlDesk:
             "seen_at": func.now(),
             "paused": usage.paused,
             "workers": usage.workers,
+            "pool": {} if usage.pool is None else usage.pool.to_json(),
             "seconds": usage.spent.seconds,
             "gpu_seconds": usage.spent.gpu_seconds,
             "worker_seconds": usage.worker_seconds,

@@ -36,6 +36,8 @@ def write_wish(connection: Connection, study_id: int, wish: Wish) -> None:
 
 def write_overrides(connection: Connection, study_id: int, values: Mapping[str, Any]) -> None:
     """Set those overrides that ``values`` names; None takes one back."""
+    if values.get("workers") is not None:
+        values = {**values, "workers": str(values["workers"])}
     if values:
         connection.execute(update(control).where(control.c.study_id == study_id).values(**values))
 

@@ -24,7 +24,7 @@ from was_search.control import Wish
 from was_search.slots import SlotState
 
 SCHEMA = "was"
-HEAD = "0003"
+HEAD = "0005"
 """The newest revision in ``migrations/versions``."""
 
 STATES = tuple(str(state) for state in SlotState)
@@ -82,7 +82,7 @@ control = Table(
     Column("wish", Text, nullable=False, server_default=text(f"'{Wish.RUN}'")),
     Column("wished_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("trials", Integer),
-    Column("workers", Integer),
+    Column("workers", Text),
     Column("max_seconds", Double),
     Column("max_gpu_seconds", Double),
     Column("max_failures", Integer),
@@ -108,6 +108,7 @@ run = Table(
     Column("seconds", Double, nullable=False, server_default=text("0")),
     Column("worker_seconds", Double, nullable=False, server_default=text("0")),
     Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
+    Column("pool", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
 )
 """One row for every coordinator's turn at a study, written by that coordinator alone."""
 

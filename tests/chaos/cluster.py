@@ -65,30 +65,57 @@ class Plan:
     trial_timeout: float = 10.0
 
 
-class Postgres:
-    """A server of our own on a TCP port of loopback, with a password."""
+class TcpServer:
+    """A Postgres of our own on a TCP port of loopback; on its socket, ``postgres`` needs no password.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of data and log; the server's account must be able to enter it.
+        listen: ``listen_addresses`` of postgresql.conf.
+        host_rule: the line of pg_hba.conf for TCP.
+    """
+
+    def __init__(
+        self, folder: Path, *, listen: str = "127.0.0.1", host_rule: str = "host all all 127.0.0.1/32 scram-sha-256"
+    ) -> None:
         self.port = free_port()
         self.log = folder / "postgres.log"
         self._account = postgres_binaries.server_account()
-        self._data = folder / "postgres"
-        postgres_binaries.initialise(self._data, self._account)
-        self._pg_ctl = postgres_binaries.bin_folder(self._data) / "pg_ctl"
-        self._password = secrets.token_urlsafe(12)
-        (self._data / "pg_hba.conf").write_text(
-            "local all postgres trust\nhost all all 127.0.0.1/32 scram-sha-256\n", encoding="utf-8"
-        )
-        with (self._data / "postgresql.conf").open("a", encoding="utf-8") as file:
+        self.data = folder / "postgres"
+        postgres_binaries.initialise(self.data, self._account)
+        self.programs = postgres_binaries.bin_folder(self.data)
+        (self.data / "pg_hba.conf").write_text(f"local all postgres trust\n{host_rule}\n", encoding="utf-8")
+        with (self.data / "postgresql.conf").open("a", encoding="utf-8") as file:
             # Nothing here cuts the power: what was written reaches the disk without waiting for it.
             file.write(
-                f"\nlisten_addresses = '127.0.0.1'\nport = {self.port}\nfsync = off\n"
-                f"unix_socket_directories = '{self._data}'\nunix_socket_permissions = 0700\n"
+                f"\nlisten_addresses = '{listen}'\nport = {self.port}\nfsync = off\n"
+                f"unix_socket_directories = '{self.data}'\nunix_socket_permissions = 0700\n"
             )
         self.log.touch()
         postgres_binaries.hand_over(self.log, self._account)
         self.start()
-        admin = f"postgresql+psycopg2://postgres@/postgres?host={self._data}&port={self.port}"
+
+    @property
+    def pid(self) -> int:
+        return int((self.data / "postmaster.pid").read_text().splitlines()[0])
+
+    def start(self) -> None:
+        self._control("start", "-l", str(self.log))
+
+    def stop(self, mode: str) -> None:
+        """``fast`` rolls back and ends sessions; ``immediate`` is a crash, which recovery follows."""
+        self._control("stop", "-m", mode)
+
+    def _control(self, action: str, *arguments: str) -> None:
+        postgres_binaries.run(self.programs / "pg_ctl", [action, "-w", "-D", str(self.data), *arguments], self._account)
+
+
+class Postgres(TcpServer):
+    """The server of a chaos run, with the coordinator's login and a database of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._password = secrets.token_urlsafe(12)
+        admin = f"postgresql+psycopg2://postgres@/postgres?host={self.data}&port={self.port}"
         with create_engine(admin, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect() as connection:
             connection.execute(text(f"CREATE ROLE {PASSWORD_USER} LOGIN PASSWORD '{self._password}'"))
             connection.execute(text(f"GRANT pg_signal_backend, pg_monitor TO {PASSWORD_USER}"))
@@ -99,24 +126,10 @@ class Postgres:
     def url(self) -> str:
         return f"postgresql+psycopg2://{PASSWORD_USER}:{self._password}@127.0.0.1:{self.port}/chaos"
 
-    @property
-    def pid(self) -> int:
-        return int((self._data / "postmaster.pid").read_text().splitlines()[0])
-
-    def start(self) -> None:
-        self._control("start", "-l", str(self.log))
-
-    def stop(self, mode: str) -> None:
-        """``fast`` rolls back and ends sessions; ``immediate`` is a crash, which recovery follows."""
-        self._control("stop", "-m", mode)
-
     def query(self, statement: str, **values: Any) -> list[Any]:
         """Rows of a query of the harness's own."""
         with self._engine.connect() as connection:
             return list(connection.execute(text(statement), values))
-
-    def _control(self, action: str, *arguments: str) -> None:
-        postgres_binaries.run(self._pg_ctl, [action, "-w", "-D", str(self._data), *arguments], self._account)
 
 
 class RayNode:

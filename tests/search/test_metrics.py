@@ -10,15 +10,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.search.test_progress import State
 from was_search.errors import ConfigError, ResourceError
 from was_search.metrics import StudyMetrics, parse_address, served
+from was_search.pool_state import PoolState, Quarantined
 from was_search.slots import Slot, SlotState
 
 COMPLETE = Slot(3, SlotState.COMPLETE, loss_nats=1.25, tokens=1000, seconds=2.0)
 STOPPED = Slot(4, SlotState.STOPPED, loss_nats=1.5, tokens=200, seconds=0.5)
+POOL = PoolState("2:64", ready=2, pending=61, quarantined=(Quarantined("worker-3@h:7", "slow", "2026-01-01"),))
 STATES = [
     State(),
     State(finished=1, best=COMPLETE, current=COMPLETE),
     State(finished=2, stopped=1, saved=0.4, best=COMPLETE, current=STOPPED),
-    State(finished=3, stopped=1, failed=1, saved=0.4, best=COMPLETE, current=Slot(5, SlotState.FAILED)),
+    State(finished=3, stopped=1, failed=1, saved=0.4, best=COMPLETE, current=Slot(5, SlotState.FAILED), pool=POOL),
 ]
 
 
@@ -45,6 +47,8 @@ def test_what_is_scraped_is_the_studys_state():
         for state in STATES:
             show(state)
         found = scrape(port)
+    workers = {state: value for (name, state), value in found.items() if name == "was_search_workers"}
+    assert workers == {"ready": 2, "loading": 0, "pending": 61, "draining": 0, "quarantined": 1}
     slots = {state: value for (name, state), value in found.items() if name == "was_search_slots"}
     assert slots == {"complete": 1, "stopped": 1, "failed": 1, "unfinished": 17}
     assert found["was_search_best_loss_nats", ""] == 1.25

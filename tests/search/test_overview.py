@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from was_search.api.status import duration, status_line, status_rows
 from was_search.control import Control, Overrides, Wish
 from was_search.overview import RunRecord, SlotLine, Snapshot, failures_by_reason, overview, to_json
+from was_search.pool_state import PoolState, Quarantined
 from was_search.slots import SlotState
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -179,3 +181,16 @@ def test_reasons_of_failures_are_counted_without_the_workers_names() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 61, 90061)] == ["0:00:00", "0:01:01", "1 day, 1:01:01"]
+
+
+def test_a_range_of_workers_and_those_in_quarantine_are_shown() -> None:
+    held = Quarantined("worker-3@gpu-4:7", "slow, 8.0 times its peers' seconds a token", "2026-01-01T10:00:00+00:00")
+    pool = PoolState("2:64", ready=2, pending=61, draining=1, quarantined=(held,))
+    snapshot = changed(runs=[dataclasses.replace(RUN, pool=pool.to_json())], epoch=RUN.epoch)
+    found = overview(snapshot)
+    rows = dict(status_rows(snapshot, found))
+    assert rows["workers"].startswith("2 (2:64 asked for, 61 pending, 1 draining, 1 quarantined), evaluating")
+    assert rows["quarantined"] == f"{held.worker} since {held.since}: {held.reason}"
+    shown = json.loads(json.dumps(to_json(snapshot, found)))
+    assert shown["pool"]["asked"] == "2:64"
+    assert shown["pool"]["quarantined"][0]["worker"] == "worker-3@gpu-4:7"

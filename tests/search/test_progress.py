@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from rich.console import Console
 
+from was_search.pool_state import PoolState
 from was_search.progress import JsonReporter, Reporter, RichReporter
 from was_search.slots import Slot, SlotState
 
@@ -23,6 +24,7 @@ class State:
     best: Slot | None = None
     current: Slot | None = None
     activity: str = ""
+    pool: PoolState = field(default_factory=PoolState)
 
 
 STATES = [
@@ -139,6 +141,7 @@ def test_json_is_one_object_a_line(capsys):
         "stopped": 0,
         "tokens_saved": 0.0,
         "failed": 0,
+        "workers": {"ready": 0, "loading": 0, "pending": 0, "draining": 0, "quarantined": 0},
         "fitness": "nll",
         "best_loss_nats": 1.25,
         "best_nll_nats": 1.25,

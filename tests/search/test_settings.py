@@ -63,6 +63,10 @@ def test_whole_numbers_are_numbers(toml):
         ("target", float("inf"), "must be above 0 and below 0.95"),
         ("trials", 0, "must be at least 1"),
         ("workers", 0, "must be at least 1"),
+        ("workers", True, "must be a whole number, or MINIMUM:MAXIMUM such as 2:64"),
+        ("quarantine_slowdown", 0.5, "must be above 1, or 0 for never"),
+        ("quarantine_failures", -1, "must not be negative"),
+        ("quarantine_seconds", 0.0, "must be positive, in seconds"),
         ("calibration_sequences", 0, "must be at least 1"),
         ("pricing_sequences", 0, "must be at least 1"),
         ("greedy_sequences", -1, "must not be negative"),
@@ -90,9 +94,9 @@ def test_whole_numbers_are_numbers(toml):
         ("metrics", "host", "must be HOST:PORT or PORT"),
         ("rung_keep", 1.5, "must be in (0, 1]"),
         ("trial_timeout", 0.0, "must be positive, in seconds"),
-        ("gpus_per_worker", -0.5, "must be in [0, 1]: a model lies on one GPU"),
-        ("gpus_per_worker", 2.0, "must be in [0, 1]: a model lies on one GPU"),
-        ("gpus_per_worker", float("inf"), "must be in [0, 1]: a model lies on one GPU"),
+        ("gpus_per_worker", -0.5, "must be a share of one GPU, or a whole number"),
+        ("gpus_per_worker", 1.5, "must be a share of one GPU, or a whole number"),
+        ("gpus_per_worker", float("inf"), "must be a share of one GPU, or a whole number"),
         ("space", "blocks", "must be one of levels, temperature, additive, full"),
         ("sampler", "grid", "must be one of tpe, cmaes, gp, qmc, random, was-monotone"),
         ("score", "l3", "must be one of l1, l2, none"),
@@ -119,7 +123,7 @@ def test_a_number_too_large_for_a_float():
         Settings(trial_timeout=10**400)
 
 
-@pytest.mark.parametrize("gpus", [-1, 0, 0.25, 1])
+@pytest.mark.parametrize("gpus", [-1, 0, 0.25, 1, 2, 8])
 def test_gpus_per_worker(gpus):
     assert Settings(gpus_per_worker=gpus).gpus_per_worker == gpus
 

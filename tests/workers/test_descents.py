@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 
+from tests.workers.steady_pool import SteadyPool
 from tests.workers.test_search_loop import SHAPE, Book, evaluation, seeds
 from was_search.descent import DescentOptions, descend
 from was_search.errors import ModelError, TransientError
@@ -27,7 +28,7 @@ DATA = SimpleNamespace(
 )
 
 
-class Pool:
+class Pool(SteadyPool):
     """Two workers. ``lose`` is how many descents are lost first, ``broken`` an error that they all raise."""
 
     @property
@@ -38,23 +39,23 @@ class Pool:
         self.lose, self.broken = lose, broken
         self.descents: list[tuple[np.ndarray, DescentOptions, int]] = []
         self.tickets = 0
-        self.running: deque = deque()
+        self.given: deque = deque()
 
     @property
     def n_idle(self) -> int:
-        return 2 - len(self.running)
+        return 2 - len(self.given)
 
     def submit(self, method, *args, deadline_seconds):
         assert self.n_idle
         assert deadline_seconds > 0
         self.tickets += 1
-        self.running.append((self.tickets, method, args))
+        self.given.append((self.tickets, method, args))
         return self.tickets
 
     def wait(self, timeout_seconds):
-        if not self.running:
+        if not self.given:
             return []
-        ticket, method, args = self.running.popleft()
+        ticket, method, args = self.given.popleft()
         if method == "evaluate":
             loss = 2.0 + float(np.square(args[3] - BEST).sum())
             return [Outcome(ticket, "worker", value=evaluation(args[3], loss))]

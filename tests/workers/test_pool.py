@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorUnavailableError
 
 import was_workers.pool as pool_module
+from tests.workers.bowl_worker import bowl_worker
 from was_search import __version__
-from was_search.errors import DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
+from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
+from was_search.worker_range import WorkerRange
 from was_workers.cluster import Cluster, connect
+from was_workers.members import PREPARE, Call, Member
 from was_workers.pool import Pool
-from was_workers.worker import WorkerInfo, WorkerSpec
+from was_workers.worker import Place, WorkerInfo, WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -37,6 +41,9 @@ def pool(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         class Told:  # local, so that Ray ships it by value
             def __init__(self, spec: WorkerSpec) -> None:
                 self.spec = spec
+
+            def place(self) -> Place:
+                return Place(ray.get_runtime_context().get_node_id(), "host", os.getpid())
 
             def prepare(self) -> Any:
                 marker = tmp_path / "first"
@@ -227,7 +234,7 @@ def test_abandoned_calls_never_come_back_and_the_workers_do(pool) -> None:
 
 
 def test_a_pool_has_at_least_one_worker(pool) -> None:
-    with pytest.raises(ResourceError, match="workers: must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="workers: must be at least 1, got 0"):
         pool().resize(0)
 
 
@@ -253,9 +260,9 @@ def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
 def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
     opened = object.__new__(Pool)
-    member = pool_module._Member(0, None)
+    member = Member(0, None)
     opened._members, opened._recovering, opened._ready = [member], [], []
-    call = pool_module._Call(member, -1, 0.0)
+    call = Call(member, PREPARE, 0.0)
     for _ in range(100):
         opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
     assert member.failures == 0
@@ -263,3 +270,36 @@ def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     member.restarting_since -= pool_module._PREPARE_SECONDS
     opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
     assert member.failures == 1
+
+
+def test_a_machines_processors_are_divided_anew_when_the_pool_changes(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pool_module, "Worker", bowl_worker(tmp_path))
+    monkeypatch.setattr(pool_module.os, "cpu_count", lambda: 8)
+    with Pool(cluster, WorkerSpec("m", "", "float32", "cpu", "l2"), n_workers=2, gpus_per_worker=0.0) as pool:
+        until_idle(pool, 2)
+        assert set(pool.map([("threads",)] * 6)) == {0}, "torch's own choice, as nobody asked"
+    spec = WorkerSpec("m", "", "float32", "cpu", "l2", threads=1)
+    with Pool(cluster, spec, n_workers=2, gpus_per_worker=0.0, divide_threads=True) as pool:
+        until_idle(pool, 2)
+        assert set(pool.map([("threads",)] * 6)) == {4}
+        pool.resize(4)
+        until_idle(pool, 4)
+        assert set(pool.map([("threads",)] * 12)) == {2}
+        pool.resize(1)
+        assert pool.map([("threads",)]) == [8]
+
+
+def test_a_range_takes_no_more_than_a_local_machine_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = object.__new__(Pool)
+    opened._cluster, opened._gpus_per_worker = Cluster(True, "local", 2, 4), 0.5
+    assert opened._fitting(WorkerRange(2, 64)) == WorkerRange(2, 8)
+    opened._gpus_per_worker = 2.0
+    assert opened._fitting(WorkerRange(1, 64)) == WorkerRange(1, 2)
+    with pytest.raises(ResourceError, match=r"3 worker\(s\) with 2 GPU each were asked for and this machine has 4"):
+        opened._fitting(WorkerRange(3, 64))
+    opened._gpus_per_worker = 0.0
+    monkeypatch.setattr(pool_module.os, "cpu_count", lambda: 3)
+    assert opened._fitting(WorkerRange(1, 64)) == WorkerRange(1, 3)
+    assert opened._fitting(WorkerRange(5, 64)) == WorkerRange(5, 5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 
+from tests.workers.steady_pool import SteadyPool
 from was_search.early_stop import StopRule
 from was_search.errors import InfeasibleError, ModelError, TransientError
 from was_search.hand_out import HandOut, Result
@@ -78,7 +79,7 @@ class Book:
         return True
 
 
-class Pool:
+class Pool(SteadyPool):
     """Two workers; ``answer(call, sparsities, rule)`` gives a value, or raises what the call ends with."""
 
     def __init__(self, answer: Callable[[int, np.ndarray, Any], Evaluation]) -> None:

@@ -13,7 +13,9 @@ from tests.workers.test_search_loop import SHAPE, Book, ManyWorkers, evaluation,
 from tests.workers.test_search_loop import Pool as AnsweringPool
 from was_search.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
 from was_search.errors import ResourceError, TransientError
+from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
+from was_search.worker_range import WorkerRange
 from was_workers.search import SearchLoop, SearchOptions
 from was_workers.steering import Steering
 
@@ -54,15 +56,24 @@ class Workers:
     """A pool as steering sees it."""
 
     def __init__(self, n: int = 2, gpus: float = 0.5) -> None:
-        self.n_workers = self.n_loaded = n
+        self.range = WorkerRange(n, n)
         self.gpus_per_worker = gpus
-        self.sizes: list[int] = []
+        self.sizes: list[str] = []
+        self.lost = 0
 
-    def resize(self, n_workers: int) -> None:
-        if n_workers > 8:
+    @property
+    def n_loaded(self) -> int:
+        return self.range.least - self.lost
+
+    @property
+    def state(self) -> PoolState:
+        return PoolState(str(self.range), ready=self.n_loaded)
+
+    def resize(self, n_workers: WorkerRange) -> None:
+        if n_workers.least > 8:
             raise ResourceError("this machine has 4 GPUs")
-        self.sizes.append(n_workers)
-        self.n_workers = self.n_loaded = n_workers
+        self.sizes.append(str(n_workers))
+        self.range = n_workers
 
 
 @pytest.fixture
@@ -101,7 +112,9 @@ def test_time_is_counted_with_pauses_left_out_and_gpus_with_them(steering, clock
     clock.now += 10.0
     steered.steer()
     steered.beat()
-    assert desk.beats[-1] == Usage(Spent(4.0, 14.0), worker_seconds=28.0, workers=2, paused=True)
+    assert desk.beats[-1] == Usage(
+        Spent(4.0, 14.0), worker_seconds=28.0, workers=2, paused=True, pool=PoolState("2", ready=2)
+    )
     desk.wish = Wish.RUN
     clock.now += 1.0
     steered.steer()
@@ -140,11 +153,11 @@ def test_a_cancel_goes_before_a_drain_and_a_drain_before_a_rule(steering, clock:
 def test_the_pool_is_resized_once_for_each_number_asked(steering, clock: Clock, caplog) -> None:
     desk, workers = Desk(), Workers(2)
     steered = steering(desk, pool=workers)
-    for asked in (None, 3, 3, 99, 99, 1, None):
+    for asked in (None, 3, 3, 99, 99, "2:6", 1, None):
         desk.overrides = Overrides(workers=asked)
         steered.steer()
         clock.now += 1.0
-    assert workers.sizes == [3, 1]
+    assert workers.sizes == ["3", "2:6", "1"]
     assert caplog.text.count("the number of workers stays 3: this machine has 4 GPUs") == 1
 
 
@@ -152,10 +165,11 @@ def test_a_worker_that_was_given_up_is_not_asked_for_again(steering, clock: Cloc
     desk, workers = Desk(workers=3), Workers(2)
     steered = steering(desk, pool=workers)
     steered.steer()
-    workers.n_workers = 2  # the pool let one go
+    workers.lost = 1
     clock.now += 5.0
     steered.steer()
-    assert workers.sizes == [3]
+    assert workers.sizes == ["3"]
+    assert desk.beats[-1].workers == 2
 
 
 def test_a_restart_of_the_database_is_waited_for(steering, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def _calibrate(context: Context) -> Calibration:
 
     data, pool = context.tokens("calibration"), context.pool
     shape = pool.infos[0].shape
-    with context.reporter.phase(f"calibrate on {_describe(context)}", pool.n_workers) as advance:
+    with context.reporter.phase(f"calibrate on {_describe(context)}", pool.n_parallel) as advance:
         histograms, _ = histogram_runner(pool, data, advance=advance)(None)
     # Non-finite scores are refused here, not in a trial.
     histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ class Context:
         from was_workers.cluster import connect
 
         with self.reporter.phase("start Ray"):
-            return self._stack.enter_context(connect(self.settings.ray, workers=self.settings.workers))
+            return self._stack.enter_context(connect(self.settings.ray, workers=self.settings.worker_range.least))
 
     @_shared
     def placement(self) -> Placement:
@@ -184,27 +183,33 @@ class Context:
 
     @_shared
     def pool(self) -> Pool:
-        """The workers; the first is ready when this returns."""
+        """The workers; the first of a fixed number, or the least of a range, is ready when this returns."""
         from was_workers.pool import Pool
         from was_workers.worker import WorkerSpec
 
         settings, placement = self.settings, self.placement
-        threads = max(1, (os.cpu_count() or 1) // settings.workers) if self.cluster.local else 0
         spec = WorkerSpec(
             model=self.source.location,
             revision=self.source.revision,
             dtype=placement.dtype,
             device=placement.device,
             score=settings.score,
-            threads=threads,
             log_format=logs.configured(),
+            spread=placement.gpus_per_worker > 1,
         )
         cluster = self.cluster
         with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):
             pool = self._stack.enter_context(
-                Pool(cluster, spec, n_workers=settings.workers, gpus_per_worker=placement.gpus_per_worker)
+                Pool(
+                    cluster,
+                    spec,
+                    n_workers=settings.worker_range,
+                    gpus_per_worker=placement.gpus_per_worker,
+                    useful=settings.trials,
+                    divide_threads=cluster.local,
+                )
             )
-            pool.wait_idle()
+            pool.wait_for_least()
         return pool
 
     def once(self, key: str, make: Callable[[], T]) -> T:

@@ -47,7 +47,8 @@ def change(context: Context, study: str, overrides: Overrides) -> Control:
         raise ConfigError("set: nothing to change; give --trials, --workers, --patience or one of the --max- options")
     store = ControlStore(context.database)
     running = store.set(study, overrides)
-    words = ", ".join(f"{name} {value:g}" for name, value in overrides.given.items())
+    given = overrides.given.items()
+    words = ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in given)
     what = "its coordinator obeys within about a second" if running else "it holds from the study's next run on"
     return _said(context, study, store.read(study), running, f"study {study}: {words}; {what}")
 

@@ -102,6 +102,7 @@ def _search(context: Context) -> SearchResult:
             context.reporter.cached("search", f"study {name}, {words}", time.perf_counter() - started)
             return result
 
+        from was_workers.quarantine import QuarantinePolicy
         from was_workers.search import SearchLoop, SearchOptions
 
         options = SearchOptions(
@@ -117,6 +118,9 @@ def _search(context: Context) -> SearchResult:
             max_attempts=settings.max_attempts,
             descents=descent_plan(context),
             limits=limits_of(vars(settings)),
+            quarantine=QuarantinePolicy(
+                settings.quarantine_slowdown, settings.quarantine_failures, settings.quarantine_seconds
+            ),
         )
         top = dense_top(context)
         pool = context.pool

@@ -104,7 +104,7 @@ def _fisher_prices(
     from was_workers import phases
 
     pool = context.pool
-    parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_workers))
+    parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_parallel))
     with context.reporter.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
         prices = phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
     context.cache.put("prices", key, pack_array(prices))

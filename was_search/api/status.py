@@ -103,10 +103,9 @@ def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = N
     if found.eta_seconds is not None:
         rows.append(["ETA", duration(found.eta_seconds)])
     if snapshot.runs:
-        asked = snapshot.control.overrides.workers
-        more = f" ({asked} asked for)" if asked not in (None, found.workers) else ""
-        busy = "" if found.busy_share is None else f", evaluating {100 * found.busy_share:.0f} % of their time"
-        rows.append(["workers", f"{found.workers}{more}{busy}"])
+        rows.append(["workers", _workers(snapshot, found)])
+        for each in found.pool.quarantined:
+            rows.append(["quarantined", f"{each.worker} since {each.since}: {each.reason}"])
         rows.append(["GPU hours", f"{found.gpu_hours:.2f} while searching"])
     if gpu_price is not None:
         rows.append(["cost", f"{found.gpu_hours * gpu_price:.2f} at {gpu_price:g} a GPU hour"])
@@ -134,6 +133,15 @@ def status_line(snapshot: Snapshot, found: Overview) -> str:
     if found.busy_share is not None:
         parts.append(f"{found.workers} worker(s) {100 * found.busy_share:.0f} % busy")
     return ", ".join(parts)
+
+
+def _workers(snapshot: Snapshot, found: Overview) -> str:
+    asked = snapshot.control.overrides.workers or found.pool.asked
+    notes = [] if str(asked) in ("", str(found.workers)) else [f"{asked} asked for"]
+    notes += [f"{n} {state}" for state, n in found.pool.counts.items() if n and state != "ready"]
+    more = f" ({', '.join(notes)})" if notes else ""
+    busy = "" if found.busy_share is None else f", evaluating {100 * found.busy_share:.0f} % of their time"
+    return f"{found.workers}{more}{busy}"
 
 
 def duration(seconds: float) -> str:

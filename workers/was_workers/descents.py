@@ -162,6 +162,7 @@ class Descents:
             return None
         if not outcome.lost and not isinstance(error, TransientError):
             return error
+        self._attempts[chain] -= outcome.blameless
         if self._attempts[chain] >= self._max_attempts:
             return TransientError(
                 f"a descent was lost {self._attempts[chain]} times, last on {outcome.worker}: {error}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from was_search.control import NO_LIMITS, Limits
+from was_search.pool_state import PoolState
 from was_search.sampling import SamplerName
 from was_search.slots import Slot
 from was_search.space import SpaceName
 from was_workers.descents import DescentPlan
+from was_workers.quarantine import QuarantinePolicy
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class SearchOptions:
     descents: DescentPlan | None = None
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS
+    quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class SearchProgress:
     """The state of a study, for a progress bar.
 
     ``best`` is the best complete slot; ``saved`` the share of tokens that stopping early saved; ``current`` the slot
-    that has just finished; ``activity`` what goes on besides evaluations.
+    that has just finished; ``activity`` what goes on besides evaluations; ``pool`` the workers.
     """
 
     total: int
@@ -45,6 +48,7 @@ class SearchProgress:
     current: Slot | None
     saved: float = 0.0
     activity: str = ""
+    pool: PoolState = field(default_factory=PoolState)
 
     @property
     def finished(self) -> int:

@@ -34,7 +34,7 @@ def shards(tokens: IntArray, batch_size: int, n: int) -> list[IntArray]:
 def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
     """Passes over ``data`` on the pool; ``advance`` is called after each shard."""
     protocol = data.protocol
-    parts = [ray.put(part) for part in shards(data.tokens, protocol.batch_size, pool.n_workers)]
+    parts = [ray.put(part) for part in shards(data.tokens, protocol.batch_size, pool.n_parallel)]
 
     def run_pass(thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
         found = pool.map(
@@ -62,7 +62,7 @@ def fisher_prices(
     levels = np.stack([histograms.thresholds(np.full(shape, level)) for level in grid], axis=-1)
     # One batch a shard would leave nothing to balance; four a worker even out slower ones.
     protocol = data.protocol
-    parts = shards(data.tokens, protocol.batch_size, 4 * pool.n_workers)
+    parts = shards(data.tokens, protocol.batch_size, 4 * pool.n_parallel)
     found = pool.map(
         [
             (
@@ -140,7 +140,7 @@ def dense_top(pool: Pool, data: TokenSet, k: int, *, advance: Advance = lambda: 
     found = pool.map(
         [
             ("dense_top", part, k, protocol.predicted_per_sequence, protocol.batch_size)
-            for part in shards(data.tokens, protocol.batch_size, 4 * pool.n_workers)
+            for part in shards(data.tokens, protocol.batch_size, 4 * pool.n_parallel)
         ],
         done=advance,
     )

@@ -26,6 +26,7 @@ from was_workers.chooser import Chooser
 from was_workers.descents import Descents
 from was_workers.options import SearchOptions, SearchProgress
 from was_workers.pool import Outcome, Pool
+from was_workers.quarantine import Health
 from was_workers.slot_book import SlotBook, durable
 from was_workers.slot_table import SlotTable
 from was_workers.steering import Desk, Steering
@@ -95,6 +96,8 @@ class SearchLoop:
         self._steering = Steering(
             desk, pool, limits=options.limits, drain=drain, slots=list(self._slots.values()), clock=clock
         )
+        self._health = Health(pool, options.quarantine)
+        self._pool_shown = pool.state
         self.ending = LAST_SLOT
         self._flight: dict[int, tuple[int, int, float]] = {}
         self._losses: Counter[int] = Counter()
@@ -140,7 +143,10 @@ class SearchLoop:
         """Whether the loop has another turn; does what is asked of it first."""
         was_paused = self._steering.paused
         control = self._steering.steer()
-        if (control is not None and self._fit(control)) or was_paused != self._steering.paused:
+        changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
+        self._health.look(self._flight)
+        self._pool.need(self._slots.n_unfinished)
+        if changed or self._pool.state != self._pool_shown:
             self._report(None)
         if self._steering.cancelled:
             self._pool.abandon()
@@ -260,7 +266,9 @@ class SearchLoop:
         number, attempt, started = self._flight.pop(outcome.ticket)
         error = outcome.error
         if error is None:
-            self._chooser.evaluated(time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._chooser.evaluated(seconds)
+            self._health.evaluated(outcome.index, seconds, outcome.value.tokens)
             self._finish_evaluation(number, attempt, outcome, outcome.value)
             return None
         seconds = time.monotonic() - started
@@ -269,8 +277,9 @@ class SearchLoop:
             return None
         reason = f"{type(error).__name__} on {outcome.worker}: {_first_line(error)}"
         mendable = outcome.lost or isinstance(error, TransientError)
-        if mendable:
+        if mendable and not outcome.blameless:
             self._losses[number] += 1
+            self._health.lost(outcome.index, f"{type(error).__name__}: {_first_line(error)}")
         spent = self._losses[number] >= self._options.max_attempts
         if mendable and spent and self._slots.best is not None:
             self._fail(number, attempt, outcome.worker, seconds, f"lost {self._losses[number]} times; last: {reason}")
@@ -323,6 +332,7 @@ class SearchLoop:
 
     def _report(self, current: Slot | None) -> None:
         slots = self._slots
+        self._pool_shown = self._pool.state
         self._progress(
             SearchProgress(
                 total=len(slots),
@@ -333,6 +343,7 @@ class SearchLoop:
                 current=current,
                 saved=slots.saved,
                 activity=self._activity(),
+                pool=self._pool_shown,
             )
         )
 

@@ -55,8 +55,12 @@ class SlotTable(dict[int, Slot]):
             self._finish(slot)
 
     @property
+    def n_unfinished(self) -> int:
+        return sum(n for state, n in self.counts.items() if not state.finished)
+
+    @property
     def unfinished(self) -> bool:
-        return any(n for state, n in self.counts.items() if not state.finished)
+        return self.n_unfinished > 0
 
     @property
     def saved(self) -> float:

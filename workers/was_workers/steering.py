@@ -10,7 +10,9 @@ from typing import Protocol
 
 from was_search.control import Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
 from was_search.errors import ResourceError
+from was_search.pool_state import PoolState
 from was_search.slots import Slot
+from was_search.worker_range import WorkerRange
 from was_workers.slot_book import durable
 
 POLL_SECONDS = 1.0
@@ -36,7 +38,7 @@ class Resizable(Protocol):
     """What steering needs of the pool."""
 
     @property
-    def n_workers(self) -> int: ...
+    def state(self) -> PoolState: ...
 
     @property
     def n_loaded(self) -> int: ...
@@ -44,7 +46,7 @@ class Resizable(Protocol):
     @property
     def gpus_per_worker(self) -> float: ...
 
-    def resize(self, n_workers: int) -> None: ...
+    def resize(self, n_workers: WorkerRange) -> None: ...
 
 
 class Steering:
@@ -80,7 +82,7 @@ class Steering:
         self._last = clock()
         self._next_read = self._next_beat = self._last
         self._seconds = self._gpu_seconds = self._worker_seconds = 0.0
-        self._workers_asked: int | None = None
+        self._workers_asked: int | str | None = None
         self.paused = False
         self.ending: Ending | None = None
 
@@ -118,7 +120,8 @@ class Steering:
         if self._desk is None:
             return
         own = Spent(self._seconds, self._gpu_seconds)
-        self._desk.beat(Usage(own, self._worker_seconds, self._pool.n_workers, self.paused))
+        pool = self._pool.state
+        self._desk.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool))
         self._next_beat = self._last + BEAT_SECONDS
 
     def _spent(self) -> Spent:
@@ -147,16 +150,17 @@ class Steering:
             self._next_beat = self._last
         self._resize(control.overrides.workers)
 
-    def _resize(self, workers: int | None) -> None:
+    def _resize(self, workers: int | str | None) -> None:
         if workers == self._workers_asked:
             return
         self._workers_asked = workers
-        if workers is None or workers == self._pool.n_workers:
+        asked = self._pool.state.asked
+        if workers is None or str(workers) == asked:
             return
         try:
-            self._pool.resize(workers)
+            self._pool.resize(WorkerRange.parse(workers))
         except ResourceError as error:
-            _logger.warning("the number of workers stays %d: %s", self._pool.n_workers, error)
+            _logger.warning("the number of workers stays %s: %s", asked, error)
         self._next_beat = self._last
 
     def _end(self, ending: Ending) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -48,6 +49,7 @@ class WorkerSpec:
         score: kind of the column norms.
         threads: CPU threads of torch; 0 leaves torch's own choice.
         log_format: of the worker's log, on its standard error, which Ray keeps in a file; "" for none.
+        spread: over all GPUs that the process sees, whole blocks on each; by accelerate.
     """
 
     model: str
@@ -57,6 +59,16 @@ class WorkerSpec:
     score: ScoreKind
     threads: int = 0
     log_format: str = ""
+    spread: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker's process is: ``node`` is Ray's id of it."""
+
+    node: str
+    host: str
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,19 @@ class Worker:
         self._spec = spec
         self._loaded: _Loaded | None = None
         self._histograms: tuple[str, Histograms] | None = None
+
+    def place(self) -> Place:
+        """Where this process is; loads nothing."""
+        import ray
+
+        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
+
+    def set_threads(self, n: int) -> None:
+        """Use ``n`` CPU threads of torch from the next call on."""
+        import torch
+
+        self._spec = dataclasses.replace(self._spec, threads=n)
+        torch.set_num_threads(n)
 
     def prepare(self) -> WorkerInfo:
         """Load the model if that has not been done."""
@@ -276,8 +301,10 @@ class Worker:
         import torch
 
         if self._spec.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            devices = range(torch.cuda.device_count()) if self._spec.spread else [torch.cuda.current_device()]
+            peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
             return int(peak)
         import resource
 
@@ -318,10 +345,16 @@ def _load(spec: WorkerSpec) -> _Loaded:
     if spec.threads:
         torch.set_num_threads(spec.threads)
     with _transient_memory():
-        model = load_model(resolve_model(spec.model, spec.revision), dtype=spec.dtype, device=spec.device)
+        model = load_model(
+            resolve_model(spec.model, spec.revision),
+            dtype=spec.dtype,
+            device=spec.device,
+            device_map="balanced" if spec.spread else None,
+        )
         structure = find_structure(model)
         norms = structure_norms(structure, spec.score)
-    device = torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
+    n = f"{torch.cuda.device_count()} x " if spec.spread else ""
+    device = n + torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
     seconds = time.perf_counter() - started
     event(_logger, "model loaded", device=device, seconds=seconds, host=socket.gethostname(), pid=os.getpid())
     return _Loaded(model, structure, norms, ops_for(spec.device), device, seconds)

@@ -1,0 +1,126 @@
+"""Blocks on several devices: that nothing meets what lies elsewhere, and that accelerate's hooks change no number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+accelerate = pytest.importorskip("accelerate", reason="models on several devices need accelerate, which is missing")
+
+from accelerate import dispatch_model  # noqa: E402
+
+from tests.search.conftest import build_llama  # noqa: E402
+from tests.search.several_devices import SECOND, pretended  # noqa: E402
+from was_search.block_error import block_error, capture_inputs  # noqa: E402
+from was_search.calibration import histogram_pass  # noqa: E402
+from was_search.divergence import DenseTop  # noqa: E402
+from was_search.errors import ResourceError  # noqa: E402
+from was_search.evaluation import dense_top, evaluate_thresholds  # noqa: E402
+from was_search.histogram import N_BINS, Histograms  # noqa: E402
+from was_search.masking import structure_norms  # noqa: E402
+from was_search.model import _require_no_offload  # noqa: E402
+from was_search.pricing import price_sums  # noqa: E402
+from was_search.slope import slope_pass  # noqa: E402
+from was_search.structure import Structure, find_structure  # noqa: E402
+
+SHAPE = (3, 7)
+HALF = np.full(SHAPE, 0.5)
+THRESHOLDS = np.full(SHAPE, 0.1, np.float32)
+LEVELS = np.sort(np.random.default_rng(0).uniform(0, 1, (*SHAPE, 5)), axis=-1).astype(np.float32)
+COUNTS = Histograms(np.random.default_rng(1).integers(0, 9, (*SHAPE, N_BINS)))
+PASS: dict[str, Any] = {"batch_size": 4, "dense_prefix": 1}
+BACKWARD: dict[str, Any] = {**PASS, "predicted": 16}
+
+
+def evaluate(top: bool) -> Callable[..., Any]:
+    def run(model: Any, structure: Structure, norms: Any, data: Any) -> Any:
+        n, predicted = len(data.tokens), data.protocol.predicted_per_sequence
+        found = DenseTop(np.zeros((n, predicted, 4), np.int32), np.full((n, predicted, 5), -2.0, np.float32))
+        return evaluate_thresholds(model, structure, norms, data, THRESHOLDS, top=found if top else None)
+
+    return run
+
+
+def greedy(model: Any, structure: Structure, norms: Any, data: Any) -> Any:
+    inputs = capture_inputs(model, structure, 2, data.tokens, 4)
+    return block_error(structure, norms, 2, inputs, COUNTS, dense_prefix=1)(np.full(7, 0.5))
+
+
+PASSES: dict[str, Callable[..., Any]] = {
+    "histograms": lambda m, s, n, d: histogram_pass(m, s, n, d.tokens, THRESHOLDS, **PASS),
+    "prices": lambda m, s, n, d: price_sums(m, s, n, d.tokens, LEVELS, **BACKWARD),
+    "prices, recomputed": lambda m, s, n, d: price_sums(m, s, n, d.tokens, LEVELS, recompute=True, **BACKWARD),
+    "slopes": lambda m, s, n, d: slope_pass(m, s, n, d.tokens, HALF, COUNTS, **BACKWARD),
+    "slopes, recomputed": lambda m, s, n, d: slope_pass(m, s, n, d.tokens, HALF, COUNTS, recompute=True, **BACKWARD),
+    "evaluation": evaluate(top=False),
+    "divergence": evaluate(top=True),
+    "dense top": lambda m, s, n, d: dense_top(m, d.tokens, 4, predicted=16, batch_size=4),
+    "greedy table": greedy,
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_tensor_meets_only_its_own_device(name: str, tokens, make_data) -> None:
+    data = make_data(tokens)
+    model = build_llama()
+    with pretended(model, 1) as watch:
+        structure = find_structure(model)
+        norms = structure_norms(structure, "l2")
+        assert [row[0].device.type for row in norms] == ["cpu", SECOND, SECOND]
+        PASSES[name](model, structure, norms, data)
+        assert watch.on_second > 50, "two blocks, the norm and the head"
+
+
+def test_a_tensor_on_another_device_is_caught(tokens, make_data) -> None:
+    """Guards the test above: with one block's norms left behind, every pass that uses them must fail."""
+    data = make_data(tokens)
+    for name in set(PASSES) - {"dense top"}:
+        model = build_llama()
+        with pretended(model, 1):
+            structure = find_structure(model)
+            norms = structure_norms(structure, "l2")
+            norms[2] = [torch.ones(len(norm)) for norm in norms[2]]
+            with pytest.raises((AssertionError, RuntimeError), match=r"gets tensors on|devices"):
+                PASSES[name](model, structure, norms, data)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_accelerates_hooks_change_no_number(name: str, tokens, make_data) -> None:
+    """Each module's forward is accelerate's own then: recomputation must wrap it and put it back."""
+    data = make_data(tokens)
+    model = build_llama()
+    hooked = copy.deepcopy(model)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" for i in range(3)}
+    dispatch_model(hooked, places, main_device="cpu", force_hooks=True)
+    forwards = [layer.__dict__["forward"] for layer in hooked.model.layers]
+    found = []
+    for each in (model, hooked, hooked):
+        structure = find_structure(each)
+        found.append(PASSES[name](each, structure, structure_norms(structure, "l2"), data))
+    assert [layer.__dict__["forward"] for layer in hooked.model.layers] == forwards
+    for other in found[1:]:
+        for a, b in zip(numbers(found[0]), numbers(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def numbers(found: Any) -> list[Any]:
+    """The arrays of a result, its time left out."""
+    if isinstance(found, tuple):
+        return [array for item in found for array in numbers(item)]
+    if hasattr(found, "__dataclass_fields__"):
+        return [array for name, value in vars(found).items() if name != "seconds" for array in numbers(value)]
+    return [] if found is None else [np.asarray(found)]
+
+
+def test_a_model_that_does_not_fit_its_gpus_is_refused() -> None:
+    _require_no_offload({"model.embed_tokens": 0, "model.layers.0": 1})
+    _require_no_offload({"": "cpu"})
+    for left in ("cpu", "disk"):
+        with pytest.raises(ResourceError, match=r"does not fit the GPUs of a worker: 1 part.*layers\.9; give it"):
+            _require_no_offload({"model.layers.0": 0, "model.layers.9": left})

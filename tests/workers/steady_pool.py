@@ -1,0 +1,26 @@
+"""What the loop asks of a pool besides calls, for doubles whose workers come to no harm."""
+
+from __future__ import annotations
+
+from was_search.pool_state import PoolState
+
+
+class SteadyPool:
+    """Its workers have no numbers, so none is put in quarantine; ``needed`` is the last need."""
+
+    n_workers = 2
+    needed: int | None = None
+
+    @property
+    def state(self) -> PoolState:
+        return PoolState(str(self.n_workers), ready=self.n_workers)
+
+    @property
+    def running(self) -> list[tuple[int, int, float]]:
+        return []
+
+    def need(self, n: int) -> None:
+        self.needed = n
+
+    def quarantine(self, index: int, reason: str, seconds: float) -> bool:
+        return False

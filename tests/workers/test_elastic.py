@@ -1,0 +1,218 @@
+"""An elastic pool on a real Ray cluster of several nodes on this machine: nodes come, are drained, and go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as Nodes
+
+import was_workers.pool as pool_module
+from tests.workers.bowl_worker import bowl_worker, evaluations
+from tests.workers.test_search_loop import SHAPE, Book, seeds
+from was_search.errors import ResourceError
+from was_search.pool_state import PoolState
+from was_search.slots import SlotState
+from was_search.worker_range import WorkerRange
+from was_workers.cluster import Cluster, connect
+from was_workers.pool import Pool
+from was_workers.search import SearchLoop, SearchOptions, SearchProgress
+from was_workers.worker import WorkerSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SPEC = WorkerSpec("m", "", "float32", "cpu", "l2")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A head without processors; tests add nodes, and take them away again."""
+    made = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: Nodes) -> Iterator[Cluster]:
+    with connect(nodes.address, workers=1) as found:
+        yield found
+
+
+@pytest.fixture
+def add(nodes: Nodes) -> Iterator[Callable[[], Any]]:
+    """A new node with one processor."""
+    added = []
+
+    def make() -> Any:
+        added.append(nodes.add_node(num_cpus=1, object_store_memory=80_000_000))
+        return added[-1]
+
+    yield make
+    for node in added:
+        if node in nodes.list_all_nodes():
+            nodes.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def start(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+    """A pool of bowl workers."""
+    opened: list[Pool] = []
+
+    def make(n_workers: str, **options: Any) -> Pool:
+        monkeypatch.setattr(pool_module, "Worker", bowl_worker(tmp_path))
+        asked = WorkerRange.parse(n_workers)
+        opened.append(Pool(cluster, SPEC, n_workers=asked, gpus_per_worker=0.0, **options))
+        return opened[-1]
+
+    yield make
+    for pool in opened:
+        pool.close()
+
+
+def until(pool: Pool, condition: Callable[[PoolState], bool], seconds: float = 90.0) -> list[Any]:
+    """Outcomes until the pool's state is so."""
+    end, found = time.monotonic() + seconds, []
+    while not condition(pool.state):
+        assert time.monotonic() < end, pool.state
+        found += pool.wait(0.2)
+    return found
+
+
+def ended(pool: Pool, n: int, seconds: float = 60.0) -> list[Any]:
+    """The next ``n`` outcomes."""
+    end, found = time.monotonic() + seconds, []
+    while len(found) < n:
+        assert time.monotonic() < end, pool.state
+        found += pool.wait(0.2)
+    return found
+
+
+def drain(nodes: Nodes, node_id: str, seconds: float = 0.0) -> None:
+    """What Ray's autoscaler does before it takes a node away, or what passes a preemption notice on."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    gone_by = int(1000 * (time.time() + seconds)) if seconds else 0
+    accepted, why = GcsClient(address=nodes.address).drain_node(node_id, reason, "preempted", gone_by)
+    assert accepted, why
+
+
+def alive(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def demands(nodes: Nodes) -> int:
+    """Actors that Ray's autoscaler is asked to find room for."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    found = get_cluster_status(nodes.address).resource_demands.ray_task_actor_demand
+    return sum(bundle.count for demand in found for bundle in demand.bundles_by_count)
+
+
+def test_a_pool_takes_what_the_cluster_gives_and_asks_for_the_rest(nodes: Nodes, add, start) -> None:
+    add()
+    pool = start("1:3")
+    pool.wait_for_least(90)
+    assert pool.state == PoolState("1:3", ready=1, pending=2)
+    end = time.monotonic() + 30
+    while demands(nodes) != 2:  # Ray reports what waits every few seconds
+        assert time.monotonic() < end, demands(nodes)
+        pool.wait(0.2)
+    add()
+    until(pool, lambda state: state.ready == 2)
+    places = {node for _, node in pool.map([("where",)] * 8)}
+    assert len(places) == 2
+    pool.need(2)
+    until(pool, lambda state: state == PoolState("1:3", ready=2))
+    end = time.monotonic() + 30
+    while demands(nodes):
+        assert time.monotonic() < end, "what is not useful is still asked for"
+        pool.wait(0.2)
+    pool.need(1)
+    until(pool, lambda state: state == PoolState("1:3", ready=1))
+    pool.resize(WorkerRange(2, 2))
+    until(pool, lambda state: state == PoolState("2", ready=2))
+
+
+def test_fewer_places_than_the_least_number_are_an_error(add, start) -> None:
+    add()
+    with pytest.raises(ResourceError, match="fewer than 2 workers had loaded their model within 6 s; are there enough"):
+        start("2:4").wait_for_least(6)
+
+
+def test_a_worker_on_a_draining_node_ends_its_call_and_gets_no_other(nodes: Nodes, add, start, caplog) -> None:
+    add(), add()
+    pool = start("2")
+    until(pool, lambda state: state.ready == 2)
+    where = dict(pool.map([("where",)] * 8))
+    tickets = [pool.submit("nap", 6.0), pool.submit("nap", 6.0)]
+    going = where[0]
+    drain(nodes, going, seconds=120)
+    until(pool, lambda state: state.draining == 1, 10)
+    assert pool.state == PoolState("2", ready=1, pending=1, draining=1), "another one is asked for at once"
+    assert "gets no more to do: its node is drained and goes in 1" in caplog.text
+    found = ended(pool, 2)
+    assert pool.state.draining == 0
+    assert {outcome.ticket for outcome in found} == set(tickets)
+    assert all(outcome.error is None for outcome in found), "a drain loses nothing where there is time"
+    end = time.monotonic() + 30
+    while alive(going):
+        assert time.monotonic() < end, "Ray lets a drained node go once nothing is left on it"
+        pool.wait(0.2)
+    add()
+    until(pool, lambda state: state.ready == 2)
+    assert going not in {node for _, node in pool.map([("where",)] * 8)}
+
+
+def test_a_call_that_outlasts_its_node_comes_back_without_blame(nodes: Nodes, add, start) -> None:
+    add(), add()
+    pool = start("2")
+    until(pool, lambda state: state.ready == 2)
+    pool.submit("nap", 600.0)
+    ((ticket, index, _),) = pool.running
+    (node,) = [member.place.node for member in pool._members if member.index == index]
+    drain(nodes, node, seconds=4)
+    found = ended(pool, 1)
+    assert [(o.ticket, o.lost, o.blameless, o.index) for o in found] == [(ticket, True, True, index)]
+    until(pool, lambda state: state == PoolState("2", ready=1, pending=1))
+
+
+def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, tmp_path: Path) -> None:
+    """Every slot is finished once; the drained node's worker gets nothing more, the new one its share."""
+    add(), add()
+    pool = start("2:3", useful=60)
+    pool.wait_for_least(90)
+    before = dict(pool.map([("where",)] * 12))
+    states: list[PoolState] = []
+
+    def progress(shown: SearchProgress) -> None:
+        states.append(shown.pool)
+        if shown.current is not None and shown.finished == 8:
+            add()
+        if shown.current is not None and shown.finished == 30:
+            drain(nodes, before[0], seconds=60)
+
+    book = Book(60)
+    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 60.0, 3)
+    loop = SearchLoop(
+        book, pool, "data", "histograms", "key",
+        shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
+    )  # fmt: skip
+    slots = loop.run()
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert sorted(book.finishes) == list(range(60))
+    began = evaluations(tmp_path)
+    assert len(began) == 60, "nothing was evaluated twice"
+    assert set(began) == {0, 1, 2}
+    assert began.count(2) > 5
+    assert any(state.draining or state.pending for state in states[-20:])
+    assert pool.state.asked == "2:3"
+    assert pool.n_workers <= 3

@@ -1,0 +1,243 @@
+"""Quarantine: the rules on numbers alone, then a slow and a failing worker on a real Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import was_workers.pool as pool_module
+from tests.workers.bowl_worker import bowl_worker, evaluations
+from tests.workers.test_search_loop import SHAPE, Book, seeds
+from was_search.pool_state import PoolState
+from was_search.slots import Slot, SlotState
+from was_search.worker_range import WorkerRange
+from was_workers.cluster import Cluster, connect
+from was_workers.pool import Pool
+from was_workers.quarantine import Health, QuarantinePolicy
+from was_workers.search import SearchLoop, SearchOptions, SearchProgress
+from was_workers.worker import WorkerSpec
+
+
+class Wards:
+    """A pool that puts in quarantine whom it is told, but for the last of its workers."""
+
+    def __init__(self, n: int) -> None:
+        self.well = set(range(n))
+        self.put: list[tuple[int, str, float]] = []
+        self.running: list[tuple[int, int, float]] = []
+
+    def quarantine(self, index: int, reason: str, seconds: float) -> bool:
+        if index not in self.well or len(self.well) == 1:
+            return False
+        self.well.remove(index)
+        self.put.append((index, reason, seconds))
+        return True
+
+
+def evaluated(health: Health, paces: dict[int, float], times: int = 3, tokens: int = 100) -> None:
+    for _ in range(times):
+        for worker, seconds in paces.items():
+            health.evaluated(worker, seconds, tokens)
+
+
+def test_a_worker_far_behind_its_peers_is_slow() -> None:
+    wards = Wards(4)
+    evaluated(Health(wards, QuarantinePolicy()), {0: 1.0, 1: 1.2, 2: 3.9, 3: 4.9})
+    assert wards.put == [(3, "slow, 4.1 times its peers' seconds a token", 600.0)]
+
+
+def test_a_worker_is_measured_by_tokens_and_not_by_seconds() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy())
+    for _ in range(5):
+        health.evaluated(0, 10.0, 1000)
+        health.evaluated(1, 1.0, 100)
+    assert wards.put == []
+
+
+def test_one_long_evaluation_is_forgiven() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy())
+    evaluated(health, {0: 1.0, 1: 1.0}, 4)
+    health.evaluated(1, 60.0, 100)
+    evaluated(health, {0: 1.0, 1: 1.0}, 4)
+    assert wards.put == []
+
+
+def test_calls_lost_in_a_row_count_and_one_success_forgives_them() -> None:
+    wards = Wards(3)
+    health = Health(wards, QuarantinePolicy())
+    for _ in range(3):
+        health.lost(0, "GPU out of memory")
+        health.lost(0, "GPU out of memory")
+        health.evaluated(0, 1.0, 100)
+    assert wards.put == []
+    for _ in range(3):
+        health.lost(1, "it died")
+    assert wards.put == [(1, "3 calls in a row were lost; the last: it died", 600.0)]
+
+
+def test_the_last_worker_is_left_alone() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy(failures=1))
+    health.lost(0, "it died")
+    health.lost(1, "it died")
+    assert [index for index, *_ in wards.put] == [0]
+
+
+def test_each_further_time_is_twice_as_long_up_to_a_limit() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy(failures=1, seconds=10.0))
+    for _ in range(7):
+        health.lost(0, "it died")
+        wards.well.add(0)
+    assert [seconds for _, _, seconds in wards.put] == [10.0, 20.0, 40.0, 80.0, 160.0, 160.0, 160.0]
+
+
+def test_a_call_in_flight_is_overdue_by_its_peers_pace() -> None:
+    wards = Wards(3)
+    health = Health(wards, QuarantinePolicy(slowdown=2.0))
+    wards.running = [(7, 2, 3600.0)]
+    health.look({7})
+    assert wards.put == [], "nothing is known of its peers"
+    evaluated(health, {0: 4.0, 1: 4.0})
+    wards.running = [(7, 2, 23.9), (8, 2, 3600.0)]
+    health.look({7})
+    assert wards.put == [], "24 s are three times as long as what is slow; ticket 8 is no evaluation"
+    wards.running = [(7, 2, 24.1)]
+    health.look({7})
+    assert wards.put == [(2, "slow, at an evaluation for 24 s, 6 times what its peers take", 600.0)]
+
+
+def test_a_short_call_is_never_overdue() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy())
+    evaluated(health, {0: 0.01})
+    wards.running = [(1, 1, 9.0)]
+    health.look({1})
+    assert wards.put == []
+
+
+def test_zero_is_never() -> None:
+    wards = Wards(3)
+    health = Health(wards, QuarantinePolicy(slowdown=0.0, failures=0))
+    evaluated(health, {0: 1.0, 1: 1.0, 2: 100.0})
+    wards.running = [(1, 2, 1e6)]
+    health.look({1})
+    for _ in range(9):
+        health.lost(1, "it died")
+    assert wards.put == []
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with connect("local", workers=3) as found:
+        yield found
+
+
+@pytest.fixture
+def search(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., tuple[list[Slot], Pool, list[PoolState]]]]:
+    """A search on bowl workers; returns its slots, its pool and what was shown of it."""
+    opened: list[Pool] = []
+
+    def run(
+        n_trials: int, n_workers: int, policy: QuarantinePolicy, turn: Callable[[SearchProgress], None] = lambda _: None
+    ):
+        monkeypatch.setattr(pool_module, "Worker", bowl_worker(tmp_path, seconds=0.2))
+        spec = WorkerSpec("m", "", "float32", "cpu", "l2")
+        asked = WorkerRange(n_workers, n_workers)
+        pool = Pool(cluster, spec, n_workers=asked, gpus_per_worker=0.0)
+        opened.append(pool)
+        while pool.n_idle < n_workers:  # all of them, so that each is given something
+            pool._ready = pool.wait(0.2)
+        shown: list[PoolState] = []
+
+        def progress(state: SearchProgress) -> None:
+            shown.append(state.pool)
+            turn(state)
+
+        options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 60.0, 3, quarantine=policy)
+        loop = SearchLoop(
+            Book(n_trials), pool, "data", "histograms", "key",
+            shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
+        )  # fmt: skip
+        return loop.run(), pool, shown
+
+    yield run
+    for pool in opened:
+        pool.close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_slow_worker_gets_no_more_slots_and_another_takes_its_place(search, tmp_path: Path, caplog) -> None:
+    (tmp_path / "slow-1").write_text("2.5")
+    slots, pool, shown = search(120, 3, QuarantinePolicy())
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    began = evaluations(tmp_path)
+    assert began.count(1) == 3, "so many evaluations show that it is slow"
+    assert began.count(3) > 3, "the worker in its place"
+    (held,) = shown[-1].quarantined
+    assert "slow, " in held.reason and held.worker.startswith("worker-")
+    assert shown[-1].ready == 3
+    assert "is in quarantine for 600 s: slow, " in caplog.text
+    assert pool.n_loaded == 4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_taken_off_its_slot(search, tmp_path: Path) -> None:
+    (tmp_path / "slow-0").write_text("600")
+    started = time.monotonic()
+    slots, _, shown = search(24, 2, QuarantinePolicy())
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert 10.0 < time.monotonic() - started < 50.0, "ten seconds are waited, the trial's 60 are not"
+    assert len(evaluations(tmp_path)) == 25, "its slot was given out once more"
+    (held,) = shown[-1].quarantined
+    assert held.reason.startswith("slow, at an evaluation for 10 s")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_failing_worker_costs_no_slot_and_does_not_stay_in_quarantine(search, tmp_path: Path, caplog) -> None:
+    """Three deaths, three slots with one loss each; released after its time, it takes its share again, or goes."""
+    (tmp_path / "failing-1").touch()
+
+    def heal(state: SearchProgress) -> None:
+        if state.pool.quarantined:
+            (tmp_path / "failing-1").unlink(missing_ok=True)
+
+    slots, pool, shown = search(200, 3, QuarantinePolicy(seconds=3.0), heal)
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    began = evaluations(tmp_path)
+    assert len(began) == 200 + 3
+    reasons = {each.reason for state in shown for each in state.quarantined}
+    assert len(reasons) == 1
+    assert reasons.pop().startswith("3 calls in a row were lost; the last: Actor")
+    assert not shown[-1].quarantined
+    assert "from quarantine" in caplog.text
+    assert pool.n_workers == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_where_all_others_have_gone_a_worker_is_released_before_its_time(search, tmp_path: Path, caplog) -> None:
+    (tmp_path / "slow-0").write_text("2.0")
+    _, pool, shown = search(30, 2, QuarantinePolicy())
+    assert len(shown[-1].quarantined) == 1
+    assert not pool.quarantine(next(m.index for m in pool._members if m.quarantine), "again", 60.0)
+    for member in [m for m in pool._members if m.stays]:
+        pool._restart(member)
+    pool._keep_size()
+    assert not pool.state.quarantined
+    end = time.monotonic() + 30
+    while pool.n_idle < 1:
+        assert time.monotonic() < end, pool.state
+        pool.wait(0.2)
+    assert "released from quarantine: no other worker is ready" in caplog.text

@@ -1,0 +1,111 @@
+"""A pool's workers and their calls, as the pool keeps them."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from was_search.pool_state import Quarantined
+from was_workers.worker import Place, WorkerInfo
+
+PLACE, PREPARE = -2, -1
+"""Tickets of the calls that tell where a worker is, and that make it load its model."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        ticket: the call's.
+        worker: its worker's name.
+        value: what it returned.
+        error: what it raised.
+        lost: the worker died, missed its deadline or was taken off the call, which may be repeated.
+        blameless: the call was lost for no fault of its own: its node was taken away, or its worker is in quarantine.
+        index: the worker's number, which outlasts restarts; -1 where there is none.
+    """
+
+    ticket: int
+    worker: str
+    value: Any = None
+    error: BaseException | None = None
+    lost: bool = False
+    blameless: bool = False
+    index: int = -1
+
+
+@dataclass
+class Quarantine:
+    """Why a worker is given nothing, since when, and until which monotonic second."""
+
+    reason: str
+    until: float
+    since: datetime
+
+
+@dataclass(eq=False)
+class Member:
+    """A worker, from its actor's creation to its end.
+
+    Attributes:
+        index: its number in the pool.
+        actor: Ray's handle.
+        place: where its process is; None while it waits for a place.
+        info: what it said when it had last loaded its model; None before.
+        ready: its process holds the model.
+        failures: to become ready, in a row.
+        restarting_since: when it was first found to be restarting, by the monotonic clock.
+        leaving: it goes once its call has ended.
+        gone_by: when its node, which is being drained, goes away: seconds since the epoch, ``inf`` if that is open;
+            None where the node stays.
+        quarantine: None where it is well.
+    """
+
+    index: int
+    actor: Any
+    place: Place | None = None
+    info: WorkerInfo | None = None
+    ready: bool = False
+    failures: int = 0
+    restarting_since: float | None = None
+    leaving: bool = False
+    gone_by: float | None = None
+    quarantine: Quarantine | None = None
+
+    @property
+    def name(self) -> str:
+        return f"worker-{self.index}" + (f"@{self.info.name}" if self.info else "")
+
+    @property
+    def going(self) -> bool:
+        """Whether it is only there to end its call."""
+        return self.leaving or self.gone_by is not None
+
+    @property
+    def stays(self) -> bool:
+        """Whether it counts towards the size that was asked for."""
+        return not self.going and self.quarantine is None
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.gone_by is not None and time.time() > self.gone_by
+
+    @property
+    def shown(self) -> Quarantined:
+        assert self.quarantine is not None
+        since = self.quarantine.since.isoformat(timespec="seconds")
+        return Quarantined(self.name, self.quarantine.reason, since)
+
+
+@dataclass
+class Call:
+    """A call in flight: its worker, its ticket, and the monotonic second by which it is to end."""
+
+    member: Member
+    ticket: int
+    deadline: float = math.inf
+    started: float = field(default_factory=time.monotonic)
