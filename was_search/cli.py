@@ -119,7 +119,10 @@ SEVERAL: dict[str, Any] = {
         str | None, "Such as 5%: find the highest target whose perplexity stays within this over dense."
     ),
 }
-PLAN_OUT: dict[str, Any] = {"plan": _option(str | None, "Folder for the exported plan.")}
+PLAN_OUT: dict[str, Any] = {
+    "plan": _option(str | None, "Folder for the exported plan."),
+    "prefill": _option(str | None, "What the plan does with prompts: masked or dense."),
+}
 
 
 @app.callback(invoke_without_command=True)

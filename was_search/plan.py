@@ -11,7 +11,7 @@ import stat
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.shape import PROJECTIONS, FloatArray, ModelShape
 
 SCHEMA_VERSION = 1
+Prefill = Literal["masked", "dense"]
+PREFILLS: tuple[Prefill, ...] = ("masked", "dense")
 JSON_NAME = "plan.json"
 TENSORS_NAME = "plan.safetensors"
 _MAX_JSON_BYTES = 64 << 20
@@ -48,6 +50,7 @@ class Plan:
         achieved: counted sparsity by split name.
         metrics: figures with their protocol, as JSON.
         provenance: study, trial, seed, versions, as JSON.
+        prefill: what the runtime does with prompts: ``masked`` like one-token steps, or ``dense``.
     """
 
     model: str
@@ -63,6 +66,7 @@ class Plan:
     achieved: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    prefill: Prefill = "masked"
 
     def __post_init__(self) -> None:
         expected = (self.shape.n_blocks, len(PROJECTIONS))
@@ -148,6 +152,7 @@ class Plan:
             "score": self.score,
             "budget": self.budget,
             "dense_prefix": self.dense_prefix,
+            "prefill": self.prefill,
             "levels": [round(float(v), 6) for v in self.shape.levels(self.sparsities)],
             "sparsities": [[round(float(v), 6) for v in row] for row in self.sparsities],
             "achieved": self.achieved,
@@ -209,6 +214,7 @@ class Plan:
                 achieved=dict(document["achieved"]),
                 metrics=dict(document["metrics"]),
                 provenance=dict(document["provenance"]),
+                prefill=str(document.get("prefill", "masked")),  # type: ignore[arg-type]  # checked there
             )
         except PlanError:
             raise

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 from was_search.errors import ConfigError
 from was_search.fitness import FITNESSES, FitnessName
 from was_search.metrics import parse_address
+from was_search.plan import PREFILLS, Prefill
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
@@ -67,6 +68,7 @@ class Settings:
         test_sequences: at most so many for the report.
         batch_size: sequences per forward.
         dense_prefix: tokens at a sequence's start that are never masked.
+        prefill: what the exported plan does with a prompt: ``masked`` or ``dense``; figures are always of masked text.
         fitness: what trials are compared by: ``nll``, or ``kl`` for the divergence from the dense model.
         kl_top_k: tokens of the dense model's predictions that ``kl`` tells apart, at most the vocabulary.
         early_stopping: stop trials that are not promising after some of the sequences.
@@ -121,6 +123,7 @@ class Settings:
     test_sequences: int = 256
     batch_size: int = 4
     dense_prefix: int = 1
+    prefill: Prefill = "masked"
     fitness: FitnessName = "nll"
     kl_top_k: int = 64
     early_stopping: bool = True
@@ -243,6 +246,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": SAMPLERS,
     "space": SPACES,
     "score": SCORE_KINDS,
+    "prefill": PREFILLS,
     "fitness": FITNESSES,
     "device": typing.get_args(DeviceName),
     "dtype": typing.get_args(DTypeName),

@@ -110,7 +110,8 @@ class SparseModel:
 def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerprint: str | None = None) -> SparseModel:
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
-    Tokens outside the plan's dense prefix have their inputs masked in prefill and decoding alike; one-token
+    Tokens outside the plan's dense prefix have their inputs masked, those of a prompt unless the plan leaves prompts
+    dense; one-token
     steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any batch).
     With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to 8 rows over a
     static cache in five launches. Restore before saving the model or moving its layers to other dtypes.
@@ -158,6 +159,7 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
                     float(plan.thresholds[b, p]),
                     prefix=prefix,
                     triton=chosen in ("cuda", "triton"),
+                    dense_prompts=plan.prefill == "dense",
                     counters=arrived.get(linear.weight.device),
                 )
             handle._swaps.append(_Swap(parent, name, linear, sparse))

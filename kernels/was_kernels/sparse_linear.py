@@ -31,6 +31,7 @@ class SparseLinear(nn.Module):
         threshold: the score under which a channel is dropped; zero or less drops nothing.
         prefix: tells which tokens are dense; None masks every token.
         triton: use the Triton kernels.
+        dense_prompts: mask one-token steps only.
         counters: of :func:`was_kernels.gather_gemv.counters`, to use the CUDA kernel where it fits; None: never.
     """
 
@@ -42,6 +43,7 @@ class SparseLinear(nn.Module):
         *,
         prefix: DensePrefix | None,
         triton: bool,
+        dense_prompts: bool = False,
         counters: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -55,6 +57,7 @@ class SparseLinear(nn.Module):
         self.count: ProjectionCount | None = None
         self._prefix = prefix
         self._triton = triton
+        self._dense_prompts = dense_prompts
         self._mask_op = score_mask_reference
         if triton:
             from was_kernels.score_mask import score_mask
@@ -83,7 +86,7 @@ class SparseLinear(nn.Module):
         dense = None if self._prefix is None else self._prefix.dense(x)
         if self.count is not None and one_token:
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, self.threshold), dense)
-        if self.threshold <= 0.0:
+        if self.threshold <= 0.0 or (self._dense_prompts and not one_token):
             return F.linear(x, self.weight, self.bias)
         if self._counters is not None and one_token and rows <= FEW_ROWS and x.dtype == self.weight.dtype:
             y = gather_gemv(

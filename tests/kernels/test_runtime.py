@@ -324,3 +324,20 @@ def test_compiles_without_a_graph_break():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         found = compiled(tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_plan_may_leave_prompts_dense():
+    model = tiny_model()
+    plan = tiny_plan(model)
+    tokens = random_tokens(1, 9)
+    with torch.inference_mode():
+        dense = model(tokens).logits
+        cache = model(tokens[:, :8], use_cache=True)
+        with sparsify(model, dataclasses.replace(plan, prefill="dense")) as sparse:
+            prompt = sparse(tokens[:, :8], use_cache=True)
+            step = sparse(tokens[:, 8:], past_key_values=prompt.past_key_values).logits
+        with sparsify(model, plan) as sparse:
+            masked_step = sparse(tokens[:, 8:], past_key_values=cache.past_key_values).logits
+    torch.testing.assert_close(prompt.logits, dense[:, :8], **CLOSE)
+    torch.testing.assert_close(step, masked_step, **CLOSE)
+    assert (step - dense[:, 8:]).abs().max() > 1e-2

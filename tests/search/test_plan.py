@@ -81,6 +81,15 @@ def test_round_trip_is_exact(folder):
     assert sorted(p.name for p in folder.iterdir()) == [JSON_NAME, TENSORS_NAME]
 
 
+def test_prompts_are_masked_unless_the_plan_says_otherwise(folder):
+    rewrite(folder, lambda document: document.pop("prefill"))  # as plans were written before there was a choice
+    assert Plan.load(folder).prefill == "masked"
+    make_plan(prefill="dense").save(folder)
+    assert Plan.load(folder).prefill == "dense"
+    with pytest.raises(PlanError, match="prefill: must be one of masked, dense, got 'sparse'"):
+        make_plan(prefill="sparse")
+
+
 def test_saving_again_replaces(folder):
     make_plan(budget=0.7).save(folder)
     assert Plan.load(folder).budget == 0.7

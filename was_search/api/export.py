@@ -250,6 +250,7 @@ def make_plan(
         score=context.settings.score,
         budget=context.settings.target,
         dense_prefix=context.settings.dense_prefix,
+        prefill=context.settings.prefill,
         sparsities=sparsities,
         thresholds=point.thresholds,
         norms=_norms(context, calibration),
