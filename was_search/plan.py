@@ -80,6 +80,8 @@ class Plan:
                 raise PlanError(f"{name}: must be finite and not negative, got {value.min()} to {value.max()}")
         if self.sparsities.max() >= 1.0:
             raise PlanError(f"sparsities: must be under 1, got {self.sparsities.max()}")
+        if self.prefill not in PREFILLS:
+            raise PlanError(f"prefill: must be one of {', '.join(PREFILLS)}, got {self.prefill!r}")
         if self.score not in SCORE_KINDS:
             raise PlanError(f"score: must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}")
         if not (math.isfinite(self.budget) and 0.0 < self.budget < 1.0):
