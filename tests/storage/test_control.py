@@ -12,6 +12,7 @@ from tests.storage.small_study import IDENTITY, SHAPE, new_study, terminate_conn
 from was_search.control import Control, Ending, EndingKind, Overrides, Spent, Usage, Wish
 from was_search.errors import StudyError, TransientError
 from was_search.overview import overview
+from was_search.pool_state import PoolState, Quarantined
 from was_search.slots import SlotState
 from was_storage.control import ControlDesk, ControlStore
 from was_storage.database import Database
@@ -218,3 +219,25 @@ def test_a_snapshot_counts_sequences_and_reads_no_arrays(database: Database) -> 
     assert (found.best.number, found.best.loss_nats, found.failures) == (0, 3.0, {"CUDA": 1})
     assert found.play == "starting"  # it holds the study and has not begun to search
     assert overview(read_snapshot(database, name)).play == "idle"
+
+
+def test_a_range_of_workers_is_asked_for_and_a_pool_written_down(database: Database, store: ControlStore) -> None:
+    name = new_study(database, 4).name
+    reopen(database, name, 4, workers=4)
+    store.set(name, Overrides(workers="2:64"))
+    assert store.read(name).overrides.given == {"workers": "2:64"}
+    reopen(database, name, 4, workers=4)
+    assert store.read(name).overrides.workers == "2:64", "the same command does not take it back"
+    store.set(name, Overrides(workers="8"))
+    assert store.read(name).overrides.workers == 8
+    reopen(database, name, 4, workers="2:16")
+    assert store.read(name).overrides.workers is None
+    held = Quarantined("worker-3@h:7", "slow", "2026-01-01T00:00:00+00:00")
+    pool = PoolState("2:16", ready=2, pending=14, quarantined=(held,))
+    with StudyStore(database).coordinate(name) as session:
+        desk = ControlDesk(database, session)
+        desk.open(gpus_per_worker=1.0, asked_since=store.now())
+        assert overview(read_snapshot(database, name)).pool == PoolState()
+        desk.beat(Usage(Spent(1.0, 2.0), 2.0, workers=2, pool=pool))
+        found = overview(read_snapshot(database, name))
+    assert (found.workers, found.pool) == (2, pool)

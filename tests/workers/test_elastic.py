@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +185,33 @@ def test_a_call_that_outlasts_its_node_comes_back_without_blame(nodes: Nodes, ad
     found = ended(pool, 1)
     assert [(o.ticket, o.lost, o.blameless, o.index) for o in found] == [(ticket, True, True, index)]
     until(pool, lambda state: state == PoolState("2", ready=1, pending=1))
+
+
+def test_a_node_that_gets_a_sigterm_is_drained(nodes: Nodes, start, tmp_path: Path) -> None:
+    """What a pod's end or a cloud's preemption does to `ray start --block`."""
+    log = (tmp_path / "node.log").open("wb")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"),
+            *(f"--address={nodes.address}", f"--node-ip-address={nodes.head_node.node_ip_address}"),
+            *("--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"),
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        pool = start("1")
+        until(pool, lambda state: state.ready == 1)
+        ticket = pool.submit("nap", 8.0)
+        process.terminate()
+        until(pool, lambda state: state.draining == 1, 15)
+        assert pool.state.pending == 1
+        assert [(outcome.ticket, outcome.error) for outcome in ended(pool, 1)] == [(ticket, None)]
+        assert process.wait(60) != 0, "Ray takes the node away once its worker has gone"
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
 
 
 def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, tmp_path: Path) -> None:
