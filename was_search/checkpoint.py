@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -177,9 +178,10 @@ def read_config(source: ModelSource) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     """Raises OSError or ValueError for what is no JSON, is nested too deep or is larger than any configuration."""
     with path.open("rb") as file:
-        content = file.read(_MAX_JSON_BYTES + 1)
-    if len(content) > _MAX_JSON_BYTES:
-        raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
+        content = file.read(size)
     try:
         return json.loads(content)
     except RecursionError as error:

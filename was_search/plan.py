@@ -263,8 +263,9 @@ def _read(path: Path, most_bytes: int) -> bytes:
         os.close(handle)
         raise PlanError(f"{path}: not a file; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}")
     with os.fdopen(handle, "rb") as file:
-        payload = file.read(most_bytes + 1) if status.st_size <= most_bytes else None
-    if payload is None or len(payload) > most_bytes:
+        # Not most_bytes: Python takes the memory for as much as is asked for.
+        payload = file.read(status.st_size) if status.st_size <= most_bytes else None
+    if payload is None:
         raise PlanError(f"{path}: larger than {most_bytes} bytes; not a plan")
     return payload
 

@@ -85,9 +85,9 @@ def test_a_piece_that_is_missing_makes_it_anew(made, settings, monkeypatch: pyte
     monkeypatch.setattr(divergence, "PIECE_BYTES", piece)
     with Context(settings) as context:
         key = divergence.dense_top_key(context)
-        assert divergence._cached(context, key, range(0, 18, 7)) is not None
+        assert divergence._cached(context, key, range(0, 18, 7), (18, 95, K)) is not None
         assert context.cache.delete("dense-top", divergence._piece_key(key, 7, "log_probs"))
-        assert divergence._cached(context, key, range(0, 18, 7)) is None
+        assert divergence._cached(context, key, range(0, 18, 7), (18, 95, K)) is None
 
 
 def test_the_plan_reports_nll_and_was_chosen_by_divergence(made) -> None:

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.artifacts import get_all_artifact_meta
 
 from tests.workers.small_run import assert_each_finished_once, environment, small_settings
 from was_kernels import sparsify
@@ -25,6 +27,7 @@ from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
 from was_search.protocol import content_hash
 from was_search.structure import find_structure
+from was_storage.plan_files import PlanFiles
 from was_storage.studies import StudyStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
@@ -147,6 +150,11 @@ def test_the_dashboards_trials_carry_what_people_look_for(made, database) -> Non
         study.system_attrs if hasattr(study, "system_attrs") else study._storage.get_study_system_attrs(study._study_id)
     )
     assert any(key.startswith("dashboard:note") for key in keys)
+    for name in ("sensitivity", "levels", "progress", "timeline", "tokens-saved"):
+        assert any(name in key for key in keys), name
+    (artifact,) = get_all_artifact_meta(study)
+    with zipfile.ZipFile(PlanFiles(database).open_reader(artifact.artifact_id)) as packed:
+        assert packed.read("plan.json") == (made[1].plan / "plan.json").read_bytes()
     assert any("plot" in key for key in keys)
 
 
