@@ -364,7 +364,7 @@ INSERT INTO public.trials VALUES (3, 2, 1, 'FAIL', '2026-11-24 13:54:55.554842',
 INSERT INTO public.trials VALUES (4, 3, 1, 'COMPLETE', '2026-11-24 13:54:55.585914', '2026-11-24 13:54:55.614075');
 INSERT INTO public.trials VALUES (5, 4, 1, 'RUNNING', '2026-11-24 13:54:55.619259', NULL);
 INSERT INTO public.version_info VALUES (1, 12, '5.0.0');
-INSERT INTO was.alembic_version VALUES ('0005');
+INSERT INTO was.alembic_version VALUES ('0004');
 INSERT INTO was.artifact VALUES ('histograms', 'key', '{"blocks": 2}', '\x7061796c6f6164', '239f59ed55e737c77147cf55ad0c1b030b6d7ee748a7426952f9b852d5a935e5', '2026-11-24 13:54:55.636264+00');
 INSERT INTO was.control VALUES (1, 'run', '2026-11-24 13:54:55.432864+00', NULL, NULL, NULL, NULL, NULL, NULL);
 INSERT INTO was.slot VALUES (1, 2, 'failed', 1, 1, 'sampler:tpe', '{"level_0": 0.498, "level_1": 0.698}', '{"level_0": "{\"name\": \"FloatDistribution\", \"attributes\": {\"step\": null, \"low\": 0.0, \"high\": 1.0, \"log\": false}}", "level_1": "{\"name\": \"FloatDistribution\", \"attributes\": {\"step\": null, \"low\": 0.0, \"high\": 1.0, \"log\": false}}"}', '{}', '{0.498,0.698}', '{0.498,0.498,0.498,0.498,0.498,0.498,0.498,0.698,0.698,0.698,0.698,0.698,0.698,0.698}', NULL, NULL, 300, 1.5, 0.6, 'worker-0', NULL, 3, 'lost 3 times', '2026-11-24 13:54:55.565679+00', '2026-11-24 13:54:55.567704+00', NULL);
