@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
@@ -13,6 +14,8 @@ from was_storage.database import Database
 
 COORDINATOR_LOCK = 0x77617301
 """First half of a coordinator's lock ("was" and 1); the study's id is the second."""
+
+_PATIENCE_SECONDS = 1.0
 
 _HOLDER = text(
     "SELECT a.application_name, to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS TZ') AS since "
@@ -48,7 +51,7 @@ class CoordinatorLock:
         self._connection: Connection | None = None
 
     def acquire(self) -> None:
-        """Take the lock.
+        """Take the lock, waiting a moment for Postgres to notice that its last holder has died.
 
         Raises:
             StudyError: another coordinator holds it.
@@ -61,8 +64,11 @@ class CoordinatorLock:
                 for name, value in {**_SETTINGS, "application_name": label}.items():
                     _set(connection, name, value)
                 query = text("SELECT pg_try_advisory_lock(:key, :id)")
-                if not connection.execute(query, self._key).scalar():
-                    raise self._refused(connection)
+                deadline = time.monotonic() + _PATIENCE_SECONDS
+                while not connection.execute(query, self._key).scalar():
+                    if time.monotonic() > deadline:
+                        raise self._refused(connection)
+                    time.sleep(_PATIENCE_SECONDS / 10)
             except BaseException:
                 connection.invalidate()  # its settings and locks must not return to the pool
                 connection.close()

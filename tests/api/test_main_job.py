@@ -20,13 +20,14 @@ from was_kernels import sparsify
 from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, export, run, search, sensitivity
 from was_search.api.demo import DEMO_FOLDER
 from was_search.api.search import study_name
-from was_search.cli import _load_plan
+from was_search.cli_command import load_plan
 from was_search.errors import StudyError
 from was_search.masking import Masking, structure_norms
 from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
 from was_search.protocol import content_hash
 from was_search.structure import find_structure
+from was_storage import dashboard
 from was_storage.plan_files import PlanFiles
 from was_storage.studies import StudyStore
 
@@ -139,6 +140,30 @@ def test_a_study_of_other_settings_is_refused_with_the_differences(made, change,
         search(context)
 
 
+def test_a_study_of_another_seed_recipe_is_refused(made, monkeypatch) -> None:
+    """Another version's steps and prices make other seeds, so their study is another one under the same options."""
+    settings, result = made
+    module = sys.modules["was_search.api.seed"]  # as an attribute of the package, the name is the function's
+    monkeypatch.setattr(module, "SEED_STEP", 0.06)
+    monkeypatch.setattr(module, "PRICES", 3)
+    named = r"prices: study has 4, asked for 3\n  seed descent: study has .*step 0\.04, asked for .*step 0\.06$"
+    named_study = dataclasses.replace(settings, study=result.search.study)
+    with Context(named_study) as context, pytest.raises(StudyError, match=named):
+        export(context)
+    with Context(settings) as context:
+        assert study_name(context) != result.search.study
+
+
+def test_the_dashboards_note_and_figures_are_written_once(made, monkeypatch) -> None:
+    settings, _ = made
+    written: list[str] = []
+    monkeypatch.setattr(dashboard, "annotate", lambda storage, study, *, note, figures: written.append(note))
+    with Context(settings) as context:
+        run(context)
+    (note,) = written
+    assert "## Settings" in note and "fisher seed" in note
+
+
 def test_the_dashboards_trials_carry_what_people_look_for(made, database) -> None:
     _, result = made
     study = optuna.load_study(study_name=result.search.study, storage=database.optuna_storage())
@@ -212,7 +237,7 @@ def test_a_plan_from_a_gpu_cluster_is_evaluated_here(made, tmp_path: Path, monke
     theirs = {**plan.provenance["settings"], "ray": "203.0.113.1:6379", "gpus_per_worker": 0.25, "device": "auto"}
     dataclasses.replace(plan, provenance={**plan.provenance, "settings": theirs}).save(tmp_path / "plan")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, base = _load_plan(tmp_path / "plan")
+    _, base = load_plan(tmp_path / "plan")
     with Context(base) as context:
         found = evaluate(context, Plan.load(tmp_path / "plan"), "search")
         assert "cluster" not in vars(context)

@@ -161,18 +161,29 @@ def _remember(context: Context, request: Request, evaluation: Evaluation) -> Non
 
 
 def export(context: Context, result: SearchResult | None = None) -> Path:
-    """Write the plan of the study's best vector; returns its folder.
+    """Write the plan of the study's best vector, and what the dashboard shows of it; returns the plan's folder.
+
+    Raises:
+        StudyError: no such study, or none of its slots is complete.
+    """
+    result = result or stored_result(context)
+    folder = write_plan(context, result)
+    report_study(context, result, calibrate(context))
+    return folder
+
+
+def write_plan(context: Context, result: SearchResult) -> Path:
+    """Write the plan of the study's best vector and add it to the study's report; returns the plan's folder.
 
     The winner and the best seed are re-calibrated at their own points and compared by the study's fitness on the
     search split at equal achieved sparsity; the better one is exported, and the plan says which.
 
     Raises:
-        StudyError: no such study, or none of its slots is complete.
+        StudyError: none of the study's slots is complete.
     """
     from was_storage.plan_files import attach_plan
     from was_storage.studies import StudyStore
 
-    result = result or stored_result(context)
     best = result.best
     if best is None or best.sparsities is None:
         raise StudyError(
@@ -222,7 +233,6 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         attach_plan(context.database, result.study, folder)
     except StorageError as error:
         context.reporter.note(f"the plan is not shown in optuna-dashboard: {error}")
-    report_study(context, result, calibration)
     return folder
 
 

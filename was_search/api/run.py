@@ -11,7 +11,7 @@ from typing import Any
 
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
-from was_search.api.export import Figures, Request, export, measure
+from was_search.api.export import Figures, Request, measure, write_plan
 from was_search.api.notify import announced
 from was_search.api.search import SearchResult, report_study, search
 from was_search.plan import Plan
@@ -75,7 +75,7 @@ def run(context: Context) -> RunResult:
         found = search(context)
         if found.drained:
             return RunResult(found, None, [])
-        folder = export(context, found)
+        folder = write_plan(context, found)
         rows = compare(context, found, Plan.load(folder))
         show(context, rows)
         values = [row.to_json(context) for row in rows]

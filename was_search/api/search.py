@@ -19,15 +19,17 @@ from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.notify import announced
-from was_search.api.seed import seed, sensitivity
+from was_search.api.seed import descent_words, seed, seed_identity, sensitivity
 from was_search.api.steered import over_already, written_down
 from was_search.api.warm import warm_seeds
 from was_search.control import LAST_SLOT, Ending, EndingKind, limits_of
+from was_search.descent import DescentOptions
 from was_search.fitness import fitness_identity, fitness_words
 from was_search.metrics import served
 from was_search.progress import StudyProgress
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
+from was_search.settings import Settings
 from was_search.slots import Slot, SlotState, best_slot, tokens_saved
 
 if TYPE_CHECKING:
@@ -159,7 +161,6 @@ def _search(context: Context) -> SearchResult:
 
 def descent_plan(context: Context) -> DescentPlan | None:
     """The descents of the settings, None if there are none."""
-    from was_search.descent import DescentOptions
     from was_workers.descents import DescentPlan
 
     settings = context.settings
@@ -168,7 +169,7 @@ def descent_plan(context: Context) -> DescentPlan | None:
     return DescentPlan(
         epochs=settings.descent_epochs,
         chains=settings.descent_chains,
-        options=DescentOptions(rounds=settings.descent_rounds),
+        options=_descent_options(settings),
         per_round=settings.descent_sequences,
         data=context.slope_tokens,
     )
@@ -186,21 +187,23 @@ def identity(context: Context) -> dict[str, Any]:
         "space": settings.space,
         "radius": settings.radius,
         "seed": settings.seed,
-        "pricing sequences": settings.pricing_sequences,
-        "greedy sequences": settings.greedy_sequences,
-        "slope sequences": settings.slope_sequences,
-        "seed rounds": settings.seed_rounds,
-        "descents": [
-            settings.descent_epochs,
-            settings.descent_chains,
-            settings.descent_rounds,
-            settings.descent_sequences,
-        ],
-        **({"warm start": settings.warm_start} if settings.warm_start else {}),
+        **seed_identity(settings),
+        "descents": _descents_words(settings),
         "search data": search_protocol.to_json(),
         "calibration data": calibration.to_json(),
         **fitness_identity(settings.fitness, settings.kl_top_k),
     }
+
+
+def _descents_words(settings: Settings) -> str:
+    if not settings.descent_epochs:
+        return "none"
+    one = descent_words(_descent_options(settings), settings.descent_sequences)
+    return f"epochs {settings.descent_epochs}, chains {settings.descent_chains}, {one}"
+
+
+def _descent_options(settings: Settings) -> DescentOptions:
+    return DescentOptions(rounds=settings.descent_rounds)
 
 
 def study_name(context: Context) -> str:

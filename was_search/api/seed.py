@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
 from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
+from was_search.settings import Settings
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import Table
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 GREEDY_STEP = 0.0125
 """Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
+
+PRICES = 4
+"""Counts the ways in which prices have been taken; prices of another way are not used."""
 
 SEED_STEP = 0.04
 SEED_MOMENTUM = 0.5
@@ -51,11 +55,34 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
     return [*baseline_seeds(shape, settings.target, greedy), *warm, fisher]
 
 
+def seed_identity(settings: Settings) -> dict[str, Any]:
+    """What decides the seeds besides model, data and target: a part of a study's identity."""
+    greedy = f"sequences {settings.greedy_sequences}, step {GREEDY_STEP:g}"
+    return {
+        "pricing sequences": settings.pricing_sequences,
+        "prices": PRICES,
+        "greedy table": greedy if settings.greedy_sequences else "none",
+        "slope sequences": settings.slope_sequences,
+        "seed descent": descent_words(_descent_options(settings), SEED_SEQUENCES) if settings.seed_rounds else "none",
+        **({"warm start": settings.warm_start} if settings.warm_start else {}),
+    }
+
+
+def descent_words(options: DescentOptions, sequences: int) -> str:
+    """Every number of a descent, for a study's identity."""
+    values = {**vars(options), "sequences": sequences}
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
+
+
+def _descent_options(settings: Settings) -> DescentOptions:
+    return DescentOptions(rounds=settings.seed_rounds, step=SEED_STEP, momentum=SEED_MOMENTUM, average=SEED_AVERAGE)
+
+
 def seed_descent(context: Context, calibration: Calibration, start: FloatArray) -> FloatArray:
     """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``, on one worker."""
     started = time.perf_counter()
     settings, data = context.settings, context.slope_tokens
-    options = DescentOptions(rounds=settings.seed_rounds, step=SEED_STEP, momentum=SEED_MOMENTUM, average=SEED_AVERAGE)
+    options = _descent_options(settings)
     parts = (calibration.key, data.protocol, start, settings.target, vars(options), SEED_SEQUENCES, settings.seed)
     key = content_hash("seed-descent", 2, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
@@ -87,7 +114,7 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
 def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) -> FloatArray:
     """Prices [L, 7, G] in nats per token on the dense model; one backward pass."""
     data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
-    key = content_hash("prices", 4, calibration.key, data.protocol, grid)
+    key = content_hash("prices", PRICES, calibration.key, data.protocol, grid)
     return context.once(key, lambda: _fisher_prices(context, calibration, grid, data, key))
 
 
