@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.security.bounded import bounded
-from was_search.cli import _load_plan
+from was_search.cli_command import load_plan
 from was_search.errors import PlanError
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan, _document_hash
 from was_search.shape import ModelShape
@@ -226,10 +226,10 @@ def test_a_plan_leads_to_no_other_database_cluster_or_address(tmp_path: Path) ->
         "workers": 4000,
         "batch_size": 2,
     }
-    _, base = _load_plan(make_plan(provenance={"settings": settings}).save(tmp_path / "plan"))
+    _, base = load_plan(make_plan(provenance={"settings": settings}).save(tmp_path / "plan"))
     assert base is not None
     assert (base.model, base.batch_size) == ("org/model", 2)
     assert (base.storage, base.ray, base.notify, base.metrics, base.plan) == ("embedded", "auto", "", "", "")
     assert (base.study, base.workers) == ("", 1)
-    _, base = _load_plan(make_plan(provenance={"settings": [1, 2]}).save(tmp_path / "other"))
+    _, base = load_plan(make_plan(provenance={"settings": [1, 2]}).save(tmp_path / "other"))
     assert base is not None and base.model == ""
