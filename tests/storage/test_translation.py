@@ -38,7 +38,7 @@ def _as_sqlalchemy(message: str, code: str | None = None) -> OperationalError:
         ("fe_sendauth: no password supplied", "wants a password"),
         ('FATAL:  no pg_hba.conf entry for host "1.2.3.4"', "pg_hba.conf.*sslmode=require"),
         ("server does not support SSL, but SSL was required", "has no SSL"),
-        ("SSL error: certificate verify failed", "certificate was not accepted"),
+        ("SSL error: certificate verify failed", "not signed by an authority of sslrootcert"),
         ('invalid sslmode value: "yes"', "sslmode must be"),
         ("timeout expired", "does not answer"),
         ("Network is unreachable", "cannot be reached"),
