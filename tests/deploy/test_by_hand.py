@@ -172,6 +172,9 @@ def test_the_guide_leads_from_nothing_to_a_plan(folder: Path, server: TcpServer)
     studies = json.loads(get(f"http://127.0.0.1:{page_port}/api/studies"))
     assert [study["study_name"] for study in studies["study_summaries"]] == ["by-hand"]
     assert "<html" in get(f"http://127.0.0.1:{page_port}/dashboard/")
+    # The proxy is tried by tests/security/test_proxy.py; then comes what a line of the log looks like.
+    assert "nginx" in reader.next("5. Watch", "bash")
+    assert "slot" in reader.next("6. Logs", "json")
     reader.assert_through()
     for path in folder.glob("*.log"):
         assert not any(password in path.read_text(errors="replace") for password in passwords.values()), path.name
