@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class Cut:
     residents: int
 
 
+@lru_cache(maxsize=256)
 def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int) -> Cut:
     """Fill every multiprocessor once, as evenly as whole blocks allow.
 

@@ -111,10 +111,9 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
     Tokens outside the plan's dense prefix have their inputs masked, those of a prompt unless the plan leaves prompts
-    dense; one-token
-    steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any batch).
-    With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to 8 rows over a
-    static cache in five launches. Restore before saving the model or moving its layers to other dtypes.
+    dense; one-token steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any
+    batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to 8 rows
+    over a static cache in five launches. Restore before saving the model or moving its layers to other dtypes.
 
     Args:
         model: a transformers causal language model, or its decoder.
