@@ -10,8 +10,9 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
     """A class for the pool; made here, so that Ray ships it by value.
 
     Files in ``folder`` tell its processes what to do: ``slow-N`` makes the Nth worker (from 0, by its first call)
-    sleep as many seconds as the file says, ``failing-N`` makes it die at every evaluation, restarted or not, until the
-    file is removed. Each evaluation appends a line to ``evaluations``.
+    sleep as many seconds as the file says, ``held-N`` keeps it in its evaluation until the file is removed,
+    ``failing-N`` makes it die at every evaluation, restarted or not, until the file is removed. Each evaluation
+    appends a line to ``evaluations``.
     """
 
     class BowlWorker:
@@ -82,6 +83,8 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
             if failing.exists():
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(float(slow.read_text()) if slow.exists() else seconds)
+            while (folder / f"held-{self.number}").exists():
+                time.sleep(0.05)
             loss = 2.0 + float(np.square(sparsities - 0.6).sum())
             return Evaluation(np.full(4, loss), 400, 0.0, False, sparsities)
 

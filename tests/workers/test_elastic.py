@@ -222,17 +222,23 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
     before = dict(pool.map([("where",)] * 12))
     states: list[PoolState] = []
     drained: list[int] = []
+    held = [tmp_path / "held-0", tmp_path / "held-1"]
 
     def progress(shown: SearchProgress) -> None:
         states.append(shown.pool)
         if shown.current is not None and shown.finished == 8:
+            for file in held:  # a new node takes seconds, the other evaluations of this test as long
+                file.touch()
             add()
-        if shown.current is not None and shown.finished == 14:
+        if not drained and 2 in evaluations(tmp_path):
+            held[1].unlink(missing_ok=True)
             drained.append(len(states))
             drain(nodes, before[0], seconds=60)
+        if shown.pool.draining:
+            held[0].unlink(missing_ok=True)
 
     book = Book(60)
-    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 60.0, 3)
+    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
     loop = SearchLoop(
         book, pool, "data", "histograms", "key",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
