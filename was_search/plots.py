@@ -153,7 +153,8 @@ def progress_figure(
 
 def _records(done: list[Slot]) -> dict[int, None]:
     """Positions of the complete evaluations that were better than all before them, in their order."""
-    best, found = math.inf, {}
+    best = math.inf
+    found: dict[int, None] = {}
     for i, slot in enumerate(done):
         if slot.state is SlotState.COMPLETE and slot.loss_nats is not None and slot.loss_nats < best:
             best = slot.loss_nats

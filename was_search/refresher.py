@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ class Refresher:
     """A thread that calls ``refresh`` after :meth:`changed`; a context manager that ends it.
 
     Between two calls it pauses at least ``least_seconds``, and so long that the calls' processor time stays below the
-    ``share`` of one processor and their duration below ten times that. A call that raises is logged as a warning,
-    the first of a row only, and changes nothing: it is made again at its time.
+    ``share`` of one processor and their duration below ten times that; the first call is not counted, as it imports
+    what it needs. A call that raises is logged as a warning,
+    the first of a row only, and is made again behind the pause.
 
     Args:
         refresh: called in the thread, one call at a time.
@@ -65,12 +67,14 @@ class Refresher:
         self._thread.join(patience_seconds)
 
     def _run(self) -> None:
+        share = math.inf
         while self._wait():
             wall, processor = time.monotonic(), time.thread_time()
-            self.attempt()
+            self._attempt()
             ended = time.monotonic()
             spent = max(time.thread_time() - processor, (ended - wall) / 10.0)
-            self._not_before = ended + max(self._least, spent / self._share)
+            self._not_before = ended + max(self._least, spent / share)
+            share = self._share
 
     def _wait(self) -> bool:
         """Until something has changed and the pause is over; False at the end."""
@@ -83,13 +87,12 @@ class Refresher:
                 self._condition.wait(left if self._changed else None)
             return False
 
-    def attempt(self) -> None:
-        """Call ``refresh``, whatever it raises."""
+    def _attempt(self) -> None:
         try:
             self._refresh()
         except Exception as error:
             if not self._failing:
                 _logger.warning("%s cannot be brought up to date: %s", self._what, error)
-            self._failing = True
+            self._changed = self._failing = True
         else:
             self._failing = False
