@@ -9,8 +9,9 @@ pass through. Each case has its own copy of the database. ``stock`` in front (``
 every worker instead: a process each with its own TPE and RDBStorage, which asks, waits and tells.
 
 busy is the share of the window in which workers evaluated; the window opens once every worker has its first trial.
-A gap is what one worker waited between two trials. Resume is from the process's start (its imports included, torch
-among them) to the first hand-out; Ray has no part in it. CPU is the coordinator process's own, without Postgres'.
+The study's note and plots are kept fresh meanwhile, as in a search; their first refresh imports plotly. A gap is what
+one worker waited between two trials. Resume is from the process's start (its imports included, torch among them) to the
+first hand-out; Ray has no part in it. CPU is the coordinator process's own, without Postgres'.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,27 +47,29 @@ VERSIONS = ("optuna", "sqlalchemy", "psycopg2-binary", "numpy")
 
 @dataclass(frozen=True)
 class Case:
-    """``window`` is in seconds; ``stock`` runs Optuna in every worker."""
+    """``window`` is in seconds; ``stock`` runs Optuna in every worker; ``page`` keeps the dashboard's page fresh."""
 
     workers: int
     seconds: float
     finished: int
     window: float = 0.0
     stock: bool = False
+    page: bool = True
 
     @classmethod
-    def parse(cls, words: str, window: float) -> Case:
+    def parse(cls, words: str, window: float, *, page: bool = True) -> Case:
         """``[stock:]WORKERSxSECONDS:FINISHED``; a window of 0 takes three evaluations, 20 seconds at least."""
         stock, words = words.startswith("stock:"), words.removeprefix("stock:")
         size, _, finished = words.partition(":")
         workers, _, seconds = size.partition("x")
-        return cls(int(workers), float(seconds), int(finished), window or max(20.0, 3.0 * float(seconds)), stock)
+        return cls(int(workers), float(seconds), int(finished), window or max(20.0, 3.0 * float(seconds)), stock, page)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[], metavar="WORKERSxSECONDS:FINISHED")
     parser.add_argument("--window", type=float, default=0.0, help="seconds measured; 0 chooses by the case")
+    parser.add_argument("--no-page", action="store_true", help="leave the study's note and plots unwritten")
     parser.add_argument("--home", type=Path, help="folder of the Postgres server, kept; default a new one")
     parser.add_argument("--label", default="", help="kept in the rows")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -90,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         home.chmod(0o755)
         with EmbeddedServer.start(home / "postgres") as server:
             for words in options.cases:
-                case = Case.parse(words, options.window)
+                case = Case.parse(words, options.window, page=not options.no_page)
                 row = {**measure(server, case), "label": options.label, **conditions()}
                 append_row(options.output, row)
                 print(summary([row]), flush=True)
@@ -128,8 +131,10 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     """The coordinator with virtual workers, in this process."""
     import ray
 
-    from benchmarks.coordinator_study import RADIUS, SHAPE, STUDY, TARGET, open_study, seed
+    from benchmarks.coordinator_study import RADIUS, SHAPE, STUDY, TARGET, open_study, page, seed
     from benchmarks.virtual_pool import VirtualPool, Window
+    from was_search.api.page import LivePage
+    from was_search.refresher import Refresher
     from was_search.sampling import Suggester
     from was_storage.database import Database
     from was_workers.search import SearchLoop, SearchOptions
@@ -173,7 +178,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         return patched_wait(timeout_seconds)
 
     pool.wait = wait  # type: ignore[method-assign]
-    reports: list[int] = []
+    refreshes: list[tuple[float, float]] = []
     with (
         Monitor(url) as monitor,
         mock.patch.object(ray, "put", lambda value: value),
@@ -186,6 +191,14 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         with store.coordinate(STUDY) as book:
             marks["coordinating"] = time.time() - spawned_at
             options = SearchOptions(TARGET, "tpe", RADIUS, 0, True, 0.1, 0.5, 3600.0, 3)
+            live = LivePage(book, page(), book.slots(), {})
+
+            def write() -> None:
+                wall, processor = time.monotonic(), time.thread_time()
+                live.write()
+                refreshes.append((time.monotonic() - wall, time.thread_time() - processor))
+
+            refresher = Refresher(write, "the page")
             data = mock.Mock()
             data.protocol.predicted_tokens = 1
             loop = SearchLoop(
@@ -198,11 +211,12 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
                 seeds=[seed()],
                 options=options,
                 drain=drain,
-                progress=lambda progress: reports.append(progress.finished),
+                progress=lambda progress: live.update(progress) and refresher.changed(),
             )
             marks["loaded"] = time.time() - spawned_at
             started = time.monotonic()
-            loop.run()
+            with refresher if case.page else nullcontext():
+                loop.run()
         resumed = marks["loaded"] + ((pool.first_submit or started) - started)
     window = measured["window"]
     length = window.end - window.start
@@ -222,6 +236,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         "statements_per_trial": measured["counts"].get("statements", 0) / trials,
         "commits_per_trial": measured["counts"].get("commits", 0) / trials,
         "connections": monitor.most,
+        "page_refreshes": [{"seconds": wall, "cpu_seconds": cpu} for wall, cpu in refreshes],
         "resume_seconds": resumed,
         "resume_marks": marks,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -354,7 +369,7 @@ def conditions() -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """A line a row, oldest first."""
-    head = "| label | workers x s | finished | busy | trials/s | gap p50 / p95 / max | suggest | CPU/trial | statements | commits | connections | resume | RSS |"  # noqa: E501
+    head = "| label | workers x s | finished | busy | trials/s | gap p50 / p95 / max | suggest | CPU/trial | statements | commits | connections | page: refreshes, CPU of the last | resume | RSS |"  # noqa: E501
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for row in rows:
         case, gap, suggest = row["case"], row.get("gap_seconds"), row["suggest_seconds"]
@@ -370,11 +385,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
             f"{row['statements_per_trial']:.1f}" if "statements_per_trial" in row else "",
             f"{row['commits_per_trial']:.1f}",
             str(row["connections"]),
+            _page(row.get("page_refreshes", [])),
             f"{row['resume_seconds']:.1f} s" if "resume_seconds" in row else "",
             f"{row['peak_rss_mib']:.0f} MiB" if "peak_rss_mib" in row else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _page(refreshes: list[dict[str, float]]) -> str:
+    return f"{len(refreshes)}, {_ms(refreshes[-1]['cpu_seconds'])}" if refreshes else ""
 
 
 def _ms(seconds: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.virtual_pool import SEQUENCES, TOKENS
+from was_search.page import StudyPage
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import SlotState
@@ -30,6 +31,12 @@ def seed() -> Seed:
 
 def space() -> LevelSpace:
     return LevelSpace(SHAPE, uniform_table(SHAPE), np.full(BLOCKS, TARGET), TARGET, RADIUS)
+
+
+def page() -> StudyPage:
+    """Of the study, as a search shows it in optuna-dashboard."""
+    seeds = {"uniform": np.full(BLOCKS, TARGET)}
+    return StudyPage(STUDY, TARGET, "nll", 64, "virtual [search]", seeds, np.full((BLOCKS, 7), 1e-3), {})
 
 
 def open_study(database: Database, n_slots: int) -> StudyStore:

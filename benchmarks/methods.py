@@ -177,27 +177,38 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
 
 EPOCHS, CHAINS, PER_ROUND, KL_TOP_K = 2, 2, 24, 64
 """Those of ``was_search.settings.Settings``."""
+CHAIN_STEPS = (DescentOptions.step,) * CHAINS
 
 
-def _descent(task: Task, ledger: Ledger) -> None:
-    descents(task, ledger)
+def descent(steps: tuple[float, ...] = CHAIN_STEPS, *, half_way: bool = False) -> Run:
+    def run(task: Task, ledger: Ledger) -> None:
+        descents(task, ledger, steps, half_way=half_way)
+
+    return run
 
 
-def descents(task: Task, ledger: Ledger) -> Score:
-    """The search's descents: from the best seed, then from the best of what they gave, with half the step."""
+def descents(task: Task, ledger: Ledger, steps: tuple[float, ...] = CHAIN_STEPS, *, half_way: bool = False) -> Score:
+    """The search's descents: from the best seed, then from the best of what they gave, with half the steps.
+
+    Args:
+        steps: of each chain's first round in the first epoch.
+        half_way: evaluate the point between start and mean of the ends as well.
+    """
     scores, best = start(task, ledger)
     incumbent = scores[best]
     per_round = min(PER_ROUND, len(task.engine.data["slope"].tokens))
     for epoch in range(EPOCHS):
-        options = DescentOptions(rounds=24, step=DescentOptions.step * 0.5**epoch)
-        found = []
-        for chain in range(CHAINS):
+        before, found = incumbent.sparsities, []
+        for chain, step in enumerate(steps):
+            options = DescentOptions(rounds=24, step=step * 0.5**epoch)
             ledger.spend(3 * options.rounds * per_round * ledger.tokens_per_sequence)
             seed = int(np.random.SeedSequence([task.seed, epoch, chain]).generate_state(1)[0])
-            end = task.engine.descend(task.histograms, incumbent.sparsities, task.target, options, per_round, seed)
+            end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)
             found.append(ledger.evaluate(end))
         mean = np.mean([score.sparsities for score in found], axis=0)
         found.append(ledger.evaluate(onto_budget(mean, task.shape, task.target)))
+        if half_way:
+            found.append(ledger.evaluate(onto_budget((before + mean) / 2.0, task.shape, task.target)))
         incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
     return incumbent
 
@@ -274,14 +285,14 @@ register(
     )
 )
 register(Method("evolution", _evolution, spaces=("levels", "full"), settings=EvolutionSettings().to_json()))
-_DESCENT = {"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))}
-register(Method("descent", _descent, spaces=("-",), settings=_DESCENT, most_evaluations=120, seconds=1.0))
+DESCENT = {"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))}
+register(Method("descent", descent(), spaces=("-",), settings=DESCENT, most_evaluations=120, seconds=1.0))
 register(
     Method(
         "descent-kl",
-        _descent,
+        descent(),
         spaces=("-",),
-        settings={**_DESCENT, "fitness": "kl", "top_k": KL_TOP_K},
+        settings={**DESCENT, "fitness": "kl", "top_k": KL_TOP_K},
         most_evaluations=120,
         seconds=1.0,
         fitness="kl",

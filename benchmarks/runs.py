@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import benchmarks.racing  # noqa: F401 - registers its methods
+import benchmarks.descent_steps
+import benchmarks.racing  # noqa: F401 - likewise
 from benchmarks.ledger import Ledger, OutOfTime
 from benchmarks.methods import METHODS, Task, run_method
 from benchmarks.problem import Engine, Problem, Setup

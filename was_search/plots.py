@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,8 +14,11 @@ from was_search.protocol import perplexity
 from was_search.shape import PROJECTIONS, FloatArray
 from was_search.slots import Slot, SlotState, tokens_saved
 
-MAX_BARS = 2000
-"""Evaluations in the timeline, the latest ones: a page of more is slow."""
+MAX_BARS = 1000
+"""Evaluations in the timeline, the latest ones: a page of more is slow, and so is writing it again and again."""
+
+MAX_POINTS = 2000
+"""Evaluations in other plots, spread over all of them."""
 
 _STATES = {
     SlotState.COMPLETE: ("complete", "#2a6fbb"),
@@ -80,46 +83,83 @@ def sensitivity_figure(sensitivity: FloatArray, sparsities: FloatArray, target: 
     return figure
 
 
-def progress_figure(slots: list[Slot], fitness: FitnessName = "nll") -> Any:
-    """Perplexity on the search split against evaluations, in the order in which they finished; a plotly Figure.
+def progress_figure(
+    slots: list[Slot], fitness: FitnessName = "nll", against: Literal["evaluations", "time"] = "evaluations"
+) -> Any:
+    """Perplexity on the search split in the order in which evaluations finished, the best and the seeds' beside it.
 
-    With the fitness ``kl`` the divergence itself, in nats per token.
+    Against their number or, in UTC, against time, where pauses and interruptions show. With the fitness ``kl`` the
+    divergence itself, in nats per token. Of more than :data:`MAX_POINTS` evaluations those that made a new best are
+    shown, and every so manyth of the others. A plotly Figure.
     """
     import plotly.graph_objects as go
 
-    def shown(loss_nats: float) -> float:
-        return perplexity(loss_nats) if fitness == "nll" else loss_nats
+    def shown(loss_nats: float | None) -> float:
+        loss = 0.0 if loss_nats is None else loss_nats
+        return round(perplexity(loss) if fitness == "nll" else loss, 5)
 
     quantity = "perplexity" if fitness == "nll" else "KL to the dense model, nats per token"
     done = [s for s in slots if s.state.finished and s.loss_nats is not None and math.isfinite(s.loss_nats)]
+    if against == "time":
+        done = [s for s in done if s.finished_at is not None]
     done.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
+
+    def at(positions: list[int]) -> list[Any]:
+        return [_utc(done[i].finished_at) if against == "time" else i + 1 for i in positions]
+
+    records = _records(done)
+    every = -(-len(done) // MAX_POINTS)
     figure = go.Figure()
     for state, label, symbol in (
         (SlotState.COMPLETE, "complete", "circle"),
         (SlotState.STOPPED, "stopped early (mean so far)", "x"),
     ):
-        points = [(i, s) for i, s in enumerate(done) if s.state is state]
+        points = [i for i, s in enumerate(done) if s.state is state and (i % every == 0 or i in records)]
         figure.add_scatter(
-            x=[i + 1 for i, _ in points],
-            y=[round(shown(s.loss_nats or 0.0), 5) for _, s in points],
-            text=[f"slot {s.number}, {s.origin}" for _, s in points],
+            x=at(points),
+            y=[shown(done[i].loss_nats) for i in points],
+            text=[f"slot {done[i].number}, {done[i].origin}" for i in points],
             mode="markers",
-            marker={"symbol": symbol},
+            marker={"symbol": symbol, "color": _STATES[state][1], "opacity": 0.7},
             name=label,
         )
-    best, trace = math.inf, []
-    for s in done:
-        if s.state is SlotState.COMPLETE and s.loss_nats is not None:
-            best = min(best, shown(s.loss_nats))
-        trace.append(best if math.isfinite(best) else None)
-    figure.add_scatter(x=list(range(1, len(done) + 1)), y=trace, mode="lines", line={"shape": "hv"}, name="best")
+    steps = [i for i in records if math.isfinite(shown(done[i].loss_nats))]
+    figure.add_scatter(
+        x=at(steps + [len(done) - 1] * bool(steps)),
+        y=[shown(done[i].loss_nats) for i in steps] + [shown(done[i].loss_nats) for i in steps[-1:]],
+        mode="lines",
+        line={"shape": "hv", "color": _COLOURS["best"]},
+        name="best",
+    )
+    for name, label in (("uniform", "uniform"), ("fisher", "fisher seed")):
+        found = [s for s in done if s.origin == f"seed:{name}" and s.state is SlotState.COMPLETE]
+        if found:
+            figure.add_scatter(
+                x=at([0, len(done) - 1]),
+                y=[shown(found[0].loss_nats)] * 2,
+                mode="lines",
+                line={"dash": "dot", "color": _COLOURS[name]},
+                name=label,
+            )
+    left_out = f", one in {every} of {len(done)} evaluations" if every > 1 else ""
     figure.update_layout(
-        title=f"{quantity[0].upper()}{quantity[1:]} on the search split",
-        xaxis_title="evaluations",
+        title=f"{quantity[0].upper()}{quantity[1:]} on the search split{left_out}",
+        xaxis={"type": "date", "title": "UTC"} if against == "time" else {"title": "evaluations"},
         yaxis_title=quantity,
         template="plotly_white",
     )
     return figure
+
+
+def _records(done: list[Slot]) -> dict[int, None]:
+    """Positions of the complete evaluations that were better than all before them, in their order."""
+    best = math.inf
+    found: dict[int, None] = {}
+    for i, slot in enumerate(done):
+        if slot.state is SlotState.COMPLETE and slot.loss_nats is not None and slot.loss_nats < best:
+            best = slot.loss_nats
+            found[i] = None
+    return found
 
 
 def timeline_figure(slots: list[Slot]) -> Any:
@@ -169,12 +209,14 @@ def savings_figure(slots: list[Slot]) -> Any:
     done.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
     read = np.cumsum([0, *(0 if s.losses is None else len(s.losses) for s in done)])
     full = max((len(s.losses) for s in done if s.losses is not None), default=0) * np.arange(len(done) + 1)
-    x = list(range(len(done) + 1))
+    every = -(-len(read) // MAX_POINTS)
+    shown = sorted({*range(0, len(read), every), len(read) - 1})
     figure = go.Figure()
-    figure.add_scatter(x=x, y=full.tolist(), mode="lines", line={"dash": "dot", "color": "#999999"}, name="in full")
-    figure.add_scatter(
-        x=x, y=read.tolist(), mode="lines", fill="tonexty", line={"color": _COLOURS["best"]}, name="read"
-    )
+    for values, name, style in (
+        (full, "in full", {"line": {"dash": "dot", "color": "#999999"}}),
+        (read, "read", {"line": {"color": _COLOURS["best"]}, "fill": "tonexty"}),
+    ):
+        figure.add_scatter(x=shown, y=values[shown].tolist(), mode="lines", name=name, **style)
     figure.update_layout(
         title=f"{100 * tokens_saved(slots):.0f} % of the tokens saved by stopping early",
         xaxis_title="evaluations",

@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 
 from was_search.errors import ResourceError, StudyError
 from was_storage.database import Database
+from was_storage.study_page import write_by_api
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -34,28 +35,16 @@ def annotate(storage: BaseStorage, study: str, *, note: str | None, figures: Map
         storage: Optuna's, as :meth:`was_storage.database.Database.optuna_storage` gives it.
         study: the study's name.
         note: replaces the study's note; None leaves it.
-        figures: plotly figures by id: letters, digits, ``-``, ``_``, ``:`` and ``.``.
+        figures: plotly figures by id: letters, digits, ``-``, ``_`` and ``.``.
 
     Raises:
         StudyError: there is no such study, or a figure's id has other characters.
     """
-    from optuna_dashboard import get_note, save_note, save_plotly_graph_object
-    from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
-
     try:
-        found = optuna.load_study(study_name=study, storage=storage)
+        study_id = storage.get_study_id_from_name(study)
     except KeyError as error:
         raise StudyError(f"study {study!r} has no Optuna study in this database") from error
-    if note is not None and get_note(found) != note:
-        save_note(found, note)
-    saved = get_plotly_graph_objects(found._storage.get_study_system_attrs(found._study_id))
-    for name, figure in figures.items():
-        if saved.get(name) == figure.to_json():
-            continue
-        try:
-            save_plotly_graph_object(found, figure, graph_object_id=name)
-        except ValueError as error:
-            raise StudyError(f"figure {name!r}: an id has letters, digits, '-', '_', ':' and '.' only") from error
+    write_by_api(storage, study_id, note, {name: figure.to_json() for name, figure in figures.items()})
 
 
 class DashboardServer(ThreadingMixIn, WSGIServer):

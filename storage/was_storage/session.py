@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from was_search.errors import StudyError
 from was_search.hand_out import HandOut, Result
 from was_search.logs import event
 from was_search.slots import Slot, SlotState
-from was_storage import batches, optuna_rows, optuna_study, reconcile, slot_rows, trials
+from was_storage import batches, optuna_rows, optuna_study, reconcile, slot_rows, study_page, trials
 from was_storage.database import Database
 from was_storage.fence import Fence
 from was_storage.plain import plain
@@ -115,6 +116,20 @@ class CoordinatorSession:
             trials.finished_trial(trials.slot_from_row(row), trials.distributions_from_json(row.distributions))
             for row in finished
         ]
+
+    def finished_since(self, moment: datetime | None) -> list[Slot]:
+        """Slots that finished at ``moment`` or later, all finished ones for None, by number."""
+        with self._database.begin() as connection:
+            return slot_rows.read_slots(connection, self._study_id, finished_since=moment, finished=True)
+
+    def show(self, note: str, figures: Mapping[str, str]) -> None:
+        """Show ``note`` and ``figures`` on the study's page in optuna-dashboard; see :mod:`was_storage.study_page`.
+
+        One short transaction: nothing else is written meanwhile. Where Optuna's tables are of a revision that we do
+        not know, its API is used.
+        """
+        with self._fence.transaction() as connection:
+            study_page.show(connection, self._database, self.optuna_study_id, note, figures)
 
     def propose(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, select, text, update
@@ -53,11 +54,20 @@ def read_all(connection: Connection, study_id: int, *, proposed: bool = False) -
     return connection.execute(query).all()
 
 
-def read_slots(connection: Connection, study_id: int) -> list[Slot]:
-    """All slots by number, without what only storage needs; arrays travel in binary, ten times as fast as text."""
+def read_slots(
+    connection: Connection, study_id: int, *, finished: bool = False, finished_since: datetime | None = None
+) -> list[Slot]:
+    """All slots by number, without what only storage needs; arrays travel in binary, ten times as fast as text.
+
+    With ``finished`` those that have finished, with ``finished_since`` at that moment or later.
+    """
     columns = [column for column in slot.c if column.name not in (*_ARRAYS, "distributions", "attrs")]
     arrays = [func.array_send(slot.c[name]).label(name) for name in _ARRAYS]
     query = select(*columns, *arrays).where(slot.c.study_id == study_id).order_by(slot.c.number)
+    if finished:
+        query = query.where(slot.c.state.in_([str(state) for state in SlotState if state.finished]))
+    if finished_since is not None:
+        query = query.where(slot.c.finished_at >= finished_since)
     return [slot_from_row(row) for row in connection.execute(query)]
 
 

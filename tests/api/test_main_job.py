@@ -27,7 +27,7 @@ from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
 from was_search.protocol import content_hash
 from was_search.structure import find_structure
-from was_storage import dashboard
+from was_storage import study_page
 from was_storage.plan_files import PlanFiles
 from was_storage.studies import StudyStore
 
@@ -157,7 +157,7 @@ def test_a_study_of_another_seed_recipe_is_refused(made, monkeypatch) -> None:
 def test_the_dashboards_note_and_figures_are_written_once(made, monkeypatch) -> None:
     settings, _ = made
     written: list[str] = []
-    monkeypatch.setattr(dashboard, "annotate", lambda storage, study, *, note, figures: written.append(note))
+    monkeypatch.setattr(study_page, "show_idle", lambda database, study, note, figures: written.append(note))
     with Context(settings) as context:
         run(context)
     (note,) = written
@@ -175,7 +175,7 @@ def test_the_dashboards_trials_carry_what_people_look_for(made, database) -> Non
         study.system_attrs if hasattr(study, "system_attrs") else study._storage.get_study_system_attrs(study._study_id)
     )
     assert any(key.startswith("dashboard:note") for key in keys)
-    for name in ("sensitivity", "levels", "progress", "timeline", "tokens-saved"):
+    for name in ("sensitivity", "levels", "progress", "progress-time", "timeline", "tokens-saved"):
         assert any(name in key for key in keys), name
     (artifact,) = get_all_artifact_meta(study)
     with zipfile.ZipFile(PlanFiles(database).open_reader(artifact.artifact_id)) as packed:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -42,14 +43,15 @@ def test_progress_runs_in_the_order_of_finishing():
         "slot 0, sampler:tpe",
     ]
     assert list(found["stopped early (mean so far)"].x) == [2]
-    # A stopped trial's running mean is never the best, though it is lower here.
-    np.testing.assert_allclose(found["best"].y, np.exp([3.0, 3.0, 2.2, 2.0]))
+    # A stopped trial's running mean is never the best, though it is lower here. A step where the best changed.
+    assert list(found["best"].x) == [1, 3, 4, 4]
+    np.testing.assert_allclose(found["best"].y, np.exp([3.0, 2.2, 2.0, 2.0]), atol=1e-5)
 
 
 def test_before_the_first_complete_trial_there_is_no_best():
     found = traces(progress_figure([slot(0, 1, 2.0, SlotState.STOPPED), slot(1, 2, 2.5)]))
-    assert found["best"].y[0] is None
-    assert found["best"].y[1] == pytest.approx(math.exp(2.5))
+    assert list(found["best"].x) == [2, 2]
+    assert found["best"].y[0] == pytest.approx(math.exp(2.5), abs=1e-5)
 
 
 @pytest.mark.parametrize("slots", [[], [slot(0, None, None, SlotState.WAITING)]])
@@ -65,7 +67,7 @@ def test_slots_without_a_time_come_last_by_number():
 def test_losses_beyond_every_perplexity():
     found = traces(progress_figure([slot(0, 1, 5000.0), slot(1, 2, 1.0)]))
     assert found["complete"].y[0] == math.inf
-    assert found["best"].y[0] is None
+    assert list(found["best"].x) == [2, 2]
     traces(progress_figure([slot(0, 1, math.nan)]))
 
 
@@ -73,9 +75,47 @@ def test_a_divergence_is_shown_as_it_is():
     figure = progress_figure([slot(0, 1, 0.25), slot(1, 2, 0.2)], "kl")
     found = traces(figure)
     assert list(found["complete"].y) == [0.25, 0.2]
-    assert list(found["best"].y) == [0.25, 0.2]
+    assert list(found["best"].y) == [0.25, 0.2, 0.2]
     assert figure.layout.yaxis.title.text == "KL to the dense model, nats per token"
     assert progress_figure([]).layout.title.text == "Perplexity on the search split"
+
+
+def seeded(number: int, minute: int, loss: float, name: str) -> Slot:
+    return dataclasses.replace(slot(number, minute, loss), origin=f"seed:{name}")
+
+
+def test_the_seeds_losses_are_lines_across():
+    slots = [seeded(0, 1, 3.0, "uniform"), seeded(1, 2, 2.5, "fisher"), slot(2, 3, 2.4), slot(3, 9, 2.0)]
+    found = traces(progress_figure(slots))
+    for name, loss in (("uniform", 3.0), ("fisher seed", 2.5)):
+        assert list(found[name].x) == [1, 4]
+        np.testing.assert_allclose(found[name].y, np.exp([loss, loss]), atol=1e-5)
+    assert "uniform" not in traces(progress_figure(slots[2:]))
+
+
+def test_progress_against_time():
+    slots = [slot(0, 5, 2.0), slot(1, 1, 3.0), slot(2, None, 1.0)]
+    slots = [dataclasses.replace(s, finished_at=s.finished_at and s.finished_at.replace(tzinfo=UTC)) for s in slots]
+    figure = progress_figure(slots, against="time")
+    found = traces(figure)
+    assert list(found["complete"].x) == ["2025-01-01T00:01:00.000", "2025-01-01T00:05:00.000"]
+    assert list(found["best"].x) == ["2025-01-01T00:01:00.000", "2025-01-01T00:05:00.000", "2025-01-01T00:05:00.000"]
+    assert figure.layout.xaxis.title.text == "UTC"
+
+
+def test_of_a_long_study_every_best_is_shown_and_some_of_the_others(monkeypatch):
+    monkeypatch.setattr(plots, "MAX_POINTS", 10)
+    losses = [5.0 + i % 3 for i in range(95)]
+    losses[33] = 1.0
+    slots = [slot(i, i, loss) for i, loss in enumerate(losses)]
+    figure = progress_figure(slots)
+    found = traces(figure)
+    assert list(found["complete"].x) == sorted([34, *range(1, 96, 10)])
+    assert list(found["best"].x) == [1, 34, 95]
+    assert "one in 10 of 95 evaluations" in figure.layout.title.text
+    read = traces(savings_figure([dataclasses.replace(s, losses=np.ones(4)) for s in slots]))["read"]
+    assert list(read.x) == [*range(0, 96, 10), 95]
+    assert list(read.y) == [4 * i for i in read.x]
 
 
 def test_levels_of_the_best_beside_the_seeds():

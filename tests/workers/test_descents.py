@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import ray
 
 from tests.workers.steady_pool import SteadyPool
 from tests.workers.test_search_loop import SHAPE, Book, evaluation, seeds
+from was_search.control import Limits
 from was_search.descent import DescentOptions, descend
 from was_search.errors import ModelError, TransientError
 from was_search.slots import SlotState
@@ -74,7 +76,7 @@ class Pool(SteadyPool):
 def run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray, "put", lambda value: value)
 
-    def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None):
+    def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more):
         plan = DescentPlan(epochs, chains, DescentOptions(rounds=12), 4, DATA)
         options = SearchOptions(
             target=0.6,
@@ -87,6 +89,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
             trial_timeout=60.0,
             max_attempts=3,
             descents=plan,
+            **more,
         )
         loop = SearchLoop(
             book,
@@ -177,6 +180,55 @@ def test_with_few_slots_the_mean_comes_first(run):
 def test_one_chain_has_no_mean(run):
     slots = run(Book(5), Pool(), epochs=1, chains=1)
     assert [slot.origin for slot in slots[3:]] == ["descent:0:0", "sampler:tpe"]
+
+
+class Endless(Pool):
+    """Its descents never end by themselves: all evaluations do."""
+
+    abandoned = 0
+    n_loaded = 2
+    gpus_per_worker = 0.0
+
+    def wait(self, timeout_seconds):
+        evaluations = deque(call for call in self.given if call[1] == "evaluate")
+        if not evaluations:
+            time.sleep(0.01)
+            return []
+        self.given.remove(evaluations[0])
+        rest, self.given = self.given, deque([evaluations[0]])
+        outcomes = super().wait(timeout_seconds)
+        self.given = rest
+        return outcomes
+
+    def abandon(self):
+        self.abandoned += 1
+        self.given.clear()
+
+
+@pytest.mark.parametrize("how", ["limit", "drain"])
+def test_the_end_of_a_search_does_not_wait_for_a_descent(run, how):
+    """Its worker is free for what comes next, and a later run descends from the same vector."""
+    book, pool, drain = Book(12), Endless(), threading.Event()
+
+    def progress(shown):
+        if shown.activity and how == "drain":
+            drain.set()
+
+    limits = Limits(max_seconds=0.5 if how == "limit" else 0.0)
+    slots = run(book, pool, drain=drain, progress=progress, limits=limits)
+    assert pool.abandoned == 1
+    assert pool.n_idle == 2
+    assert [slot.state for slot in slots[3:]] == [SlotState.WAITING] * 9
+    again, undisturbed = run(book, Pool()), run(Book(12), Pool())
+    for ours, theirs in zip(again[:9], undisturbed[:9], strict=True):
+        np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)
+
+
+def test_workers_are_left_alone_where_no_descent_is_under_way(run):
+    pool = Endless()
+    slots = run(Book(5), pool, epochs=0)
+    assert pool.abandoned == 0
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
 
 
 def test_what_goes_on_is_shown_once(run):

@@ -16,7 +16,8 @@ from was_search import __version__
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.divergence import dense_top, dense_top_key
-from was_search.api.search import SearchResult, report_study
+from was_search.api.page import report_study
+from was_search.api.search import SearchResult
 from was_search.errors import StorageError, StudyError
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, content_hash, perplexity
@@ -168,7 +169,7 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     """
     result = result or stored_result(context)
     folder = write_plan(context, result)
-    report_study(context, result, calibrate(context))
+    report_study(context, result.study, result.seeds, calibrate(context))
     return folder
 
 

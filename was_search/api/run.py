@@ -13,7 +13,8 @@ from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.export import Figures, Request, measure, write_plan
 from was_search.api.notify import announced
-from was_search.api.search import SearchResult, report_study, search
+from was_search.api.page import report_study
+from was_search.api.search import SearchResult, search
 from was_search.plan import Plan
 from was_search.protocol import perplexity
 from was_search.report import GAP_MEANING, gap_nats, interval_json
@@ -171,7 +172,7 @@ def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]])
 
     store = StudyStore(context.database)
     store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
-    report_study(context, found, calibrate(context))
+    report_study(context, found.study, found.seeds, calibrate(context))
 
 
 def narrow(interval: Interval | None) -> str:

@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from was_search import logs
-from was_search.api.calibrate import Calibration, calibrate, operating_point
+from was_search.api.calibrate import calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.notify import announced
-from was_search.api.seed import descent_words, seed, seed_identity, sensitivity
+from was_search.api.page import LivePage, kept_fresh, study_page
+from was_search.api.seed import descent_words, seed, seed_identity
 from was_search.api.steered import over_already, written_down
 from was_search.api.warm import warm_seeds
 from was_search.control import LAST_SLOT, Ending, EndingKind, limits_of
 from was_search.descent import DescentOptions
-from was_search.fitness import fitness_identity, fitness_words
+from was_search.fitness import fitness_identity
 from was_search.metrics import served
+from was_search.page import tally
 from was_search.progress import StudyProgress
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.settings import Settings
-from was_search.slots import Slot, SlotState, best_slot, tokens_saved
+from was_search.slots import Slot, SlotState, best_slot
 
 if TYPE_CHECKING:
     from was_workers.descents import DescentPlan
@@ -85,7 +85,7 @@ def _search(context: Context) -> SearchResult:
     if context.announcement is not None:
         context.announcement.study = name
     store = StudyStore(context.database)
-    store.open_or_create(
+    record = store.open_or_create(
         name,
         identity=identity(context),
         config=settings.to_json(),
@@ -100,7 +100,7 @@ def _search(context: Context) -> SearchResult:
         ending = over_already(context, book, slots)
         if ending is not None:
             result = SearchResult(name, slots, seeds, drained=False, ending=ending)
-            words = _tally(result) + (f"; {ending}" if ending.detail else "")
+            words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")
             context.reporter.cached("search", f"study {name}, {words}", time.perf_counter() - started)
             return result
 
@@ -126,8 +126,10 @@ def _search(context: Context) -> SearchResult:
         )
         top = dense_top(context)
         pool = context.pool
+        page = LivePage(book, study_page(context, name, seeds, calibration), slots, record.report)
         with (
             written_down(context, book, asked_since) as run,
+            kept_fresh(page, run) as refresher,
             context.reporter.search(name, data.protocol.describe(), settings.fitness) as show,
             served(settings.metrics, name) as measure,
         ):
@@ -135,6 +137,8 @@ def _search(context: Context) -> SearchResult:
             def progress(state: StudyProgress) -> None:
                 show(state)
                 measure(state)
+                if page.update(state):
+                    refresher.changed()
 
             loop = SearchLoop(
                 book,
@@ -155,7 +159,6 @@ def _search(context: Context) -> SearchResult:
     result = SearchResult(name, slots, seeds, drained=loop.ending.interrupted, ending=loop.ending)
     if loop.ending.kind is EndingKind.STOPPED:
         context.reporter.note(f"search {loop.ending}; {result.count(SlotState.WAITING)} trial(s) were never begun")
-    report_study(context, result, calibration)
     return result
 
 
@@ -218,67 +221,6 @@ def study_name(context: Context) -> str:
 def model_label(context: Context) -> str:
     """The model's name as it may stand in a study's name and a folder's."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
-
-
-def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
-    """Write the note and the plots that optuna-dashboard shows."""
-    from was_search.plots import (
-        levels_figure,
-        progress_figure,
-        savings_figure,
-        sensitivity_figure,
-        timeline_figure,
-    )
-    from was_storage.dashboard import annotate
-
-    best = result.best
-    if best is None or best.levels is None or best.sparsities is None:
-        return
-    levels = {seed.name: seed.levels for seed in result.seeds}
-    figures = {
-        "sensitivity": sensitivity_figure(sensitivity(context, calibration), best.sparsities, context.settings.target),
-        "levels": levels_figure(best.levels, levels, context.settings.target),
-        "progress": progress_figure(result.slots, context.settings.fitness),
-        "timeline": timeline_figure(result.slots),
-        "tokens-saved": savings_figure(result.slots),
-    }
-    annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
-
-
-def _note(context: Context, result: SearchResult, best: Slot) -> str:
-    import json
-
-    from was_search.report import note_lines
-    from was_storage.studies import StudyStore
-
-    assert best.loss_nats is not None
-    exported = "\n".join(note_lines(StudyStore(context.database).get(result.study).report))
-    settings = json.dumps(context.settings.to_json(), indent=2)
-    fitness, top_k = context.settings.fitness, context.settings.kl_top_k
-    objective = {
-        "nll": "The objective is the mean loss in nats per token",
-        "kl": (
-            "The objective is the divergence (KL) from the dense model's predictions in nats per token, over its "
-            f"likeliest {top_k} tokens and all others together; perplexity is of the text"
-        ),
-    }
-    return (
-        f"# {result.study}\n\n"
-        f"{_tally(result)}. Best: slot {best.number}, "
-        f"{fitness_words(fitness, best.loss_nats, best.nll_nats)}, on {context.tokens('search').protocol.describe()}; "
-        f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
-        f"{objective[fitness]}. Trials `PRUNED` were stopped early: their first sequences "
-        f"showed that the best was better, or that most trials did better.\n\n"
-        f"{exported}\n## Settings\n\n```json\n{settings}\n```\n"
-    )
-
-
-def _tally(result: SearchResult) -> str:
-    return (
-        f"{len(result.slots)} slots: {result.count(SlotState.COMPLETE)} complete, "
-        f"{result.count(SlotState.STOPPED)} stopped early ({100 * tokens_saved(result.slots):.0f} % of the tokens "
-        f"saved), {result.count(SlotState.FAILED)} failed"
-    )
 
 
 @contextmanager

@@ -148,6 +148,16 @@ class Descents:
             self._running[self._pool.submit(*call, deadline_seconds=self._deadline)] = chain
         return len(self._waiting) < waiting
 
+    def abandon(self) -> bool:
+        """Give up the chains that have not ended; whether any is on a worker, whose call the caller must end.
+
+        A later run of the study descends from the same vector again.
+        """
+        on_workers = bool(self._running)
+        self._running.clear()
+        self._waiting.clear()
+        return on_workers
+
     def owns(self, ticket: int) -> bool:
         return ticket in self._running
 

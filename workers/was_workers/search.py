@@ -133,6 +133,8 @@ class SearchLoop:
         except Exception as error:
             self._put_back(f"the search stopped: {_first_line(error)}")
             raise
+        if self._descents is not None and self._descents.abandon():
+            self._pool.abandon()  # nothing else is in flight; what comes next would wait for them
         self._steering.beat()
         slots = self._book.slots()
         if self._steering.ending is not None and not all(slot.state.finished for slot in slots):
