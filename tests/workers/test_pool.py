@@ -18,9 +18,13 @@ from tests.workers.bowl_worker import bowl_worker
 from was_search import __version__
 from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
 from was_search.worker_range import WorkerRange
+from was_workers.calls import PREPARE, Call, Calls, Ending
 from was_workers.cluster import Cluster, connect
-from was_workers.members import PREPARE, Call, Member
+from was_workers.crew import PREPARE_SECONDS, Crew
+from was_workers.members import Member
 from was_workers.pool import Pool
+from was_workers.size import fitting
+from was_workers.threads import ThreadShare
 from was_workers.worker import Place, WorkerInfo, WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -147,7 +151,7 @@ def until_idle(pool: Pool, n: int) -> None:
     end = time.monotonic() + 240
     while pool.n_idle != n or pool.n_loaded != n:
         assert time.monotonic() < end
-        pool._ready = pool.wait(0.2)
+        pool.turn(0.2)
 
 
 def alive(pid: int) -> bool:
@@ -212,13 +216,13 @@ def test_a_worker_that_dies_while_it_is_about_to_go_is_not_restarted(pool, tmp_p
     opened.submit("nap", 600.0)
     ticket = opened.submit("once", tmp_path / "killed", "kill")
     opened.resize(1)
-    leaving = [member for member in opened._members if member.leaving]
+    leaving = [member for member in opened._crew.members if member.leaving]
     lost = []
     while not lost:
         lost = opened.wait(1.0)
     assert [(outcome.ticket, outcome.lost) for outcome in lost] == [(ticket, True)]
     assert opened.n_workers == 1
-    assert len(opened._members) == (1 if leaving[0].info.name in lost[0].worker else 2)
+    assert len(opened._crew.members) == (1 if leaving[0].info.name in lost[0].worker else 2)
 
 
 def test_abandoned_calls_never_come_back_and_the_workers_do(pool) -> None:
@@ -259,16 +263,15 @@ def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
 
 def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
-    opened = object.__new__(Pool)
+    crew = Crew(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
     member = Member(0, None)
-    opened._members, opened._recovering, opened._ready = [member], [], []
-    call = Call(member, PREPARE, 0.0)
+    ending = Ending(Call(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
     for _ in range(100):
-        opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
+        crew.settle(ending)
     assert member.failures == 0
-    assert len(opened._recovering) == 100
-    member.restarting_since -= pool_module._PREPARE_SECONDS
-    opened._lost(call, ActorUnavailableError("The actor is restarting.", None))
+    assert len(crew._recovering) == 100
+    member.restarting_since -= PREPARE_SECONDS
+    crew.settle(ending)
     assert member.failures == 1
 
 
@@ -276,7 +279,7 @@ def test_a_machines_processors_are_divided_anew_when_the_pool_changes(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pool_module, "Worker", bowl_worker(tmp_path))
-    monkeypatch.setattr(pool_module.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
     with Pool(cluster, WorkerSpec("m", "", "float32", "cpu", "l2"), n_workers=2, gpus_per_worker=0.0) as pool:
         until_idle(pool, 2)
         assert set(pool.map([("threads",)] * 6)) == {0}, "torch's own choice, as nobody asked"
@@ -292,14 +295,11 @@ def test_a_machines_processors_are_divided_anew_when_the_pool_changes(
 
 
 def test_a_range_takes_no_more_than_a_local_machine_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = object.__new__(Pool)
-    opened._cluster, opened._gpus_per_worker = Cluster(True, "local", 2, 4), 0.5
-    assert opened._fitting(WorkerRange(2, 64)) == WorkerRange(2, 8)
-    opened._gpus_per_worker = 2.0
-    assert opened._fitting(WorkerRange(1, 64)) == WorkerRange(1, 2)
+    machine = Cluster(True, "local", 2, 4)
+    assert fitting(WorkerRange(2, 64), machine, 0.5) == WorkerRange(2, 8)
+    assert fitting(WorkerRange(1, 64), machine, 2.0) == WorkerRange(1, 2)
     with pytest.raises(ResourceError, match=r"3 worker\(s\) with 2 GPU each were asked for and this machine has 4"):
-        opened._fitting(WorkerRange(3, 64))
-    opened._gpus_per_worker = 0.0
-    monkeypatch.setattr(pool_module.os, "cpu_count", lambda: 3)
-    assert opened._fitting(WorkerRange(1, 64)) == WorkerRange(1, 3)
-    assert opened._fitting(WorkerRange(5, 64)) == WorkerRange(5, 5)
+        fitting(WorkerRange(3, 64), machine, 2.0)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert fitting(WorkerRange(1, 64), machine, 0.0) == WorkerRange(1, 3)
+    assert fitting(WorkerRange(5, 64), machine, 0.0) == WorkerRange(5, 5)

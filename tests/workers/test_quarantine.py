@@ -155,7 +155,7 @@ def search(
         pool = Pool(cluster, spec, n_workers=asked, gpus_per_worker=0.0)
         opened.append(pool)
         while pool.n_idle < n_workers:  # all of them, so that each is given something
-            pool._ready = pool.wait(0.2)
+            pool.turn(0.2)
         shown: list[PoolState] = []
 
         def progress(state: SearchProgress) -> None:
@@ -231,10 +231,10 @@ def test_where_all_others_have_gone_a_worker_is_released_before_its_time(search,
     (tmp_path / "slow-0").write_text("2.0")
     _, pool, shown = search(30, 2, QuarantinePolicy())
     assert len(shown[-1].quarantined) == 1
-    assert not pool.quarantine(next(m.index for m in pool._members if m.quarantine), "again", 60.0)
-    for member in [m for m in pool._members if m.stays]:
-        pool._restart(member)
-    pool._keep_size()
+    assert not pool.quarantine(next(m.index for m in pool._crew.members if m.quarantine), "again", 60.0)
+    for member in [m for m in pool._crew.members if m.stays]:
+        pool._crew.restart(member)
+    pool._size.keep()
     assert not pool.state.quarantined
     end = time.monotonic() + 30
     while pool.n_idle < 1:

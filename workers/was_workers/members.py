@@ -1,41 +1,14 @@
-"""A pool's workers and their calls, as the pool keeps them."""
+"""A pool's workers, as the pool keeps them."""
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from was_search.pool_state import Quarantined
 from was_workers.worker import Place, WorkerInfo
-
-PLACE, PREPARE = -2, -1
-"""Tickets of the calls that tell where a worker is, and that make it load its model."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended.
-
-    Attributes:
-        ticket: the call's.
-        worker: its worker's name.
-        value: what it returned.
-        error: what it raised.
-        lost: the worker died, missed its deadline or was taken off the call, which may be repeated.
-        blameless: the call was lost for no fault of its own: its node was taken away, or its worker is in quarantine.
-        index: the worker's number, which outlasts restarts; -1 where there is none.
-    """
-
-    ticket: int
-    worker: str
-    value: Any = None
-    error: BaseException | None = None
-    lost: bool = False
-    blameless: bool = False
-    index: int = -1
 
 
 @dataclass
@@ -99,13 +72,3 @@ class Member:
         assert self.quarantine is not None
         since = self.quarantine.since.isoformat(timespec="seconds")
         return Quarantined(self.name, self.quarantine.reason, since)
-
-
-@dataclass
-class Call:
-    """A call in flight: its worker, its ticket, and the monotonic second by which it is to end."""
-
-    member: Member
-    ticket: int
-    deadline: float = math.inf
-    started: float = field(default_factory=time.monotonic)

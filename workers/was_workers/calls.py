@@ -1,0 +1,138 @@
+"""Calls in flight: one Ray reference each, and how a call ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
+
+from was_search.errors import ResourceError
+from was_workers.members import Member
+
+PLACE, PREPARE = -2, -1
+"""Tickets of the calls that tell where a worker is, and that make it load its model."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        ticket: the call's.
+        worker: its worker's name.
+        value: what it returned.
+        error: what it raised.
+        lost: the worker died, missed its deadline or was taken off the call, which may be repeated.
+        blameless: the call was lost for no fault of its own: its node was taken away, or its worker is in quarantine.
+        index: the worker's number, which outlasts restarts; -1 where there is none.
+    """
+
+    ticket: int
+    worker: str
+    value: Any = None
+    error: BaseException | None = None
+    lost: bool = False
+    blameless: bool = False
+    index: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call in flight: its worker, its ticket, and the monotonic seconds by which it is to end and of its start."""
+
+    member: Member
+    ticket: int
+    deadline: float = math.inf
+    reference: Any = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is the pool's own and not its user's."""
+        return self.ticket < 0
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self.started
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What became of a call: it returned ``value``, its code ``raised``, or it is ``gone`` with its process."""
+
+    call: Call
+    value: Any = None
+    raised: BaseException | None = None
+    gone: BaseException | None = None
+
+
+class Calls:
+    """The calls in flight. A call that was dropped never ends: whatever its worker answers is not looked at."""
+
+    def __init__(self) -> None:
+        self._by_reference: dict[Any, Call] = {}
+
+    def start(self, member: Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float) -> None:
+        """Have ``member`` run ``method``, within ``seconds``."""
+        reference = getattr(member.actor, method).remote(*args)
+        self._by_reference[reference] = Call(member, ticket, time.monotonic() + seconds, reference)
+
+    @property
+    def running(self) -> list[Call]:
+        """The calls of the pool's user, in the order of their start."""
+        return [call for call in self._by_reference.values() if not call.ours]
+
+    def busy(self, member: Member) -> bool:
+        """Whether the worker is at a call of the pool's user."""
+        return any(call.member is member for call in self.running)
+
+    def overdue(self) -> list[Call]:
+        """Calls whose deadline has passed, and those of the pool's user whose node was to be gone by now."""
+        now = time.monotonic()
+        calls = self._by_reference.values()
+        return [call for call in calls if now > call.deadline or (not call.ours and call.member.out_of_time)]
+
+    def drop(self, call: Call) -> bool:
+        """Forget a call; False where it is not there any more."""
+        return self._by_reference.pop(call.reference, None) is not None
+
+    def drop_all_of(self, member: Member) -> None:
+        self._by_reference = {r: call for r, call in self._by_reference.items() if call.member is not member}
+
+    def clear(self) -> None:
+        self._by_reference.clear()
+
+    def wait(self, timeout_seconds: float) -> list[Call]:
+        """Calls that have ended, all that there are as soon as there is one; [] after ``timeout_seconds``.
+
+        They are still here: :meth:`take` takes them out, unless what came of another one has dropped them.
+        """
+        if not self._by_reference:
+            time.sleep(min(timeout_seconds, 0.25))
+            return []
+        ready, _ = ray.wait(list(self._by_reference), num_returns=1, timeout=timeout_seconds)
+        if ready:  # take all that are there, without waiting
+            ready, _ = ray.wait(list(self._by_reference), num_returns=len(self._by_reference), timeout=0)
+        return [self._by_reference[reference] for reference in ready]
+
+    def take(self, call: Call) -> Ending | None:
+        """How a call of :meth:`wait` ended; None where it has been dropped since.
+
+        Raises:
+            ResourceError: its worker cannot be started at all.
+        """
+        if not self.drop(call):
+            return None
+        try:
+            return Ending(call, value=ray.get(call.reference, timeout=60))
+        except RayTaskError as error:
+            return Ending(call, raised=error.cause if isinstance(error.cause, BaseException) else error)
+        except (RuntimeEnvSetupError, ActorUnschedulableError) as error:
+            raise ResourceError(f"ray: {call.member.name} cannot be started: {error}") from error
+        except RayError as error:  # the process, its node or its results are gone
+            return Ending(call, gone=error)

@@ -1,0 +1,128 @@
+"""How many workers a pool has: within the range asked for, as many as are useful, none on nodes that go."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+
+from was_search.errors import ResourceError
+from was_search.pool_state import PoolState
+from was_search.worker_range import WorkerRange
+from was_workers.cluster import Cluster
+from was_workers.crew import Crew
+from was_workers.draining import draining_nodes
+
+_LOOK_SECONDS = 0.5
+"""Between two looks at the pool's own size."""
+
+_DRAIN_SECONDS = 2.0
+"""Between two looks for nodes that are about to go."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Size:
+    """Starts workers and lets them go until there are as many as are wanted.
+
+    Args:
+        crew: the workers.
+        cluster: where they are.
+        asked: how many are to be there; see :func:`fitting`.
+        useful: at most so many have something to do.
+    """
+
+    def __init__(self, crew: Crew, cluster: Cluster, asked: WorkerRange, useful: float) -> None:
+        self._crew = crew
+        self._cluster = cluster
+        self.asked = asked
+        self.useful = useful
+        self._next_look = self._next_drain_look = 0.0
+        self._draining: dict[str, float] = {}
+
+    @property
+    def n_workers(self) -> int:
+        return len(self._crew.staying)
+
+    @property
+    def wanted(self) -> int:
+        return self.asked.clamp(int(min(self.useful, self.asked.most))) - self._crew.n_given_up
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look again."""
+        return time.monotonic() >= self._next_look
+
+    @property
+    def state(self) -> PoolState:
+        """The workers by what they are at."""
+        members, stay = self._crew.members, self._crew.staying
+        ready = sum(member.ready for member in stay)
+        pending = sum(member.place is None for member in stay)
+        return PoolState(
+            asked=str(self.asked),
+            ready=ready,
+            loading=len(stay) - ready - pending,
+            pending=pending,
+            draining=sum(member.going for member in members),
+            quarantined=tuple(m.shown for m in members if m.quarantine is not None and not m.going),
+        )
+
+    def goes(self, node: str) -> bool:
+        """Whether the node of this id is about to be taken away, as far as is known."""
+        return node in self._draining
+
+    def look_soon(self) -> None:
+        self._next_look = 0.0
+
+    def keep(self) -> None:
+        """Start and let go workers until there are as many as are wanted now."""
+        now = time.monotonic()
+        self._next_look = now + _LOOK_SECONDS
+        if now >= self._next_drain_look:
+            self._notice_draining()
+        crew, wanted = self._crew, self.wanted
+        crew.end_quarantines(wanted)
+        crew.threads.divide(wanted + sum(member.quarantine is not None for member in crew.members), crew.members)
+        for member in crew.members:  # those that have not gone yet are the first to stay
+            if member.leaving and member.gone_by is None and self.n_workers < wanted:
+                member.leaving = False
+        for _ in range(wanted - self.n_workers):
+            crew.hire()
+        staying = sorted(crew.staying, key=lambda m: (m.place is not None, m.ready, m not in crew.idle, -m.index))
+        for member in staying[: max(0, len(staying) - max(wanted, 0))]:
+            member.leaving = True
+            crew.let_go_if_free(member)
+
+    def _notice_draining(self) -> None:
+        """Take workers off nodes that are about to go."""
+        self._next_drain_look = time.monotonic() + _DRAIN_SECONDS
+        if self._cluster.local:
+            return
+        self._draining = draining_nodes()
+        for member in list(self._crew.members):
+            if member.place is None or member.place.node not in self._draining or member.gone_by is not None:
+                continue
+            member.gone_by = self._draining[member.place.node]
+            left = "" if math.isinf(member.gone_by) else f" in {max(0.0, member.gone_by - time.time()):.0f} s"
+            _logger.warning("%s gets no more to do: its node is drained and goes%s", member.name, left)
+            self._crew.let_go_if_free(member)
+
+
+def fitting(asked: WorkerRange, cluster: Cluster, gpus_per_worker: float) -> WorkerRange:
+    """``asked`` as far as this machine has room, where the workers must be on it.
+
+    Raises:
+        ResourceError: not even for the least of them.
+    """
+    if not cluster.local:
+        return asked
+    gpus = gpus_per_worker
+    if asked.least * gpus > cluster.gpus + 1e-9:
+        raise ResourceError(
+            f"{asked.least} worker(s) with {gpus:g} GPU each were asked for and this machine has "
+            f"{cluster.gpus:g}; lower --workers or --gpus-per-worker, or use --device cpu"
+        )
+    room = int((cluster.gpus + 1e-9) / gpus) if gpus else (os.cpu_count() or 1)
+    return WorkerRange(asked.least, max(asked.least, min(asked.most, room)))
