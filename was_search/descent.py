@@ -1,10 +1,10 @@
 """Projected gradient descent on all 7L sparsities at a fixed budget: a pure algorithm on arrays.
 
 At the best point no parameter (of a budget of time: no microsecond) is cheaper to save than another. So the step
-goes against the slope per parameter, less what would leave the budget (of sparsity: its mean), and is projected back. Its length is
-fixed in sparsity, not in nats (slopes grow by an order of magnitude from 50 % to 80 %), and falls along a cosine.
-Slopes come from a few sequences each; momentum and the average of the last points (Polyak and Juditsky, SIAM
-J. Control Optim. 1992) take their noise out.
+goes against the slope per parameter, less what would leave the budget (of sparsity: its mean), and is projected
+back. Its length is fixed in sparsity, not in nats (slopes grow by an order of magnitude from 50 % to 80 %), and falls
+along a cosine. Slopes come from a few sequences each; momentum and the average of the last points (Polyak and
+Juditsky, SIAM J. Control Optim. 1992) take their noise out.
 """
 
 from __future__ import annotations

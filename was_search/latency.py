@@ -142,7 +142,7 @@ class LatencyProfile:
 
     @cached_property
     def members(self) -> tuple[tuple[IntArray, IntArray, FloatArray], ...]:
-        """Of each curve as indices: blocks [n, 1], projections [1, m], and the members' shares of its parameters [m]."""
+        """Of each curve: blocks [n, 1], projections [1, m], and the members' shares of its parameters [m]."""
         params = self.shape.params
         found = []
         for curve in self.curves:

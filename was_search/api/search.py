@@ -18,6 +18,15 @@ from was_search import logs
 from was_search.api.calibrate import Calibration, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
+from was_search.api.latency import (
+    check_target,
+    flat_target,
+    predicted_words,
+    profile_of,
+    target_identity,
+    target_label,
+    target_of,
+)
 from was_search.api.notify import announced
 from was_search.api.seed import descent_words, seed, seed_identity, sensitivity
 from was_search.api.steered import over_already, written_down
@@ -77,6 +86,7 @@ def _search(context: Context) -> SearchResult:
     settings = context.settings
     settings.require_one_target()
     check_fitness(context)
+    check_target(context)
     warm_seeds(context)  # refused before anything is calibrated
     asked_since = ControlStore(context.database).now()
     calibration = calibrate(context)
@@ -108,7 +118,8 @@ def _search(context: Context) -> SearchResult:
         from was_workers.search import SearchLoop, SearchOptions
 
         options = SearchOptions(
-            target=settings.target,
+            target=target_of(context, calibration.shape),
+            latency=profile_of(context, calibration.shape),
             sampler=settings.sampler,
             space=settings.space,
             radius=settings.radius,
@@ -181,7 +192,7 @@ def identity(context: Context) -> dict[str, Any]:
     search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
     return {
         "model": context.fingerprint,
-        "target": settings.target,
+        **target_identity(context),
         "score": settings.score,
         "sampler": settings.sampler,
         "space": settings.space,
@@ -212,7 +223,7 @@ def study_name(context: Context) -> str:
     if settings.study:
         return settings.study
     digest = content_hash(identity(context))[:8]
-    return f"{model_label(context)}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+    return f"{model_label(context)}-{target_label(settings)}-{settings.sampler}-{digest}"
 
 
 def model_label(context: Context) -> str:
@@ -222,6 +233,7 @@ def model_label(context: Context) -> str:
 
 def report_study(context: Context, result: SearchResult, calibration: Calibration) -> None:
     """Write the note and the plots that optuna-dashboard shows."""
+    from was_search.latency_plot import step_time_figure
     from was_search.plots import (
         levels_figure,
         progress_figure,
@@ -235,23 +247,29 @@ def report_study(context: Context, result: SearchResult, calibration: Calibratio
     if best is None or best.levels is None or best.sparsities is None:
         return
     levels = {seed.name: seed.levels for seed in result.seeds}
+    flat = flat_target(context, calibration.shape)
     figures = {
-        "sensitivity": sensitivity_figure(sensitivity(context, calibration), best.sparsities, context.settings.target),
-        "levels": levels_figure(best.levels, levels, context.settings.target),
+        "sensitivity": sensitivity_figure(sensitivity(context, calibration), best.sparsities, flat),
+        "levels": levels_figure(best.levels, levels, flat),
         "progress": progress_figure(result.slots, context.settings.fitness),
         "timeline": timeline_figure(result.slots),
         "tokens-saved": savings_figure(result.slots),
     }
-    annotate(context.database.optuna_storage(), result.study, note=_note(context, result, best), figures=figures)
+    if (profile := profile_of(context, calibration.shape)) is not None:
+        figures["step-time"] = step_time_figure(result.slots, profile, context.settings.fitness)
+    annotate(
+        context.database.optuna_storage(), result.study, note=_note(context, result, best, calibration), figures=figures
+    )
 
 
-def _note(context: Context, result: SearchResult, best: Slot) -> str:
+def _note(context: Context, result: SearchResult, best: Slot, calibration: Calibration) -> str:
     import json
 
     from was_search.report import note_lines
     from was_storage.studies import StudyStore
 
-    assert best.loss_nats is not None
+    assert best.loss_nats is not None and best.sparsities is not None
+    predicted = predicted_words(context, calibration.shape, best.sparsities)
     exported = "\n".join(note_lines(StudyStore(context.database).get(result.study).report))
     settings = json.dumps(context.settings.to_json(), indent=2)
     fitness, top_k = context.settings.fitness, context.settings.kl_top_k
@@ -266,7 +284,7 @@ def _note(context: Context, result: SearchResult, best: Slot) -> str:
         f"# {result.study}\n\n"
         f"{_tally(result)}. Best: slot {best.number}, "
         f"{fitness_words(fitness, best.loss_nats, best.nll_nats)}, on {context.tokens('search').protocol.describe()}; "
-        f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %.\n\n"
+        f"achieved sparsity {100 * (best.achieved or np.nan):.2f} %{predicted}.\n\n"
         f"{objective[fitness]}. Trials `PRUNED` were stopped early: their first sequences "
         f"showed that the best was better, or that most trials did better.\n\n"
         f"{exported}\n## Settings\n\n```json\n{settings}\n```\n"
