@@ -1,12 +1,107 @@
-"""The budget: every vector meets the target exactly, by projection."""
+"""The budget: what every vector of a study spends exactly, by projection.
+
+A budget of sparsity is here; one of predicted time is :class:`was_search.time_budget.TimeBudget`. Whoever makes
+vectors (seeds, descents, spaces) knows :class:`Budget` only.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from was_search.errors import InfeasibleError
-from was_search.shape import FloatArray
+from was_search.greedy import spend
+from was_search.shape import FloatArray, ModelShape
+from was_search.table import Table
+
+
+class Budget(Protocol):
+    """The vectors that a study may evaluate: those that cost exactly what is to be spent.
+
+    What a vector costs never rises with any of its sparsities. Immutable and pure; sent to workers, so it pickles.
+    """
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes it this budget, as JSON: a part of a study's identity."""
+        ...
+
+    @property
+    def flat(self) -> float:
+        """The one sparsity that meets the budget if all projections have it."""
+        ...
+
+    def flat_of(self, sparsities: FloatArray) -> float:
+        """The one sparsity that costs as much as ``sparsities`` [L, 7] do."""
+        ...
+
+    def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
+        """``sparsities`` [L, 7] moved by one shift, clipped to [0, highest], so that they meet the budget.
+
+        Raises:
+            InfeasibleError: values that are not finite, or a budget out of reach.
+        """
+        ...
+
+    def onto_levels(self, levels: FloatArray, table: Table, upper: npt.ArrayLike) -> FloatArray:
+        """Likewise levels [L] on ``table``, clipped to [0, upper]."""
+        ...
+
+    def tangent(self, direction: FloatArray, point: FloatArray) -> FloatArray:
+        """``direction`` [L, 7], a slope per parameter, less its part that would leave the budget at ``point``."""
+        ...
+
+    def spend(self, prices: FloatArray, grid: FloatArray) -> FloatArray:
+        """Sparsities [L, 7] that meet the budget at the least total of ``prices`` [L, 7, G], by greedy."""
+        ...
+
+
+Target = float | Budget
+"""A budget, or for short the sparsity of one."""
+
+
+@dataclass(frozen=True)
+class SparsityBudget:
+    """A share of the seven projections' weights to skip: ``target``, the parameter-weighted mean sparsity."""
+
+    shape: ModelShape
+    target: float
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"target": self.target}
+
+    @property
+    def flat(self) -> float:
+        return self.target
+
+    def flat_of(self, sparsities: FloatArray) -> float:
+        return self.shape.sparsity(sparsities)
+
+    def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
+        flat = project(sparsities.ravel(), self.shape.params.ravel(), self.target, 0.0, highest)
+        return flat.reshape(self.shape.params.shape)
+
+    def onto_levels(self, levels: FloatArray, table: Table, upper: npt.ArrayLike) -> FloatArray:
+        return project(levels, self.shape.block_params, self.target, 0.0, upper)
+
+    def tangent(self, direction: FloatArray, point: FloatArray) -> FloatArray:
+        share = self.shape.params / self.shape.params.sum()
+        return np.asarray(direction - float((direction * share).sum()), np.float64)
+
+    def spend(self, prices: FloatArray, grid: FloatArray) -> FloatArray:
+        return spend(prices, grid, self.shape.params, self.target)
+
+
+def budget_of(target: Target, shape: ModelShape) -> Budget:
+    """``target`` itself if it is a budget, else a :class:`SparsityBudget` of it."""
+    return SparsityBudget(shape, target) if isinstance(target, float | int) else target
 
 
 def project(

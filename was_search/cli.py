@@ -41,6 +41,10 @@ CALIBRATE: dict[str, Any] = {
 }
 SEED: dict[str, Any] = {
     "target": _option(float | None, "Budget: share of the projections' weights to skip, in (0, 0.95)."),
+    "target_speedup": _option(
+        float | None, "Budget of time instead: how many times as fast as the dense model a decoding step is to be."
+    ),
+    "profile": _option(str | None, "File of 'was-search profile', which predicts a step's time."),
     "pricing_sequences": _option(int | None, "At most so many of the calibration sequences for Fisher prices."),
     "slope_sequences": _option(int | None, "At most so many sequences of the calibration split for slopes."),
     "seed_rounds": _option(int | None, "Rounds of the descent behind the Fisher prices."),
@@ -115,6 +119,7 @@ SEARCH: dict[str, Any] = {
 }
 SEVERAL: dict[str, Any] = {
     "targets": _option(str | None, "Several budgets, such as 0.4,0.5,0.6: a study each, and what they trade off."),
+    "target_speedups": _option(str | None, "Likewise several speed-ups, such as 1.5,1.8,2."),
     "max_ppl_increase": _option(
         str | None, "Such as 5%: find the highest target whose perplexity stays within this over dense."
     ),
@@ -152,6 +157,7 @@ def calibrate(call: Call) -> None:
 def seed(call: Call) -> None:
     """Make the seed vectors and show what each projection costs."""
     from was_search import api
+    from was_search.api.latency import flat_target
     from was_search.shape import PROJECTIONS
 
     def step(context: Any) -> None:
@@ -160,8 +166,9 @@ def seed(call: Call) -> None:
         columns = ["seed", *(str(b) for b in range(len(seeds[0].levels)))]
         context.reporter.table("Levels by block, %", columns, rows)
         costs = api.sensitivity(context, api.calibrate(context))
+        share = round(flat_target(context, api.calibrate(context).shape), 4)
         context.reporter.table(
-            f"Price of dropping {100 * context.settings.target:g} % of a projection's inputs, and what the seed drops",
+            f"Price of dropping {100 * share:g} % of a projection's inputs, and what the seed drops",
             ["block", *PROJECTIONS],
             [
                 [str(b), *(f"{1e3 * c:.3g} ({100 * s:.0f} %)" for c, s in zip(cost, row, strict=True))]
@@ -241,7 +248,7 @@ def run(call: Call) -> None:
     from was_search import api
 
     def step(context: Any) -> bool:
-        if context.settings.budgets:
+        if context.settings.budgets or context.settings.speedups:
             return bool(api.run_targets(context).drained)
         if context.settings.increase_limit is not None:
             best = api.run_max_increase(context)

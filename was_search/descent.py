@@ -1,10 +1,10 @@
 """Projected gradient descent on all 7L sparsities at a fixed budget: a pure algorithm on arrays.
 
-At the best point no parameter is cheaper to drop than another: the slopes per parameter are all the same. So the
-step goes against the slope per parameter, less its mean, and is projected back onto the budget. Its length is
-fixed in sparsity, not in nats (slopes grow by an order of magnitude from 50 % to 80 %), and falls along a cosine.
-Slopes come from a few sequences each; momentum and the average of the last points (Polyak and Juditsky, SIAM
-J. Control Optim. 1992) take their noise out.
+At the best point no parameter (of a budget of time: no microsecond) is cheaper to save than another. So the step
+goes against the slope per parameter, less what would leave the budget (of sparsity: its mean), and is projected
+back. Its length is fixed in sparsity, not in nats (slopes grow by an order of magnitude from 50 % to 80 %), and falls
+along a cosine. Slopes come from a few sequences each; momentum and the average of the last points (Polyak and
+Juditsky, SIAM J. Control Optim. 1992) take their noise out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from was_search.budget import project
+from was_search.budget import Target, budget_of
 from was_search.errors import InfeasibleError
 from was_search.shape import FloatArray, ModelShape
 
@@ -60,7 +60,7 @@ def descend(
     slopes: Callable[[FloatArray], FloatArray],
     start: FloatArray,
     shape: ModelShape,
-    target: float,
+    target: Target,
     options: DescentOptions,
 ) -> FloatArray:
     """The average of the last points of a descent from ``start`` [L, 7]; meets ``target`` exactly.
@@ -69,14 +69,15 @@ def descend(
         slopes: sparsities [L, 7] -> slopes of the loss [L, 7], nats per token and unit of sparsity; may be noisy.
         start: any point; it is projected onto the budget first.
         shape: weighs the projections.
-        target: parameter-weighted mean sparsity of every point.
+        target: the budget of every point, or its parameter-weighted mean sparsity.
         options: see there.
 
     Raises:
         InfeasibleError: slopes that are not finite, or a target that cannot be reached.
     """
     share = shape.params / shape.params.sum()
-    point = onto_budget(start, shape, target)
+    budget = budget_of(target, shape)
+    point = budget.onto(start, HIGHEST)
     direction: FloatArray | None = None
     kept: list[FloatArray] = []
     first_kept = options.rounds - max(1, round(options.average * options.rounds))
@@ -89,16 +90,16 @@ def descend(
             direction = per_parameter
         else:
             direction = options.momentum * direction + (1.0 - options.momentum) * per_parameter
-        point = onto_budget(point - _step(number, options) * _unit(direction, share, options.clip), shape, target)
+        along = _unit(budget.tangent(direction, point), options.clip)
+        point = budget.onto(point - _step(number, options) * along, HIGHEST)
         if number >= first_kept:
             kept.append(point)
-    return onto_budget(np.mean(kept, axis=0), shape, target)
+    return budget.onto(np.mean(kept, axis=0), HIGHEST)
 
 
-def onto_budget(sparsities: FloatArray, shape: ModelShape, target: float, highest: float = HIGHEST) -> FloatArray:
+def onto_budget(sparsities: FloatArray, shape: ModelShape, target: Target, highest: float = HIGHEST) -> FloatArray:
     """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm."""
-    flat = project(sparsities.ravel(), shape.params.ravel(), target, 0.0, highest)
-    return flat.reshape(shape.params.shape)
+    return budget_of(target, shape).onto(sparsities, highest)
 
 
 def _step(number: int, options: DescentOptions) -> float:
@@ -106,8 +107,7 @@ def _step(number: int, options: DescentOptions) -> float:
     return options.step * float(options.last_step + (1.0 - options.last_step) * falling)
 
 
-def _unit(direction: FloatArray, share: FloatArray, clip: float) -> FloatArray:
-    """``direction`` less its weighted mean, at root mean square 1, clipped."""
-    centred = direction - float((direction * share).sum())
-    scale = float(np.sqrt(np.mean(centred**2)))
-    return np.clip(centred / scale, -clip, clip) if scale > 0.0 else centred
+def _unit(along: FloatArray, clip: float) -> FloatArray:
+    """``along`` at root mean square 1, clipped."""
+    scale = float(np.sqrt(np.mean(along**2)))
+    return np.clip(along / scale, -clip, clip) if scale > 0.0 else along

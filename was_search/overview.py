@@ -22,7 +22,10 @@ _WORKER = re.compile(r"\bworker-\d+(?:@\S*[^\s:])?")
 
 @dataclass(frozen=True)
 class SlotLine:
-    """A slot without its arrays; ``sequences`` is how many losses it has."""
+    """A slot without its arrays; ``sequences`` is how many losses it has.
+
+    ``predicted_ms`` is of a decoding step, and ``predicted_speedup`` over the dense one, where a profile was known.
+    """
 
     number: int
     state: SlotState
@@ -34,6 +37,8 @@ class SlotLine:
     started_at: datetime | None
     finished_at: datetime | None
     error: str = ""
+    predicted_ms: float | None = None
+    predicted_speedup: float | None = None
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,8 @@ def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None)
         "best_slot": best.number if best else None,
         "best_loss_nats": best.loss_nats if best else None,
         "best_perplexity": _finite(found.best_perplexity),
+        "best_predicted_ms": best.predicted_ms if best else None,
+        "best_predicted_speedup": best.predicted_speedup if best else None,
         "tokens_saved": found.tokens_saved,
         "trials_per_minute": found.trials_per_minute,
         "eta_seconds": found.eta_seconds,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from was_search.fitness import UNITS, FitnessName, fitness_words
+from was_search.latency import LatencyProfile
 from was_search.protocol import perplexity
 from was_search.report import note_lines
 from was_search.shape import FloatArray
@@ -26,13 +27,14 @@ class StudyPage:
 
     Attributes:
         study: its name.
-        target: the budget.
+        target: the budget as one sparsity of all projections.
         fitness: what trials are compared by.
         kl_top_k: tokens that ``kl`` tells apart.
         protocol: of the search split, in words.
         seeds: levels [L] by name.
         sensitivity: what each projection costs [L, 7], nats per percent of weights.
         settings: of the run, as JSON.
+        latency: predicts steps; None where no profile is known.
     """
 
     study: str
@@ -43,6 +45,7 @@ class StudyPage:
     seeds: Mapping[str, FloatArray]
     sensitivity: FloatArray
     settings: Mapping[str, Any]
+    latency: LatencyProfile | None = None
 
     def note(self, slots: list[Slot], total: int, play: str, report: Mapping[str, Any], now: datetime) -> str:
         """The note.
@@ -75,9 +78,12 @@ class StudyPage:
             ),
         }
         achieved = 100 * (np.nan if best.achieved is None else best.achieved)
+        predicted = ""
+        if self.latency is not None and best.sparsities is not None:
+            predicted = f"; {self.latency.words(best.sparsities)}"
         return [
             f"Best: slot {best.number} ({best.origin}), {fitness_words(self.fitness, best.loss_nats, best.nll_nats)}, "
-            f"on {self.protocol}; achieved sparsity {achieved:.2f} %.",
+            f"on {self.protocol}; achieved sparsity {achieved:.2f} %{predicted}.",
             "\n".join(self._comparison(best, slots)),
             f"{objective[self.fitness]}. Trials `PRUNED` were stopped early: their first sequences showed that the "
             "best was better, or that most trials did better.",
@@ -102,6 +108,7 @@ class StudyPage:
     def figures(self, slots: list[Slot]) -> dict[str, str]:
         """The figures by id; those that need a complete slot are left out before there is one."""
         from was_search import plots
+        from was_search.latency_plot import step_time_figure
 
         found: dict[str, Any] = {}
         if any(slot.state.finished for slot in slots):
@@ -111,6 +118,8 @@ class StudyPage:
                 "timeline": plots.timeline_figure(slots),
                 "tokens-saved": plots.savings_figure(slots),
             }
+            if self.latency is not None:
+                found["step-time"] = step_time_figure(slots, self.latency, self.fitness)
         best = best_slot(slots)
         if best is not None and best.levels is not None and best.sparsities is not None:
             found |= {

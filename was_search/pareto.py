@@ -22,12 +22,22 @@ class Point:
         target: its budget.
         achieved: counted sparsity on the split, in [0, 1].
         perplexity: on the split.
+        words: its target for people; "" for the sparsity in percent.
+        predicted_ms: of a decoding step; None where no profile is known.
     """
 
     method: str
     target: float
     achieved: float
     perplexity: float
+    words: str = ""
+    predicted_ms: float | None = None
+
+    @property
+    def label(self) -> str:
+        """For the figure."""
+        step = "" if self.predicted_ms is None else f", {self.predicted_ms:.3f} ms a step predicted"
+        return f"target {self.words or f'{100 * self.target:g} %'}{step}"
 
 
 def dominated(points: Sequence[Point]) -> list[bool]:
@@ -61,7 +71,7 @@ def pareto_figure(points: Sequence[Point], dense_perplexity: float, protocol: st
         figure.add_scatter(
             x=[round(100 * p.achieved, 3) for p, _ in mine],
             y=[round(p.perplexity, 5) for p, _ in mine],
-            text=[f"target {100 * p.target:g} %{', dominated' if bad else ''}" for p, bad in mine],
+            text=[f"{p.label}{', dominated' if bad else ''}" for p, bad in mine],
             name=label,
             mode="lines+markers",
             line={"color": colour, "dash": "dot" if method == "uniform" else "solid"},

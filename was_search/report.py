@@ -34,6 +34,16 @@ def interval_json(interval: Interval | None) -> dict[str, float] | None:
     return None if interval is None else dict(vars(interval))
 
 
+def step_words(step: Mapping[str, Any]) -> str:
+    """What a plan's ``step`` says of its decoding step."""
+    at, profile = step["achieved"], step["profile"]
+    return (
+        f"Predicted decoding step at the achieved sparsity: {at['predicted_ms']:.3f} ms, "
+        f"{at['predicted_speedup']:.2f}x the dense step ({profile['device']}, {profile['dtype']}, "
+        f"profile {profile['hash'][:8]})"
+    )
+
+
 def note_lines(report: Mapping[str, Any]) -> list[str]:
     """Markdown lines on what was exported, from a study's ``report``; none before the first export.
 
@@ -61,6 +71,8 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
             f"| {100 * more:+.2f} % |"
         )
     lines += ["", f"Gap {report['gap_nats']:+.4f}. {GAP_MEANING[0].upper()}{GAP_MEANING[1:]}."]
+    if "step" in report:
+        lines += ["", f"{step_words(report['step'])}."]
     for row in report.get("comparison", [])[-1:]:
         for key, name in (("test_against_uniform", "uniform"), ("test_against_fisher_seed", "the Fisher seed")):
             if row.get(key) and row[key]["low"] < row[key]["high"]:  # equal where the seed itself was exported

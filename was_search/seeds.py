@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from was_search.descent import HIGHEST, onto_budget
+from was_search.budget import Target, budget_of
+from was_search.descent import HIGHEST
 from was_search.errors import InfeasibleError
-from was_search.greedy import path, spend
+from was_search.greedy import path
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import BlockTable, Table, uniform_table
 
@@ -23,10 +24,11 @@ class Seed:
     sparsities: FloatArray
 
 
-def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target: float) -> Seed:
+def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target: Target) -> Seed:
     """The Fisher-priced greedy over all projections, with its table.
 
-    The table holds the seed: restricted to a block, the greedy passes through the block's share of it.
+    The table holds the seed: restricted to a block, the greedy passes through the block's share of it. Where another
+    currency than parameters was spent it does not, and the table is that of :func:`point_seed`.
 
     Args:
         prices: [L, 7, G], nats per token.
@@ -34,9 +36,12 @@ def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target:
         shape: the model's.
         target: the budget, met exactly.
     """
-    sparsities = spend(prices, grid, shape.params, target)
-    blocks = tuple(path(prices[b], grid, shape.params[b]) for b in range(shape.n_blocks))
-    return Seed("fisher", Table("fisher", blocks), shape.levels(sparsities), sparsities)
+    sparsities = budget_of(target, shape).spend(prices, grid)
+    levels = shape.levels(sparsities)
+    table = Table("fisher", tuple(path(prices[b], grid, shape.params[b]) for b in range(shape.n_blocks)))
+    if not np.allclose(table.sparsities(levels), sparsities, rtol=0.0, atol=1e-9):
+        return point_seed("fisher", sparsities, shape)
+    return Seed("fisher", table, levels, sparsities)
 
 
 def point_seed(name: str, sparsities: FloatArray, shape: ModelShape) -> Seed:
@@ -52,22 +57,25 @@ def point_seed(name: str, sparsities: FloatArray, shape: ModelShape) -> Seed:
     return Seed(name, Table(name, tuple(blocks)), shape.levels(sparsities), sparsities)
 
 
-def baseline_seeds(shape: ModelShape, target: float, greedy: Table | None) -> list[Seed]:
+def baseline_seeds(shape: ModelShape, target: Target, greedy: Table | None) -> list[Seed]:
     """The uniform vector, and uniform levels on the greedy table if there is one."""
+    budget = budget_of(target, shape)
     uniform = uniform_table(shape)
-    flat = np.full(shape.n_blocks, target)
+    flat = np.full(shape.n_blocks, budget.flat)
     seeds = [Seed("uniform", uniform, flat, uniform.sparsities(flat))]
     if greedy is not None:
-        seeds.append(Seed("greedy-uniform", greedy, flat, greedy.sparsities(flat)))
+        levels = budget.onto_levels(flat, greedy, greedy.max_levels)
+        seeds.append(Seed("greedy-uniform", greedy, levels, greedy.sparsities(levels)))
     return seeds
 
 
-def retarget(sparsities: FloatArray, shape: ModelShape, target: float) -> FloatArray:
+def retarget(sparsities: FloatArray, shape: ModelShape, target: Target) -> FloatArray:
     """``sparsities`` [L, 7] of another budget moved onto ``target``; float64 [L, 7].
 
     Up, every projection keeps the same fraction of what it kept: ``s' = 1 - (1 - s) (1 - target) / (1 - mean)``, so
-    that what is densest stays so, and little meets the upper bound. Down, all move by the same sparsity
-    but for those that meet a bound: the nearest point of the budget.
+    that what is densest stays so, and little meets the upper bound; for a budget of time, target and mean are the
+    flat sparsities that cost as much. Down, all move by the same sparsity but for those that meet a bound: the nearest
+    point of the budget.
 
     Raises:
         InfeasibleError: another shape than the model's, values that are not finite, or a target out of reach.
@@ -75,7 +83,8 @@ def retarget(sparsities: FloatArray, shape: ModelShape, target: float) -> FloatA
     moved = np.asarray(sparsities, np.float64)
     if moved.shape != shape.params.shape:
         raise InfeasibleError(f"sparsities: shape must be {shape.params.shape}, got {moved.shape}")
-    mean = shape.sparsity(moved)
-    if mean < target:
-        moved = 1.0 - (1.0 - moved) * (1.0 - target) / (1.0 - mean)
-    return onto_budget(moved, shape, target)
+    budget = budget_of(target, shape)
+    mean = budget.flat_of(moved)
+    if mean < budget.flat:
+        moved = 1.0 - (1.0 - moved) * (1.0 - budget.flat) / (1.0 - mean)
+    return budget.onto(moved, HIGHEST)

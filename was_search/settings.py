@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from was_search.plan import PREFILLS, Prefill
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
-from was_search.targets import parse_increase, parse_targets
+from was_search.targets import parse_increase, parse_speedups, parse_targets
 from was_search.webhook import check_webhook
 from was_search.worker_range import WorkerRange
 
@@ -34,6 +35,10 @@ class Settings:
         data: a text file, a folder, or ``wikitext2``, ``c4``, ``alpaca``.
         target: the budget, in (0, 0.95).
         targets: several budgets with commas between, a study each; "" takes ``target`` alone.
+        target_speedup: a budget of time instead: a decoding step so many times as fast as the dense one, by the
+            prediction of ``profile``; 0 for none.
+        target_speedups: several of these with commas between, a study each; "" for none.
+        profile: file of ``was-search profile``; "" takes the one that the database holds, if any.
         max_ppl_increase: ``5%`` or ``0.05``: the highest target within this increase over dense; "" for none.
         warm_start: an earlier study whose best vector is one more seed; "" for none.
         trials: slots of the study.
@@ -94,6 +99,9 @@ class Settings:
     target: float = 0.6
     targets: str = ""
     max_ppl_increase: str = ""
+    target_speedup: float = 0.0
+    target_speedups: str = ""
+    profile: str = ""
     warm_start: str = ""
     trials: int = 100
     study: str = ""
@@ -148,9 +156,10 @@ class Settings:
                 object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
         object.__setattr__(self, "workers", WorkerRange.parse(self.workers).plain)
         self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
-        several, limit = parse_targets(self.targets), parse_increase(self.max_ppl_increase)
-        if several and limit is not None:
-            raise ConfigError("max_ppl_increase: cannot be given together with targets; give one of them")
+        speedup = self.target_speedup
+        self._range("target_speedup", speedup == 0 or 1.0 < speedup < math.inf, "must be above 1, or 0 for none")
+        parse_targets(self.targets), parse_increase(self.max_ppl_increase), parse_speedups(self.target_speedups)
+        _require_one_question({name: getattr(self, name) for name in _QUESTIONS[1:]})
         for name in _COUNTS:
             self._range(name, getattr(self, name) >= 1, "must be at least 1")
         self._range("sequence_length", self.sequence_length >= 2, "must be at least 2 tokens")
@@ -198,15 +207,21 @@ class Settings:
         return parse_targets(self.targets)
 
     @property
+    def speedups(self) -> tuple[float, ...]:
+        """``target_speedups`` as numbers in rising order, () if there are none."""
+        return parse_speedups(self.target_speedups)
+
+    @property
     def increase_limit(self) -> float | None:
         """``max_ppl_increase`` as a fraction, None if there is none."""
         return parse_increase(self.max_ppl_increase)
 
     def require_one_target(self) -> None:
         """Raise a ConfigError where a step for one target was asked for several."""
-        for name in ("targets", "max_ppl_increase"):
+        for name in ("targets", "max_ppl_increase", "target_speedups"):
             if getattr(self, name):
-                raise ConfigError(f"{name}: only 'was-search run' takes it; give --target for one study")
+                one = "--target-speedup" if name == "target_speedups" else "--target"
+                raise ConfigError(f"{name}: only 'was-search run' takes it; give {one} for one study")
 
     def _range(self, name: str, good: bool, rule: str) -> None:
         if not good:
@@ -279,13 +294,13 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
         _require_one_question(source)
     if any(given.get(name) for name in _QUESTIONS):  # a flag's question replaces the file's
         values = {key: value for key, value in values.items() if key not in _QUESTIONS}
-        given = {**dict.fromkeys(_QUESTIONS[1:], ""), **given}
+        given = {**{name: getattr(Settings, name) for name in _QUESTIONS[1:]}, **given}
     values.update(given)
     return dataclasses.replace(base, **values) if base is not None else Settings(**values)
 
 
-_QUESTIONS = ("target", "targets", "max_ppl_increase")
-"""What a run is to find: one target, several, or the highest within a limit."""
+_QUESTIONS = ("target", "targets", "max_ppl_increase", "target_speedup", "target_speedups")
+"""What a run is to find: one target or speed-up, several, or the highest within a limit."""
 
 
 def _require_one_question(values: dict[str, Any]) -> None:

@@ -8,8 +8,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
-from was_search.budget import project
-from was_search.descent import onto_budget
+from was_search.budget import Target, budget_of, project
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.seeds import Seed
 from was_search.shape import N_PROJECTIONS, PROJECTIONS, FloatArray, ModelShape
@@ -23,7 +22,10 @@ HIGHEST = 0.99
 
 
 class Space(Protocol):
-    """Maps Optuna parameters to sparsities that meet the budget exactly. Pure: no state changes."""
+    """Maps Optuna parameters to sparsities that meet the budget exactly. Pure: no state changes.
+
+    A space's ``target`` is a :class:`was_search.budget.Budget`, or for short the sparsity of one.
+    """
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]: ...
@@ -34,11 +36,11 @@ class Space(Protocol):
         ...
 
     def levels(self, params: dict[str, float]) -> FloatArray:
-        """The projected vector [L]; its parameter-weighted mean is the target to float64 rounding."""
+        """The levels [L] of :meth:`sparsities`."""
         ...
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
-        """Projection sparsities [L, 7]; their parameter-weighted mean is the target to float64 rounding."""
+        """Projection sparsities [L, 7]; they meet the budget to float64 rounding."""
         ...
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
@@ -57,7 +59,7 @@ class LevelSpace:
     shape: ModelShape
     table: Table
     seed_levels: FloatArray
-    target: float
+    target: Target
     radius: float = 0.05
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class LevelSpace:
     def levels(self, params: dict[str, float]) -> FloatArray:
         n = len(self.seed_levels)
         raw = np.array([params[level_name(b, n)] for b in range(n)])
-        return project(raw, self.shape.block_params, self.target, 0.0, self.table.max_levels)
+        return budget_of(self.target, self.shape).onto_levels(raw, self.table, self.table.max_levels)
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         return self.table.sparsities(self.levels(params))
@@ -103,7 +105,7 @@ class TemperatureSpace:
     shape: ModelShape
     table: Table
     seed_levels: FloatArray
-    target: float
+    target: Target
     radius: float = 0.05
     hottest: float = 2.0
 
@@ -125,17 +127,18 @@ class TemperatureSpace:
         return {**level_params(self.seed_levels), "temperature": 1.0}
 
     def levels(self, params: dict[str, float]) -> FloatArray:
-        return self._levels.levels(params)
+        return self.shape.levels(self.sparsities(params))
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
-        levels = self.levels(params)
+        levels = self._levels.levels(params)
         split = self.table.sparsities(levels) - levels[:, None]
         raw = levels[:, None] + params["temperature"] * split
         rows = [
             project(row, count, float(level), 0.0, HIGHEST)
             for row, count, level in zip(raw, self.shape.params, levels, strict=True)
         ]
-        return np.stack(rows)
+        # Another split of the same levels may take another time.
+        return budget_of(self.target, self.shape).onto(np.stack(rows), HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         if seed.table.name == self.table.name:
@@ -155,7 +158,7 @@ class AdditiveSpace:
 
     shape: ModelShape
     seed: Seed
-    target: float
+    target: Target
     radius: float = 0.05
 
     def __post_init__(self) -> None:
@@ -182,7 +185,7 @@ class AdditiveSpace:
         offsets = np.array([params[name] for name in self._names])
         n = self.shape.n_blocks
         raw = self.seed.sparsities + offsets[:n, None] + offsets[None, n:]
-        return onto_budget(raw, self.shape, self.target, HIGHEST)
+        return budget_of(self.target, self.shape).onto(raw, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self.centre if seed.name == self.seed.name else None
@@ -194,7 +197,7 @@ class FullSpace:
 
     shape: ModelShape
     seed: Seed
-    target: float
+    target: Target
     radius: float = 0.05
 
     def __post_init__(self) -> None:
@@ -214,7 +217,7 @@ class FullSpace:
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         raw = np.array([params[name] for name in self.centre]).reshape(self.shape.n_blocks, N_PROJECTIONS)
-        return onto_budget(raw, self.shape, self.target, HIGHEST)
+        return budget_of(self.target, self.shape).onto(raw, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self._params(seed.sparsities)
@@ -234,7 +237,7 @@ class MonotoneSpace:
 
     shape: ModelShape
     table: Table
-    target: float
+    target: Target
     largest_rise: float = 0.05
 
     @property
@@ -243,15 +246,20 @@ class MonotoneSpace:
         rises: dict[str, BaseDistribution] = {
             f"rise_{b:0{len(str(n - 1))}d}": FloatDistribution(0.0, self.largest_rise) for b in range(1, n)
         }
-        return {level_name(0, n): FloatDistribution(0.0, self.target), **rises}
+        return {level_name(0, n): FloatDistribution(0.0, self._flat), **rises}
 
     @property
     def centre(self) -> dict[str, float]:
-        return {name: self.target if name.startswith("level") else 0.0 for name in self.distributions}
+        return {name: self._flat if name.startswith("level") else 0.0 for name in self.distributions}
+
+    @property
+    def _flat(self) -> float:
+        return budget_of(self.target, self.shape).flat
 
     def levels(self, params: dict[str, float]) -> FloatArray:
         raw = np.cumsum([params[name] for name in self.distributions])
-        return project(raw, self.shape.block_params, self.target, 0.0, float(self.table.max_levels.min()))
+        highest = float(self.table.max_levels.min())
+        return budget_of(self.target, self.shape).onto_levels(raw, self.table, highest)
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         return self.table.sparsities(self.levels(params))
@@ -261,7 +269,7 @@ class MonotoneSpace:
         return None
 
 
-def make_space(name: SpaceName, shape: ModelShape, seed: Seed, target: float, radius: float) -> Space:
+def make_space(name: SpaceName, shape: ModelShape, seed: Seed, target: Target, radius: float) -> Space:
     """The space called ``name`` around ``seed``.
 
     Raises:

@@ -1,8 +1,10 @@
-"""What users may ask for besides one target: several targets, or the most sparsity within a loss of quality."""
+"""What users may ask for besides one target: several targets or speed-ups, or the most within a loss of quality."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from was_search.errors import ConfigError
 
@@ -33,6 +35,44 @@ def parse_targets(text: str) -> tuple[float, ...]:
     if twice:
         raise ConfigError(f"targets: each may be given once, got {', '.join(f'{v:g}' for v in twice)} more than once")
     return tuple(sorted(found))
+
+
+def parse_speedups(text: str) -> tuple[float, ...]:
+    """Speed-ups from ``1.5,1.8,2.0``, in rising order; () for "".
+
+    Raises:
+        ConfigError: something that is no number above 1, or a speed-up given twice.
+    """
+    if not text:
+        return ()
+    found = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise ConfigError(
+                f"target_speedups: must be numbers with commas between, such as 1.5,2, got {text!r}"
+            ) from None
+        if not 1.0 < value < math.inf:
+            raise ConfigError(f"target_speedups: each must be above 1, got {part.strip()}")
+        found.append(value)
+    if len(set(found)) < len(found):
+        raise ConfigError(f"target_speedups: each may be given once, got {text!r}")
+    return tuple(sorted(found))
+
+
+def target_words(identity: Mapping[str, Any]) -> str:
+    """What a study with this ``identity`` is to reach, in short: ``60 %`` or ``1.8x``."""
+    if "target speed-up" in identity:
+        return f"{float(identity['target speed-up']):g}x"
+    return f"{100 * float(identity.get('target', 0)):g} %"
+
+
+def target_sentence(identity: Mapping[str, Any]) -> str:
+    """The same with what it is a share or a multiple of."""
+    if "target speed-up" in identity:
+        return f"{target_words(identity)} the dense step's speed, predicted by profile {str(identity['profile'])[:8]}"
+    return f"{target_words(identity)} of the seven projections' weights"
 
 
 def parse_increase(text: str) -> float | None:

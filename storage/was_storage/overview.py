@@ -56,6 +56,8 @@ def _lines(connection: Connection, study_id: int) -> list[SlotLine]:
         columns.started_at,
         columns.finished_at,
         columns.error,
+        columns.attrs["predicted_ms"].as_float(),
+        columns.attrs["predicted_speedup"].as_float(),
     )
     rows = connection.execute(query.where(columns.study_id == study_id).order_by(columns.number))
     # In the order of SlotLine's fields: looking names up took longer than the query.

@@ -84,16 +84,22 @@ class Context:
         if self.root is self:
             self._stack.close()
 
-    def at(self, target: float, *, study: str = "", warm_start: str = "", plan: str = "") -> Context:
+    def at(
+        self, target: float, *, by_time: bool = False, study: str = "", warm_start: str = "", plan: str = ""
+    ) -> Context:
         """A sibling for another target: the same database, workers, tokens and finished steps, another study.
+
+        ``target`` is a sparsity, or with ``by_time`` a speed-up.
 
         What either of the two opens or finds, the other has too; closing a sibling closes nothing.
         """
         sibling = copy.copy(self)  # the dictionaries of tokens and of results are the same objects
         sibling.settings = dataclasses.replace(
             self.settings,
-            target=target,
+            target=self.settings.target if by_time else target,
+            target_speedup=target if by_time else 0.0,
             targets="",
+            target_speedups="",
             max_ppl_increase="",
             study=study,
             warm_start=warm_start,

@@ -16,6 +16,7 @@ from was_search import __version__
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.divergence import dense_top, dense_top_key
+from was_search.api.latency import nominal_target, predictions
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult
 from was_search.errors import StorageError, StudyError
@@ -228,6 +229,7 @@ def write_plan(context: Context, result: SearchResult) -> Path:
             "exported": {**exported, "best_slot": best.number},
             "metrics": plan.metrics,
             "gap_nats": plan_gap_nats(plan),
+            **({"step": plan.provenance["step"]} if "step" in plan.provenance else {}),
         },
     )
     try:
@@ -259,7 +261,7 @@ def make_plan(
         fingerprint=context.fingerprint,
         shape=calibration.shape,
         score=context.settings.score,
-        budget=context.settings.target,
+        budget=nominal_target(context, calibration.shape, sparsities),
         dense_prefix=context.settings.dense_prefix,
         prefill=context.settings.prefill,
         sparsities=sparsities,
@@ -271,7 +273,11 @@ def make_plan(
             "test": test.achieved,
         },
         metrics={"search": on_search.to_json(context), "test": test.to_json(context), "dense": dense},
-        provenance={**origin, **_provenance(context, point)},
+        provenance={
+            **origin,
+            **_provenance(context, point),
+            **predictions(context, calibration.shape, sparsities, point),
+        },
     )
 
 
@@ -313,6 +319,8 @@ def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
     settings = dataclasses.asdict(context.settings)
+    if settings["profile"]:
+        settings["profile"] = str(Path(settings["profile"]).resolve())
     del settings["storage"], settings["notify"]
     settings["model"], settings["revision"] = context.source.location, context.source.revision
     if Path(context.settings.data).exists():

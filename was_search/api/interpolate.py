@@ -12,7 +12,7 @@ from was_search.api.export import Request, make_plan, measure, plan_gap_nats
 from was_search.api.search import identity, model_label, study_name
 from was_search.api.warm import winner
 from was_search.descent import onto_budget
-from was_search.errors import StudyError
+from was_search.errors import ConfigError, StudyError
 from was_search.plan import Plan
 from was_search.protocol import content_hash
 from was_search.report import increase
@@ -52,7 +52,7 @@ def may_interpolate(context: Context) -> bool:
     from was_storage.studies import StudyStore
 
     context.settings.require_one_target()
-    if context.settings.study:
+    if context.settings.study or context.settings.target_speedup:
         return False
     records = StudyStore(context.database).list()
     if study_name(context) in {record.name for record in records}:
@@ -81,6 +81,8 @@ def interpolate(context: Context) -> Path:
         StudyError: there is no study on one of the two sides.
     """
     context.settings.require_one_target()
+    if context.settings.target_speedup:
+        raise ConfigError("interpolate: only between budgets of sparsity; search a speed-up with 'was-search run'")
     target = context.settings.target
     below, above = _neighbours(context)
     if below is None or above is None:
@@ -121,7 +123,7 @@ def _alike(context: Context) -> list[StudyRecord]:
     return [
         record
         for record in StudyStore(context.database).list()
-        if not any(_differs(record, mine, key) for key in SHARED)
+        if "target" in record.identity and not any(_differs(record, mine, key) for key in SHARED)
     ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from was_search.api.calibrate import Calibration
 from was_search.api.context import Context
+from was_search.api.latency import flat_target, profile_of
 from was_search.api.notify import failure_words
 from was_search.api.seed import sensitivity
 from was_search.api.steered import Run
@@ -35,13 +36,14 @@ def study_page(context: Context, study: str, seeds: list[Seed], calibration: Cal
     settings = context.settings
     return StudyPage(
         study=study,
-        target=settings.target,
+        target=flat_target(context, calibration.shape),
         fitness=settings.fitness,
         kl_top_k=settings.kl_top_k,
         protocol=context.tokens("search").protocol.describe(),
         seeds={seed.name: seed.levels for seed in seeds},
         sensitivity=sensitivity(context, calibration),
         settings=settings.to_json(),
+        latency=profile_of(context, calibration.shape),
     )
 
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.export import Figures, Request, measure, write_plan
+from was_search.api.latency import budget_title, profile_of
 from was_search.api.notify import announced
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult, search
+from was_search.latency import LatencyProfile
 from was_search.plan import Plan
 from was_search.protocol import perplexity
 from was_search.report import GAP_MEANING, gap_nats, interval_json
@@ -37,6 +41,7 @@ class Row:
         gap_nats: see :data:`was_search.report.GAP_MEANING`.
         against_uniform: difference on the test split; None where there is nothing to compare.
         against_seed: likewise, to the Fisher seed.
+        step: the decoding step predicted at what was achieved on the test split; None where no profile is known.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Row:
     gap_nats: float
     against_uniform: Interval | None
     against_seed: Interval | None
+    step: dict[str, float] | None = None
 
     def to_json(self, context: Context) -> dict[str, Any]:
         return {
@@ -58,6 +64,7 @@ class Row:
             "gap_nats": self.gap_nats,
             "test_against_uniform": interval_json(self.against_uniform),
             "test_against_fisher_seed": interval_json(self.against_seed),
+            **({} if self.step is None else {"step": self.step}),
         }
 
 
@@ -101,6 +108,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
     figures = measure(context, calibration, requests)
     rows: list[Row] = []
+    profile = profile_of(context, calibration.shape)
     by_name = {name: figures[2 * i : 2 * i + 2] for i, name in enumerate(points)}
     dense_search, dense_test = by_name["dense"]
     for name, point in points.items():
@@ -115,13 +123,23 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
                 gap_nats(*(f.evaluation.loss_nats for f in (on_search, dense_search, on_test, dense_test))),
                 None if name in ("dense", "uniform") else _interval(on_test, by_name["uniform"][1]),
                 None if name in ("dense", SEED_ROW) else _interval(on_test, by_name[SEED_ROW][1]),
+                None if profile is None else _step(profile, None if name == "dense" else on_test),
             )
         )
     return rows
 
 
+def _step(profile: LatencyProfile, test: Figures | None) -> dict[str, float]:
+    """The dense step (None), or the one predicted at the sparsities that were counted."""
+    if test is None:
+        return {"predicted_ms": 1e3 * profile.dense_seconds, "predicted_speedup": 1.0}
+    return profile.figures(np.clip(test.evaluation.achieved, 0.0, 1.0))
+
+
 def show(context: Context, rows: list[Row]) -> None:
     """Print the comparison with its protocols."""
+    timed = all(row.step is not None for row in rows)
+    profile = profile_of(context) if timed else None
     body = []
     for row in rows:
         achieved = (row.calibration_achieved, row.search.achieved, row.test.achieved)
@@ -136,10 +154,11 @@ def show(context: Context, rows: list[Row]) -> None:
                 f"{row.gap_nats:+.4f}" if row.nominal else "",
                 narrow(row.against_uniform),
                 narrow(row.against_seed),
+                *step_cells(row.step),
             ]
         )
     context.reporter.table(
-        f"Results at a budget of {100 * context.settings.target:g} %",
+        f"Results at a budget of {budget_title(context.settings)}",
         [
             "",
             "nomi-\nnal %",
@@ -150,6 +169,7 @@ def show(context: Context, rows: list[Row]) -> None:
             "gap",
             "test -\nuniform",
             f"test -\n{SEED_ROW}",
+            *(STEP_COLUMNS if timed else ()),
         ],
         body,
         caption="\n".join(
@@ -157,6 +177,7 @@ def show(context: Context, rows: list[Row]) -> None:
                 "nats per token; achieved sparsity on the calibration, search and test split",
                 "test - X: difference on the test split, paired by sequence, 95 % interval; negative is better",
                 GAP_MEANING,
+                *([] if profile is None else [step_caption(profile)]),
                 *(
                     f"{split}: {context.tokens(split).protocol.describe()}"
                     for split in ("calibration", "search", "test")
@@ -173,6 +194,19 @@ def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]])
     store = StudyStore(context.database)
     store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
     report_study(context, found.study, found.seeds, calibrate(context))
+
+
+STEP_COLUMNS = ("step\nms", "step\nspeed")
+
+
+def step_cells(step: dict[str, float] | None) -> list[str]:
+    """A predicted step for :data:`STEP_COLUMNS`; nothing where there is none."""
+    return [] if step is None else [f"{step['predicted_ms']:.3f}", f"{step['predicted_speedup']:.2f}x"]
+
+
+def step_caption(profile: LatencyProfile) -> str:
+    """What :data:`STEP_COLUMNS` are."""
+    return f"step: one decoding step, predicted at the sparsities achieved on the test split: {profile.describe()}"
 
 
 def narrow(interval: Interval | None) -> str:

@@ -16,6 +16,13 @@ from was_search import logs
 from was_search.api.calibrate import calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
+from was_search.api.latency import (
+    check_target,
+    profile_of,
+    target_identity,
+    target_label,
+    target_of,
+)
 from was_search.api.notify import announced
 from was_search.api.page import LivePage, kept_fresh, study_page
 from was_search.api.seed import descent_words, seed, seed_identity
@@ -77,6 +84,7 @@ def _search(context: Context) -> SearchResult:
     settings = context.settings
     settings.require_one_target()
     check_fitness(context)
+    check_target(context)
     warm_seeds(context)  # refused before anything is calibrated
     asked_since = ControlStore(context.database).now()
     calibration = calibrate(context)
@@ -108,7 +116,8 @@ def _search(context: Context) -> SearchResult:
         from was_workers.search import SearchLoop, SearchOptions
 
         options = SearchOptions(
-            target=settings.target,
+            target=target_of(context, calibration.shape),
+            latency=profile_of(context, calibration.shape),
             sampler=settings.sampler,
             space=settings.space,
             radius=settings.radius,
@@ -184,7 +193,7 @@ def identity(context: Context) -> dict[str, Any]:
     search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
     return {
         "model": context.fingerprint,
-        "target": settings.target,
+        **target_identity(context),
         "score": settings.score,
         "sampler": settings.sampler,
         "space": settings.space,
@@ -215,7 +224,7 @@ def study_name(context: Context) -> str:
     if settings.study:
         return settings.study
     digest = content_hash(identity(context))[:8]
-    return f"{model_label(context)}-{round(100 * settings.target, 2):g}-{settings.sampler}-{digest}"
+    return f"{model_label(context)}-{target_label(settings)}-{settings.sampler}-{digest}"
 
 
 def model_label(context: Context) -> str:

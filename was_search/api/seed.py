@@ -9,6 +9,7 @@ import numpy as np
 
 from was_search.api.calibrate import Calibration, calibrate
 from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.latency import flat_target, target_of
 from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
@@ -49,10 +50,11 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
     calibration = calibration or calibrate(context)
     shape = calibration.shape
     greedy = greedy_table(context, calibration) if settings.greedy_sequences else None
-    fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, shape, settings.target)
+    target = target_of(context, shape)
+    fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, shape, target)
     if settings.seed_rounds:
         fisher = point_seed("fisher", seed_descent(context, calibration, fisher.sparsities), shape)
-    return [*baseline_seeds(shape, settings.target, greedy), *warm, fisher]
+    return [*baseline_seeds(shape, target, greedy), *warm, fisher]
 
 
 def seed_identity(settings: Settings) -> dict[str, Any]:
@@ -83,7 +85,9 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
     started = time.perf_counter()
     settings, data = context.settings, context.slope_tokens
     options = _descent_options(settings)
-    parts = (calibration.key, data.protocol, start, settings.target, vars(options), SEED_SEQUENCES, settings.seed)
+    target = target_of(context, calibration.shape)
+    spent = target if isinstance(target, float) else target.identity
+    parts = (calibration.key, data.protocol, start, spent, vars(options), SEED_SEQUENCES, settings.seed)
     key = content_hash("seed-descent", 2, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
     wanted = calibration.shape.params.shape
@@ -101,7 +105,7 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
             data.tokens,
             calibration.histograms,
             start,
-            settings.target,
+            target,
             options,
             SEED_SEQUENCES,
             settings.seed,
@@ -141,11 +145,13 @@ def _fisher_prices(
 def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
     """What dropping the target's share of each projection's inputs costs alone, from the dense model's prices.
 
-    Returns [L, 7], nats per token for one percent of all projections' weights dropped.
+    The share of a budget of time is the flat sparsity that meets it. Returns [L, 7], nats per token for one percent of
+    all projections' weights dropped.
     """
     from was_search.pricing import DEFAULT_GRID as GRID
 
-    shape, target = calibration.shape, context.settings.target
+    shape = calibration.shape
+    target = flat_target(context, shape)
     prices = fisher_prices(context, calibration, GRID)
     at_target = np.apply_along_axis(lambda curve: np.interp(target, GRID, curve), -1, prices)
     percent_dropped = 100.0 * target * shape.params / shape.params.sum()

@@ -12,6 +12,7 @@ from was_search.fitness import fitness_of, fitness_words
 from was_search.overview import Overview, Snapshot, overview, to_json
 from was_search.protocol import EvaluationProtocol
 from was_search.slots import SlotState
+from was_search.targets import target_sentence
 
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
@@ -86,7 +87,7 @@ def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = N
         ["study", snapshot.name],
         ["state", " ".join(filter(None, [found.play, found.play_detail]))],
         ["trials", f"{found.finished} of {found.n_slots} finished: {counts}"],
-        ["target", f"{100 * float(snapshot.identity.get('target', 0)):g} % of the seven projections' weights"],
+        ["target", target_sentence(snapshot.identity)],
         ["fitness", str(snapshot.identity.get("fitness", fitness))],
         [
             "best",
@@ -95,6 +96,9 @@ def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = N
             else f"{fitness_words(fitness, best.loss_nats, best.nll_nats)} (slot {best.number}, {best.origin})",
         ],
     ]
+    if best is not None and best.predicted_ms is not None and best.predicted_speedup is not None:
+        words = f"{best.predicted_ms:.3f} ms predicted for the best, {best.predicted_speedup:.2f}x the dense step"
+        rows.append(["decode step", words])
     if "search data" in snapshot.identity:
         rows.append(["on", EvaluationProtocol.from_json(snapshot.identity["search data"]).describe()])
     rows.append(["tokens saved", f"{100 * found.tokens_saved:.0f} % by stopping early"])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
 from was_search.fitness import fitness_of
+from was_search.targets import target_words
 
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
@@ -22,7 +23,7 @@ def studies(context: Context) -> list[StudyRecord]:
         rows.append(
             [
                 record.name,
-                f"{100 * float(record.identity.get('target', 0)):g} %",
+                target_words(record.identity),
                 f"{done}/{record.n_slots}",
                 fitness_of(record.identity),
                 "" if record.best_loss_nats is None else f"{record.best_loss_nats:.4f}",

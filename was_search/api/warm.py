@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
+from was_search.api.latency import target_label, target_of
 from was_search.errors import StudyError
 from was_search.seeds import Seed, point_seed, retarget
 from was_search.shape import ModelShape
@@ -32,7 +33,9 @@ def warm_seeds(context: Context) -> list[Seed]:
     if not settings.warm_start:
         return []
     study = study_name(context)
-    return context.once(f"warm {settings.warm_start} {settings.target} {study}", lambda: [_warm_seed(context, study)])
+    return context.once(
+        f"warm {settings.warm_start} {target_label(settings)} {study}", lambda: [_warm_seed(context, study)]
+    )
 
 
 def _warm_seed(context: Context, study: str) -> Seed:
@@ -55,7 +58,7 @@ def _warm_seed(context: Context, study: str) -> Seed:
     if found is None or found.sparsities is None:
         raise StudyError(f"warm_start: study {record.name!r} has no complete trial yet; run it first")
     shape = ModelShape.from_json(record.shape)
-    return point_seed(WARM, retarget(found.sparsities, shape, settings.target), shape)
+    return point_seed(WARM, retarget(found.sparsities, shape, target_of(context, shape)), shape)
 
 
 def winner(record: StudyRecord, slots: list[Slot]) -> Slot | None:

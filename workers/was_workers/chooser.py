@@ -203,6 +203,7 @@ class Chooser:
         attrs = {
             "nominal_sparsity": round(self._shape.sparsity(sparsities), 6),
             "sparsities": np.round(sparsities, 4).tolist(),
+            **({} if self._options.latency is None else self._options.latency.figures(sparsities)),
         }
         changes: dict[str, Any] = {"origin": origin, "params": params, "levels": levels, "sparsities": sparsities}
         self._slots[number] = dataclasses.replace(self._slots[number], **changes)

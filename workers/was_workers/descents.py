@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from was_search.budget import Target
 from was_search.descent import DescentOptions, onto_budget
 from was_search.errors import TransientError
 from was_search.protocol import TokenSet
@@ -73,7 +74,7 @@ class Descents:
         histograms: Any,
         *,
         shape: ModelShape,
-        target: float,
+        target: Target,
         seed: int,
         seconds_per_token: float,
         max_attempts: int,

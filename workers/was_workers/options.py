@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from was_search.budget import Target
 from was_search.control import NO_LIMITS, Limits
+from was_search.latency import LatencyProfile
 from was_search.pool_state import PoolState
 from was_search.sampling import SamplerName
 from was_search.slots import Slot
@@ -15,9 +17,12 @@ from was_workers.quarantine import QuarantinePolicy
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a search runs; see :class:`was_search.settings.Settings` for each."""
+    """How a search runs; see :class:`was_search.settings.Settings` for each.
 
-    target: float
+    ``target`` is the budget, or the sparsity of one; ``latency`` predicts what trials record of their decoding step.
+    """
+
+    target: Target
     sampler: SamplerName
     radius: float
     seed: int
@@ -30,6 +35,7 @@ class SearchOptions:
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS
     quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
+    latency: LatencyProfile | None = None
 
 
 @dataclass(frozen=True)

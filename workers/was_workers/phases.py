@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from was_search.budget import Target
 from was_search.calibration import PassRunner
 from was_search.descent import DescentOptions
 from was_search.divergence import DenseTop, concatenate
@@ -86,7 +87,7 @@ def descent_call(
     tokens: Any,
     histograms: Any,
     start: FloatArray,
-    target: float,
+    target: Target,
     options: DescentOptions,
     per_round: int,
     seed: int,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from was_kernels.ops import Ops
+    from was_search.budget import Target
     from was_search.descent import DescentOptions
     from was_search.structure import Structure
 
@@ -180,7 +181,7 @@ class Worker:
         tokens: IntArray,
         histograms: Histograms,
         start: FloatArray,
-        target: float,
+        target: Target,
         options: DescentOptions,
         per_round: int,
         batch_size: int,

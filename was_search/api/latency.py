@@ -1,0 +1,178 @@
+"""What the steps know of decoding time: the profile at hand, the budget made of it, and predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from was_search.api.context import Context
+from was_search.budget import Target, budget_of
+from was_search.errors import ConfigError
+from was_search.latency import LatencyProfile
+from was_search.protocol import content_hash
+from was_search.settings import Settings
+from was_search.shape import FloatArray, ModelShape
+from was_search.time_budget import TimeBudget
+
+if TYPE_CHECKING:
+    from was_search.api.calibrate import OperatingPoint
+    from was_storage.cache import Artifact, ArtifactInfo
+
+CACHED_AS = "profile"
+
+
+def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProfile | None:
+    """The profile of ``--profile``, else the newest one in the database that is of the model's shape, else None.
+
+    Args:
+        context: see there.
+        shape: the model's; None: read from its configuration, where that is needed at all.
+
+    Raises:
+        ConfigError: a file that is no profile, or one of another shape.
+    """
+    found = _profile_at_hand(context, shape)
+    if found is not None and shape is not None:
+        found.require_shape(shape)
+    return found
+
+
+def _profile_at_hand(context: Context, shape: ModelShape | None) -> LatencyProfile | None:
+    if path := context.settings.profile:
+        return context.once(f"profile {path}", lambda: LatencyProfile.load(Path(path)))
+    rows = context.once("profiles", lambda: context.cache.list(CACHED_AS))
+    if not rows:
+        return None
+    wanted = shape_key(shape or model_shape(context))
+    mine = [row for row in rows if row.meta.get("shape") == wanted]
+    if not mine:
+        return None
+    if context.settings.target_speedup:
+        _require_one_device(mine)
+    newest = max(mine, key=lambda row: row.created_at)
+    return context.once(f"profile {newest.key}", lambda: context.cache.get(CACHED_AS, newest.key, read_profile))
+
+
+def _require_one_device(rows: list[ArtifactInfo]) -> None:
+    """Refuse to guess which device a speed-up is asked for."""
+    kinds = sorted({str(row.meta.get("conditions")) for row in rows})
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"profile: the database holds profiles of {len(kinds)} kinds ({'; '.join(kinds)}); say which one with "
+            "--profile FILE, as 'was-search profile --output FILE' writes it"
+        )
+
+
+def read_profile(found: Artifact) -> LatencyProfile:
+    """A profile from the cache."""
+    import json
+
+    return LatencyProfile.from_json(json.loads(found.payload))
+
+
+def shape_key(shape: ModelShape) -> str:
+    """Names a shape in the cache."""
+    return content_hash("shape", shape.to_json())[:16]
+
+
+def model_shape(context: Context) -> ModelShape:
+    """The model's projections from its configuration alone; no weight is read.
+
+    Raises:
+        ModelError: no model can be made of it, or it lacks the projections.
+    """
+    return context.once("model shape", lambda: _model_shape(context))
+
+
+def _model_shape(context: Context) -> ModelShape:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from was_search.errors import ModelError
+    from was_search.structure import find_structure
+
+    folder = context.source.folder
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ModelError(f"model: no model can be made of the configuration in {folder} ({error})") from error
+    return find_structure(model).shape
+
+
+def target_of(context: Context, shape: ModelShape | None = None) -> Target:
+    """The settings' budget: a sparsity, or a :class:`TimeBudget` where a speed-up is asked for.
+
+    Args:
+        context: see there.
+        shape: the model's, which a profile must have; None: not known yet.
+
+    Raises:
+        ConfigError: no profile is known, it is of another shape, or the speed-up is out of its reach.
+    """
+    speedup = context.settings.target_speedup
+    if not speedup:
+        return context.settings.target
+    profile = profile_of(context, shape)
+    if profile is None:
+        raise ConfigError(
+            "target_speedup: no profile of this model's shape is known; measure one on the target GPU with "
+            "'was-search profile --output FILE' and give it with --profile FILE"
+        )
+    return TimeBudget(profile, speedup)
+
+
+def check_target(context: Context) -> None:
+    """Refuse at once what :func:`target_of` and :func:`profile_of` would refuse once the shape is known.
+
+    Raises:
+        ConfigError: as they do.
+    """
+    if context.settings.profile or context.settings.target_speedup:
+        shape = model_shape(context)
+        profile_of(context, shape)
+        target_of(context, shape)
+
+
+def flat_target(context: Context, shape: ModelShape) -> float:
+    """The budget as one sparsity of all projections."""
+    return budget_of(target_of(context, shape), shape).flat
+
+
+def nominal_target(context: Context, shape: ModelShape, sparsities: FloatArray) -> float:
+    """The parameter-weighted sparsity of a vector on the budget, free of rounding where that is the budget."""
+    return shape.sparsity(sparsities) if context.settings.target_speedup else context.settings.target
+
+
+def target_identity(context: Context) -> dict[str, Any]:
+    """The budget's part of a study's identity."""
+    target = target_of(context)
+    return {"target": target} if isinstance(target, float) else target.identity
+
+
+def target_label(settings: Settings) -> str:
+    """The budget in a study's name: ``60`` or ``1.8x``."""
+    if settings.target_speedup:
+        return f"{settings.target_speedup:g}x"
+    return f"{round(100 * settings.target, 2):g}"
+
+
+def budget_title(settings: Settings) -> str:
+    """The budget in a table's title: ``60 %`` or ``1.8x the dense step's speed``."""
+    if settings.target_speedup:
+        return f"{settings.target_speedup:g}x the dense step's speed"
+    return f"{100 * settings.target:g} %"
+
+
+def predictions(
+    context: Context, shape: ModelShape, sparsities: FloatArray, point: OperatingPoint
+) -> dict[str, dict[str, Any]]:
+    """What a plan says of its decoding step, under ``step``; {} where no profile is known."""
+    profile = profile_of(context, shape)
+    if profile is None:
+        return {}
+    achieved = profile.figures(np.clip(point.achieved, 0.0, 1.0))
+    return {"step": {"nominal": profile.figures(sparsities), "achieved": achieved, "profile": profile.summary()}}
