@@ -31,6 +31,7 @@ from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.settings import Settings
 from was_search.slots import Slot, SlotState, best_slot, tokens_saved
+from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_workers.descents import DescentPlan
@@ -181,6 +182,7 @@ def identity(context: Context) -> dict[str, Any]:
     search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
     return {
         "model": context.fingerprint,
+        **({} if settings.weights == AS_STORED else {"weights": settings.weights}),
         "target": settings.target,
         "score": settings.score,
         "sampler": settings.sampler,
