@@ -278,6 +278,13 @@ def evaluate(
         int | None, typer.Option(help="At most so many sequences of the calibration split.")
     ] = None,
     search_sequences: Annotated[int | None, typer.Option(help="At most so many sequences of the search split.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Formats to compare, such as none,int8,int4; without it the plan's, and none beside it. "
+            "Tasks take one."
+        ),
+    ] = "",
 ) -> None:
     """Perplexity or tasks of a plan and of the dense model."""
     from was_search import api
@@ -287,12 +294,17 @@ def evaluate(
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
     loaded, base = load_plan(plan)
     call.flags.update(calibration_sequences=calibration_sequences, search_sequences=search_sequences)
+    formats = [form.strip() for form in weights.split(",") if form.strip()]
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if len(formats) == 1:
+        call.flags.update(weights=formats[0])
 
     def step(context: Any) -> Any:
-        if names:
-            return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path)
-        return api.evaluate(context, loaded, split)
+        if not names:
+            return api.evaluate(context, loaded, split, formats)
+        if len(formats) > 1:
+            raise ConfigError(f"weights: tasks take one format, got {weights!r}")
+        return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path)
 
     call.run(step, base)
 

@@ -59,6 +59,7 @@ MODEL: dict[str, Any] = {
     "data": option(str | None, "Text file, folder, or wikitext2, c4, alpaca."),
     "device": option(str | None, "auto, cpu or cuda."),
     "dtype": option(str | None, "auto, float32, bfloat16 or float16."),
+    "weights": option(str | None, "none (as stored), int8 or int4; int4:64 with a group of 64 outputs."),
     "sequence_length": option(int | None, "Tokens of one sequence."),
     "stride": option(int | None, "Tokens between windows; 0 means no overlap."),
     "test_sequences": option(int | None, "At most so many sequences of the test split."),
@@ -148,7 +149,7 @@ def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     plan = Plan.load(folder)
     recorded = plan.provenance.get("settings")
     made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
-    return plan, load_settings(None, {**made_with, "revision": plan.revision})
+    return plan, load_settings(None, {**made_with, "revision": plan.revision, "weights": plan.weights})
 
 
 _OF_A_PLAN = (

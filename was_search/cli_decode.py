@@ -8,7 +8,7 @@ import typer
 
 from was_search.cli_command import MODEL, Call, PlanIn, command, load_plan
 
-_PLACE = {name: MODEL[name] for name in ("model", "revision", "device", "dtype")}
+_PLACE = {name: MODEL[name] for name in ("model", "revision", "device", "dtype", "weights")}
 _TEXT = {name: MODEL[name] for name in ("data", "test_sequences")}
 
 

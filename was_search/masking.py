@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from was_search.quantised import QuantisedLinear
 from was_search.score import MaskOp, ScoreKind, column_norms, mask_input, scores
 from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.structure import Structure
@@ -25,10 +26,14 @@ Observer = Callable[[int, int, Tensor], None]
 
 
 def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]:
-    """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices."""
+    """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices.
+
+    Rounded weights count as what they mean, not as what they were.
+    """
     rows: list[list[Tensor]] = [[] for _ in structure.blocks]
     for b, _, linear in structure.linears():
-        rows[b].append(column_norms(linear.weight, kind))
+        weight = linear.dense_weight() if isinstance(linear, QuantisedLinear) else linear.weight
+        rows[b].append(column_norms(weight, kind))
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from was_search.checkpoint import ModelSource, read_config, reason, resolve_model
 from was_search.checkpoint_limits import check_size, check_values
 from was_search.errors import ConfigError, ModelError, ResourceError
+from was_search.weight_format import AS_STORED, WeightFormat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,7 @@ def load_model(
     dtype: str = "bfloat16",
     device: str = "cpu",
     device_map: str | dict[str, Any] | None = None,
+    weights: str = AS_STORED,
 ) -> nn.Module:
     """A causal language model in evaluation mode with frozen weights.
 
@@ -61,17 +63,22 @@ def load_model(
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` as in :func:`pick_dtype`.
         device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``.
         device_map: spreads the blocks over several devices, as transformers takes it; then ``device`` is not used.
+        weights: ``int8`` or ``int4``, with a group as in ``int4:64``: the projections' weights are rounded, one after
+            another. They pass by way of main memory, so that the device never holds more than one unrounded.
 
     Raises:
         ModelError: unreadable or incomplete weights, a model that needs code of its own, or one that is not a
             causal language model.
         ResourceError: no GPU for ``cuda``, accelerate is missing for ``device_map``, or the devices are too small: what
             lies on a disk, or in main memory beside GPUs, would be moved for every forward.
-        ConfigError: an unknown dtype or device.
+        ConfigError: an unknown dtype, device or format of weights.
         torch.OutOfMemoryError: the GPU is too full.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from was_search.quantised import quantise_projections
+    from was_search.structure import find_structure
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -79,9 +86,10 @@ def load_model(
         source = resolve_model(source, revision)
     if device_map is not None and not _has_accelerate():
         raise ResourceError("device_map: needs the package accelerate; pip install accelerate")
+    form = WeightFormat.parse(weights)
     _check_architecture(source)
     placement = device_map
-    if placement is None and device != "cpu" and _has_accelerate():
+    if placement is None and device != "cpu" and form is None and _has_accelerate():
         placement = {"": device}  # straight to the GPU, not by way of main memory
     try:
         with _quiet():
@@ -108,9 +116,12 @@ def load_model(
         )
     if device_map is not None:
         _require_no_offload(getattr(model, "hf_device_map", {}))
+    model.requires_grad_(False)
+    if form is not None:
+        quantise_projections(find_structure(model), form, torch.device(device) if placement is None else None)
     if placement is None:
         model.to(device)
-    frozen: nn.Module = model.eval().requires_grad_(False)
+    frozen: nn.Module = model.eval()
     return frozen
 
 

@@ -16,11 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from was_search.errors import PlanError
+from was_search.errors import ConfigError, PlanError
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.shape import PROJECTIONS, FloatArray, ModelShape
+from was_search.weight_format import AS_STORED, WeightFormat, describe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, SCHEMA_VERSION)
+"""A plan of version 1 knows no rounded weights."""
+
 Prefill = Literal["masked", "dense"]
 PREFILLS: tuple[Prefill, ...] = ("masked", "dense")
 JSON_NAME = "plan.json"
@@ -51,6 +55,7 @@ class Plan:
         metrics: figures with their protocol, as JSON.
         provenance: study, trial, seed, versions, as JSON.
         prefill: what the runtime does with prompts: ``masked`` like one-token steps, or ``dense``.
+        weights: ``none``, or the format that the projections' weights were rounded to, such as ``int4:128``.
     """
 
     model: str
@@ -67,6 +72,7 @@ class Plan:
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     prefill: Prefill = "masked"
+    weights: str = AS_STORED
 
     def __post_init__(self) -> None:
         expected = (self.shape.n_blocks, len(PROJECTIONS))
@@ -82,6 +88,10 @@ class Plan:
             raise PlanError(f"sparsities: must be under 1, got {self.sparsities.max()}")
         if self.prefill not in PREFILLS:
             raise PlanError(f"prefill: must be one of {', '.join(PREFILLS)}, got {self.prefill!r}")
+        try:
+            WeightFormat.parse(self.weights)
+        except ConfigError as error:
+            raise PlanError(str(error)) from error
         if self.score not in SCORE_KINDS:
             raise PlanError(f"score: must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}")
         if not (math.isfinite(self.budget) and 0.0 < self.budget < 1.0):
@@ -112,6 +122,15 @@ class Plan:
                 f"model at hand {fingerprint}; export a plan for this model"
             )
         self.require_shape(shape)
+
+    def require_weights(self, weights: str) -> None:
+        """Refuse a model whose projections' weights have another format, with a PlanError that names both."""
+        if weights != self.weights:
+            raise PlanError(
+                f"this plan is for {describe(self.weights)} ({self.weights}), the model has {describe(weights)} "
+                f"({weights}): thresholds and norms differ; load the model with weights "
+                f"{self.weights}, or export a plan with --weights {weights}"
+            )
 
     def require_shape(self, shape: ModelShape) -> None:
         """Refuse a module whose projections have other widths, with a PlanError that names the first difference."""
@@ -151,6 +170,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "shape": self.shape.to_json(),
             "projections": list(PROJECTIONS),
+            "weights": self.weights,
             "score": self.score,
             "budget": self.budget,
             "dense_prefix": self.dense_prefix,
@@ -217,6 +237,7 @@ class Plan:
                 metrics=dict(document["metrics"]),
                 provenance=dict(document["provenance"]),
                 prefill=str(document.get("prefill", "masked")),  # type: ignore[arg-type]  # checked there
+                weights=str(document.get("weights", AS_STORED)),
             )
         except PlanError:
             raise
@@ -243,9 +264,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(document, dict) or document.get("schema_version") not in _READABLE:
         version = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again")
+        raise PlanError(
+            f"{path}: schema_version must be at most {SCHEMA_VERSION}, got {version!r}; export the plan again"
+        )
     if document.get("sha256") != _document_hash(document):
         raise PlanError(f"{path}: sha256 does not match its content; the plan was changed, export it again")
     return document

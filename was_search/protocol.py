@@ -13,6 +13,7 @@ import numpy as np
 from was_search.early_stop import StopRule
 from was_search.errors import ConfigError
 from was_search.shape import FloatArray, IntArray
+from was_search.weight_format import AS_STORED, WeightFormat
 
 SPLITS = ("calibration", "search", "test")
 
@@ -34,6 +35,7 @@ class EvaluationProtocol:
         batch_size: sequences per forward; fixed, because rounding may depend on it.
         dense_prefix: tokens at a sequence's start that are never masked (and not counted as achieved sparsity).
         tokens_hash: sha256 of the token ids, so of the tokenizer, the windows and their order.
+        weights: ``none``, or the format that the projections' weights were rounded to, such as ``int4:128``.
     """
 
     data: str
@@ -47,6 +49,7 @@ class EvaluationProtocol:
     batch_size: int
     dense_prefix: int
     tokens_hash: str = ""
+    weights: str = AS_STORED
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -80,13 +83,19 @@ class EvaluationProtocol:
         window = f"{self.n_sequences} x {self.sequence_length} tokens"
         if self.stride != self.sequence_length:
             window += f", stride {self.stride}"
+        form = WeightFormat.parse(self.weights)
+        precision = self.dtype if form is None else f"{self.dtype}, {form.words}"
         return (
-            f"{self.data} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {self.dtype}, "
+            f"{self.data} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {precision}, "
             f"batch {self.batch_size}, {'BOS' if self.bos else 'no BOS'}, first {self.dense_prefix} token(s) dense"
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the weights where they are as stored: so what was cached and stored before is found again."""
+        value = asdict(self)
+        if self.weights == AS_STORED:
+            del value["weights"]
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> EvaluationProtocol:

@@ -19,6 +19,7 @@ from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.space import SPACES, SpaceName
 from was_search.targets import parse_increase, parse_speedups, parse_targets
 from was_search.webhook import check_webhook
+from was_search.weight_format import AS_STORED, canonical
 from was_search.worker_range import WorkerRange
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -57,6 +58,8 @@ class Settings:
         storage: a Postgres URL or ``embedded``.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto`` is bfloat16 on a GPU and float32 on CPU.
+        weights: ``none`` leaves the projections' weights as they are stored, ``int8`` and ``int4`` round them when the
+            model is loaded; ``int4:64`` with a scale for each 64 outputs of an input channel (128 if not given).
         sequence_length: tokens of one sequence.
         stride: tokens between windows; 0 means sequence_length.
         calibration_sequences: at most so many for histograms.
@@ -116,6 +119,7 @@ class Settings:
     storage: str = dataclasses.field(default="embedded", repr=False)
     device: DeviceName = "auto"
     dtype: DTypeName = "auto"
+    weights: str = AS_STORED
     sequence_length: int = 2048
     stride: int = 0
     calibration_sequences: int = 64
@@ -155,6 +159,7 @@ class Settings:
             if field.name != "workers":
                 object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
         object.__setattr__(self, "workers", WorkerRange.parse(self.workers).plain)
+        object.__setattr__(self, "weights", canonical(self.weights))
         self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
         speedup = self.target_speedup
         self._range("target_speedup", speedup == 0 or 1.0 < speedup < math.inf, "must be above 1, or 0 for none")

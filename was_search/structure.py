@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 from was_search.errors import ModelError
+from was_search.quantised import QuantisedLinear
 from was_search.shape import PROJECTIONS, ModelShape
+from was_search.weight_format import AS_STORED
 
 _SUFFIXES = {f"{name}_proj": name for name in PROJECTIONS}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUSED = ("qkv_proj", "gate_up_proj", "c_attn", "query_key_value", "Wqkv", "dense_h_to_4h", "W_pack", "c_fc")
+
+
+Projection = nn.Linear | QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Block:
 
     name: str
     module: nn.Module
-    projections: dict[str, nn.Linear]
+    projections: dict[str, Projection]
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,21 @@ class Structure:
             tuple(tuple(linear.out_features for linear in row) for row in rows),
         )
 
-    def linears(self) -> list[tuple[int, int, nn.Linear]]:
+    @property
+    def weights(self) -> str:
+        """The format of the projections' weights, ``none`` where they are floats.
+
+        Raises:
+            ModelError: they have several.
+        """
+        found = {
+            str(linear.form) if isinstance(linear, QuantisedLinear) else AS_STORED for _, _, linear in self.linears()
+        }
+        if len(found) > 1:
+            raise ModelError(f"weights: one format for all projections is needed, got {', '.join(sorted(found))}")
+        return found.pop()
+
+    def linears(self) -> list[tuple[int, int, Projection]]:
         """Every projection as (block, projection index, module), block by block in the order of PROJECTIONS."""
         return [
             (b, p, block.projections[name]) for b, block in enumerate(self.blocks) for p, name in enumerate(PROJECTIONS)
@@ -72,8 +91,13 @@ def find_structure(model: nn.Module) -> Structure:
     return Structure(blocks)
 
 
+def device_of(linear: Projection) -> torch.device:
+    """Where a projection's weight is."""
+    return linear.device if isinstance(linear, QuantisedLinear) else linear.weight.device
+
+
 def _block(name: str, module: nn.Module, wanted: str) -> Block:
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Projection] = {}
     for path, child in module.named_modules():
         if "experts" in path.split("."):
             raise ModelError(
@@ -84,13 +108,14 @@ def _block(name: str, module: nn.Module, wanted: str) -> Block:
         projection = _SUFFIXES.get(leaf)
         if projection is None:
             continue
-        # Quantised layers may derive from Linear, with packed or scaled weights that norms would misread.
-        if not isinstance(child, nn.Linear) or not _is_plain(child):
+        # Other libraries' quantised layers may derive from Linear, with packed weights that norms would misread.
+        if not isinstance(child, QuantisedLinear) and not (isinstance(child, nn.Linear) and _is_plain(child)):
             weight = getattr(child, "weight", None)
             dtype = f" of {weight.dtype}" if isinstance(weight, torch.Tensor) else ""
             raise ModelError(
                 f"{name}.{path}: a {type(child).__name__}{dtype} where a torch.nn.Linear in bf16, fp16 or fp32 is "
-                "needed; quantised or converted projections are not supported, load the checkpoint unquantised"
+                "needed; projections that others have quantised or converted are not supported: load the checkpoint "
+                "unquantised, and round its weights with --weights int8 or int4"
             )
         if projection in found:
             raise ModelError(

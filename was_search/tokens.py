@@ -10,6 +10,7 @@ from was_search.errors import ConfigError, DataError
 from was_search.protocol import EvaluationProtocol, TokenSet
 from was_search.shape import IntArray
 from was_search.text import SplitText
+from was_search.weight_format import AS_STORED
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -50,6 +51,7 @@ def tokenise(
     at_most: bool = False,
     bos: bool | None = None,
     dtype: str = "bfloat16",
+    weights: str = AS_STORED,
     batch_size: int = 8,
     dense_prefix: int = 1,
     seed: int = 0,
@@ -69,6 +71,7 @@ def tokenise(
         at_most: take fewer than ``n_sequences`` where the text holds fewer, instead of an error.
         bos: whether each sequence starts with BOS; None means as the tokenizer does of its own accord.
         dtype: recorded in the protocol.
+        weights: recorded in the protocol.
         batch_size: recorded in the protocol.
         dense_prefix: recorded in the protocol.
         seed: of the order.
@@ -87,6 +90,7 @@ def tokenise(
         n_sequences=1 if n_sequences is None else n_sequences,
         bos=with_bos,
         dtype=dtype,
+        weights=weights,
         batch_size=batch_size,
         dense_prefix=dense_prefix,
     )  # checks the ranges before the text is tokenised

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from was_kernels.attend import HEAD_SIZES, attend
 from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, gather_gemv
+from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
 from was_kernels.positions import DensePrefix
 from was_kernels.sparse_linear import SparseLinear
+from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
 
 FAMILIES = {
     "LlamaDecoderLayer": "transformers.models.llama.",
@@ -58,7 +60,7 @@ class DecodeBlock:
         """Whether this forward is a step that :meth:`run` covers."""
         if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > MAX_ROWS:
             return False
-        if hidden.dtype != self._projections[0].weight.dtype or given.get("output_attentions"):
+        if hidden.dtype != self._projections[0].dtype or given.get("output_attentions"):
             return False
         if any(projection.count is not None for projection in self._projections):
             return False
@@ -110,9 +112,12 @@ class DecodeBlock:
         residual: Tensor | None = None,
     ) -> Tensor:
         chosen = [self._projections[p] for p in which]
-        return gather_gemv(
+        rounded = [projection.rounded for projection in chosen if isinstance(projection, SparseQuantisedLinear)]
+        weights: list[Any] = [*rounded] or [projection.weight_t for projection in chosen]
+        gather: Any = gather_gemv_quantised if rounded else gather_gemv
+        y: Tensor = gather(
             x,
-            [projection.weight_t for projection in chosen],
+            weights,
             [projection.norms for projection in chosen],
             [projection.threshold for projection in chosen],
             [projection.bias for projection in chosen],
@@ -124,6 +129,7 @@ class DecodeBlock:
             dense=dense,
             early=True,
         )
+        return y
 
     def _cache_layer(self, given: dict[str, Any]) -> Any:
         """The cache's layer of this block if it is a static one that holds something already, else None."""
@@ -143,7 +149,7 @@ def _is_row_of_flags(mask: Tensor, longest: int) -> bool:
 
 
 def fits(layer: Any) -> bool:
-    """Whether :class:`DecodeBlock` covers this block: its class, activation, sizes and dtype."""
+    """Whether :class:`DecodeBlock` covers this block, its projections swapped: class, activation, sizes and dtype."""
     kind = type(layer)
     if not kind.__module__.startswith(FAMILIES.get(kind.__name__, " ")):
         return False
@@ -155,8 +161,10 @@ def fits(layer: Any) -> bool:
     if q.out_features // k.out_features * attention.head_dim > 1024:
         return False
     widths = (q.out_features, k.out_features, down.in_features, down.out_features)
-    sizes_fit = all(width % 8 == 0 and width <= MAX_CHANNELS for width in widths)
-    return sizes_fit and down.weight.dtype in HALF and down.weight.dtype == layer.input_layernorm.weight.dtype
+    each = COLUMNS if isinstance(down, SparseQuantisedLinear) else 8
+    sizes_fit = all(width % each == 0 and width <= MAX_CHANNELS for width in widths)
+    dtype = down.dtype if isinstance(down, SparseLinear) else down.weight.dtype
+    return sizes_fit and dtype in HALF and dtype == layer.input_layernorm.weight.dtype
 
 
 def fuse(layer: nn.Module, step: DecodeBlock) -> None:

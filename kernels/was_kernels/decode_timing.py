@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from was_kernels.runtime import SparseModel
+from was_search.quantised import QuantisedLinear
 
 _COUNTED_STEPS = 8
 _WARM_UP = 5
@@ -103,7 +104,7 @@ class DecodeStep:
             kept = (x.abs().float() * module.norms >= module.threshold).any(dim=0).sum()
             kept = kept if module.threshold > 0.0 else torch.full_like(kept, module.in_features)
             live.add_(kept)
-            read.add_(kept * module.out_features * module.weight.element_size())
+            read.add_(kept * module.channel_bytes)
 
         projections = handle.projections
         hooks = [projection.register_forward_pre_hook(count) for projection in projections]
@@ -185,6 +186,10 @@ def other_bytes(model: Any, batch: int, kv_length: int) -> int:
 
 
 def projection_bytes(linears: list[nn.Module]) -> int:
-    """Bytes of the weights of ``linears``."""
-    weights: list[Any] = [linear.weight for linear in linears]
-    return sum(weight.numel() * weight.element_size() for weight in weights)
+    """Bytes of the weights of ``linears``, with the scales of rounded ones."""
+    total = 0
+    for linear in linears:
+        rounded = isinstance(linear, QuantisedLinear)
+        held: list[Any] = [linear.packed, linear.scales] if rounded else [linear.weight]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return total

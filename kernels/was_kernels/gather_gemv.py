@@ -6,6 +6,7 @@ A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from was_kernels.nvrtc import SOURCES, address, ceil_div, cuda_kernel
+from was_kernels.quantised_weight import QuantisedWeight
 from was_kernels.reference import rms_norm, sparse_gemv_reference
 
 MAX_ROWS = 8
@@ -33,6 +35,7 @@ _SHARED_BYTES = (48 << 10) - 768  # what every device gives without asking, less
 class _Projection(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("norms", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -40,6 +43,7 @@ class _Projection(ctypes.Structure):
         ("threshold", ctypes.c_float),
         ("width", ctypes.c_int),
         ("first_block", ctypes.c_longlong),
+        ("groups", ctypes.c_longlong),
     )
 
 
@@ -51,7 +55,8 @@ class Cut:
     """How a group of projections is cut into blocks.
 
     Attributes:
-        lanes: threads along a weight row, 8 columns each.
+        lanes: threads along a weight row.
+        per_lane: columns of each.
         blocks: column blocks of each projection.
         shares: blocks along the input channels.
         capacity: channels of a block, rounded up to whole passes of its threads.
@@ -61,6 +66,7 @@ class Cut:
     """
 
     lanes: int
+    per_lane: int
     blocks: tuple[int, ...]
     shares: int
     capacity: int
@@ -70,29 +76,36 @@ class Cut:
 
 
 @lru_cache(maxsize=256)
-def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int) -> Cut:
+def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int, bits: int = 16) -> Cut:
     """Fill every multiprocessor once, as evenly as whole blocks allow.
 
     A weight row's piece is 512 bytes where that still leaves enough blocks, else 256. A block has at least as many
-    channels as threads, so that scoring them is one pass.
+    channels as threads, so that scoring them is one pass. At 8 and 4 bits a lane reads up to 16 bytes of as many
+    columns as the registers have sums for.
     """
     compiled_rows = next(n for n in (1, 2, 4, 8) if n >= rows)
     residents = {1: 4, 2: 3, 4: 2, 8: 2}[compiled_rows]
-    lanes = 32 if compiled_rows == 1 and sum(ceil_div(width, 256) for width in widths) >= 32 else 16
-    blocks = tuple(ceil_div(width, lanes * 8) for width in widths)
+    columns = 256 if compiled_rows == 1 and sum(ceil_div(width, 256) for width in widths) >= 32 else 128
+    per_lane = 8 if bits == 16 else max(8, min(128 // bits, 32 // compiled_rows))
+    unroll = 8 if compiled_rows < 8 else 4
+    if bits < 16:  # leaves registers for the sums: of 32 columns at 4 bits, of two rows of 16
+        residents, unroll = {1: 3 if bits == 4 else 4}.get(compiled_rows, 2), 4
+    lanes = columns // per_lane
+    blocks = tuple(ceil_div(width, columns) for width in widths)
     threads = _WARPS * 32
     shares = max(1, min(d_in // threads, residents * n_processors // sum(blocks)))
-    sums_bytes = threads * lanes  # a float of each column for each warp
+    sums_bytes = 4 * _WARPS * columns  # a float of each column for each warp
     most = (_SHARED_BYTES - sums_bytes) // (2 + 4 * compiled_rows) // threads * threads
     shares = max(shares, ceil_div(d_in, most))
     channels = ceil_div(ceil_div(d_in, _STRIPE), shares) * _STRIPE
     return Cut(
         lanes=lanes,
+        per_lane=per_lane,
         blocks=blocks,
         shares=shares,
         capacity=ceil_div(channels, threads) * threads,
         rows=compiled_rows,
-        unroll=8 if compiled_rows < 8 else 4,
+        unroll=unroll,
         residents=residents,
     )
 
@@ -115,21 +128,29 @@ def _launch_gather(
     residual: Tensor | None,
     dense: Tensor | None,
     early: bool,
+    rounded: Sequence[QuantisedWeight] = (),
 ) -> Tensor:
+    """``weights`` of 16 bits, or in their place those that are ``rounded``, all to one format."""
     rows, d_in = x.shape
-    widths = tuple(weight.shape[1] for weight in weights)
+    bits = rounded[0].bits if rounded else 16
+    widths = tuple(weight.width for weight in rounded) or tuple(weight.shape[1] for weight in weights)
+    scales: Sequence[Tensor | None] = [weight.scales for weight in rounded] or [None] * len(weights)
+    weights = [weight.packed for weight in rounded] or weights
     early = early and torch.cuda.get_device_capability(x.device)[0] >= 9
-    cut = choose_cut(d_in, widths, rows, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    cut = choose_cut(d_in, widths, rows, torch.cuda.get_device_properties(x.device).multi_processor_count, bits)
     out = torch.empty((rows, widths[0] if gated else sum(widths)), dtype=x.dtype, device=x.device)
     n_blocks = sum(cut.blocks)
     if n_blocks > len(arrived):
         raise ValueError(f"arrived: {n_blocks} counters needed, got {len(arrived)}")
-    parts = torch.empty(n_blocks * cut.shares * cut.rows * cut.lanes * 8, dtype=torch.float32, device=x.device)
+    columns = cut.lanes * cut.per_lane
+    parts = torch.empty(n_blocks * cut.shares * cut.rows * columns, dtype=torch.float32, device=x.device)
     group = _GROUPS[len(weights)]()
     first_block = first_column = 0
-    for i, (weight, own, threshold, bias) in enumerate(zip(weights, norms, thresholds, biases, strict=True)):
+    given = zip(weights, scales, norms, thresholds, biases, strict=True)
+    for i, (weight, pairs, own, threshold, bias) in enumerate(given):
         group.part[i] = _Projection(
             weight.data_ptr(),
+            None if pairs is None else pairs.data_ptr(),
             own.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr() + first_column * out.element_size(),
@@ -137,12 +158,16 @@ def _launch_gather(
             threshold,
             widths[i],
             first_block,
+            0 if pairs is None else pairs.shape[1],
         )
         if not gated:
             first_block += cut.blocks[i]
             first_column += widths[i]
     macros = {
         "BF16": int(x.dtype == torch.bfloat16),
+        "BITS": bits,
+        "PER_LANE": cut.per_lane,
+        "GROUP": rounded[0].group if rounded else 1,
         "LANES": cut.lanes,
         "WARPS": _WARPS,
         "UNROLL": cut.unroll,
@@ -298,6 +323,29 @@ def _require_gather(
     norm_weight: Tensor | None,
     residual: Tensor | None,
 ) -> None:
+    require_group(x, weights, norms, thresholds, biases, gated, norm_weight, residual)
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] % 8 or weight.stride(1) != 1:
+            raise ValueError(
+                f"weights: [{x.shape[1]}, a multiple of 8] with unit last stride, got {list(weight.shape)}"
+            )
+        if weight.stride(0) % 8 or weight.storage_offset() % 8:
+            raise ValueError("weights: rows must start at multiples of 16 bytes")
+        if weight.dtype != x.dtype:
+            raise ValueError(f"weights: must have x's dtype {x.dtype}, got {weight.dtype}")
+
+
+def require_group(
+    x: Tensor,
+    weights: list[Tensor],
+    norms: list[Tensor],
+    thresholds: list[float],
+    biases: list[Tensor | None],
+    gated: bool,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    """Check what does not depend on how weights are held."""
     n = len(weights)
     if not 1 <= n <= _MAX_PARTS or not n == len(norms) == len(thresholds) == len(biases):
         raise ValueError(f"weights: one to three, as many norms, thresholds and biases, got {n} weights")
@@ -307,14 +355,6 @@ def _require_gather(
         raise ValueError(f"x: [1 to {MAX_ROWS}, up to {MAX_CHANNELS}] needed, got {list(x.shape)}")
     if norm_weight is not None and x.shape[1] % 8:
         raise ValueError(f"norm_weight: takes x of a multiple of 8 channels, got {x.shape[1]}")
-    for weight, own in zip(weights, norms, strict=True):
-        if weight.dim() != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] % 8 or weight.stride(1) != 1:
-            raise ValueError(
-                f"weights: [{x.shape[1]}, a multiple of 8] with unit last stride, got {list(weight.shape)}"
-            )
-        if weight.stride(0) % 8 or weight.storage_offset() % 8:
-            raise ValueError("weights: rows must start at multiples of 16 bytes")
-        if weight.dtype != x.dtype:
-            raise ValueError(f"weights: must have x's dtype {x.dtype}, got {weight.dtype}")
+    for own in norms:
         if own.shape != x.shape[1:] or own.dtype != torch.float32:
             raise ValueError(f"norms: float32 [{x.shape[1]}] needed, got {own.dtype} {list(own.shape)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from was_search.rounding import dequantise
+
 
 def kept_channels(x: Tensor, norms: Tensor, threshold: float, dense: Tensor | None = None) -> Tensor:
     """Which channels are kept: ``abs(x) * norms >= threshold`` in float32, or all of them.
@@ -59,6 +61,23 @@ def sparse_gemv_reference(
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def quantised_gemv_reference(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bits: int,
+    group: int,
+    width: int,
+    norms: Tensor,
+    threshold: float,
+    bias: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """:func:`sparse_gemv_reference` on a weight that ``was_search.rounding.quantise`` made, written out in float32."""
+    weight = dequantise(packed, scales, bits, group, width)
+    return sparse_gemv_reference(x, weight.t(), norms, threshold, bias, dense)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

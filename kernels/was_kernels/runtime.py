@@ -18,10 +18,13 @@ from was_kernels.decode_block import DecodeBlock, fits, fuse, unfuse
 from was_kernels.gather_gemv import HALF, counters
 from was_kernels.positions import DensePrefix
 from was_kernels.sparse_linear import SparseLinear, norms_like
+from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
 from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
 from was_search.plan import Plan
+from was_search.quantised import QuantisedLinear
 from was_search.shape import N_PROJECTIONS, ModelShape
-from was_search.structure import Structure, find_structure
+from was_search.structure import Projection, Structure, device_of, find_structure
+from was_search.weight_format import AS_STORED
 
 Backend = Literal["auto", "cuda", "triton", "reference"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,7 +34,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class _Swap:
     parent: nn.Module
     name: str
-    linear: nn.Linear
+    linear: Projection
     sparse: SparseLinear
 
 
@@ -119,14 +122,15 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
         model: a transformers causal language model, or its decoder.
         plan: thresholds and norms for this model.
         backend: ``auto`` takes the CUDA kernels where all projections are on an NVIDIA GPU in half precision, else
-            Triton where their dtype has kernels, else the plain reference; the others insist.
+            Triton where their dtype has kernels, else the plain reference; the others insist. Rounded weights take
+            Triton with ``auto``, and the CUDA kernels, which have not been run on them yet, with ``cuda``.
         fingerprint: the checkpoint's, if known; checked against the plan's.
 
     Returns:
         A handle that undoes the change with ``restore()``, or on leaving it as a context.
 
     Raises:
-        PlanError: the plan belongs to another model, or the model runs a plan already.
+        PlanError: the plan belongs to another model or to weights of another format, or the model runs a plan already.
         ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
         ResourceError: ``cuda`` or ``triton`` was asked for and is not there.
         ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype.
@@ -136,6 +140,7 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
     structure = find_structure(model)
     if fingerprint is not None:
         plan.require_model(fingerprint, structure.shape)
+    plan.require_weights(structure.weights)
     plan.require_shape(structure.shape)
     _require_own_weights(structure)
     chosen = _choose_backend(backend, structure)
@@ -143,23 +148,24 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
     handle = SparseModel(model, plan, structure.shape, chosen)
     arrived: dict[torch.device, Tensor] = {}
     if chosen == "cuda":
-        devices = {linear.weight.device for _, _, linear in structure.linears()}
+        devices = {device_of(linear) for _, _, linear in structure.linears()}
         arrived = {device: counters(device) for device in devices}
     try:
         if prefix is not None:
             handle._hooks.extend(prefix.attach(_decoder(model, structure)))
         for b, p, linear in structure.linears():
             parent, name = _parent(structure.blocks[b].module, linear)
-            norms = norms_like(torch.tensor(plan.norms[b][p]), linear)
+            norms = norms_like(torch.tensor(plan.norms[b][p]), device_of(linear))
+            kind: Any = SparseQuantisedLinear if isinstance(linear, QuantisedLinear) else SparseLinear
             with torch.no_grad():
-                sparse = SparseLinear(
+                sparse = kind(
                     linear,
                     norms,
                     float(plan.thresholds[b, p]),
                     prefix=prefix,
                     triton=chosen in ("cuda", "triton"),
                     dense_prompts=plan.prefill == "dense",
-                    counters=arrived.get(linear.weight.device),
+                    counters=arrived.get(device_of(linear)),
                 )
             handle._swaps.append(_Swap(parent, name, linear, sparse))
             setattr(parent, name, sparse)
@@ -173,9 +179,9 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
 
 def _require_own_weights(structure: Structure) -> None:
     linears = [linear for _, _, linear in structure.linears()]
-    if any(linear.weight.device.type == "meta" for linear in linears):
+    if any(device_of(linear).type == "meta" for linear in linears):
         raise ModelError("some projections are not loaded (meta device): offloaded models cannot run a plan")
-    if len({id(linear.weight) for linear in linears}) < len(linears):
+    if len({id(_held(linear)) for linear in linears}) < len(linears):
         raise ModelError("some projections share one weight: models with shared blocks cannot run a plan")
 
 
@@ -185,7 +191,7 @@ def _fuse_blocks(
     for block in structure.blocks:
         layer: Any = block.module
         if fits(layer) and len({weight.device for weight in layer.parameters()}) == 1:
-            fuse(layer, DecodeBlock(layer, prefix, arrived[layer.self_attn.q_proj.weight.device]))
+            fuse(layer, DecodeBlock(layer, prefix, arrived[layer.self_attn.q_proj.norms.device]))
             handle._fused.append(layer)
 
 
@@ -194,11 +200,13 @@ def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "trit
         raise ConfigError(f"backend: must be auto, cuda, triton or reference, got {backend!r}")
     if backend == "reference":
         return "reference"
-    weights = [linear.weight for _, _, linear in structure.linears()]
-    dtypes = {weight.dtype for weight in weights}
-    on_gpu = all(weight.is_cuda for weight in weights)
+    linears = [linear for _, _, linear in structure.linears()]
+    dtypes = {linear.dtype if isinstance(linear, QuantisedLinear) else linear.weight.dtype for linear in linears}
+    on_gpu = all(device_of(linear).type == "cuda" for linear in linears)
     compiles, why_not = nvrtc.available()
-    if backend == "cuda" or (backend == "auto" and on_gpu and compiles and dtypes <= set(HALF)):
+    # The CUDA kernels on rounded weights are compiled but have not run on a GPU yet: only who asks gets them.
+    proven = structure.weights == AS_STORED
+    if backend == "cuda" or (backend == "auto" and proven and on_gpu and compiles and dtypes <= set(HALF)):
         if not dtypes <= set(HALF):
             raise ConfigError(f"backend: cuda takes float16 and bfloat16, the model has {dtypes}")
         if not (on_gpu and compiles):
@@ -231,7 +239,11 @@ def _decoder(model: nn.Module, structure: Structure) -> nn.Module:
     return model.get_submodule(".".join(path))
 
 
-def _parent(block: nn.Module, linear: nn.Linear) -> tuple[nn.Module, str]:
+def _held(linear: Projection) -> Tensor:
+    return linear.packed if isinstance(linear, QuantisedLinear) else linear.weight
+
+
+def _parent(block: nn.Module, linear: nn.Module) -> tuple[nn.Module, str]:
     path = next(path for path, module in block.named_modules() if module is linear)
     parent, _, name = path.rpartition(".")
     return block.get_submodule(parent), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,10 +48,31 @@ class SparseLinear(nn.Module):
         dense_prompts: bool = False,
         counters: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self._init_common(linear, norms, threshold, prefix, triton, dense_prompts)
         self.weight = linear.weight
+        self.dtype = linear.weight.dtype
+        self.channel_bytes = self.out_features * self.weight.element_size()
+        if triton:
+            from was_kernels.sparse_gemv import sparse_gemv
+
+            self._gemv = sparse_gemv
+        fits = self.out_features % 8 == 0 and self.in_features <= MAX_CHANNELS and self.weight.dtype in HALF
+        self._counters = counters if fits else None
+        self.weight.data = self.weight.data.t().contiguous().t()
+
+    def _init_common(
+        self,
+        linear: Any,
+        norms: Tensor,
+        threshold: float,
+        prefix: DensePrefix | None,
+        triton: bool,
+        dense_prompts: bool,
+    ) -> None:
+        """What does not depend on how the weight is held."""
+        super().__init__()
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
         self.bias = linear.bias
         self.norms: Tensor
         self.register_buffer("norms", norms, persistent=False)
@@ -61,14 +84,9 @@ class SparseLinear(nn.Module):
         self._mask_op = score_mask_reference
         if triton:
             from was_kernels.score_mask import score_mask
-            from was_kernels.sparse_gemv import sparse_gemv
 
             self._mask_op = score_mask
-            self._gemv = sparse_gemv
-        fits = self.out_features % 8 == 0 and self.in_features <= MAX_CHANNELS and self.weight.dtype in HALF
-        self._counters = counters if fits else None
         self.train(linear.training)
-        self.weight.data = self.weight.data.t().contiguous().t()
 
     @property
     def weight_t(self) -> Tensor:
@@ -87,10 +105,25 @@ class SparseLinear(nn.Module):
         if self.count is not None and one_token:
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, self.threshold), dense)
         if self.threshold <= 0.0 or (self._dense_prompts and not one_token):
-            return F.linear(x, self.weight, self.bias)
-        if self._counters is not None and one_token and rows <= FEW_ROWS and x.dtype == self.weight.dtype:
-            y = gather_gemv(
-                x.reshape(rows, self.in_features),
+            return self._multiply(x)
+        if one_token:
+            y = self._few_rows(x.reshape(rows, self.in_features), dense)
+            if y is not None:
+                return y.view(*x.shape[:-1], self.out_features)
+        return self._multiply(self._mask_op(x, self.norms, self.threshold, dense))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """The dense product."""
+        return F.linear(x, self.weight, self.bias)
+
+    def _few_rows(self, x: Tensor, dense: Tensor | None) -> Tensor | None:
+        """The sparse product of x [B, in_features], or None where no kernel takes it."""
+        rows = x.shape[0]
+        if x.dtype != self.weight.dtype:
+            return None
+        if self._counters is not None and rows <= FEW_ROWS:
+            return gather_gemv(
+                x,
                 [self.weight_t],
                 [self.norms],
                 [self.threshold],
@@ -99,12 +132,10 @@ class SparseLinear(nn.Module):
                 dense=dense,
                 early=True,
             )
-            return y.view(*x.shape[:-1], self.out_features)
-        if self._triton and one_token and rows <= MAX_ROWS and x.dtype == self.weight.dtype:
-            flat = x.reshape(rows, self.in_features)
-            y = self._gemv(flat, self.weight_t, self.norms, self.threshold, self.bias, dense)
-            return y.view(*x.shape[:-1], self.out_features)
-        return F.linear(self._mask_op(x, self.norms, self.threshold, dense), self.weight, self.bias)
+        if self._triton and rows <= MAX_ROWS:
+            y: Tensor = self._gemv(x, self.weight_t, self.norms, self.threshold, self.bias, dense)
+            return y
+        return None
 
     def extra_repr(self) -> str:
         return (
@@ -114,6 +145,6 @@ class SparseLinear(nn.Module):
         )
 
 
-def norms_like(values: Tensor, linear: nn.Linear) -> Tensor:
-    """``values`` as float32 on the device of the linear's weight."""
-    return values.to(device=linear.weight.device, dtype=torch.float32).contiguous()
+def norms_like(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` as float32 on the device of the weight."""
+    return values.to(device=device, dtype=torch.float32).contiguous()

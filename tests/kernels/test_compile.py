@@ -15,15 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from was_kernels import score_mask, sparse_gemv_kernels
+from was_kernels import quantised_gemv_kernels, score_mask, sparse_gemv_kernels
 from was_kernels.launch import interpreted
 from was_kernels.sparse_gemv import choose_tiling
 
 TYPES = {
     "x_ptr": "*{x}", "weight_ptr": "*{x}", "bias_ptr": "*{x}", "y_ptr": "*{x}", "norms_ptr": "*fp32",
-    "dense_ptr": "*u8", "partial_ptr": "*fp32", "threshold": "fp32",
+    "dense_ptr": "*u8", "partial_ptr": "*fp32", "threshold": "fp32", "packed_ptr": "*u8", "scales_ptr": "*fp16",
 }  # fmt: skip
-ALIGNED = {*TYPES, "d", "d_in", "d_out", "stride_row", "stride_sequence", "stride_position"} - {"threshold"}
+ALIGNED = {*TYPES, "d", "d_in", "d_out", "row_bytes", "groups", "stride_row", "stride_sequence", "stride_position"} - {
+    "threshold"
+}
 
 
 def ptx(kernel, constants, *, dtype="fp16", capability=90, aligned=True):
@@ -82,3 +84,16 @@ def test_score_mask_compiles(dtype):
         assert ".v4.b32" in ptx(kernel, {"HAS_DENSE": dense, **blocks}, dtype=dtype)
     ones = dict.fromkeys(("n_rows", "positions", "d", "stride_sequence", "stride_position"), 1)
     assert ptx(kernel, {"HAS_DENSE": True, **blocks, **ones}, dtype=dtype, aligned=False)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_quantised_gemv_compiles(bits, capability, aligned):
+    options = {"capability": capability, "aligned": aligned}
+    constants = {"BITS": bits, "GROUP": 128, "KEEP_ALL": False, "HAS_DENSE": True, **gemv_constants(1, 4)}
+    row = ptx(quantised_gemv_kernels.quantised_row_kernel, constants, **options)
+    if aligned:  # bytes of several weights in one load
+        assert re.search(r"@%p\d+ ld\.global\.L1::evict_first\S*\.(v\d\.)?b32", row)
+    constants |= {**gemv_constants(4, 4), "BLOCK_ROWS": 16}
+    assert "fma.rn.f32" in ptx(quantised_gemv_kernels.quantised_batch_kernel, constants, **options)

@@ -87,6 +87,7 @@ def tiny_plan(model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score
         sparsities=sparsities,
         thresholds=thresholds,
         norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
+        weights=structure.weights,
     )
 
 

@@ -23,6 +23,7 @@ from was_search.progress import Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
 from was_search.study_names import folder_name
+from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_search.api.notify import Announcement
@@ -107,6 +108,15 @@ class Context:
         )
         return sibling
 
+    def rounded(self, weights: str) -> Context:
+        """A sibling whose model has weights of another format, for steps that run in this process."""
+        if weights == self.settings.weights:
+            return self
+        sibling = copy.copy(self)
+        sibling.settings = dataclasses.replace(self.settings, weights=weights)
+        sibling._tokens, sibling._results = {}, {}
+        return sibling
+
     @_shared
     def database(self) -> Database:
         from was_storage.database import Database
@@ -133,6 +143,12 @@ class Context:
         from was_search.fingerprint import fingerprint
 
         return fingerprint(self.source, user_cache_path("was-search"))
+
+    @property
+    def model_key(self) -> str:
+        """The model's part of a cache key: the checkpoint's fingerprint, with the format of rounded weights."""
+        weights = self.settings.weights
+        return self.fingerprint if weights == AS_STORED else content_hash("rounded", 1, self.fingerprint, weights)
 
     @_shared
     def cluster(self) -> Cluster:
@@ -202,6 +218,7 @@ class Context:
             score=settings.score,
             log_format=logs.configured(),
             spread=placement.gpus_per_worker > 1,
+            weights=settings.weights,
         )
         cluster = self.cluster
         with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):
@@ -252,7 +269,9 @@ class Context:
 
     def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
         settings = self.settings
+        rounded = {} if settings.weights == AS_STORED else {"weights": settings.weights}
         return {
+            **rounded,
             "sequence_length": settings.sequence_length,
             "stride": settings.stride or settings.sequence_length,
             "n_sequences": n,

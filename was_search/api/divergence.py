@@ -39,7 +39,7 @@ def dense_top(context: Context) -> DenseTop | None:
 def dense_top_key(context: Context) -> str:
     """Names the result of :func:`dense_top` in the cache."""
     protocol, device = context.tokens("search").protocol, context.placement.device
-    return content_hash("dense-top", 1, context.fingerprint, protocol, device, context.settings.kl_top_k)
+    return content_hash("dense-top", 1, context.model_key, protocol, device, context.settings.kl_top_k)
 
 
 def _dense_top(context: Context) -> DenseTop:

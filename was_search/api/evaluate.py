@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from was_search.api.context import Context
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, EvaluationProtocol, perplexity
 from was_search.statistics import paired_interval
+from was_search.weight_format import AS_STORED, canonical
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,27 +24,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanEvaluation:
-    """The dense model and, if there is a plan, the plan on the same sequences."""
+    """The dense model and, if there is a plan, the plan on the same sequences.
+
+    ``weights`` is the format of the model's weights; the protocol has it too.
+    """
 
     protocol: EvaluationProtocol
     dense: Evaluation
     sparse: Evaluation | None
     achieved: float | None
 
+    @property
+    def weights(self) -> str:
+        return self.protocol.weights
 
-def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEvaluation:
+
+def evaluate(
+    context: Context, plan: Plan | None, split: str = "test", weights: Sequence[str] = ()
+) -> list[PlanEvaluation]:
     """Perplexity of the dense model and of ``plan`` on ``split`` of the settings' data, in this process.
+
+    Args:
+        context: settings: model, data, device and dtype.
+        plan: None: the dense model alone.
+        split: of the data.
+        weights: formats of the weights to compare, in the order of the result; none: those of the settings, and as
+            stored before them if these are rounded. A plan's thresholds are the same for all: those of a format that
+            it was not made for show what it loses there.
 
     Raises:
         PlanError: the plan belongs to another model.
+        ConfigError: an unknown format.
     """
+    settings = context.settings
+    wanted = [canonical(name) for name in weights] or list(dict.fromkeys((AS_STORED, settings.weights)))
+    results = []
+    for name in dict.fromkeys(wanted):
+        results.append(_evaluate(context.rounded(name), plan, split))
+    _show(context, results, plan)
+    return results
+
+
+def _evaluate(context: Context, plan: Plan | None, split: str) -> PlanEvaluation:
     from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
     from was_search.masking import structure_norms
 
     settings = context.settings
     data = context.tokens_uncached(split)
-    model, structure = load_for(context, plan)
+    model, structure = load_for(context, plan, any_weights=True)
     score = plan.score if plan is not None else settings.score
     norms = structure_norms(structure, score)
     runs = [None] if plan is None else [None, plan.thresholds]
@@ -53,14 +82,12 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
             op = ops_for(context.placement_here.device).mask
             found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
             advance()
-    result = PlanEvaluation(
+    return PlanEvaluation(
         data.protocol,
         found[0],
         found[1] if plan is not None else None,
         structure.shape.sparsity(found[1].achieved) if plan is not None else None,
     )
-    _show(context, result, plan)
-    return result
 
 
 def evaluate_on_tasks(
@@ -88,62 +115,83 @@ def evaluate_on_tasks(
     return results
 
 
-def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]:
-    """The model of the settings with its structure, in this process; refused if ``plan`` is for another."""
+def load_for(context: Context, plan: Plan | None, *, any_weights: bool = False) -> tuple[nn.Module, Structure]:
+    """The model of the settings with its structure, in this process; refused if ``plan`` is for another.
+
+    A plan for weights of another format is refused too, unless ``any_weights``.
+    """
     from was_search.model import load_model
     from was_search.structure import find_structure
 
     if plan is not None:
         plan.require_model(context.fingerprint, plan.shape)
-    placement = context.placement_here
-    with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
-        model = load_model(context.source, dtype=placement.dtype, device=placement.device)
+        if not any_weights:
+            plan.require_weights(context.settings.weights)
+    placement, weights = context.placement_here, context.settings.weights
+    form = "" if weights == AS_STORED else f", weights {weights}"
+    with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}{form}"):
+        model = load_model(context.source, dtype=placement.dtype, device=placement.device, weights=weights)
         structure = find_structure(model)
     if plan is not None:
         plan.require_shape(structure.shape)
     return model, structure
 
 
-def _show(context: Context, result: PlanEvaluation, plan: Plan | None) -> None:
+def _show(context: Context, results: list[PlanEvaluation], plan: Plan | None) -> None:
+    """One table of all formats; the JSON is the last one's, with all under ``weights`` if there are several."""
+    several = len(results) > 1
+    rows: list[list[str]] = []
+    for result in results:
+        suffix = f", {result.weights} weights" if several else ""
+        against = result.dense if result is results[0] else results[0].dense
+        rows.append(_row(f"dense{suffix}", 0.0, 0.0, result.dense, against))
+        if plan is not None and result.sparse is not None and result.achieved is not None:
+            name = f"plan ({plan.provenance.get('study', '?')}){suffix}"
+            rows.append(_row(name, plan.shape.sparsity(plan.sparsities), result.achieved, result.sparse, against))
+    last = results[-1]
+    caption = [last.protocol.describe()]
+    if several:
+        caption = [results[0].protocol.describe(), "the same sequences for all formats of the weights"]
+    if plan is not None and any(result.weights != plan.weights for result in results):
+        caption.append(f"the plan's thresholds were calibrated for {plan.weights} weights")
+    first = f"dense, {results[0].weights} weights" if several else "dense"
+    context.reporter.table(
+        f"Perplexity on the {last.protocol.split} split",
+        ["", "nominal", "achieved", "nats/token", "perplexity", f"difference to {first}, 95 %"],
+        rows,
+        caption="\n".join(caption),
+    )
+    value = _json(last, plan)
+    if several:
+        value["weights"] = {result.weights: _json(result, plan) for result in results}
+    context.reporter.result(value)
+
+
+def _row(name: str, nominal: float, achieved: float, found: Evaluation, against: Evaluation) -> list[str]:
+    gap = paired_interval(found.losses, against.losses) if found is not against and len(found.losses) > 1 else ""
+    return [
+        name,
+        f"{100 * nominal:.2f} %",
+        f"{100 * achieved:.2f} %",
+        f"{found.loss_nats:.4f}",
+        f"{perplexity(found.loss_nats):.3f}",
+        str(gap),
+    ]
+
+
+def _json(result: PlanEvaluation, plan: Plan | None) -> dict[str, Any]:
     value: dict[str, Any] = {
         "protocol": result.protocol.to_json(),
         "dense": {"loss_nats": result.dense.loss_nats, "perplexity": perplexity(result.dense.loss_nats)},
     }
-    rows = [
-        [
-            "dense",
-            "0.00 %",
-            "0.00 %",
-            f"{result.dense.loss_nats:.4f}",
-            f"{perplexity(result.dense.loss_nats):.3f}",
-            "",
-        ]
-    ]
     if plan is not None and result.sparse is not None and result.achieved is not None:
-        gap = paired_interval(result.sparse.losses, result.dense.losses) if len(result.sparse.losses) > 1 else None
         value["plan"] = {
             "loss_nats": result.sparse.loss_nats,
             "perplexity": perplexity(result.sparse.loss_nats),
             "nominal_sparsity": plan.shape.sparsity(plan.sparsities),
             "achieved_sparsity": result.achieved,
         }
-        rows.append(
-            [
-                f"plan ({plan.provenance.get('study', '?')})",
-                f"{100 * plan.shape.sparsity(plan.sparsities):.2f} %",
-                f"{100 * result.achieved:.2f} %",
-                f"{result.sparse.loss_nats:.4f}",
-                f"{perplexity(result.sparse.loss_nats):.3f}",
-                str(gap) if gap else "",
-            ]
-        )
-    context.reporter.table(
-        f"Perplexity on the {result.protocol.split} split",
-        ["", "nominal", "achieved", "nats/token", "perplexity", "plan - dense, 95 %"],
-        rows,
-        caption=result.protocol.describe(),
-    )
-    context.reporter.result(value)
+    return value
 
 
 def _show_tasks(context: Context, results: Mapping[str, list[TaskResult]], limit: int | None) -> None:

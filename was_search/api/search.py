@@ -38,6 +38,7 @@ from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.settings import Settings
 from was_search.slots import Slot, SlotState, best_slot
+from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_workers.descents import DescentPlan
@@ -193,6 +194,7 @@ def identity(context: Context) -> dict[str, Any]:
     search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
     return {
         "model": context.fingerprint,
+        **({} if settings.weights == AS_STORED else {"weights": settings.weights}),
         **target_identity(context),
         "score": settings.score,
         "sampler": settings.sampler,

@@ -25,6 +25,7 @@ from was_search.protocol import Evaluation, TokenSet
 from was_search.score import ScoreKind
 from was_search.shape import FloatArray, IntArray, ModelShape
 from was_search.table import BlockTable
+from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,6 +52,7 @@ class WorkerSpec:
         threads: CPU threads of torch; 0 leaves torch's own choice.
         log_format: of the worker's log, on its standard error, which Ray keeps in a file; "" for none.
         spread: over all GPUs that the process sees, whole blocks on each; by accelerate.
+        weights: ``none``, or the format that the projections' weights are rounded to.
     """
 
     model: str
@@ -61,6 +63,7 @@ class WorkerSpec:
     threads: int = 0
     log_format: str = ""
     spread: bool = False
+    weights: str = AS_STORED
 
 
 @dataclass(frozen=True)
@@ -351,6 +354,7 @@ def _load(spec: WorkerSpec) -> _Loaded:
             dtype=spec.dtype,
             device=spec.device,
             device_map="balanced" if spec.spread else None,
+            weights=spec.weights,
         )
         structure = find_structure(model)
         norms = structure_norms(structure, spec.score)

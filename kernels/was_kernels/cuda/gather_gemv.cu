@@ -5,21 +5,35 @@
 // rows in flight. The block that arrives last adds the shares in their order, so that two runs give the same bits.
 // When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up.
 //
-// Compiled by NVRTC with these macros: BF16, LANES (threads along a weight row: 8, 16 or 32), WARPS, UNROLL, ROWS,
-// PARTS, GATED, NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
+// Weights are of BITS 16, or rounded to 8 or 4 bits with a scale and an offset for each channel and GROUP of outputs:
+// w = scale * q + offset. A lane's outputs lie in one group, so the scale goes into x and the offset into one sum.
+//
+// Compiled by NVRTC with these macros: BF16, BITS, PER_LANE (outputs of a lane: 8 at 16 bits, else 8 to 32), GROUP,
+// LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL, ROWS, PARTS, GATED, NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
 // MIN_BLOCKS (of a multiprocessor), PDL (wait for the kernel before as late as possible).
 
 #include "common.cuh"
 
 #define THREADS (WARPS * 32)
-#define COLUMNS (LANES * 8)
+#define COLUMNS (LANES * PER_LANE)
 #define GROUPS (THREADS / LANES)
 #define PASSES (CAPACITY / THREADS)
 #define PHASES (GATED ? 2 : 1)
 #define STRIPE 16
 
+#if BITS == 16
+typedef u16 Stored;
+// Of a lane's c-th output among a warp's sums.
+#define PLACE(l, c) ((l) * PER_LANE + (c))
+#else
+typedef u8 Stored;
+#define WORDS (PER_LANE * BITS / 32)
+#define PLACE(l, c) ((l) * PER_LANE + ((c) + (l)) % PER_LANE)
+#endif
+
 struct Projection {
-    const u16* weight;   // [d_in, width], rows `stride` apart
+    const Stored* weight;  // [d_in, width * BITS / 8 bytes], rows `stride` apart
+    const u32* scales;     // [d_in, groups]: scale and offset in float16; BITS < 16 only
     const float* norms;  // [d_in]
     const u16* bias;     // [width] or null
     u16* out;            // [rows, width], rows `out_stride` apart
@@ -27,6 +41,7 @@ struct Projection {
     float threshold;
     int width;
     long long first_block;  // among the launch's column blocks; 0 when GATED
+    long long groups;
 };
 
 struct Group {
@@ -47,6 +62,50 @@ __device__ __forceinline__ uint4 stream(const u16* p, unsigned long long policy)
                  : "l"(p), "l"(policy));
     return v;
 }
+
+#if BITS < 16
+struct Words {
+    u32 word[WORDS];
+};
+
+__device__ __forceinline__ Words stream_words(const u8* p, unsigned long long policy) {
+    Words v;
+#if WORDS == 4
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(p), "l"(policy));
+#elif WORDS == 2
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+                 : "=r"(v.word[0]), "=r"(v.word[1])
+                 : "l"(p), "l"(policy));
+#else
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v.word[0]) : "l"(p), "l"(policy));
+#endif
+    return v;
+}
+
+__device__ __forceinline__ float half_low(u32 v) {
+    float f;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(v));
+    return f;
+}
+
+__device__ __forceinline__ float half_high(u32 v) {
+    float f;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(v));
+    return f;
+}
+
+// The c-th code of a word, exact: at 8 bits q itself, out of 2^23 + q; at 4 bits 1 + q / 16, put into the mantissa.
+__device__ __forceinline__ float code(u32 word, int c) {
+#if BITS == 8
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | c)) - 8388608.0f;
+#else
+    const u32 moved = 4 * c <= 19 ? word << (19 - 4 * c) : word >> (4 * c - 19);
+    return __uint_as_float((moved & 0x00780000u) | 0x3f800000u);
+#endif
+}
+#endif
 
 // Share s of `shares` owns every shares-th stripe of 16 channels: neighbours tend to be kept together.
 __device__ __forceinline__ int channel_of(int place, int share, int shares) {
@@ -192,15 +251,16 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     }
     __syncthreads();
 
-    const int column = first_column + (lane % LANES) * 8;
+    const int column = first_column + (lane % LANES) * PER_LANE;
     if (column >= own.width) n = 0;
-    const u16* weight = own.weight + column;
+    const Stored* weight = own.weight + (BITS == 16 ? column : column * BITS / 8);
     const unsigned long long policy = read_once();
-    float total[ROWS][8];
+    float total[ROWS][PER_LANE];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
-        for (int c = 0; c < 8; c++) total[r][c] = 0.0f;
+        for (int c = 0; c < PER_LANE; c++) total[r][c] = 0.0f;
+#if BITS == 16
     for (int first = thread / LANES; first < n; first += GROUPS * UNROLL) {
         uint4 v[UNROLL];
 #pragma unroll
@@ -225,22 +285,68 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         }
     }
 
+#else
+    const u32* scales = own.scales + column / GROUP;
+    float common[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) common[r] = 0.0f;
+    for (int first = thread / LANES; first < n; first += GROUPS * UNROLL) {
+        Words v[UNROLL];
+        u32 pair[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int i = first + u * GROUPS;
+            pair[u] = 0u;
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) v[u].word[w] = 0u;
+            if (i < n) {
+                v[u] = stream_words(weight + list[i] * own.stride, policy);
+                pair[u] = __ldg(scales + list[i] * own.groups);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int i = first + u * GROUPS;
+            // At 4 bits a code is 1 + q / 16: 16 scales of it are scale * q and 16 scales too much.
+            const float scale = half_low(pair[u]) * (BITS == 4 ? 16.0f : 1.0f);
+            const float offset = half_high(pair[u]) - (BITS == 4 ? scale : 0.0f);
+            float scaled[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const float value = i < n ? values[i][r] : 0.0f;
+                scaled[r] = value * scale;
+                common[r] += value * offset;
+            }
+#pragma unroll
+            for (int c = 0; c < PER_LANE; c++) {
+                const float q = code(v[u].word[c * BITS / 32], c % (32 / BITS));
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) total[r][c] += q * scaled[r];
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int c = 0; c < PER_LANE; c++) total[r][c] += common[r];
+#endif
+
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
     float* place = parts + (long long)block * PHASES * shares * (ROWS * COLUMNS);
     float* mine = place + ((GATED ? which : 0) * shares + share) * (ROWS * COLUMNS);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
 #pragma unroll
-        for (int c = 0; c < 8; c++) {
+        for (int c = 0; c < PER_LANE; c++) {
 #pragma unroll
             for (int step = 16; step >= LANES; step /= 2) total[r][c] += __shfl_xor_sync(~0u, total[r][c], step);
-            if (lane < LANES) sums[warp][lane * 8 + c] = total[r][c];
+            if (lane < LANES) sums[warp][PLACE(lane, c)] = total[r][c];
         }
         __syncthreads();
         for (int i = thread; i < COLUMNS; i += THREADS) {
             float sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += sums[w][i];
+            for (int w = 0; w < WARPS; w++) sum += sums[w][PLACE(i / PER_LANE, i % PER_LANE)];
             __stcg(mine + r * COLUMNS + i, sum);
         }
         __syncthreads();
