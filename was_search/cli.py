@@ -305,6 +305,10 @@ def dashboard(
     study: Annotated[str, typer.Option(help="Study to point to.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a proxy, or DNS, makes the page known; may be given again."),
+    ] = None,
     allow_edits: Annotated[
         bool, typer.Option("--allow-edits", help="Let the page change and delete studies; it has no login.")
     ] = False,
@@ -312,7 +316,12 @@ def dashboard(
     """Serve optuna-dashboard on the studies; the page can only look."""
     from was_search import api
 
-    call.run(lambda context: api.dashboard(context, study=study, host=host, port=port, allow_edits=allow_edits))
+    names = allow_host or []
+    call.run(
+        lambda context: api.dashboard(
+            context, study=study, host=host, port=port, allow_hosts=names, allow_edits=allow_edits
+        )
+    )
 
 
 @_command(STORAGE, {"trials": SEARCH["trials"], "workers": CLUSTER["workers"], "target": SEED["target"]}, PLAN_OUT)
