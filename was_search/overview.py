@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from was_search.control import Control, EndingKind, Limits, Wish, limits_of
+from was_search.control import NOTHING_SPENT, Control, EndingKind, Limits, Spent, Wish, limits_of
 from was_search.fitness import fitness_of
 from was_search.pool_state import PoolState
 from was_search.protocol import perplexity
@@ -72,7 +72,8 @@ class RunRecord:
 class Snapshot:
     """What the database holds of a study at ``now``, its own clock.
 
-    ``alive`` says that a coordinator holds the study; ``runs`` are in their order.
+    ``alive`` says that a coordinator holds the study; ``runs`` are in their order; ``elsewhere`` is what other studies
+    of its command have spent of the limits on time.
     """
 
     name: str
@@ -85,6 +86,12 @@ class Snapshot:
     alive: bool
     epoch: int
     now: datetime
+    elsewhere: Spent = NOTHING_SPENT
+
+    @property
+    def shared(self) -> Spent:
+        """What counts of ``elsewhere``."""
+        return self.control.overrides.shared(self.elsewhere)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def overview(snapshot: Snapshot) -> Overview:
         eta = 60.0 * unfinished / rate
         if limits.max_seconds:
             spent = sum(r.seconds for r in snapshot.runs) + unseen
-            eta = max(0.0, min(eta, limits.max_seconds - spent))
+            eta = max(0.0, min(eta, limits.max_seconds - snapshot.shared.seconds - spent))
     gpu_seconds = sum(r.gpu_seconds for r in snapshot.runs)
     if run is not None:
         gpu_seconds += unseen * run.workers * run.gpus_per_worker
@@ -261,6 +268,7 @@ def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None)
         "cost": None if gpu_price is None else found.gpu_hours * gpu_price,
         "failures": found.failures,
         "limits": vars(found.limits),
+        "spent_by_other_targets": vars(snapshot.shared),
         "overrides": snapshot.control.overrides.given,
         "identity": snapshot.identity,
         "report": snapshot.report,

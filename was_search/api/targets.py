@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from was_search.api.context import Context
 from was_search.api.run import Row, RunResult, narrow, run
-from was_search.api.search import model_label
-from was_search.errors import ConfigError
+from was_search.api.search import model_label, study_name
+from was_search.api.steered import elsewhere
+from was_search.control import EndingKind, Tally, limits_of
+from was_search.errors import ConfigError, StudyError
 from was_search.pareto import Point, dominated, pareto_figure
 from was_search.protocol import content_hash, perplexity
 from was_search.report import increase, interval_json
+from was_search.slots import SlotState
 from was_search.study_names import folder_name
 
 
@@ -39,51 +43,125 @@ class TargetRun:
     def best(self) -> Row:
         return self.result.rows[-1]
 
+    @property
+    def cut_short_by(self) -> str:
+        """The rule that ended its search before the last trial, "" if none did."""
+        ending = self.result.search.ending
+        return ending.detail.split(":")[0] if ending.kind is EndingKind.STOPPED else ""
+
 
 @dataclass(frozen=True)
 class TargetsResult:
-    """The targets that were run; ``drained`` says that the last one was interrupted and is not among them."""
+    """The targets that were run; ``drained`` says that the last one was interrupted and is not among them.
+
+    ``unsearched`` are those that have no complete trial, as a limit was met before.
+    """
 
     runs: list[TargetRun]
     pareto: Path | None
     drained: bool
+    unsearched: tuple[float, ...] = ()
+
+
+class DrainedError(Exception):
+    """A target's study was interrupted."""
 
 
 def run_targets(context: Context) -> TargetsResult:
     """A study for each of the settings' targets, in rising order, each warm-started from the one before it.
 
+    ``max_seconds`` and ``max_gpu_seconds`` are for all of them together: what one leaves the next ones have, and once
+    they are spent, what has a complete trial is exported and nothing more is searched.
+
     Raises:
         ConfigError: no targets are set.
+        StudyError: the limit was met before any trial was complete.
     """
     targets = context.settings.budgets
     if not targets:
         raise ConfigError("targets: missing; give --targets with several budgets")
+    siblings = _siblings(context, targets)
     runs: list[TargetRun] = []
-    for target in targets:
-        context.reporter.note(f"\ntarget {100 * target:g} % ({len(runs) + 1} of {len(targets)})")
-        done = run_at(context, target, runs[-1].study if runs else context.settings.warm_start)
-        if done is None:
+    unsearched: list[float] = []
+    for number, (target, sibling) in enumerate(zip(targets, siblings, strict=True), 1):
+        context.reporter.note(f"\ntarget {100 * target:g} % ({number} of {len(targets)})")
+        try:
+            done = run_at(sibling)
+        except DrainedError:
             return TargetsResult(runs, None, drained=True)
-        runs.append(done)
-    return TargetsResult(runs, report_targets(context, runs), drained=False)
+        if done is None:
+            unsearched.append(target)
+        else:
+            runs.append(done)
+    if not runs:
+        raise nothing_complete()
+    return TargetsResult(runs, report_targets(context, runs, unsearched), drained=False, unsearched=tuple(unsearched))
 
 
-def run_at(context: Context, target: float, warm_start: str) -> TargetRun | None:
-    """All steps for one of several targets, beside what the others have open; None if it was interrupted."""
+def _siblings(context: Context, targets: tuple[float, ...]) -> list[Context]:
+    """A context for each target. All know all studies' names: what any of them has spent counts, also in a resumed
+    command, whichever of them is still to be searched."""
+    found: list[Context] = []
+    names: list[str] = []
+    for target in targets:
+        found.append(sibling(context, target, names[-1] if names else context.settings.warm_start))
+        names.append(study_name(found[-1]))
+    for each in found:
+        each.together = frozenset(names)
+    return found
+
+
+def sibling(context: Context, target: float, warm_start: str) -> Context:
+    """The context of one of several targets, beside what the others have open."""
     settings = context.settings
     label = f"{100 * target:g}"
-    sibling = context.at(
+    return context.at(
         target,
         study=f"{settings.study}-{label}" if settings.study else "",
         warm_start=warm_start,
         plan=str(Path(settings.plan) / label) if settings.plan else "",
     )
-    result = run(sibling)
-    return None if result.search.drained else TargetRun(target, result)
 
 
-def report_targets(context: Context, runs: list[TargetRun]) -> Path:
-    """The Pareto table, and its plot as a file and on the page of each study; returns the file."""
+def run_at(context: Context) -> TargetRun | None:
+    """All steps for one of several targets; None if the command's limit on time leaves it without a complete trial.
+
+    Raises:
+        DrainedError: it was interrupted.
+    """
+    from was_storage.studies import StudyStore
+
+    name = study_name(context)
+    known = {record.name: record for record in StudyStore(context.database).list()}
+    if (name not in known or known[name].best_loss_nats is None) and (rule := time_is_up(context, name)):
+        context.reporter.note(f"not searched; {rule}")
+        return None
+    result = run(context)
+    if result.search.drained:
+        raise DrainedError
+    return TargetRun(context.settings.target, result) if result.plan is not None else None
+
+
+def time_is_up(context: Context, study: str) -> str:
+    """The limit on time that all studies of the command have met together, in words; "" if none."""
+    from was_storage.control import ControlStore
+
+    spent = ControlStore(context.database).spent({study})
+    return limits_of(vars(context.settings)).met(spent, Tally(), elsewhere(context, study))
+
+
+def nothing_complete() -> StudyError:
+    """What to say where a limit on time left no target with a complete trial."""
+    return StudyError(
+        "no target has a complete trial yet: raise max_seconds or max_gpu_seconds, which ended the search"
+    )
+
+
+def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence[float] = ()) -> Path:
+    """The Pareto table, and its plot as a file and on the page of each study; returns the file.
+
+    The ``unsearched`` targets, which have no plan, are named below the table.
+    """
     from was_storage.dashboard import annotate
 
     runs = sorted(runs, key=lambda run: run.target)
@@ -91,7 +169,7 @@ def report_targets(context: Context, runs: list[TargetRun]) -> Path:
     points += [_point("uniform", run.target, run.uniform) for run in runs]
     lesser = dominated(points)[: len(runs)]
     protocol = context.tokens("test").protocol.describe()
-    _show(context, runs, lesser, protocol)
+    _show(context, runs, lesser, protocol, unsearched)
     dense = perplexity(runs[0].dense.test.evaluation.loss_nats)
     figure = pareto_figure(points, dense, protocol)
     path = _folder(context, runs) / "pareto.html"
@@ -108,6 +186,7 @@ def report_targets(context: Context, runs: list[TargetRun]) -> Path:
             "pareto": str(path),
             "protocol": context.tokens("test").protocol.to_json(),
             "targets": [_json(context, run, bad) for run, bad in zip(runs, lesser, strict=True)],
+            "unsearched": list(unsearched),
         }
     )
     return path
@@ -130,7 +209,9 @@ def _folder(context: Context, runs: list[TargetRun]) -> Path:
     return Path("was-runs") / f"{model_label(context)}-targets-{content_hash([run.study for run in runs])[:8]}"
 
 
-def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol: str) -> None:
+def _show(
+    context: Context, runs: list[TargetRun], lesser: list[bool], protocol: str, unsearched: Sequence[float]
+) -> None:
     body = []
     for each, bad in zip(runs, lesser, strict=True):
         best = each.best
@@ -147,6 +228,7 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
                 f"{best.gap_nats:+.4f}",
                 narrow(best.against_uniform),
                 "yes" if bad else "no",
+                each.cut_short_by or "no",
             ]
         )
     dense = runs[0].dense.test.evaluation.loss_nats
@@ -163,16 +245,31 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
             "gap",
             "test -\nuniform",
             "domi-\nnated",
+            "cut\nshort",
         ],
         body,
         caption="\n".join(
             [
                 f"dense: {dense:.4f} nats per token on the test split, perplexity {perplexity(dense):.3f}",
                 "dominated: another best or uniform drops as much on the test split (to 0.1 points) and is better",
+                *_cut_short_words(runs, unsearched),
                 protocol,
             ]
         ),
     )
+
+
+def _cut_short_words(runs: list[TargetRun], unsearched: Sequence[float]) -> list[str]:
+    lines = [
+        f"cut short: {100 * run.target:g} % by {run.result.search.ending.detail}; "
+        f"{run.result.search.count(SlotState.WAITING)} of {len(run.result.search.slots)} trials were never begun"
+        for run in runs
+        if run.cut_short_by
+    ]
+    if unsearched:
+        names = ", ".join(f"{100 * target:g} %" for target in unsearched)
+        lines.append(f"no plan, as no trial was complete when a limit ended the search: {names}")
+    return lines
 
 
 def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:
@@ -189,4 +286,6 @@ def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:
         "gap_nats": best.gap_nats,
         "test_against_uniform": interval_json(best.against_uniform),
         "dominated": bad,
+        "ending": str(run.result.search.ending),
+        "trials_never_begun": run.result.search.count(SlotState.WAITING),
     }

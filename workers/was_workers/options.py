@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from was_search.control import NO_LIMITS, Limits
+from was_search.control import NO_LIMITS, Limits, Spent
 from was_search.pool_state import PoolState
 from was_search.sampling import SamplerName
 from was_search.slots import Slot
@@ -15,7 +15,10 @@ from was_workers.quarantine import QuarantinePolicy
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a search runs; see :class:`was_search.settings.Settings` for each."""
+    """How a search runs; see :class:`was_search.settings.Settings` for each.
+
+    ``elsewhere`` is what other studies of the same command have spent of its limits on time.
+    """
 
     target: float
     sampler: SamplerName
@@ -29,6 +32,7 @@ class SearchOptions:
     descents: DescentPlan | None = None
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS
+    elsewhere: Spent = field(default_factory=Spent)
     quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
 
 

@@ -94,7 +94,13 @@ class SearchLoop:
         self._slots = SlotTable(book.slots())
         self._results: list[tuple[Result, dict[str, Any]]] = []
         self._steering = Steering(
-            desk, pool, limits=options.limits, drain=drain, slots=list(self._slots.values()), clock=clock
+            desk,
+            pool,
+            limits=options.limits,
+            elsewhere=options.elsewhere,
+            drain=drain,
+            slots=list(self._slots.values()),
+            clock=clock,
         )
         self._health = Health(pool, options.quarantine)
         self._pool_shown = pool.state

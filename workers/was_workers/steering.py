@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from was_search.control import Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
+from was_search.control import NOTHING_SPENT, Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
 from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.slots import Slot
@@ -57,6 +57,7 @@ class Steering:
             earlier runs' figures.
         pool: resized as asked.
         limits: of the run's own settings; what ``was-search set`` says goes before them.
+        elsewhere: what other studies have spent of these limits.
         drain: set by ctrl-C.
         slots: of the study as the loop finds them.
         clock: seconds.
@@ -70,8 +71,10 @@ class Steering:
         limits: Limits,
         drain: threading.Event,
         slots: Iterable[Slot],
+        elsewhere: Spent = NOTHING_SPENT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._elsewhere = self._shared = elsewhere
         self._desk = None if desk is None else durable(desk)
         self._pool = pool
         self._own_limits = self._limits = limits
@@ -109,7 +112,7 @@ class Steering:
             control = self._desk.read()
             self._next_read = self._last + POLL_SECONDS
             self._obey(control)
-        if rule := self._limits.met(self._spent(), self._tally):
+        if rule := self._limits.met(self._spent(), self._tally, self._shared):
             self._end(Ending(EndingKind.STOPPED, rule))
         if self._last >= self._next_beat:
             self.beat()
@@ -140,6 +143,7 @@ class Steering:
 
     def _obey(self, control: Control) -> None:
         self._limits = control.overrides.limits(self._own_limits)
+        self._shared = control.overrides.shared(self._elsewhere)
         if control.wish is Wish.DRAIN:
             self._end(Ending(EndingKind.DRAINED))
         elif control.wish is Wish.CANCEL:
