@@ -303,10 +303,11 @@ def test_a_limit_on_time_is_for_all_targets(made, at, database, tmp_path: Path) 
 
     # One's own limit goes before, and counts that study alone.
     with Context(Settings(storage=made[0].storage)) as context:
-        change(context, "limited-60", Overrides(max_seconds=3600.0))
-    with Context(at(**{**limited, "trials": 8})) as context:
+        change(context, "limited-60", Overrides(max_seconds=3600.0, trials=6))
+    with Context(at(**{**limited, "trials": 40, "max_seconds": spent.seconds + 1.0})) as context:
         found = run_targets(context)
-    assert finished(database, "limited-60") > 4
+    assert finished(database, "limited-60") == 6
+    assert [run.cut_short_by for run in found.runs] == ["max_seconds", ""]
 
 
 def test_a_limit_that_leaves_no_target_with_a_trial(at, tmp_path: Path) -> None:
