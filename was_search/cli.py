@@ -96,12 +96,16 @@ SEARCH: dict[str, Any] = {
         float | None, "How long for the first time; twice as long each further time.", rich_help_panel="Cluster"
     ),
     "max_seconds": _option(
-        float | None, "Stop after so many seconds of searching, all runs together.", rich_help_panel="Limits"
+        float | None,
+        "Stop after so many seconds of searching, all runs and all targets together.",
+        rich_help_panel="Limits",
     ),
-    "max_gpu_seconds": _option(float | None, "Stop after so many seconds of GPUs held.", rich_help_panel="Limits"),
-    "max_failures": _option(int | None, "Stop once so many trials have failed.", rich_help_panel="Limits"),
+    "max_gpu_seconds": _option(
+        float | None, "Stop after so many seconds of GPUs held, likewise.", rich_help_panel="Limits"
+    ),
+    "max_failures": _option(int | None, "Stop a study once so many trials have failed.", rich_help_panel="Limits"),
     "patience": _option(
-        int | None, "Stop after so many finished trials without a better loss.", rich_help_panel="Limits"
+        int | None, "Stop a study after so many finished trials without a better loss.", rich_help_panel="Limits"
     ),
     "notify": _option(
         str | None,
