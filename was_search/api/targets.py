@@ -152,9 +152,7 @@ def time_is_up(context: Context, study: str) -> str:
 
 def nothing_complete() -> StudyError:
     """What to say where a limit on time left no target with a complete trial."""
-    return StudyError(
-        "no target has a complete trial yet: raise max_seconds or max_gpu_seconds, which ended the search"
-    )
+    return StudyError("no target has a complete trial yet: raise the limit that ended the search, and run it again")
 
 
 def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence[float] = ()) -> Path:
