@@ -91,6 +91,7 @@ class Usage:
         workers: that the pool has, those left out that wait for a place, go, or are in quarantine.
         paused: whether it hands nothing out.
         pool: all of them; None where nothing is known.
+        activity: what it is at besides evaluations, in words; "" for nothing.
     """
 
     spent: Spent = Spent()
@@ -98,6 +99,7 @@ class Usage:
     workers: int = 0
     paused: bool = False
     pool: PoolState | None = None
+    activity: str = ""
 
 
 @dataclass

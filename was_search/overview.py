@@ -45,6 +45,7 @@ class RunRecord:
         seen_at: when it last wrote.
         ended_at: None while it runs, and for ever where it died.
         ending: an :class:`was_search.control.EndingKind`, "" before the end.
+        detail: why it ended; before the end what it is at besides evaluations.
         workers: in its pool.
         seconds: of searching, pauses left out.
         worker_seconds: of workers that held the model.
@@ -202,7 +203,9 @@ def _play(snapshot: Snapshot, current: RunRecord | None, last: RunRecord | None)
         words = {Wish.DRAIN: "draining", Wish.CANCEL: "cancelling"}
         if snapshot.control.wish in words:
             return words[snapshot.control.wish], by
-        return ("paused" if current.paused else "running"), by
+        if current.paused:
+            return "paused", by
+        return "running", f"{current.detail}, {by}" if current.detail else by
     if snapshot.slots and all(slot.state.finished for slot in snapshot.slots):
         return "finished", ""
     if last is None:

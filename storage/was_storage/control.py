@@ -147,6 +147,7 @@ class ControlDesk:
             "seen_at": func.now(),
             "paused": usage.paused,
             "workers": usage.workers,
+            "detail": usage.activity,
             "pool": {} if usage.pool is None else usage.pool.to_json(),
             "seconds": usage.spent.seconds,
             "gpu_seconds": usage.spent.gpu_seconds,

@@ -127,6 +127,7 @@ def test_what_other_targets_have_spent_shortens_the_eta_and_is_shown() -> None:
     ("snapshot", "play", "detail"),
     [
         (changed(run={"paused": True}), "paused", "by node:17"),
+        (changed(run={"detail": "descent 1 of 2"}), "running", "descent 1 of 2, by node:17"),
         (changed(control=Control(Wish.DRAIN)), "draining", "by node:17"),
         (changed(control=Control(Wish.CANCEL)), "cancelling", "by node:17"),
         (changed(epoch=4), "starting", "a coordinator has taken"),
@@ -147,7 +148,7 @@ def test_the_state_of_play(snapshot: Snapshot, play: str, detail: str) -> None:
     found = overview(snapshot)
     assert found.play == play
     assert detail in found.play_detail
-    if play != "draining" and play != "cancelling":
+    if play not in ("running", "draining", "cancelling"):
         assert found.eta_seconds is None
     status_line(snapshot, found)
     assert status_rows(snapshot, found)[1][1].startswith(play)

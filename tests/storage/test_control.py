@@ -183,6 +183,20 @@ def test_what_several_studies_have_spent_together(database: Database, store: Con
     assert read_snapshot(database, names[1]).elsewhere == Spent()
 
 
+def test_what_a_run_is_at_is_shown_until_it_ends(database: Database, store: ControlStore) -> None:
+    name = new_study(database).name
+    with StudyStore(database).coordinate(name) as session:
+        desk = ControlDesk(database, session)
+        desk.open(gpus_per_worker=0.0, asked_since=store.now())
+        desk.beat(Usage(activity="descent 1 of 2"))
+        assert overview(read_snapshot(database, name)).play_detail.startswith("descent 1 of 2, by ")
+        desk.beat(Usage())
+        assert overview(read_snapshot(database, name)).play_detail.startswith("by ")
+        desk.beat(Usage(activity="descent 2 of 2"))
+        desk.close(Ending(EndingKind.STOPPED, "patience: enough"))
+    assert overview(read_snapshot(database, name)).play_detail.startswith("patience: enough, ")
+
+
 def test_a_replaced_coordinator_writes_into_its_own_run_only(database: Database, store: ControlStore) -> None:
     name = new_study(database).name
     with StudyStore(database).coordinate(name) as session:

@@ -150,6 +150,7 @@ class SearchLoop:
     def _goes_on(self) -> bool:
         """Whether the loop has another turn; does what is asked of it first."""
         was_paused = self._steering.paused
+        self._steering.activity = self._descending
         control = self._steering.steer()
         changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
         self._health.look(self._flight)
@@ -358,6 +359,10 @@ class SearchLoop:
     def _activity(self) -> str:
         if self._steering.paused:
             return "paused"
+        return self._descending
+
+    @property
+    def _descending(self) -> str:
         return self._descents.describe if self._descents is not None and self._descents.running else ""
 
 

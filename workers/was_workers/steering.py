@@ -87,6 +87,7 @@ class Steering:
         self._seconds = self._gpu_seconds = self._worker_seconds = 0.0
         self._workers_asked: int | str | None = None
         self.paused = False
+        self.activity = ""
         self.ending: Ending | None = None
 
     @property
@@ -124,7 +125,7 @@ class Steering:
             return
         own = Spent(self._seconds, self._gpu_seconds)
         pool = self._pool.state
-        self._desk.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool))
+        self._desk.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool, self.activity))
         self._next_beat = self._last + BEAT_SECONDS
 
     def _spent(self) -> Spent:
