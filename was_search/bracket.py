@@ -28,6 +28,7 @@ class Ending(StrEnum):
     ALL_INSIDE = "all inside"  # the highest target is inside
     ALL_OUTSIDE = "all outside"  # the lowest target is outside
     SPENT = "spent"  # no probes left
+    CUT = "cut short"  # time was up
 
 
 @dataclass(frozen=True)

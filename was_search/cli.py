@@ -100,12 +100,16 @@ SEARCH: dict[str, Any] = {
         float | None, "How long for the first time; twice as long each further time.", rich_help_panel="Cluster"
     ),
     "max_seconds": _option(
-        float | None, "Stop after so many seconds of searching, all runs together.", rich_help_panel="Limits"
+        float | None,
+        "Stop after so many seconds of searching, all runs and all targets together.",
+        rich_help_panel="Limits",
     ),
-    "max_gpu_seconds": _option(float | None, "Stop after so many seconds of GPUs held.", rich_help_panel="Limits"),
-    "max_failures": _option(int | None, "Stop once so many trials have failed.", rich_help_panel="Limits"),
+    "max_gpu_seconds": _option(
+        float | None, "Stop after so many seconds of GPUs held, likewise.", rich_help_panel="Limits"
+    ),
+    "max_failures": _option(int | None, "Stop a study once so many trials have failed.", rich_help_panel="Limits"),
     "patience": _option(
-        int | None, "Stop after so many finished trials without a better loss.", rich_help_panel="Limits"
+        int | None, "Stop a study after so many finished trials without a better loss.", rich_help_panel="Limits"
     ),
     "notify": _option(
         str | None,
@@ -324,6 +328,10 @@ def dashboard(
     study: Annotated[str, typer.Option(help="Study to point to.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a proxy, or DNS, makes the page known; may be given again."),
+    ] = None,
     allow_edits: Annotated[
         bool, typer.Option("--allow-edits", help="Let the page change and delete studies; it has no login.")
     ] = False,
@@ -331,7 +339,12 @@ def dashboard(
     """Serve optuna-dashboard on the studies; the page can only look."""
     from was_search import api
 
-    call.run(lambda context: api.dashboard(context, study=study, host=host, port=port, allow_edits=allow_edits))
+    names = allow_host or []
+    call.run(
+        lambda context: api.dashboard(
+            context, study=study, host=host, port=port, allow_hosts=names, allow_edits=allow_edits
+        )
+    )
 
 
 @_command(STORAGE, {"trials": SEARCH["trials"], "workers": CLUSTER["workers"], "target": SEED["target"]}, PLAN_OUT)

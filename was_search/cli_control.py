@@ -46,7 +46,7 @@ def set_(
     trials: Annotated[int | None, typer.Option(help="Trials of the study; fewer drops those not begun.")] = None,
     workers: Annotated[str | None, typer.Option(help="Size of the pool of workers, or a range such as 2:64.")] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of searching, all runs together; 0 lifts a limit.")
+        float | None, typer.Option(help="Seconds of searching, all runs of this study; 0 lifts a limit.")
     ] = None,
     max_gpu_seconds: Annotated[float | None, typer.Option(help="Seconds of GPUs held.")] = None,
     max_failures: Annotated[int | None, typer.Option(help="Failed trials.")] = None,

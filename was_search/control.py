@@ -78,6 +78,9 @@ class Spent:
         return Spent(self.seconds + other.seconds, self.gpu_seconds + other.gpu_seconds)
 
 
+NOTHING_SPENT = Spent()
+
+
 @dataclass(frozen=True)
 class Usage:
     """What one run has used so far, as its coordinator writes it down every few seconds.
@@ -88,6 +91,7 @@ class Usage:
         workers: that the pool has, those left out that wait for a place, go, or are in quarantine.
         paused: whether it hands nothing out.
         pool: all of them; None where nothing is known.
+        activity: what it is at besides evaluations, in words; "" for nothing.
     """
 
     spent: Spent = Spent()
@@ -95,6 +99,7 @@ class Usage:
     workers: int = 0
     paused: bool = False
     pool: PoolState | None = None
+    activity: str = ""
 
 
 @dataclass
@@ -131,6 +136,8 @@ class Tally:
 class Limits:
     """When a search ends before its last slot; 0 is no limit. All count over every run of the study.
 
+    Where a command searches several studies (``--targets``), its limits on time are those of all of them together.
+
     Attributes:
         max_seconds: of searching.
         max_gpu_seconds: GPUs held times seconds.
@@ -143,12 +150,21 @@ class Limits:
     max_failures: int = 0
     patience: int = 0
 
-    def met(self, spent: Spent, tally: Tally) -> str:
-        """The first rule that is met, in words; "" if none is."""
-        if 0 < self.max_seconds <= spent.seconds:
-            return f"max_seconds: {spent.seconds:.0f} s of searching, the limit is {self.max_seconds:g} s"
-        if 0 < self.max_gpu_seconds <= spent.gpu_seconds:
-            return f"max_gpu_seconds: {spent.gpu_seconds:.0f} GPU seconds, the limit is {self.max_gpu_seconds:g}"
+    def met(self, spent: Spent, tally: Tally, elsewhere: Spent = NOTHING_SPENT) -> str:
+        """The first rule that is met, in words; "" if none is.
+
+        Args:
+            spent: by the study.
+            tally: of its slots.
+            elsewhere: what other studies have spent of the same limits.
+        """
+        both = spent + elsewhere
+        if 0 < self.max_seconds <= both.seconds:
+            shared = " for all targets" if elsewhere.seconds else ""
+            return f"max_seconds: {both.seconds:.0f} s of searching{shared}, the limit is {self.max_seconds:g} s"
+        if 0 < self.max_gpu_seconds <= both.gpu_seconds:
+            shared = " for all targets" if elsewhere.gpu_seconds else ""
+            return f"max_gpu_seconds: {both.gpu_seconds:.0f} GPU seconds{shared}, the limit is {self.max_gpu_seconds:g}"
         if 0 < self.max_failures <= tally.failures:
             return f"max_failures: {tally.failures} trial(s) failed, the limit is {self.max_failures}"
         if 0 < self.patience <= tally.since_best:
@@ -203,6 +219,13 @@ class Overrides:
         names = {field.name for field in dataclasses.fields(Limits)}
         return dataclasses.replace(of_the_run, **{k: v for k, v in self.given.items() if k in names})
 
+    def shared(self, elsewhere: Spent) -> Spent:
+        """What counts of that which other studies of the command have spent: a limit said here is this study's own."""
+        return Spent(
+            elsewhere.seconds if self.max_seconds is None else 0.0,
+            elsewhere.gpu_seconds if self.max_gpu_seconds is None else 0.0,
+        )
+
 
 OVERRIDABLE = tuple(field.name for field in dataclasses.fields(Overrides))
 """Settings of a run that ``was-search set`` can change, by their names in both."""
@@ -211,6 +234,10 @@ OVERRIDABLE = tuple(field.name for field in dataclasses.fields(Overrides))
 def limits_of(config: Mapping[str, Any]) -> Limits:
     """The limits in a run's settings as JSON; 0 for those that are not there."""
     return Limits(**{field.name: config.get(field.name, 0) for field in dataclasses.fields(Limits)})
+
+
+TOGETHER = "limits together with"
+"""In a run's settings as JSON: the studies of its command, which share its limits on time."""
 
 
 @dataclass(frozen=True)

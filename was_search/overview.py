@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from was_search.control import Control, EndingKind, Limits, Wish, limits_of
+from was_search.control import NOTHING_SPENT, Control, EndingKind, Limits, Spent, Wish, limits_of
 from was_search.fitness import fitness_of
 from was_search.pool_state import PoolState
 from was_search.protocol import perplexity
@@ -50,6 +50,7 @@ class RunRecord:
         seen_at: when it last wrote.
         ended_at: None while it runs, and for ever where it died.
         ending: an :class:`was_search.control.EndingKind`, "" before the end.
+        detail: why it ended; before the end what it is at besides evaluations.
         workers: in its pool.
         seconds: of searching, pauses left out.
         worker_seconds: of workers that held the model.
@@ -77,7 +78,8 @@ class RunRecord:
 class Snapshot:
     """What the database holds of a study at ``now``, its own clock.
 
-    ``alive`` says that a coordinator holds the study; ``runs`` are in their order.
+    ``alive`` says that a coordinator holds the study; ``runs`` are in their order; ``elsewhere`` is what other studies
+    of its command have spent of the limits on time.
     """
 
     name: str
@@ -90,6 +92,12 @@ class Snapshot:
     alive: bool
     epoch: int
     now: datetime
+    elsewhere: Spent = NOTHING_SPENT
+
+    @property
+    def shared(self) -> Spent:
+        """What counts of ``elsewhere``."""
+        return self.control.overrides.shared(self.elsewhere)
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def overview(snapshot: Snapshot) -> Overview:
         eta = 60.0 * unfinished / rate
         if limits.max_seconds:
             spent = sum(r.seconds for r in snapshot.runs) + unseen
-            eta = max(0.0, min(eta, limits.max_seconds - spent))
+            eta = max(0.0, min(eta, limits.max_seconds - snapshot.shared.seconds - spent))
     gpu_seconds = sum(r.gpu_seconds for r in snapshot.runs)
     if run is not None:
         gpu_seconds += unseen * run.workers * run.gpus_per_worker
@@ -200,7 +208,9 @@ def _play(snapshot: Snapshot, current: RunRecord | None, last: RunRecord | None)
         words = {Wish.DRAIN: "draining", Wish.CANCEL: "cancelling"}
         if snapshot.control.wish in words:
             return words[snapshot.control.wish], by
-        return ("paused" if current.paused else "running"), by
+        if current.paused:
+            return "paused", by
+        return "running", f"{current.detail}, {by}" if current.detail else by
     if snapshot.slots and all(slot.state.finished for slot in snapshot.slots):
         return "finished", ""
     if last is None:
@@ -268,6 +278,7 @@ def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None)
         "cost": None if gpu_price is None else found.gpu_hours * gpu_price,
         "failures": found.failures,
         "limits": vars(found.limits),
+        "spent_by_other_targets": vars(snapshot.shared),
         "overrides": snapshot.control.overrides.given,
         "identity": snapshot.identity,
         "report": snapshot.report,

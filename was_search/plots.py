@@ -141,9 +141,10 @@ def progress_figure(
                 line={"dash": "dot", "color": _COLOURS[name]},
                 name=label,
             )
+    over = " over time" if against == "time" else ""
     left_out = f", one in {every} of {len(done)} evaluations" if every > 1 else ""
     figure.update_layout(
-        title=f"{quantity[0].upper()}{quantity[1:]} on the search split{left_out}",
+        title=f"{quantity[0].upper()}{quantity[1:]} on the search split{over}{left_out}",
         xaxis={"type": "date", "title": "UTC"} if against == "time" else {"title": "evaluations"},
         yaxis_title=quantity,
         template="plotly_white",

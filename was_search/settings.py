@@ -88,10 +88,11 @@ class Settings:
         quarantine_failures: nor one that has failed so many times in a row; 0 for never.
         quarantine_seconds: how long for the first time; twice as long each further time.
         metrics: ``HOST:PORT`` or ``PORT`` where a search's figures are served for Prometheus; "" for nowhere.
-        max_seconds: of searching, all runs of the study together, before it stops; 0 for no limit, as below.
-        max_gpu_seconds: of GPUs held by its workers while it searches.
-        max_failures: failed trials.
-        patience: finished trials without a better loss.
+        max_seconds: of searching before it stops, all runs of the study together, and with several targets all their
+            studies; 0 for no limit, as below.
+        max_gpu_seconds: of GPUs held by workers while it searches, likewise.
+        max_failures: failed trials of a study.
+        patience: finished trials of a study without a better loss.
         notify: URL that gets a small JSON when a run has ended or failed; "" for none.
         plan: folder for the exported plan; "" derives one under ``was-runs``.
     """

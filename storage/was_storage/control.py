@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Collection
 from datetime import datetime
 
 from sqlalchemy import Connection, func, select, text, update
@@ -62,6 +63,11 @@ class ControlStore:
                 self._resize(connection, study_id, overrides.trials)
             control_rows.write_overrides(connection, study_id, overrides.given)
             return held(connection, study_id)
+
+    def spent(self, names: Collection[str]) -> Spent:
+        """What all runs of these studies have used up; those that do not exist, nothing."""
+        with self._database.begin() as connection:
+            return control_rows.spent(connection, names)
 
     def now(self) -> datetime:
         """The database's clock."""
@@ -141,6 +147,7 @@ class ControlDesk:
             "seen_at": func.now(),
             "paused": usage.paused,
             "workers": usage.workers,
+            "detail": usage.activity,
             "pool": {} if usage.pool is None else usage.pool.to_json(),
             "seconds": usage.spent.seconds,
             "gpu_seconds": usage.spent.gpu_seconds,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from was_search.control import OVERRIDABLE, Control, Overrides, Wish
+from was_search.control import OVERRIDABLE, Control, Overrides, Spent, Wish
 from was_search.errors import StudyError
-from was_storage.schema import control, slot
+from was_storage.schema import control, run, slot, study
 
 
 def read(connection: Connection, study_id: int) -> Control:
@@ -27,6 +27,13 @@ def read(connection: Connection, study_id: int) -> Control:
         raise StudyError("the study was deleted")
     n_slots = 0 if row.highest is None else row.highest + 1
     return Control(Wish(row.wish), Overrides(**{name: getattr(row, name) for name in OVERRIDABLE}), n_slots)
+
+
+def spent(connection: Connection, names: Collection[str]) -> Spent:
+    """What all runs of the studies of these names have used up, as they have last said."""
+    sums = select(func.sum(run.c.seconds), func.sum(run.c.gpu_seconds)).join(study, study.c.id == run.c.study_id)
+    seconds, gpu_seconds = connection.execute(sums.where(study.c.name.in_(list(names)))).one()
+    return Spent(seconds or 0.0, gpu_seconds or 0.0)
 
 
 def write_wish(connection: Connection, study_id: int, wish: Wish) -> None:

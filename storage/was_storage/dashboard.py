@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 
 from was_search.errors import ResourceError, StudyError
 from was_storage.database import Database
+from was_storage.host_check import answered_names, only_for
 from was_storage.study_page import write_by_api
 
 if TYPE_CHECKING:
@@ -79,8 +80,13 @@ class _QuietHandler(WSGIRequestHandler):
         return str(self.client_address[0])
 
 
-def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> DashboardServer:
+def open_dashboard(
+    database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT, *, allow_hosts: Iterable[str] = ()
+) -> DashboardServer:
     """Bind the dashboard to an address; the caller serves and closes it. Port 0 takes any free one.
+
+    It answers requests under the names localhost, ``host`` and ``allow_hosts`` and under numeric addresses only; see
+    :mod:`was_storage.host_check`.
 
     The dashboard has no login. On a database that :meth:`Database.read_only` made, everything but looking is refused;
     on others everyone who reaches it can edit studies: keep it on the loopback address, or behind something that
@@ -88,12 +94,14 @@ def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT
 
     Raises:
         ResourceError: the port is taken or forbidden, or the host is none of this machine's.
+        ConfigError: one of ``allow_hosts`` is no host's name.
         StorageError: Optuna's tables are of another version.
     """
     from optuna_dashboard._app import create_app
 
     from was_storage.plan_files import PlanFiles
 
+    names = answered_names(host, allow_hosts)
     # The cache re-reads unfinished trials only: a page of 10,000 trials stays quick.
     storage = optuna.storages.get_storage(database.optuna_storage())
     if not 0 <= port <= 65535:
@@ -101,7 +109,8 @@ def open_dashboard(database: Database, host: str = LOOPBACK, port: int = DEFAULT
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         app = create_app(storage, artifact_store=PlanFiles(database))
-        return DashboardServer(family, address, _guarded(app, reads_only=database.reads_only))
+        guarded = only_for(names, _guarded(app, reads_only=database.reads_only))
+        return DashboardServer(family, address, guarded)
     except OSError as error:
         raise ResourceError(
             f"dashboard: cannot listen on {host}:{port} ({error.strerror or error}); choose another port or host"
@@ -134,13 +143,16 @@ def _guarded(app: WSGIApplication, *, reads_only: bool) -> WSGIApplication:
     return answer
 
 
-def serve(database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> None:
+def serve(
+    database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT, *, allow_hosts: Iterable[str] = ()
+) -> None:
     """Serve the dashboard until interrupted; ``database`` stays open, and with it the embedded server.
 
     Raises:
         ResourceError: the address cannot be used; see :func:`open_dashboard`.
+        ConfigError: one of ``allow_hosts`` is no host's name.
     """
-    with open_dashboard(database, host, port) as server:
+    with open_dashboard(database, host, port, allow_hosts=allow_hosts) as server:
         _logger.info("dashboard on %s", server.url)
         try:
             server.serve_forever()

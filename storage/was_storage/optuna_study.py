@@ -10,6 +10,11 @@ from sqlalchemy import Connection, select, update
 from was_search.errors import StudyError
 from was_storage.schema import slot, study
 
+METRIC_NAMES = "study:metric_names"
+"""Where ``optuna.Study.set_metric_names`` keeps names of objectives; without one the dashboard says "Objective 0"."""
+
+OBJECTIVE = "loss in nats per token"
+
 
 def ensure(connection: Connection, storage: BaseStorage, study_id: int, name: str, known: int | None) -> int:
     """Optuna's id of the study's mirror, made where it is missing; returns it.
@@ -28,6 +33,7 @@ def ensure(connection: Connection, storage: BaseStorage, study_id: int, name: st
     except DuplicatedStudyError:
         found = storage.get_study_id_from_name(name)
         _check_ours(connection, storage, found, name)
+    storage.set_study_system_attr(found, METRIC_NAMES, [OBJECTIVE])
     connection.execute(update(study).where(study.c.id == study_id).values(optuna_study_id=found))
     connection.execute(update(slot).where(slot.c.study_id == study_id).values(trial_id=None))
     return found

@@ -6,6 +6,7 @@ import dataclasses
 
 from sqlalchemy import Connection, func, select
 
+from was_search.control import TOGETHER
 from was_search.overview import RunRecord, SlotLine, Snapshot
 from was_search.slots import SlotState
 from was_storage import control_rows
@@ -40,6 +41,7 @@ def read_snapshot(database: Database, name: str) -> Snapshot:
             alive=held(connection, study_id),
             epoch=row.epoch,
             now=connection.execute(select(func.now())).scalar_one(),
+            elsewhere=control_rows.spent(connection, set(row.config.get(TOGETHER, ())) - {name}),
         )
 
 

@@ -9,19 +9,40 @@ import numpy as np
 import pytest
 
 from tests.workers.small_run import assert_each_finished_once, small_settings
-from was_search.api import Context, export, interpolate, may_interpolate, run_max_increase, run_targets, seed
+from was_search.api import Context, change, export, interpolate, may_interpolate, run_max_increase, run_targets, seed
 from was_search.api.calibrate import calibrate
 from was_search.api.search import search
+from was_search.bracket import Ending
+from was_search.control import Overrides
 from was_search.errors import StudyError
+from was_search.overview import overview
 from was_search.plan import Plan
+from was_search.progress import Reporter
 from was_search.protocol import perplexity
 from was_search.report import increase
 from was_search.seeds import retarget
+from was_search.settings import Settings
+from was_storage.control import ControlStore
+from was_storage.overview import read_snapshot
 from was_storage.studies import StudyStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 
 TRIALS = 6
+
+
+class Lines(Reporter):
+    """Notes and tables as text."""
+
+    text = ""
+
+    def note(self, text: str) -> None:
+        self.text += text + "\n"
+
+    def table(self, title: str, columns, rows, caption: str = "") -> None:
+        self.text += caption + "\n"
+
+
 TINY = {"trials": TRIALS, "sequence_length": 64, "search_sequences": 12, "test_sequences": 12, "greedy_sequences": 1}
 
 
@@ -233,3 +254,76 @@ def test_the_highest_target_within_a_limit(made, at, tmp_path: Path) -> None:
         assert Plan.load(run.result.plan).provenance["settings"]["warm_start"] == nearest.study
         assert earlier.study != run.study
     assert found.pareto == tmp_path / "pareto.html"
+
+
+def finished(database, study: str) -> int:
+    return sum(n for state, n in StudyStore(database).get(study).counts.items() if state.finished)
+
+
+def test_a_limit_on_time_is_for_all_targets(made, at, database, tmp_path: Path) -> None:
+    """Also where it is typed again: what other targets have spent counts, whichever is still to be searched."""
+    several = {"target": 0.6, "study": "limited", "plan": str(tmp_path), "trials": 4, "greedy_sequences": 0}
+    with Context(at(**several, targets="0.5,0.6")) as context:
+        both = run_targets(context)
+    assert [run.cut_short_by for run in both.runs] == ["", ""]
+    spent = ControlStore(database).spent(["limited-50", "limited-60"])
+    assert spent.seconds > 0
+
+    # It is spent: what there is, is exported, and no study of the third target is begun.
+    limited = {**several, "targets": "0.5,0.6,0.7", "max_seconds": spent.seconds}
+    with Context(at(**limited)) as context:
+        found = run_targets(context)
+        assert "pool" not in vars(context), "all figures were there"
+    assert found.unsearched == (0.7,)
+    assert [run.cut_short_by for run in found.runs] == ["", ""]
+    assert "limited-70" not in {record.name for record in StudyStore(database).list()}
+
+    # More trials for both: the first has not spent the limit, but both have.
+    with Context(at(**{**limited, "trials": 40})) as context:
+        found = run_targets(context)
+    for run in found.runs:
+        assert run.cut_short_by == "max_seconds"
+        assert "s of searching for all targets, the limit is" in run.result.search.ending.detail
+        assert finished(database, run.study) == 4
+        assert run.result.plan is not None
+
+    # A little more time: it goes to the first, and the others have what is left of it, which is nothing.
+    lines = Lines()
+    with Context(at(**{**limited, "trials": 40, "max_seconds": spent.seconds + 1.0}), lines) as context:
+        found = run_targets(context)
+    assert finished(database, "limited-50") > 4
+    assert finished(database, "limited-60") == 4
+    assert [run.cut_short_by for run in found.runs] == ["max_seconds", "max_seconds"]
+    assert found.unsearched == (0.7,)
+    assert "cut short: 60 % by max_seconds: " in lines.text
+    assert "36 of 40 trials were never begun" in lines.text
+    assert "no plan, as no trial was complete when a limit ended the search: 70 %" in lines.text
+    assert overview(read_snapshot(database, "limited-60")).limits.max_seconds == spent.seconds + 1.0
+    assert read_snapshot(database, "limited-60").elsewhere.seconds > 0
+
+    # One's own limit goes before, and counts that study alone.
+    with Context(Settings(storage=made[0].storage)) as context:
+        change(context, "limited-60", Overrides(max_seconds=3600.0, trials=6))
+    with Context(at(**{**limited, "trials": 40, "max_seconds": spent.seconds + 1.0})) as context:
+        found = run_targets(context)
+    assert finished(database, "limited-60") == 6
+    assert [run.cut_short_by for run in found.runs] == ["max_seconds", ""]
+
+
+def test_a_limit_that_leaves_no_target_with_a_trial(at, tmp_path: Path) -> None:
+    settings = at(0.6, study="no time", targets="0.5,0.6", plan=str(tmp_path), max_seconds=1e-6, greedy_sequences=0)
+    with Context(settings) as context, pytest.raises(StudyError, match="no target has a complete trial yet: raise the"):
+        run_targets(context)
+    assert not (tmp_path / "pareto.html").exists()
+
+
+def test_a_limit_on_time_ends_the_probing(at, tmp_path: Path) -> None:
+    """The first probe's study is complete; the second one would have to be searched."""
+    several = {"study": "probed", "plan": str(tmp_path), "trials": 4, "greedy_sequences": 0}
+    with Context(at(0.6, **{**several, "study": "probed-60"})) as context:
+        search(context)
+    with Context(at(0.6, max_ppl_increase="40%", max_seconds=0.01, **several)) as context:
+        found = run_max_increase(context)
+    assert found.bracket is not None
+    assert found.bracket.ending is Ending.CUT
+    assert [probe.target for probe in found.bracket.probes] == [0.6]

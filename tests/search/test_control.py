@@ -81,6 +81,23 @@ def test_numbers_that_cannot_be_asked_for(name: str, value: float, words: str) -
         Overrides(**{name: value})
 
 
+def test_time_is_shared_with_other_studies_and_counts_are_not() -> None:
+    limits = Limits(max_seconds=30.0, max_gpu_seconds=100.0, max_failures=2, patience=5)
+    tally = Tally(failures=1, since_best=4, best_loss_nats=1.0)
+    assert limits.met(Spent(10.0, 40.0), tally, Spent(19.0, 59.0)) == ""
+    found = limits.met(Spent(10.0, 40.0), tally, Spent(20.0, 0.0))
+    assert found == "max_seconds: 30 s of searching for all targets, the limit is 30 s"
+    found = limits.met(Spent(10.0, 40.0), tally, Spent(0.0, 60.0))
+    assert found == "max_gpu_seconds: 100 GPU seconds for all targets, the limit is 100"
+
+
+def test_a_limit_set_for_a_study_is_its_own() -> None:
+    others = Spent(50.0, 70.0)
+    assert Overrides().shared(others) == others
+    assert Overrides(max_seconds=0).shared(others) == Spent(0.0, 70.0)
+    assert Overrides(max_gpu_seconds=5, patience=3).shared(others) == Spent(50.0, 0.0)
+
+
 def test_settings_of_an_older_version_have_no_limits() -> None:
     assert limits_of({"trials": 4}) == NO_LIMITS
     assert limits_of({"patience": 4, "max_seconds": 2.5, "model": "m"}) == Limits(max_seconds=2.5, patience=4)

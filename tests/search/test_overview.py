@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from was_search.api.status import duration, status_line, status_rows
-from was_search.control import Control, Overrides, Wish
+from was_search.control import Control, Overrides, Spent, Wish
 from was_search.overview import RunRecord, SlotLine, Snapshot, failures_by_reason, overview, to_json
 from was_search.pool_state import PoolState, Quarantined
 from was_search.slots import SlotState
@@ -112,10 +112,22 @@ def test_a_limit_in_time_bounds_the_eta() -> None:
     assert (found.limits.max_seconds, found.limits.max_failures) == (130.0, 5)
 
 
+def test_what_other_targets_have_spent_shortens_the_eta_and_is_shown() -> None:
+    limited = Control(Wish.RUN, Overrides(), 14)
+    snapshot = changed(config={"max_seconds": 170.0, "patience": 9}, control=limited, elsewhere=Spent(50.0, 0.0))
+    found = overview(snapshot)
+    assert found.eta_seconds == pytest.approx(20.0)
+    assert dict(status_rows(snapshot, found))["limits"] == "max_seconds 170 (50 spent by other targets), patience 9"
+    assert to_json(snapshot, found)["spent_by_other_targets"] == {"seconds": 50.0, "gpu_seconds": 0.0}
+    own = changed(control=Control(Wish.RUN, Overrides(max_seconds=130.0), 14), elsewhere=Spent(50.0, 0.0))
+    assert overview(own).eta_seconds == pytest.approx(30.0), "a limit that was set is the study's own"
+
+
 @pytest.mark.parametrize(
     ("snapshot", "play", "detail"),
     [
         (changed(run={"paused": True}), "paused", "by node:17"),
+        (changed(run={"detail": "descent 1 of 2"}), "running", "descent 1 of 2, by node:17"),
         (changed(control=Control(Wish.DRAIN)), "draining", "by node:17"),
         (changed(control=Control(Wish.CANCEL)), "cancelling", "by node:17"),
         (changed(epoch=4), "starting", "a coordinator has taken"),
@@ -136,7 +148,7 @@ def test_the_state_of_play(snapshot: Snapshot, play: str, detail: str) -> None:
     found = overview(snapshot)
     assert found.play == play
     assert detail in found.play_detail
-    if play != "draining" and play != "cancelling":
+    if play not in ("running", "draining", "cancelling"):
         assert found.eta_seconds is None
     status_line(snapshot, found)
     assert status_rows(snapshot, found)[1][1].startswith(play)

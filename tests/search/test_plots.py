@@ -101,6 +101,7 @@ def test_progress_against_time():
     assert list(found["complete"].x) == ["2025-01-01T00:01:00.000", "2025-01-01T00:05:00.000"]
     assert list(found["best"].x) == ["2025-01-01T00:01:00.000", "2025-01-01T00:05:00.000", "2025-01-01T00:05:00.000"]
     assert figure.layout.xaxis.title.text == "UTC"
+    assert figure.layout.title.text == "Perplexity on the search split over time"
 
 
 def test_of_a_long_study_every_best_is_shown_and_some_of_the_others(monkeypatch):

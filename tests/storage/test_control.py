@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.storage.small_study import IDENTITY, SHAPE, new_study, terminate_connections, vector
-from was_search.control import Control, Ending, EndingKind, Overrides, Spent, Usage, Wish
+from was_search.control import TOGETHER, Control, Ending, EndingKind, Overrides, Spent, Usage, Wish
 from was_search.errors import StudyError, TransientError
 from was_search.overview import overview
 from was_search.pool_state import PoolState, Quarantined
@@ -166,6 +166,35 @@ def test_runs_are_written_down_and_add_up(database: Database, store: ControlStor
     assert found.play_detail.startswith("patience: no better loss")
     assert found.gpu_hours == pytest.approx(30.0 / 3600)
     assert len(read_snapshot(database, name).runs) == 2
+
+
+def test_what_several_studies_have_spent_together(database: Database, store: ControlStore) -> None:
+    names = [new_study(database).name for _ in range(3)]
+    for name, seconds in zip(names, (10.0, 5.0, 2.5), strict=True):
+        with StudyStore(database).coordinate(name) as session:
+            desk = ControlDesk(database, session)
+            desk.open(gpus_per_worker=1.0, asked_since=store.now())
+            desk.beat(Usage(Spent(seconds, 2 * seconds)))
+    assert store.spent(names[:2]) == Spent(15.0, 30.0)
+    assert store.spent([names[2], "nope"]) == Spent(2.5, 5.0)
+    assert store.spent([]) == Spent()
+    reopen(database, names[0], 4, **{TOGETHER: names, "max_seconds": 100.0})
+    assert read_snapshot(database, names[0]).elsewhere == Spent(7.5, 15.0)
+    assert read_snapshot(database, names[1]).elsewhere == Spent()
+
+
+def test_what_a_run_is_at_is_shown_until_it_ends(database: Database, store: ControlStore) -> None:
+    name = new_study(database).name
+    with StudyStore(database).coordinate(name) as session:
+        desk = ControlDesk(database, session)
+        desk.open(gpus_per_worker=0.0, asked_since=store.now())
+        desk.beat(Usage(activity="descent 1 of 2"))
+        assert overview(read_snapshot(database, name)).play_detail.startswith("descent 1 of 2, by ")
+        desk.beat(Usage())
+        assert overview(read_snapshot(database, name)).play_detail.startswith("by ")
+        desk.beat(Usage(activity="descent 2 of 2"))
+        desk.close(Ending(EndingKind.STOPPED, "patience: enough"))
+    assert overview(read_snapshot(database, name)).play_detail.startswith("patience: enough, ")
 
 
 def test_a_replaced_coordinator_writes_into_its_own_run_only(database: Database, store: ControlStore) -> None:

@@ -138,6 +138,28 @@ def test_limits_count_earlier_runs_and_can_be_changed(steering, clock: Clock) ->
     assert steered.ending.detail == "max_gpu_seconds: 1026 GPU seconds, the limit is 1025"
 
 
+def test_what_other_studies_of_the_command_have_spent_counts(steering, clock: Clock) -> None:
+    desk = Desk(Spent(20.0, 0.0))
+    steered = steering(desk, Limits(max_seconds=100.0), elsewhere=Spent(75.0, 0.0))
+    clock.now += 4.0
+    steered.steer()
+    assert steered.ending is None
+    clock.now += 1.0
+    steered.steer()
+    assert steered.ending.detail == "max_seconds: 100 s of searching for all targets, the limit is 100 s"
+
+
+def test_a_limit_that_was_set_for_the_study_is_its_own(steering, clock: Clock) -> None:
+    desk = Desk(Spent(20.0, 0.0), max_seconds=30.0)
+    steered = steering(desk, Limits(max_seconds=100.0), elsewhere=Spent(175.0, 0.0))
+    clock.now += 9.0
+    steered.steer()
+    assert steered.ending is None
+    clock.now += 1.0
+    steered.steer()
+    assert steered.ending.detail == "max_seconds: 30 s of searching, the limit is 30 s"
+
+
 def test_a_cancel_goes_before_a_drain_and_a_drain_before_a_rule(steering, clock: Clock) -> None:
     desk = Desk()
     steered = steering(desk, Limits(max_seconds=1.0))

@@ -69,6 +69,8 @@ class Context:
         self.reporter = reporter or Reporter()
         self.root = self
         self.announcement: Announcement | None = None
+        self.together: frozenset[str] = frozenset()
+        """Studies of the command, which share its limits on time; empty where it has one study only."""
         self._stack = ExitStack()
         self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._results: dict[str, Any] = {}

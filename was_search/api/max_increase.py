@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from was_search.api.context import Context
-from was_search.api.targets import TargetRun, increase_on_test, report_targets, run_at
-from was_search.bracket import Bracket, Ending, find_highest
+from was_search.api.search import study_name
+from was_search.api.targets import (
+    DrainedError,
+    TargetRun,
+    increase_on_test,
+    nothing_complete,
+    report_targets,
+    run_at,
+    sibling,
+)
+from was_search.bracket import Bracket, Ending, Probe, find_highest
 from was_search.errors import ConfigError
 from was_search.report import increase
 from was_search.statistics import paired_interval
@@ -35,18 +44,20 @@ class MaxIncreaseResult:
         return self.bracket is None
 
 
-class _DrainedError(Exception):
-    """A probe's study was interrupted."""
+class _TimeIsUpError(Exception):
+    """The command's limit on time left a probe without a complete trial."""
 
 
 def run_max_increase(context: Context) -> MaxIncreaseResult:
     """Probe targets, a study each, until the highest one inside the settings' limit is bracketed.
 
     What decides is the exported plan of each study: the winner re-calibrated at its own point, on all sequences of
-    the search split. The answer is a probe, so exactly what was asked of it was measured.
+    the search split. The answer is a probe, so exactly what was asked of it was measured. ``max_seconds`` and
+    ``max_gpu_seconds`` are for all probes together.
 
     Raises:
         ConfigError: no limit is set.
+        StudyError: the limit on time was met before any trial was complete.
     """
     settings = context.settings
     limit = settings.increase_limit
@@ -57,9 +68,13 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
     def probe(target: float) -> float:
         nearest = min(runs, key=lambda run: abs(run.target - target), default=None)
         context.reporter.note(f"\nprobe {len(runs) + 1}: target {100 * target:g} %")
-        done = run_at(context, target, nearest.study if nearest else settings.warm_start)
+        warm_start = nearest.study if nearest else settings.warm_start
+        at = sibling(context, target, warm_start)
+        # A resumed command repeats its probes in their order: those before this one are all that have spent anything.
+        at.together = frozenset([*(run.study for run in runs), study_name(at)])
+        done = run_at(at)
         if done is None:
-            raise _DrainedError
+            raise _TimeIsUpError
         runs.append(done)
         found = increase_on_search(done)
         side = "inside" if found <= limit else "outside"
@@ -71,8 +86,12 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
 
     try:
         bracket = find_highest(probe, limit, start=settings.target, lowest=LOWEST_TARGET, highest=HIGHEST_TARGET)
-    except _DrainedError:
+    except DrainedError:
         return MaxIncreaseResult(None, runs, None, None)
+    except _TimeIsUpError:
+        if not runs:
+            raise nothing_complete() from None
+        bracket = Bracket(limit, tuple(Probe(run.target, increase_on_search(run)) for run in runs), Ending.CUT)
     inside = bracket.inside
     answer = None if inside is None else next(run for run in runs if run.target == inside.target)
     pareto = report_targets(context, runs)

@@ -18,6 +18,7 @@ from was_search.api.latency import budget_title, profile_of
 from was_search.api.notify import announced
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult, search
+from was_search.control import EndingKind
 from was_search.latency import LatencyProfile
 from was_search.plan import Plan
 from was_search.protocol import perplexity
@@ -70,7 +71,10 @@ class Row:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What ``run`` made: the search, the plan's folder and the comparison."""
+    """What ``run`` made: the search, the plan's folder and the comparison.
+
+    No plan where the search was interrupted, or, of several targets, ended by a limit before its first complete trial.
+    """
 
     search: SearchResult
     plan: Path | None
@@ -81,7 +85,8 @@ def run(context: Context) -> RunResult:
     """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report."""
     with announced(context):
         found = search(context)
-        if found.drained:
+        if found.drained or (context.together and found.best is None and found.ending.kind is EndingKind.STOPPED):
+            # Of several targets, the others are exported.
             return RunResult(found, None, [])
         folder = write_plan(context, found)
         rows = compare(context, found, Plan.load(folder))

@@ -26,9 +26,9 @@ from was_search.api.latency import (
 from was_search.api.notify import announced
 from was_search.api.page import LivePage, kept_fresh, study_page
 from was_search.api.seed import descent_words, seed, seed_identity
-from was_search.api.steered import over_already, written_down
+from was_search.api.steered import elsewhere, over_already, written_down
 from was_search.api.warm import warm_seeds
-from was_search.control import LAST_SLOT, Ending, EndingKind, limits_of
+from was_search.control import LAST_SLOT, TOGETHER, Ending, EndingKind, limits_of
 from was_search.descent import DescentOptions
 from was_search.fitness import fitness_identity
 from was_search.metrics import served
@@ -97,7 +97,7 @@ def _search(context: Context) -> SearchResult:
     record = store.open_or_create(
         name,
         identity=identity(context),
-        config=settings.to_json(),
+        config={**settings.to_json(), **({TOGETHER: sorted(context.together)} if context.together else {})},
         shape=calibration.shape.to_json(),
         n_slots=settings.trials,
     )
@@ -130,6 +130,7 @@ def _search(context: Context) -> SearchResult:
             max_attempts=settings.max_attempts,
             descents=descent_plan(context),
             limits=limits_of(vars(settings)),
+            elsewhere=elsewhere(context, name),
             quarantine=QuarantinePolicy(
                 settings.quarantine_slowdown, settings.quarantine_failures, settings.quarantine_seconds
             ),

@@ -113,7 +113,7 @@ def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = N
         rows.append(["GPU hours", f"{found.gpu_hours:.2f} while searching"])
     if gpu_price is not None:
         rows.append(["cost", f"{found.gpu_hours * gpu_price:.2f} at {gpu_price:g} a GPU hour"])
-    limits = ", ".join(f"{name} {value:g}" for name, value in vars(found.limits).items() if value)
+    limits = ", ".join(_limit(name, value, snapshot) for name, value in vars(found.limits).items() if value)
     if limits:
         rows.append(["limits", limits])
     reasons = list(found.failures.items())
@@ -146,6 +146,11 @@ def _workers(snapshot: Snapshot, found: Overview) -> str:
     more = f" ({', '.join(notes)})" if notes else ""
     busy = "" if found.busy_share is None else f", evaluating {100 * found.busy_share:.0f} % of their time"
     return f"{found.workers}{more}{busy}"
+
+
+def _limit(name: str, value: float, snapshot: Snapshot) -> str:
+    spent = {"max_seconds": snapshot.shared.seconds, "max_gpu_seconds": snapshot.shared.gpu_seconds}.get(name, 0.0)
+    return f"{name} {value:g}" + (f" ({spent:.0f} spent by other targets)" if spent else "")
 
 
 def duration(seconds: float) -> str:

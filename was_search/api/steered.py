@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
 from was_search.api.notify import failure_words
-from was_search.control import LAST_SLOT, Ending, EndingKind, Tally, Wish, limits_of
+from was_search.control import LAST_SLOT, Ending, EndingKind, Spent, Tally, Wish, limits_of
 from was_search.errors import WasError
 from was_search.logs import event
 from was_search.slots import Slot
@@ -38,9 +38,17 @@ def over_already(context: Context, book: CoordinatorSession, slots: list[Slot]) 
     if all(slot.state.finished for slot in slots):
         return LAST_SLOT
     desk = ControlDesk(context.database, book)
-    limits = desk.read().overrides.limits(limits_of(vars(context.settings)))
-    rule = limits.met(desk.spent_before(), Tally.of(slots))
+    overrides = desk.read().overrides
+    limits = overrides.limits(limits_of(vars(context.settings)))
+    rule = limits.met(desk.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, book.name)))
     return Ending(EndingKind.STOPPED, rule) if rule else None
+
+
+def elsewhere(context: Context, study: str) -> Spent:
+    """What the other studies of the command have spent of its limits on time."""
+    from was_storage.control import ControlStore
+
+    return ControlStore(context.database).spent(context.together - {study})
 
 
 @contextmanager

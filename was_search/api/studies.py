@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
@@ -37,15 +38,23 @@ def studies(context: Context) -> list[StudyRecord]:
 
 
 def dashboard(
-    context: Context, *, study: str = "", host: str = "127.0.0.1", port: int = 8080, allow_edits: bool = False
+    context: Context,
+    *,
+    study: str = "",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    allow_hosts: Sequence[str] = (),
+    allow_edits: bool = False,
 ) -> None:
     """Serve optuna-dashboard until interrupted; the embedded Postgres lives as long.
 
-    Its connections can only read, unless ``allow_edits``: whoever reaches the page could delete studies.
+    Its connections can only read, unless ``allow_edits``: whoever reaches the page could delete studies. It answers
+    under localhost, ``host``, numeric addresses and the names in ``allow_hosts`` only.
 
     Raises:
         StudyError: there is no study of the given name.
         ResourceError: the port is taken.
+        ConfigError: one of ``allow_hosts`` is no host's name.
     """
     from was_storage.dashboard import serve
     from was_storage.studies import StudyStore
@@ -55,10 +64,10 @@ def dashboard(
         store_url += f"studies/{StudyStore(context.database).get(study).optuna_study_id}"
     context.reporter.note(f"optuna-dashboard on {store_url} (ctrl-C ends it)")
     if allow_edits:
-        serve(context.database, host=host, port=port)
+        serve(context.database, host=host, port=port, allow_hosts=allow_hosts)
         return
     with context.database.read_only() as database:
-        serve(database, host=host, port=port)
+        serve(database, host=host, port=port, allow_hosts=allow_hosts)
 
 
 def _summary(record: StudyRecord) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from was_search.api.context import Context
 from was_search.api.latency import check_target, profile_of
 from was_search.api.run import STEP_COLUMNS, Row, RunResult, narrow, run, step_caption, step_cells
-from was_search.api.search import model_label
-from was_search.errors import ConfigError
+from was_search.api.search import model_label, study_name
+from was_search.api.steered import elsewhere
+from was_search.control import EndingKind, Tally, limits_of
+from was_search.errors import ConfigError, StudyError
 from was_search.pareto import Point, dominated, pareto_figure
 from was_search.protocol import content_hash, perplexity
 from was_search.report import increase, interval_json
+from was_search.slots import SlotState
 from was_search.study_names import folder_name
 
 
@@ -31,7 +35,7 @@ class TargetRun:
     @property
     def words(self) -> str:
         """The target for people."""
-        return f"{self.target:g}x" if self.by_time else f"{100 * self.target:g} %"
+        return _words(self.target, self.by_time)
 
     @property
     def study(self) -> str:
@@ -49,21 +53,39 @@ class TargetRun:
     def best(self) -> Row:
         return self.result.rows[-1]
 
+    @property
+    def cut_short_by(self) -> str:
+        """The rule that ended its search before the last trial, "" if none did."""
+        ending = self.result.search.ending
+        return ending.detail.split(":")[0] if ending.kind is EndingKind.STOPPED else ""
+
 
 @dataclass(frozen=True)
 class TargetsResult:
-    """The targets that were run; ``drained`` says that the last one was interrupted and is not among them."""
+    """The targets that were run; ``drained`` says that the last one was interrupted and is not among them.
+
+    ``unsearched`` are those that have no complete trial, as a limit was met before.
+    """
 
     runs: list[TargetRun]
     pareto: Path | None
     drained: bool
+    unsearched: tuple[float, ...] = ()
+
+
+class DrainedError(Exception):
+    """A target's study was interrupted."""
 
 
 def run_targets(context: Context) -> TargetsResult:
     """A study for each of the settings' targets or speed-ups, in rising order, each warm-started from the last one.
 
+    ``max_seconds`` and ``max_gpu_seconds`` are for all of them together: what one leaves the next ones have, and once
+    they are spent, what has a complete trial is exported and nothing more is searched.
+
     Raises:
         ConfigError: no targets are set.
+        StudyError: the limit was met before any trial was complete.
     """
     by_time = bool(context.settings.speedups)
     targets = context.settings.speedups or context.settings.budgets
@@ -71,34 +93,95 @@ def run_targets(context: Context) -> TargetsResult:
         raise ConfigError("targets: missing; give --targets with several budgets, or --target-speedups")
     for target in targets:
         check_target(context.at(target, by_time=by_time))  # what is out of reach is said before anything is run
+    siblings = _siblings(context, targets, by_time=by_time)
     runs: list[TargetRun] = []
-    for target in targets:
-        words = f"{target:g}x" if by_time else f"{100 * target:g} %"
-        context.reporter.note(f"\ntarget {words} ({len(runs) + 1} of {len(targets)})")
-        done = run_at(context, target, runs[-1].study if runs else context.settings.warm_start, by_time=by_time)
-        if done is None:
+    unsearched: list[float] = []
+    for number, (target, each) in enumerate(zip(targets, siblings, strict=True), 1):
+        context.reporter.note(f"\ntarget {_words(target, by_time)} ({number} of {len(targets)})")
+        try:
+            done = run_at(each)
+        except DrainedError:
             return TargetsResult(runs, None, drained=True)
-        runs.append(done)
-    return TargetsResult(runs, report_targets(context, runs), drained=False)
+        if done is None:
+            unsearched.append(target)
+        else:
+            runs.append(done)
+    if not runs:
+        raise nothing_complete()
+    return TargetsResult(runs, report_targets(context, runs, unsearched), drained=False, unsearched=tuple(unsearched))
 
 
-def run_at(context: Context, target: float, warm_start: str, *, by_time: bool = False) -> TargetRun | None:
-    """All steps for one of several targets, beside what the others have open; None if it was interrupted."""
+def _words(target: float, by_time: bool) -> str:
+    return f"{target:g}x" if by_time else f"{100 * target:g} %"
+
+
+def _siblings(context: Context, targets: tuple[float, ...], *, by_time: bool) -> list[Context]:
+    """A context for each target. All know all studies' names: what any of them has spent counts, also in a resumed
+    command, whichever of them is still to be searched."""
+    found: list[Context] = []
+    names: list[str] = []
+    for target in targets:
+        before = names[-1] if names else context.settings.warm_start
+        found.append(sibling(context, target, before, by_time=by_time))
+        names.append(study_name(found[-1]))
+    for each in found:
+        each.together = frozenset(names)
+    return found
+
+
+def sibling(context: Context, target: float, warm_start: str, *, by_time: bool = False) -> Context:
+    """The context of one of several targets, beside what the others have open."""
     settings = context.settings
     label = f"{target:g}x" if by_time else f"{100 * target:g}"
-    sibling = context.at(
+    return context.at(
         target,
         by_time=by_time,
         study=f"{settings.study}-{label}" if settings.study else "",
         warm_start=warm_start,
         plan=str(Path(settings.plan) / label) if settings.plan else "",
     )
-    result = run(sibling)
-    return None if result.search.drained else TargetRun(target, result, by_time)
 
 
-def report_targets(context: Context, runs: list[TargetRun]) -> Path:
-    """The Pareto table, and its plot as a file and on the page of each study; returns the file."""
+def run_at(context: Context) -> TargetRun | None:
+    """All steps for one of several targets; None if the command's limit on time leaves it without a complete trial.
+
+    Raises:
+        DrainedError: it was interrupted.
+    """
+    from was_storage.studies import StudyStore
+
+    name = study_name(context)
+    known = {record.name: record for record in StudyStore(context.database).list()}
+    if (name not in known or known[name].best_loss_nats is None) and (rule := time_is_up(context, name)):
+        context.reporter.note(f"not searched; {rule}")
+        return None
+    result = run(context)
+    if result.search.drained:
+        raise DrainedError
+    if result.plan is None:
+        return None
+    by_time = bool(context.settings.target_speedup)
+    return TargetRun(context.settings.target_speedup if by_time else context.settings.target, result, by_time)
+
+
+def time_is_up(context: Context, study: str) -> str:
+    """The limit on time that all studies of the command have met together, in words; "" if none."""
+    from was_storage.control import ControlStore
+
+    spent = ControlStore(context.database).spent({study})
+    return limits_of(vars(context.settings)).met(spent, Tally(), elsewhere(context, study))
+
+
+def nothing_complete() -> StudyError:
+    """What to say where a limit on time left no target with a complete trial."""
+    return StudyError("no target has a complete trial yet: raise the limit that ended the search, and run it again")
+
+
+def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence[float] = ()) -> Path:
+    """The Pareto table, and its plot as a file and on the page of each study; returns the file.
+
+    The ``unsearched`` targets, which have no plan, are named below the table.
+    """
     from was_storage.dashboard import annotate
 
     runs = sorted(runs, key=lambda run: run.target)
@@ -106,7 +189,7 @@ def report_targets(context: Context, runs: list[TargetRun]) -> Path:
     points += [_point("uniform", run, run.uniform) for run in runs]
     lesser = dominated(points)[: len(runs)]
     protocol = context.tokens("test").protocol.describe()
-    _show(context, runs, lesser, protocol)
+    _show(context, runs, lesser, protocol, unsearched)
     dense = perplexity(runs[0].dense.test.evaluation.loss_nats)
     figure = pareto_figure(points, dense, protocol)
     path = _folder(context, runs) / "pareto.html"
@@ -123,6 +206,7 @@ def report_targets(context: Context, runs: list[TargetRun]) -> Path:
             "pareto": str(path),
             "protocol": context.tokens("test").protocol.to_json(),
             "targets": [_json(context, run, bad) for run, bad in zip(runs, lesser, strict=True)],
+            "unsearched": list(unsearched),
         }
     )
     return path
@@ -147,7 +231,9 @@ def _folder(context: Context, runs: list[TargetRun]) -> Path:
     return Path("was-runs") / f"{model_label(context)}-targets-{content_hash([run.study for run in runs])[:8]}"
 
 
-def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol: str) -> None:
+def _show(
+    context: Context, runs: list[TargetRun], lesser: list[bool], protocol: str, unsearched: Sequence[float]
+) -> None:
     timed = all(each.best.step is not None for each in runs)
     profile = profile_of(context) if timed else None
     body = []
@@ -166,6 +252,7 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
                 f"{best.gap_nats:+.4f}",
                 narrow(best.against_uniform),
                 "yes" if bad else "no",
+                each.cut_short_by or "no",
                 *step_cells(best.step),
             ]
         )
@@ -183,6 +270,7 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
             "gap",
             "test -\nuniform",
             "domi-\nnated",
+            "cut\nshort",
             *(STEP_COLUMNS if timed else ()),
         ],
         body,
@@ -190,11 +278,25 @@ def _show(context: Context, runs: list[TargetRun], lesser: list[bool], protocol:
             [
                 f"dense: {dense:.4f} nats per token on the test split, perplexity {perplexity(dense):.3f}",
                 "dominated: another best or uniform drops as much on the test split (to 0.1 points) and is better",
+                *_cut_short_words(runs, unsearched),
                 protocol,
                 *([] if profile is None else [step_caption(profile)]),
             ]
         ),
     )
+
+
+def _cut_short_words(runs: list[TargetRun], unsearched: Sequence[float]) -> list[str]:
+    lines = [
+        f"cut short: {100 * run.target:g} % by {run.result.search.ending.detail}; "
+        f"{run.result.search.count(SlotState.WAITING)} of {len(run.result.search.slots)} trials were never begun"
+        for run in runs
+        if run.cut_short_by
+    ]
+    if unsearched:
+        names = ", ".join(_words(target, runs[0].by_time) for target in unsearched)
+        lines.append(f"no plan, as no trial was complete when a limit ended the search: {names}")
+    return lines
 
 
 def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:
@@ -213,4 +315,6 @@ def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:
         "gap_nats": best.gap_nats,
         "test_against_uniform": interval_json(best.against_uniform),
         "dominated": bad,
+        "ending": str(run.result.search.ending),
+        "trials_never_begun": run.result.search.count(SlotState.WAITING),
     }

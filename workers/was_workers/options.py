@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from was_search.budget import Target
-from was_search.control import NO_LIMITS, Limits
+from was_search.control import NO_LIMITS, Limits, Spent
 from was_search.latency import LatencyProfile
 from was_search.pool_state import PoolState
 from was_search.sampling import SamplerName
@@ -19,7 +19,8 @@ from was_workers.quarantine import QuarantinePolicy
 class SearchOptions:
     """How a search runs; see :class:`was_search.settings.Settings` for each.
 
-    ``target`` is the budget, or the sparsity of one; ``latency`` predicts what trials record of their decoding step.
+    ``target`` is the budget, or the sparsity of one; ``latency`` predicts what trials record of their decoding step;
+    ``elsewhere`` is what other studies of the same command have spent of its limits on time.
     """
 
     target: Target
@@ -34,6 +35,7 @@ class SearchOptions:
     descents: DescentPlan | None = None
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS
+    elsewhere: Spent = field(default_factory=Spent)
     quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
     latency: LatencyProfile | None = None
 

@@ -94,7 +94,13 @@ class SearchLoop:
         self._slots = SlotTable(book.slots())
         self._results: list[tuple[Result, dict[str, Any]]] = []
         self._steering = Steering(
-            desk, pool, limits=options.limits, drain=drain, slots=list(self._slots.values()), clock=clock
+            desk,
+            pool,
+            limits=options.limits,
+            elsewhere=options.elsewhere,
+            drain=drain,
+            slots=list(self._slots.values()),
+            clock=clock,
         )
         self._health = Health(pool, options.quarantine)
         self._pool_shown = pool.state
@@ -144,6 +150,7 @@ class SearchLoop:
     def _goes_on(self) -> bool:
         """Whether the loop has another turn; does what is asked of it first."""
         was_paused = self._steering.paused
+        self._steering.activity = self._descending
         control = self._steering.steer()
         changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
         self._health.look(self._flight)
@@ -352,6 +359,10 @@ class SearchLoop:
     def _activity(self) -> str:
         if self._steering.paused:
             return "paused"
+        return self._descending
+
+    @property
+    def _descending(self) -> str:
         return self._descents.describe if self._descents is not None and self._descents.running else ""
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from was_search.control import Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
+from was_search.control import NOTHING_SPENT, Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
 from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.slots import Slot
@@ -57,6 +57,7 @@ class Steering:
             earlier runs' figures.
         pool: resized as asked.
         limits: of the run's own settings; what ``was-search set`` says goes before them.
+        elsewhere: what other studies have spent of these limits.
         drain: set by ctrl-C.
         slots: of the study as the loop finds them.
         clock: seconds.
@@ -70,8 +71,10 @@ class Steering:
         limits: Limits,
         drain: threading.Event,
         slots: Iterable[Slot],
+        elsewhere: Spent = NOTHING_SPENT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._elsewhere = self._shared = elsewhere
         self._desk = None if desk is None else durable(desk)
         self._pool = pool
         self._own_limits = self._limits = limits
@@ -84,6 +87,7 @@ class Steering:
         self._seconds = self._gpu_seconds = self._worker_seconds = 0.0
         self._workers_asked: int | str | None = None
         self.paused = False
+        self.activity = ""
         self.ending: Ending | None = None
 
     @property
@@ -109,7 +113,7 @@ class Steering:
             control = self._desk.read()
             self._next_read = self._last + POLL_SECONDS
             self._obey(control)
-        if rule := self._limits.met(self._spent(), self._tally):
+        if rule := self._limits.met(self._spent(), self._tally, self._shared):
             self._end(Ending(EndingKind.STOPPED, rule))
         if self._last >= self._next_beat:
             self.beat()
@@ -121,7 +125,7 @@ class Steering:
             return
         own = Spent(self._seconds, self._gpu_seconds)
         pool = self._pool.state
-        self._desk.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool))
+        self._desk.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool, self.activity))
         self._next_beat = self._last + BEAT_SECONDS
 
     def _spent(self) -> Spent:
@@ -140,6 +144,7 @@ class Steering:
 
     def _obey(self, control: Control) -> None:
         self._limits = control.overrides.limits(self._own_limits)
+        self._shared = control.overrides.shared(self._elsewhere)
         if control.wish is Wish.DRAIN:
             self._end(Ending(EndingKind.DRAINED))
         elif control.wish is Wish.CANCEL:
