@@ -23,9 +23,10 @@ import pytest
 import yaml
 
 from tests.chaos import processes
-from tests.chaos.cluster import TcpServer, free_port
 from tests.deploy.guide import Block, Chapter, chapter
 from tests.deploy.shells import ROOT, Machine, Terminal
+from tests.servers.ports import free_port
+from tests.servers.postgres import TcpServer
 from tests.workers.small_run import SMALL
 from was_search.api.demo import DEMO_FOLDER
 from was_search.errors import StorageError

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.search.test_progress import State
+from tests.servers.ports import free_port
 from was_search.errors import ConfigError, ResourceError
 from was_search.metrics import StudyMetrics, parse_address, served
 from was_search.pool_state import PoolState, Quarantined
@@ -22,12 +23,6 @@ STATES = [
     State(finished=2, stopped=1, saved=0.4, best=COMPLETE, current=STOPPED),
     State(finished=3, stopped=1, failed=1, saved=0.4, best=COMPLETE, current=Slot(5, SlotState.FAILED), pool=POOL),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def scrape(port: int) -> dict[tuple[str, str], float]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.cluster import free_port
 from tests.security.certificates import Pair, authority, signed
+from tests.servers.ports import free_port
 from tests.storage.small_study import new_study
 from was_storage.dashboard import open_dashboard
 from was_storage.database import Database
