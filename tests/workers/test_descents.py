@@ -45,7 +45,7 @@ class Pool(SteadyPool):
     def n_idle(self) -> int:
         return 2 - len(self.given)
 
-    def submit(self, method, *args, deadline_seconds):
+    def submit(self, method, *args, deadline_seconds, about=None):
         assert self.n_idle
         assert deadline_seconds > 0
         self.tickets += 1

@@ -17,9 +17,11 @@ from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
-from was_workers.quarantine import Health, QuarantinePolicy
+from was_workers.quarantine import Health, QuarantinePolicy, Work
 from was_workers.search import SearchLoop, SearchOptions, SearchProgress
 from was_workers.worker import WorkerSpec
+
+EVALUATION = Work("evaluate")
 
 
 class Wards:
@@ -41,7 +43,7 @@ class Wards:
 def evaluated(health: Health, paces: dict[int, float], times: int = 3, tokens: int = 100) -> None:
     for _ in range(times):
         for worker, seconds in paces.items():
-            health.evaluated(worker, seconds, tokens)
+            health.answered(worker, seconds, Work("evaluate", tokens))
 
 
 def test_a_worker_far_behind_its_peers_is_slow() -> None:
@@ -54,8 +56,8 @@ def test_a_worker_is_measured_by_tokens_and_not_by_seconds() -> None:
     wards = Wards(2)
     health = Health(wards, QuarantinePolicy())
     for _ in range(5):
-        health.evaluated(0, 10.0, 1000)
-        health.evaluated(1, 1.0, 100)
+        health.answered(0, 10.0, Work("evaluate", 1000))
+        health.answered(1, 1.0, Work("evaluate", 100))
     assert wards.put == []
 
 
@@ -63,7 +65,7 @@ def test_one_long_evaluation_is_forgiven() -> None:
     wards = Wards(2)
     health = Health(wards, QuarantinePolicy())
     evaluated(health, {0: 1.0, 1: 1.0}, 4)
-    health.evaluated(1, 60.0, 100)
+    health.answered(1, 60.0, Work("evaluate", 100))
     evaluated(health, {0: 1.0, 1: 1.0}, 4)
     assert wards.put == []
 
@@ -74,7 +76,7 @@ def test_calls_lost_in_a_row_count_and_one_success_forgives_them() -> None:
     for _ in range(3):
         health.lost(0, "GPU out of memory")
         health.lost(0, "GPU out of memory")
-        health.evaluated(0, 1.0, 100)
+        health.answered(0, 1.0, Work("evaluate", 100))
     assert wards.put == []
     for _ in range(3):
         health.lost(1, "it died")
@@ -102,15 +104,72 @@ def test_a_call_in_flight_is_overdue_by_its_peers_pace() -> None:
     wards = Wards(3)
     health = Health(wards, QuarantinePolicy(slowdown=2.0))
     wards.running = [(7, 2, 3600.0)]
-    health.look({7})
+    health.look({7: EVALUATION})
     assert wards.put == [], "nothing is known of its peers"
     evaluated(health, {0: 4.0, 1: 4.0})
     wards.running = [(7, 2, 23.9), (8, 2, 3600.0)]
-    health.look({7})
+    health.look({7: EVALUATION})
     assert wards.put == [], "24 s are three times as long as what is slow; ticket 8 is no evaluation"
     wards.running = [(7, 2, 24.1)]
-    health.look({7})
+    health.look({7: EVALUATION})
     assert wards.put == [(2, "slow, at an evaluation for 24 s, 6 times what its peers take", 600.0)]
+
+
+def test_calls_of_another_kind_say_nothing_of_a_pace() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy())
+    for _ in range(4):
+        health.answered(0, 1.0, Work("histograms", 100))
+        health.answered(1, 9.0, Work("descend", 100))
+    assert wards.put == []
+    for _ in range(3):
+        health.answered(1, 9.0, Work("histograms", 100))
+    assert wards.put == [(1, "slow, 9.0 times its peers' seconds a token", 600.0)]
+
+
+def test_milliseconds_make_nobody_slow() -> None:
+    """Calls of milliseconds take several times as long on a machine that is busy with something else."""
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy())
+    evaluated(health, {0: 0.01, 1: 0.9})
+    assert wards.put == []
+    evaluated(health, {0: 0.01, 1: 1.1}, 5)
+    assert [index for index, *_ in wards.put] == [1]
+
+
+def test_a_processs_first_call_may_take_as_long_as_its_peers_first_ones() -> None:
+    """They compiled their kernels too, and have forgotten it by their fourth call."""
+    wards = Wards(3)
+    health = Health(wards, QuarantinePolicy(slowdown=2.0))
+    evaluated(health, {0: 40.0, 1: 40.0}, 1)
+    evaluated(health, {0: 1.0, 1: 1.0}, 4)
+    wards.running = [(7, 2, 119.0), (8, 1, 5.9)]
+    health.look({7: Work("evaluate", 100), 8: Work("evaluate", 100)})
+    assert wards.put == []
+    wards.running = [(8, 1, 60.0)]
+    health.look({8: Work("evaluate", 100)})
+    assert [index for index, *_ in wards.put] == [1], "it has had its first call"
+    wards.running = [(7, 2, 121.0)]
+    health.look({7: Work("evaluate", 100)})
+    assert [index for index, *_ in wards.put] == [1, 2]
+
+
+def test_the_tokens_of_a_call_in_flight_count() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy(slowdown=2.0))
+    evaluated(health, {0: 10.0}, tokens=100)
+    wards.running = [(7, 1, 590.0)]
+    health.look({7: Work("evaluate", 1000)})
+    assert wards.put == []
+    health.look({7: Work("evaluate", 900)})
+    assert [index for index, *_ in wards.put] == [1]
+
+
+def test_a_loss_is_suspicious_from_the_second_in_a_row_until_nothing_comes_of_it() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy(failures=3))
+    assert [health.lost(0, "it died") for _ in range(3)] == [False, True, True]
+    assert [health.lost(1, "it died") for _ in range(3)] == [False, True, False], "the last one stays"
 
 
 def test_a_short_call_is_never_overdue() -> None:
@@ -118,7 +177,7 @@ def test_a_short_call_is_never_overdue() -> None:
     health = Health(wards, QuarantinePolicy())
     evaluated(health, {0: 0.01})
     wards.running = [(1, 1, 9.0)]
-    health.look({1})
+    health.look({1: EVALUATION})
     assert wards.put == []
 
 
@@ -127,7 +186,7 @@ def test_zero_is_never() -> None:
     health = Health(wards, QuarantinePolicy(slowdown=0.0, failures=0))
     evaluated(health, {0: 1.0, 1: 1.0, 2: 100.0})
     wards.running = [(1, 2, 1e6)]
-    health.look({1})
+    health.look({1: EVALUATION})
     for _ in range(9):
         health.lost(1, "it died")
     assert wards.put == []
@@ -152,7 +211,7 @@ def search(
         monkeypatch.setattr(pool_module, "Worker", bowl_worker(tmp_path, seconds=0.2))
         spec = WorkerSpec("m", "", "float32", "cpu", "l2")
         asked = WorkerRange(n_workers, n_workers)
-        pool = Pool(cluster, spec, n_workers=asked, gpus_per_worker=0.0)
+        pool = Pool(cluster, spec, n_workers=asked, gpus_per_worker=0.0, policy=policy)
         opened.append(pool)
         while pool.n_idle < n_workers:  # all of them, so that each is given something
             pool.turn(0.2)
@@ -162,7 +221,7 @@ def search(
             shown.append(state.pool)
             turn(state)
 
-        options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 60.0, 3, quarantine=policy)
+        options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 60.0, 3)
         loop = SearchLoop(
             Book(n_trials), pool, "data", "histograms", "key",
             shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,

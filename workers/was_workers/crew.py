@@ -259,7 +259,9 @@ class Crew:
             self.idle.remove(member)
 
     def _end(self, call: Call, **how: Any) -> None:
-        self.outcomes.append(Outcome(call.ticket, call.member.name, index=call.member.index, **how))
+        self.outcomes.append(
+            Outcome(call.ticket, call.member.name, index=call.member.index, seconds=call.seconds, **how)
+        )
 
 
 def _require_same_version(info: WorkerInfo) -> None:

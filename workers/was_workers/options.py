@@ -10,7 +10,6 @@ from was_search.sampling import SamplerName
 from was_search.slots import Slot
 from was_search.space import SpaceName
 from was_workers.descents import DescentPlan
-from was_workers.quarantine import QuarantinePolicy
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class SearchOptions:
     descents: DescentPlan | None = None
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS
-    quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
 
 
 @dataclass(frozen=True)
