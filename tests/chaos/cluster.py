@@ -236,7 +236,7 @@ class Cluster:
 
     def replace(self, node: RayNode) -> None:
         """A new node in the place of one whose raylet was killed."""
-        self.wait_until(f"{node.name} notices that its raylet is dead", lambda: node.process.poll() is not None, 60)
+        self.wait_until(f"{node.name} notices that its raylet is dead", lambda: node.process.poll() is not None, 300)
         self.nodes[self.nodes.index(node)] = self._new_node()
 
     def supervise(self) -> None:
@@ -322,7 +322,7 @@ class Cluster:
     def _new_node(self) -> RayNode:
         """Started once the one before is up: two that start at once on one machine take each other's files."""
         for node in [self.head, *self.nodes]:
-            self.wait_until(f"{node.name} is up", lambda node=node: node.up or node.process.poll() is not None, 90)
+            self.wait_until(f"{node.name} is up", lambda node=node: node.up or node.process.poll() is not None, 300)
         self._nodes_made += 1
         cpus = -(-self.plan.workers // self.plan.nodes)
         return RayNode(f"node-{self._nodes_made}", self.folder, self._environment, address=self.address, cpus=cpus)

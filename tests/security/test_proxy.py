@@ -112,7 +112,7 @@ class TestNginx:
                     except urllib.error.HTTPError as error:
                         return error.code, error.read().decode(errors="replace")
 
-                end = time.monotonic() + 30
+                end = time.monotonic() + 300
                 while True:
                     try:
                         ask("/")
@@ -123,7 +123,7 @@ class TestNginx:
                 yield ask
             finally:
                 nginx.terminate()
-                nginx.wait(20)
+                nginx.wait(120)
                 server.shutdown()
                 thread.join()
 
