@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from was_search import __version__, cli_control, cli_decode, cli_submit
-from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, MODEL, STORAGE, Call, PlanIn, app, load_plan, stderr
+from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, MODEL, STORAGE, Call, Gpus, PlanIn, app, load_plan, stderr
 from was_search.cli_command import command as _command
 from was_search.cli_command import option as _option
 from was_search.cli_db import db
@@ -271,6 +271,7 @@ def evaluate(
         int | None, typer.Option(help="At most so many sequences of the calibration split.")
     ] = None,
     search_sequences: Annotated[int | None, typer.Option(help="At most so many sequences of the search split.")] = None,
+    gpus: Gpus = 1,
 ) -> None:
     """Perplexity or tasks of a plan and of the dense model."""
     from was_search import api
@@ -284,8 +285,8 @@ def evaluate(
 
     def step(context: Any) -> Any:
         if names:
-            return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path)
-        return api.evaluate(context, loaded, split)
+            return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
+        return api.evaluate(context, loaded, split, gpus=gpus)
 
     call.run(step, base)
 

@@ -31,11 +31,12 @@ class PlanEvaluation:
     achieved: float | None
 
 
-def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEvaluation:
+def evaluate(context: Context, plan: Plan | None, split: str = "test", *, gpus: int = 1) -> PlanEvaluation:
     """Perplexity of the dense model and of ``plan`` on ``split`` of the settings' data, in this process.
 
     Raises:
         PlanError: the plan belongs to another model.
+        ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
     from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
@@ -43,7 +44,7 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
 
     settings = context.settings
     data = context.tokens_uncached(split)
-    model, structure = load_for(context, plan)
+    model, structure = load_for(context, plan, gpus)
     score = plan.score if plan is not None else settings.score
     norms = structure_norms(structure, score)
     runs = [None] if plan is None else [None, plan.thresholds]
@@ -64,14 +65,20 @@ def evaluate(context: Context, plan: Plan | None, split: str = "test") -> PlanEv
 
 
 def evaluate_on_tasks(
-    context: Context, plan: Plan | None, tasks: list[str], *, limit: int | None, include_path: Path | None
+    context: Context,
+    plan: Plan | None,
+    tasks: list[str],
+    *,
+    limit: int | None,
+    include_path: Path | None,
+    gpus: int = 1,
 ) -> dict[str, list[TaskResult]]:
     """lm-eval ``tasks`` for the dense model and for ``plan``, side by side: results by ``dense`` and ``plan``."""
     from was_kernels import sparsify
     from was_search.model import load_tokenizer
     from was_search.tasks import evaluate_tasks
 
-    model, _ = load_for(context, plan)
+    model, _ = load_for(context, plan, gpus)
     tokenizer = load_tokenizer(context.source)
     options: dict[str, Any] = {
         "limit": limit,
@@ -88,16 +95,20 @@ def evaluate_on_tasks(
     return results
 
 
-def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]:
-    """The model of the settings with its structure, in this process; refused if ``plan`` is for another."""
+def load_for(context: Context, plan: Plan | None, gpus: int = 1) -> tuple[nn.Module, Structure]:
+    """The model of the settings with its structure, in this process; refused if ``plan`` is for another.
+
+    Its blocks are spread over ``gpus`` GPUs.
+    """
     from was_search.model import load_model
     from was_search.structure import find_structure
 
     if plan is not None:
         plan.require_model(context.fingerprint, plan.shape)
     placement = context.placement_here
-    with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
-        model = load_model(context.source, dtype=placement.dtype, device=placement.device)
+    where = placement.device if gpus == 1 else f"{gpus} GPUs"
+    with context.reporter.phase(f"load the model on {where}, {placement.dtype}"):
+        model = load_model(context.source, dtype=placement.dtype, device=placement.device, gpus=gpus)
         structure = find_structure(model)
     if plan is not None:
         plan.require_shape(structure.shape)
