@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import ray
 
+from tests.workers.loop_doubles import SHAPE, Book, seeds
 from tests.workers.test_descents import DATA
 from tests.workers.test_descents import Pool as DescendingPool
-from tests.workers.test_search_loop import SHAPE, Book, seeds
 from was_search.descent import DescentOptions
 from was_search.errors import TransientError
 from was_search.logs import bound

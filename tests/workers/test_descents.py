@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import ray
 
+from tests.workers.loop_doubles import SHAPE, Book, evaluation, seeds
 from tests.workers.steady_pool import SteadyPool
-from tests.workers.test_search_loop import SHAPE, Book, evaluation, seeds
 from was_search.descent import DescentOptions, descend
 from was_search.errors import ModelError, TransientError
 from was_search.slots import SlotState

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster as Nodes
 
 import was_workers.pool as pool_module
 from tests.workers.bowl_worker import bowl_worker, evaluations
-from tests.workers.test_search_loop import SHAPE, Book, seeds
+from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.slots import SlotState

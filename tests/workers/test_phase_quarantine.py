@@ -12,7 +12,7 @@ import pytest
 
 import was_workers.pool as pool_module
 from tests.workers.bowl_worker import bowl_worker, evaluations
-from tests.workers.test_search_loop import SHAPE, Book, seeds
+from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.errors import TransientError
 from was_search.logs import bound
 from was_search.pool_state import PoolState
