@@ -80,7 +80,7 @@ SEARCH: dict[str, Any] = {
         float | None, "Share of trials that go on at each rung of sequences; 1: all.", rich_help_panel="Search"
     ),
     "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
-    "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
+    "max_attempts": _option(int | None, "Workers that lose a vector before its slot fails.", rich_help_panel="Search"),
     "metrics": _option(
         str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"
     ),

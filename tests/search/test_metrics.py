@@ -26,7 +26,7 @@ STATES = [
 
 
 def scrape(port: int) -> dict[tuple[str, str], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
         text = reply.read().decode()
     return {
         (sample.name, sample.labels.get("state", sample.labels.get("le", ""))): sample.value

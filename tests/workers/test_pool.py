@@ -280,6 +280,20 @@ def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     assert member.failures == 1
 
 
+def test_a_node_without_its_gpu_ends_nothing_while_others_still_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer may come from the sick one; only the last that fails says that nobody can."""
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: killed.append(actor))
+    crew = Crew(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    crew.members = [Member(i, f"actor-{i}", place=Place("node", "host", i)) for i in range(2)] + [Member(2, "waits")]
+    error = ResourceError("device: cuda was asked for and no GPU was found")
+    first, second, _ = crew.members
+    crew.settle(Ending(Call(first, PREPARE), raised=error))
+    assert (killed, crew.n_given_up) == (["actor-0"], 1)
+    with pytest.raises(ResourceError, match="no GPU was found"):
+        crew.settle(Ending(Call(second, PREPARE), raised=error))
+
+
 def test_a_machines_processors_are_divided_anew_when_the_pool_changes(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

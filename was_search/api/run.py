@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from was_search import logs
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.export import Figures, Request, measure, write_plan
@@ -75,8 +76,9 @@ def run(context: Context) -> RunResult:
         found = search(context)
         if found.drained:
             return RunResult(found, None, [])
-        folder = write_plan(context, found)
-        rows = compare(context, found, Plan.load(folder))
+        with logs.bound(study=found.study):
+            folder = write_plan(context, found)
+            rows = compare(context, found, Plan.load(folder))
         show(context, rows)
         values = [row.to_json(context) for row in rows]
         _remember(context, found, values)

@@ -30,6 +30,18 @@ _LONGEST = 16
 """A quarantine is at most so many times as long as the first."""
 
 
+_NAMES = {
+    "evaluate": "an evaluation",
+    "histograms": "a calibration pass",
+    "prices": "pricing",
+    "block_table": "a block's greedy table",
+    "dense_top": "the dense model's predictions",
+    "evaluate_thresholds": "a plan's evaluation",
+    "descend": "a descent",
+}
+"""Kinds of work in words; they go by the workers' methods."""
+
+
 @dataclass(frozen=True)
 class QuarantinePolicy:
     """When a worker is put in quarantine, and for how long.
@@ -132,17 +144,6 @@ class Health:
             paces.forget(worker)
         self._failures[worker] = 0
         return True
-
-
-_NAMES = {
-    "evaluate": "an evaluation",
-    "histograms": "a calibration pass",
-    "prices": "pricing",
-    "block_table": "a block's greedy table",
-    "dense_top": "the dense model's predictions",
-    "evaluate_thresholds": "a plan's evaluation",
-    "descend": "a descent",
-}
 
 
 class _Paces:
