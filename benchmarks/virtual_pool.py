@@ -10,6 +10,7 @@ import heapq
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from was_search.pool_state import PoolState
 from was_search.protocol import Evaluation
 from was_workers.pool import Outcome
+from was_workers.quarantine import Health, QuarantinePolicy
 
 SEQUENCES = 64
 TOKENS = 2048 * SEQUENCES
@@ -58,6 +60,14 @@ class VirtualPool:
         self._idle = deque((name, float("nan")) for name in (f"virtual-{i}" for i in range(n_workers)))
         self._running: list[tuple[float, int, str, Any]] = []
         self._ended: deque[tuple[str, float]] = deque()
+
+    @cached_property
+    def health(self) -> Health:
+        return Health(self, QuarantinePolicy())
+
+    @property
+    def proven(self) -> frozenset[int]:
+        return frozenset({-1})
 
     @property
     def state(self) -> PoolState:

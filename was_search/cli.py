@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from was_search import __version__, cli_control, cli_decode, cli_submit
-from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, MODEL, STORAGE, Call, PlanIn, app, load_plan, stderr
+from was_search.cli_command import EXIT_DRAINED, EXIT_ERROR, MODEL, STORAGE, Call, Gpus, PlanIn, app, load_plan, stderr
 from was_search.cli_command import command as _command
 from was_search.cli_command import option as _option
 from was_search.cli_db import db
@@ -84,7 +84,7 @@ SEARCH: dict[str, Any] = {
         float | None, "Share of trials that go on at each rung of sequences; 1: all.", rich_help_panel="Search"
     ),
     "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
-    "max_attempts": _option(int | None, "Hand-outs of a vector before its slot fails.", rich_help_panel="Search"),
+    "max_attempts": _option(int | None, "Workers that lose a vector before its slot fails.", rich_help_panel="Search"),
     "metrics": _option(
         str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"
     ),
@@ -289,6 +289,7 @@ def evaluate(
             "Tasks take one."
         ),
     ] = "",
+    gpus: Gpus = 1,
 ) -> None:
     """Perplexity or tasks of a plan and of the dense model."""
     from was_search import api
@@ -305,10 +306,10 @@ def evaluate(
 
     def step(context: Any) -> Any:
         if not names:
-            return api.evaluate(context, loaded, split, formats)
+            return api.evaluate(context, loaded, split, formats, gpus=gpus)
         if len(formats) > 1:
             raise ConfigError(f"weights: tasks take one format, got {weights!r}")
-        return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path)
+        return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
 
     call.run(step, base)
 

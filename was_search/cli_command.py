@@ -66,6 +66,7 @@ MODEL: dict[str, Any] = {
     "batch_size": option(int | None, "Sequences per forward."),
     "seed": option(int | None, "Of the samplers and of the order of sequences."),
 }
+Gpus = Annotated[int, typer.Option("--gpus", help="GPUs that the model is spread over, whole blocks on each.")]
 PlanIn = Annotated[
     Path | None,
     typer.Option("--plan", help="Folder of a plan; the settings it was made with are the defaults."),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from was_search.cli_command import MODEL, Call, PlanIn, command, load_plan
+from was_search.cli_command import MODEL, Call, Gpus, PlanIn, command, load_plan
 
 _PLACE = {name: MODEL[name] for name in ("model", "revision", "device", "dtype", "weights")}
 _TEXT = {name: MODEL[name] for name in ("data", "test_sequences")}
@@ -19,12 +19,14 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     plan: PlanIn = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    gpus: Gpus = 1,
 ) -> None:
     """Decode greedily with a plan's sparse runtime, or densely without a plan."""
     from was_search import api
 
     loaded, base = load_plan(plan)
-    call.run(lambda context: api.generate(context, loaded, prompt, max_new_tokens=max_new_tokens), base)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "gpus": gpus}
+    call.run(lambda context: api.generate(context, loaded, prompt, **options), base)
 
 
 @command(_PLACE, _TEXT)

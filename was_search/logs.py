@@ -21,7 +21,7 @@ from was_search.redaction import redacted
 
 FORMATS = ("text", "json")
 PACKAGES = ("was_search", "was_storage", "was_workers", "was_kernels")
-IDS = ("study", "slot", "attempt", "trial", "worker")
+IDS = ("study", "phase", "epoch", "chain", "part", "slot", "attempt", "trial", "worker")
 """The ids of an event, as far as it has them; in this order in text."""
 
 _bound: ContextVar[Mapping[str, Any]] = ContextVar("was_search_log_fields", default={})  # noqa: B039 - never changed

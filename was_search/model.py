@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -54,6 +55,7 @@ def load_model(
     device: str = "cpu",
     device_map: str | dict[str, Any] | None = None,
     weights: str = AS_STORED,
+    gpus: int = 1,
 ) -> nn.Module:
     """A causal language model in evaluation mode with frozen weights.
 
@@ -65,13 +67,14 @@ def load_model(
         device_map: spreads the blocks over several devices, as transformers takes it; then ``device`` is not used.
         weights: ``int8`` or ``int4``, with a group as in ``int4:64``: the projections' weights are rounded, one after
             another. They pass by way of main memory, so that the device never holds more than one unrounded.
+        gpus: above 1, spread the blocks over the first so many GPUs; ``device`` must be ``cuda`` or ``auto`` then.
 
     Raises:
         ModelError: unreadable or incomplete weights, a model that needs code of its own, or one that is not a
             causal language model.
         ResourceError: no GPU for ``cuda``, accelerate is missing for ``device_map``, or the devices are too small: what
             lies on a disk, or in main memory beside GPUs, would be moved for every forward.
-        ConfigError: an unknown dtype, device or format of weights.
+        ConfigError: an unknown dtype, device or format of weights, or no number of GPUs that fits the device.
         torch.OutOfMemoryError: the GPU is too full.
     """
     import torch
@@ -81,11 +84,17 @@ def load_model(
     from was_search.structure import find_structure
 
     device = pick_device(device)
+    memory = None
+    if gpus != 1:
+        device_map, memory = "balanced", gpu_memory(gpus, device)
     dtype = pick_dtype(dtype, device)
     if isinstance(source, str):
         source = resolve_model(source, revision)
     if device_map is not None and not _has_accelerate():
-        raise ResourceError("device_map: needs the package accelerate; pip install accelerate")
+        raise ResourceError(
+            "a model over several GPUs needs the package accelerate, which is not installed in "
+            f"{sys.executable}; pip install 'accelerate>=1.1'"
+        )
     form = WeightFormat.parse(weights)
     _check_architecture(source)
     placement = device_map
@@ -97,6 +106,7 @@ def load_model(
                 source.folder,
                 dtype=getattr(torch, dtype),
                 device_map=placement,
+                **({} if memory is None else {"max_memory": memory}),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -131,8 +141,8 @@ def _require_no_offload(placed: dict[str, Any]) -> None:
     if "disk" in places or ("cpu" in places and len(places) > 1):
         left = sorted(name for name, place in placed.items() if str(place) in ("cpu", "disk"))
         raise ResourceError(
-            f"gpus_per_worker: the model does not fit the GPUs of a worker: {len(left)} part(s) are left over, as "
-            f"{left[0]}; give it more GPUs, or a smaller --dtype"
+            f"the model does not fit its GPUs: {len(left)} part(s) are left over, as {left[0]}; give it more of them "
+            "(--gpus-per-worker, or --gpus), or a smaller --dtype"
         )
 
 
@@ -169,6 +179,26 @@ def _check_architecture(source: ModelSource) -> None:
         raise ModelError(
             f"model: {source.folder}: no model can be made of its configuration ({reason(error)})"
         ) from error
+
+
+def gpu_memory(gpus: int, device: str) -> dict[int, int]:
+    """Bytes of each of the first ``gpus`` GPUs that weights may take, where a model is spread over them.
+
+    A tenth of what is free is left for activations and the cache.
+
+    Raises:
+        ConfigError: ``gpus`` is below 1, or ``device`` is not ``cuda``: a spread model lies on no single device.
+        ResourceError: there are fewer.
+    """
+    import torch
+
+    if gpus < 1:
+        raise ConfigError(f"gpus: must be at least 1, got {gpus}")
+    if device != "cuda":
+        raise ConfigError(f"gpus: must be 1 with --device {device}, got {gpus}")
+    if gpus > torch.cuda.device_count():
+        raise ResourceError(f"gpus: {gpus} were asked for and this process sees {torch.cuda.device_count()}")
+    return {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in range(gpus)}
 
 
 def pick_device(asked: str) -> str:

@@ -17,7 +17,9 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -59,8 +61,10 @@ class Reporter:
     """Shows nothing but what is asked for with :meth:`result`; the base of the other two (``--quiet``)."""
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """A phase of ``total`` parts; the value advances it by one part."""
+    def phase(
+        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+    ) -> Iterator[Advance]:
+        """A phase of ``total`` parts on ``workers``; the value advances it by one part."""
         yield lambda: None
 
     @contextmanager
@@ -112,11 +116,20 @@ class JsonReporter(Reporter):
         sys.stdout.flush()
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+    def phase(
+        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+    ) -> Iterator[Advance]:
         started = time.perf_counter()
         self._emit("phase", name=name, state="started", total=total)
         yield lambda: None
-        self._emit("phase", name=name, state="finished", seconds=round(time.perf_counter() - started, 3))
+        held = workers().to_json()["quarantined"]
+        self._emit(
+            "phase",
+            name=name,
+            state="finished",
+            seconds=round(time.perf_counter() - started, 3),
+            **({"quarantined": held} if held else {}),
+        )
 
     @contextmanager
     def search(
@@ -170,12 +183,15 @@ class RichReporter(Reporter):
         self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+    def phase(
+        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+    ) -> Iterator[Advance]:
         started = time.perf_counter()
-        with self._bar() as bar:
+        with self._bar(_Quarantined(workers)) as bar:
             task = bar.add_task(escape(name), total=total)
             yield lambda: bar.advance(task)
-        self.console.print(f"[green]✓[/] {escape(name)} [dim]{_clock(time.perf_counter() - started)}[/]")
+        held = "".join(f", {words}" for words in _quarantined(workers()))
+        self.console.print(f"[green]✓[/] {escape(name)} [dim]{_clock(time.perf_counter() - started)}[/]{held}")
 
     @contextmanager
     def search(
@@ -185,7 +201,7 @@ class RichReporter(Reporter):
         first: list[int] = []
         last: list[StudyProgress] = []
         self.console.print(f"  study [bold]{escape(name)}[/], losses on {escape(protocol)}", soft_wrap=True)
-        with self._bar("{task.fields[figures]}") as bar:
+        with self._bar(TextColumn("{task.fields[figures]}")) as bar:
             task = bar.add_task("search", total=None, figures="")
 
             def show(progress: StudyProgress) -> None:
@@ -227,7 +243,7 @@ class RichReporter(Reporter):
     def text(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
-    def _bar(self, *extra: str) -> Progress:
+    def _bar(self, *extra: ProgressColumn) -> Progress:
         return Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -236,7 +252,7 @@ class RichReporter(Reporter):
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            *(TextColumn(text) for text in extra),
+            *extra,
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -263,11 +279,27 @@ def _figures(progress: StudyProgress, rate: float, fitness: FitnessName, *, curr
     parts.append(f"{rate:.1f} trials/min")
     stopped = f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early"
     parts.append(f"{stopped} ({100 * progress.saved:.0f} % of the tokens saved)" if progress.stopped else stopped)
-    if quarantined := len(progress.pool.quarantined):
-        parts.append(f"[yellow]{quarantined} worker(s) in quarantine[/]")
+    parts += _quarantined(progress.pool)
     if progress.failed:
         parts.append(f"[red]{progress.failed} failed[/]")
     return ", ".join(parts)
+
+
+def _quarantined(pool: PoolState) -> list[str]:
+    """How many workers are in quarantine, in words; [] for none."""
+    held = len(pool.quarantined)
+    return [f"[yellow]{held} worker(s) in quarantine[/]"] if held else []
+
+
+class _Quarantined(ProgressColumn):
+    """The workers in quarantine at the moment: a phase that waits for one has nothing else to show."""
+
+    def __init__(self, workers: Callable[[], PoolState]) -> None:
+        super().__init__()
+        self._workers = workers
+
+    def render(self, task: Task) -> Text:
+        return Text.from_markup(" ".join(_quarantined(self._workers())))
 
 
 def _clock(seconds: float) -> str:

@@ -83,7 +83,7 @@ class Settings:
         significance: of the test that the incumbent is better.
         rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
         trial_timeout: seconds after which an evaluation is taken for lost.
-        max_attempts: hand-outs of one vector before its slot fails.
+        max_attempts: workers that may lose one vector before its slot fails; of fewer workers, so many losses of all.
         quarantine_slowdown: a worker that takes so many times its peers' time a token gets no trials; 0 for never.
         quarantine_failures: nor one that has failed so many times in a row; 0 for never.
         quarantine_seconds: how long for the first time; twice as long each further time.

@@ -72,7 +72,7 @@ def was_search(postgres_url: str, tmp_path: Path) -> Iterator[Callable[..., subp
 
 def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
     url, messages = received
-    flags = small_flags(storage=postgres_url, study=STUDY, workers=1, greedy_sequences=0, trials=100)
+    flags = small_flags(storage=postgres_url, study=STUDY, workers=1, greedy_sequences=0, trials=500)
     flags += ["--no-early-stopping", "--notify", url]
     search = was_search("search", *flags)
     with Context(Settings(storage=postgres_url)) as here:
@@ -82,7 +82,7 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
             snapshot = read_snapshot(database, STUDY)
             return snapshot, overview(snapshot)
 
-        def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+        def until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
             end = time.monotonic() + seconds
             while not condition():
                 assert search.poll() is None, search.communicate()
@@ -107,11 +107,11 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
         shown = to_json(snapshot, found, gpu_price=2.0)
         assert shown["state"] == "paused"
         assert shown["coordinator"].endswith(f":{search.pid}")
-        assert (shown["finished"], shown["n_slots"], shown["cost"]) == (at_pause, 100, 0.0)
+        assert (shown["finished"], shown["n_slots"], shown["cost"]) == (at_pause, 500, 0.0)
         assert 0.0 < shown["busy_share"] <= 1.0
 
-        change(here, STUDY, Overrides(workers=2, trials=80))
-        until(lambda: look()[1].workers == 2 and look()[1].n_slots == 80)
+        change(here, STUDY, Overrides(workers=2, trials=400))
+        until(lambda: look()[1].pool.ready == 2 and look()[1].n_slots == 400)
         ask(here, STUDY, Wish.RUN)
         until(lambda: len({s.worker for s in StudyStore(database).slots(STUDY) if s.finished_at}) == 2)
         assert finished() > at_pause
@@ -122,7 +122,7 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
         until(lambda: finished() >= before + 2)
 
         ask(here, STUDY, Wish.DRAIN)
-        _, stderr = search.communicate(timeout=120)
+        _, stderr = search.communicate(timeout=600)
         assert search.returncode == 3, stderr
         assert "resume with" in stderr
         assert "Traceback" not in stderr
@@ -131,15 +131,15 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
         assert not any(slot.state is SlotState.RUNNING for slot in slots)
         assert all(slot.attempt == 1 for slot in slots if slot.state.finished), "resizing lost a call"
         done = {slot.number: slot.loss_nats for slot in slots if slot.state.finished}
-        assert len(done) < 80
+        assert len(done) < 400
         assert messages[-1]["event"] == "drained"
 
-        # The same command goes on, and does not take back what was set: 80 trials, though it says 100.
+        # The same command goes on, and does not take back what was set: 400 trials, though it says 500.
         change(here, STUDY, Overrides(workers=2))
         search = was_search("search", *flags)
         until(lambda: finished() >= len(done) + 1 and counts()[SlotState.RUNNING] == 2)
         ask(here, STUDY, Wish.CANCEL)
-        stdout, stderr = search.communicate(timeout=120)
+        stdout, stderr = search.communicate(timeout=600)
         assert search.returncode == 3, stderr
         assert f"study {STUDY} was drained; it goes on" in stdout
         assert look()[1].play == "cancelled"
@@ -152,7 +152,7 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
         so_far = finished()
         change(here, STUDY, Overrides(max_seconds=1))
         search = was_search("search", *flags)
-        stdout, stderr = search.communicate(timeout=120)
+        stdout, stderr = search.communicate(timeout=600)
         assert search.returncode == 0, stderr
         assert "max_seconds" in stdout
         assert finished() == so_far  # earlier runs count
@@ -165,7 +165,7 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
             change(here, STUDY, Overrides(trials=n - 3))
         change(here, STUDY, Overrides(max_seconds=0, trials=n))
         search = was_search("search", *flags)
-        stdout, stderr = search.communicate(timeout=400)
+        stdout, stderr = search.communicate(timeout=600)
         assert search.returncode == 0, stderr
         after = assert_each_finished_once(database, STUDY, n)
         assert {number: after[number].loss_nats for number in done} == done

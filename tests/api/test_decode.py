@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from accelerate import dispatch_model
 from typer.testing import CliRunner
 
 from tests.kernels.tiny_models import tiny_plan
@@ -81,3 +82,35 @@ def test_generate_counts_what_was_skipped(plan):
     result = result_of(found.output)
     assert result["tokens"] == 40
     assert 0.3 < result["achieved"] < 0.7
+
+
+def test_over_several_gpus_the_text_and_the_figures_are_the_same(plan, monkeypatch):
+    """There is one CPU here: accelerate's hooks are on the blocks, what they move stays where it is."""
+    import was_search.model as model_module
+
+    prompt = ["generate", "--plan", str(plan), "--prompt", "def area(radius):\n", "--max-new-tokens", "12", "--json"]
+    text = ["evaluate", "--plan", str(plan), "--test-sequences", "8", "--json"]
+    alone = [result_of(run(app, arguments).output) for arguments in (prompt, text)]
+    asked: list[int] = []
+    ordinary = model_module.load_model
+
+    def spread(source, *, dtype, device, gpus):
+        asked.append(gpus)
+        model = ordinary(source, dtype=dtype, device=device)
+        parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+        parts += [f"model.layers.{i}" for i in range(len(model.model.layers))]
+        return dispatch_model(model, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+
+    monkeypatch.setattr(model_module, "load_model", spread)
+    hooked = [result_of(run(app, [*arguments, "--gpus", "2"]).output) for arguments in (prompt, text)]
+    assert asked == [2, 2]
+    assert hooked[0]["text"] == alone[0]["text"]
+    assert hooked[0]["achieved"] == alone[0]["achieved"]
+    assert hooked[1] == alone[1]
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["evaluate"]])
+def test_several_gpus_need_several_gpus(plan, command):
+    found = run(app, [*command, "--plan", str(plan), "--device", "cpu", "--gpus", "2"])
+    assert isinstance(found.exception, ConfigError)
+    assert "gpus: must be 1 with --device cpu, got 2" in str(found.exception)

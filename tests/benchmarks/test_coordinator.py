@@ -42,11 +42,13 @@ def test_a_worker_is_idle_from_its_calls_end_to_its_next_call() -> None:
         ended += pool.wait(1.0)
     assert time.monotonic() - begin >= 0.08
     time.sleep(0.2)
+    submitted = time.monotonic()
     pool.submit("evaluate", None, None, None, VECTOR)
     window = pool.close_window()
+    slack = 0.05 + time.monotonic() - submitted  # a busy machine may stop here
     assert len(window.gaps) == 1
     assert window.gaps[0] >= 0.2
-    assert window.idle == pytest.approx(2 * window.gaps[0], abs=0.15)  # the ends lie up to 0.04 s apart
+    assert window.idle == pytest.approx(2 * window.gaps[0], abs=slack)  # the ends lie up to 0.04 s apart
     assert window.ended == 2
     assert len(pool.wait(0.0)) == 1  # closing ends what is in flight
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,8 +22,9 @@ from sqlalchemy.pool import NullPool
 from scripts.make_random_model import make_random_model
 from tests.chaos import processes
 from tests.chaos.counted_worker import FOLDER, EvaluationLog, vector_name
+from tests.servers.ports import free_port
+from tests.servers.postgres import TcpServer
 from was_search.api.demo import DEMO_FOLDER
-from was_storage import postgres_binaries
 
 SEARCH: dict[str, Any] = {
     "target": 0.5,
@@ -65,61 +64,17 @@ class Plan:
     trial_timeout: float = 10.0
 
 
-class TcpServer:
-    """A Postgres of our own on a TCP port of loopback; on its socket, ``postgres`` needs no password.
-
-    Args:
-        folder: of data and log; the server's account must be able to enter it.
-        listen: ``listen_addresses`` of postgresql.conf.
-        host_rule: the line of pg_hba.conf for TCP.
-    """
-
-    def __init__(
-        self, folder: Path, *, listen: str = "127.0.0.1", host_rule: str = "host all all 127.0.0.1/32 scram-sha-256"
-    ) -> None:
-        self.port = free_port()
-        self.log = folder / "postgres.log"
-        self._account = postgres_binaries.server_account()
-        self.data = folder / "postgres"
-        postgres_binaries.initialise(self.data, self._account)
-        self.programs = postgres_binaries.bin_folder(self.data)
-        (self.data / "pg_hba.conf").write_text(f"local all postgres trust\n{host_rule}\n", encoding="utf-8")
-        with (self.data / "postgresql.conf").open("a", encoding="utf-8") as file:
-            # Nothing here cuts the power: what was written reaches the disk without waiting for it.
-            file.write(
-                f"\nlisten_addresses = '{listen}'\nport = {self.port}\nfsync = off\n"
-                f"unix_socket_directories = '{self.data}'\nunix_socket_permissions = 0700\n"
-            )
-        self.log.touch()
-        postgres_binaries.hand_over(self.log, self._account)
-        self.start()
-
-    @property
-    def pid(self) -> int:
-        return int((self.data / "postmaster.pid").read_text().splitlines()[0])
-
-    def start(self) -> None:
-        self._control("start", "-l", str(self.log))
-
-    def stop(self, mode: str) -> None:
-        """``fast`` rolls back and ends sessions; ``immediate`` is a crash, which recovery follows."""
-        self._control("stop", "-m", mode)
-
-    def _control(self, action: str, *arguments: str) -> None:
-        postgres_binaries.run(self.programs / "pg_ctl", [action, "-w", "-D", str(self.data), *arguments], self._account)
-
-
 class Postgres(TcpServer):
     """The server of a chaos run, with the coordinator's login and a database of its own."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._password = secrets.token_urlsafe(12)
-        admin = f"postgresql+psycopg2://postgres@/postgres?host={self.data}&port={self.port}"
-        with create_engine(admin, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect() as connection:
-            connection.execute(text(f"CREATE ROLE {PASSWORD_USER} LOGIN PASSWORD '{self._password}'"))
-            connection.execute(text(f"GRANT pg_signal_backend, pg_monitor TO {PASSWORD_USER}"))
-            connection.execute(text(f"CREATE DATABASE chaos OWNER {PASSWORD_USER}"))
+        self.as_superuser(
+            f"CREATE ROLE {PASSWORD_USER} LOGIN PASSWORD '{self._password}'",
+            f"GRANT pg_signal_backend, pg_monitor TO {PASSWORD_USER}",
+            f"CREATE DATABASE chaos OWNER {PASSWORD_USER}",
+        )
         self._engine = create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
 
     @property
@@ -281,7 +236,7 @@ class Cluster:
 
     def replace(self, node: RayNode) -> None:
         """A new node in the place of one whose raylet was killed."""
-        self.wait_until(f"{node.name} notices that its raylet is dead", lambda: node.process.poll() is not None, 60)
+        self.wait_until(f"{node.name} notices that its raylet is dead", lambda: node.process.poll() is not None, 300)
         self.nodes[self.nodes.index(node)] = self._new_node()
 
     def supervise(self) -> None:
@@ -367,7 +322,7 @@ class Cluster:
     def _new_node(self) -> RayNode:
         """Started once the one before is up: two that start at once on one machine take each other's files."""
         for node in [self.head, *self.nodes]:
-            self.wait_until(f"{node.name} is up", lambda node=node: node.up or node.process.poll() is not None, 90)
+            self.wait_until(f"{node.name} is up", lambda node=node: node.up or node.process.poll() is not None, 300)
         self._nodes_made += 1
         cpus = -(-self.plan.workers // self.plan.nodes)
         return RayNode(f"node-{self._nodes_made}", self.folder, self._environment, address=self.address, cpus=cpus)
@@ -385,15 +340,6 @@ class Cluster:
             "RAY_worker_niceness": "0",  # Ray's 15 starves workers where the tests share the machine
             "PYTHONUNBUFFERED": "1",
         }
-
-
-def free_port() -> int:
-    """One below those that the system gives to clients: a server that restarts must find it free again."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError("no free port between 20000 and 32000")
 
 
 def _spawn(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -155,7 +155,7 @@ def replace_coordinator(cluster: Cluster, rng: random.Random) -> Hit | None:
         )
         second = cluster.start_coordinator()
         cluster.wait_until(
-            f"coordinator {second.number} takes over from a frozen one", lambda: cluster.epoch() > before, 120
+            f"coordinator {second.number} takes over from a frozen one", lambda: cluster.epoch() > before, 300
         )
     return Hit("replace coordinator", f"{first.number} by {second.number}", _lost(struck))
 

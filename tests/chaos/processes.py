@@ -14,10 +14,15 @@ from tests.chaos.counted_worker import FOLDER
 
 def alive(pid: int) -> bool:
     """Whether the process runs; one that has ended and is not yet reaped does not."""
+    return _state(pid) not in ("Z", "X", "")
+
+
+def _state(pid: int) -> str:
+    """One letter, as in proc(5); "" where there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return False
+        return ""
 
 
 def command(pid: int) -> str:
@@ -46,7 +51,9 @@ def frozen(pid: int) -> Iterator[None]:
     """The process stands still inside the block, so that what is seen of it stays true until it is struck."""
     send(pid, signal.SIGSTOP)
     try:
-        time.sleep(0.02)  # a system call under way may still end
+        end = time.monotonic() + 10.0
+        while _state(pid) not in ("T", "") and time.monotonic() < end:  # a system call under way may still end
+            time.sleep(0.01)
         yield
     finally:
         send(pid, signal.SIGCONT)

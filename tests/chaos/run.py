@@ -11,7 +11,7 @@ from tests.chaos.checks import Summary, Witness, check
 from tests.chaos.cluster import UNDISTURBED, Cluster, Plan
 from tests.chaos.faults import FAULTS, Hit
 
-_NO_WORK_SECONDS = 180.0
+_NO_WORK_SECONDS = 400.0
 """The longest that no evaluation may be in flight: coordinator, node and workers may all have to start."""
 
 
@@ -49,7 +49,7 @@ def random_kinds(n: int, rng: random.Random) -> list[str]:
 def run_undisturbed(cluster: Cluster) -> None:
     """The same command as under faults, for another study. The one to be disturbed is started towards its end."""
     first = cluster.start_coordinator(UNDISTURBED)
-    seconds = 180.0 + cluster.plan.trials
+    seconds = 600.0 + cluster.plan.trials
 
     def ended() -> bool:
         return first.process.poll() is not None
@@ -109,7 +109,7 @@ def finish(cluster: Cluster) -> None:
         cluster.supervise()
         return cluster.finished and not cluster.coordinators
 
-    cluster.wait_until("the study is finished", finished, 300.0 + cluster.plan.trials)
+    cluster.wait_until("the study is finished", finished, 900.0 + cluster.plan.trials)
 
 
 class _Pace:

@@ -16,10 +16,15 @@ from tests.chaos.counted_worker import FOLDER
 
 
 def orphan(folder: Path) -> int:
-    """A marked process whose parent has gone."""
+    """A marked process whose parent has gone, once it shows its mark: while it starts, it has no environment."""
     command = ["sh", "-c", "sleep 300 > /dev/null 2>&1 & echo $!"]
     started = subprocess.run(command, env={**os.environ, FOLDER: str(folder)}, capture_output=True, text=True)
-    return int(started.stdout)
+    pid = int(started.stdout)
+    end = time.monotonic() + 60
+    while pid not in processes.of_run(folder):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return pid
 
 
 def test_orphans_are_found_by_their_mark_and_ended(tmp_path: Path) -> None:
@@ -45,7 +50,7 @@ def test_a_frozen_process_stands_still_until_the_block_ends(tmp_path: Path) -> N
             assert processes.alive(pid)
         assert state() != "T"
         processes.send(pid, signal.SIGKILL)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while processes.alive(pid) and time.monotonic() < end:
             time.sleep(0.01)
         assert not processes.alive(pid)

@@ -63,7 +63,7 @@ class Terminal:
         self._exports.touch()
         self.log = machine.folder / f"{name}.log"
 
-    def type(self, text: str, *, answers: str = "", seconds: float = 150.0) -> str:
+    def type(self, text: str, *, answers: str = "", seconds: float = 600.0) -> str:
         """Run the lines of ``text`` and return what they printed; ``answers`` is what is typed at prompts.
 
         Raises:

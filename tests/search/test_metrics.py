@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.search.test_progress import State
+from tests.servers.ports import free_port
 from was_search.errors import ConfigError, ResourceError
 from was_search.metrics import StudyMetrics, parse_address, served
 from was_search.pool_state import PoolState, Quarantined
@@ -24,14 +25,8 @@ STATES = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def scrape(port: int) -> dict[tuple[str, str], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
         text = reply.read().decode()
     return {
         (sample.name, sample.labels.get("state", sample.labels.get("le", ""))): sample.value

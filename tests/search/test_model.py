@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,8 +90,49 @@ def test_a_device_map_places_the_model(folder):
 
 def test_a_device_map_needs_accelerate(folder, monkeypatch):
     monkeypatch.setattr(model_module, "find_spec", lambda name: None)
-    with pytest.raises(ResourceError, match="device_map: needs the package accelerate; pip install accelerate"):
+    with pytest.raises(ResourceError, match=r"needs the package accelerate, .*; pip install 'accelerate>=1\.1'"):
         load_model(str(folder), dtype="float32", device_map="auto")
+
+
+def test_accelerate_comes_with_the_package():
+    """Otherwise --gpus-per-worker 2 ends on the first worker."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert any(re.match(r"accelerate\b", wanted) for wanted in tomllib.loads(text)["project"]["dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "error", "words"),
+    [
+        (0, "cpu", ConfigError, "gpus: must be at least 1, got 0"),
+        (2, "cpu", ConfigError, "gpus: must be 1 with --device cpu, got 2"),
+        (2, "cuda:1", ConfigError, "gpus: must be 1 with --device cuda:1, got 2"),
+        (4, "cuda", ResourceError, "gpus: 4 were asked for and this process sees 3"),
+    ],
+)
+def test_a_number_of_gpus_that_cannot_be(folder, monkeypatch, gpus, device, error, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(error, match=words):
+        load_model(str(folder), dtype="float32", device=device, gpus=gpus)
+
+
+def test_a_model_is_spread_over_the_first_gpus_and_leaves_them_room(folder, monkeypatch):
+    """What transformers is asked for; the model itself then lies on the CPU, with accelerate's hooks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * (gpu + 1), 8000))
+    asked = {}
+    ordinary = transformers.AutoModelForCausalLM.from_pretrained
+
+    def instead(*args, **kwargs):
+        asked.update(kwargs)
+        del kwargs["max_memory"]
+        return ordinary(*args, **{**kwargs, "device_map": {"": "cpu"}})
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", instead)
+    model = load_model(str(folder), dtype="float32", device="auto", gpus=2)
+    assert (asked["device_map"], asked["max_memory"]) == ("balanced", {0: 900, 1: 1800})
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def test_loading_leaves_the_progress_bars_as_they_were(folder, capfd):

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import dataclass, field, replace
 
 import pytest
 from rich.console import Console
 
-from was_search.pool_state import PoolState
-from was_search.progress import JsonReporter, Reporter, RichReporter
+from was_search.pool_state import PoolState, Quarantined
+from was_search.progress import JsonReporter, Reporter, RichReporter, _Quarantined
 from was_search.slots import Slot, SlotState
 
 PROTOCOL = "a.txt [search] sha256:01234567, 10 x 128 tokens"
@@ -112,6 +113,36 @@ def test_a_phase_that_fails_is_not_marked_done(rich):
     with pytest.raises(RuntimeError, match="inside"), rich.phase("calibrate"):
         raise RuntimeError("inside")
     assert "✓" not in shown(rich)
+
+
+SICK = PoolState("4", ready=3, quarantined=(Quarantined("worker-1@h:7", "slow, 9 times", "2026-01-01T00:00:00"),))
+
+
+def test_a_phase_shows_workers_in_quarantine(rich) -> None:
+    state = [PoolState("4", ready=4)]
+    with rich.phase("calibrate", 2, lambda: state[0]) as advance:
+        advance()
+        state[0] = SICK
+    assert re.search(r"calibrate \d+\.\d s, 1 worker\(s\) in quarantine\n", shown(rich))
+    with rich.phase("price", 2, lambda: PoolState("4", ready=4)):
+        pass
+    assert re.search(r"price \d+\.\d s\n", shown(rich))
+
+
+def test_a_bar_asks_for_them_while_the_phase_waits() -> None:
+    column = _Quarantined(lambda: SICK)
+    assert column.render(None).plain == "1 worker(s) in quarantine"
+    assert _Quarantined(PoolState).render(None).plain == ""
+
+
+def test_json_names_workers_in_quarantine_at_the_end_of_a_phase(capsys) -> None:
+    with JsonReporter().phase("calibrate", 2, lambda: SICK):
+        pass
+    with JsonReporter().phase("price", 2):
+        pass
+    ends = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["state"] == "finished"]
+    assert ends[0]["quarantined"][0]["worker"] == "worker-1@h:7"
+    assert "quarantined" not in ends[1]
 
 
 def test_long_phases_are_told_in_minutes(rich, monkeypatch):

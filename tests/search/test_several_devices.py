@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 
-accelerate = pytest.importorskip("accelerate", reason="models on several devices need accelerate, which is missing")
-
-from accelerate import dispatch_model  # noqa: E402
-
-from tests.search.conftest import build_llama  # noqa: E402
-from tests.search.several_devices import SECOND, pretended  # noqa: E402
-from was_search.block_error import block_error, capture_inputs  # noqa: E402
-from was_search.calibration import histogram_pass  # noqa: E402
-from was_search.divergence import DenseTop  # noqa: E402
-from was_search.errors import ResourceError  # noqa: E402
-from was_search.evaluation import dense_top, evaluate_thresholds  # noqa: E402
-from was_search.histogram import N_BINS, Histograms  # noqa: E402
-from was_search.masking import structure_norms  # noqa: E402
-from was_search.model import _require_no_offload  # noqa: E402
-from was_search.pricing import price_sums  # noqa: E402
-from was_search.slope import slope_pass  # noqa: E402
-from was_search.structure import Structure, find_structure  # noqa: E402
+from tests.kernels.tiny_models import tiny_model, tiny_plan
+from tests.search.conftest import build_llama
+from tests.search.several_devices import SECOND, pretended
+from was_kernels import runtime, sparsify
+from was_search.block_error import block_error, capture_inputs
+from was_search.calibration import histogram_pass
+from was_search.divergence import DenseTop
+from was_search.errors import ResourceError
+from was_search.evaluation import dense_top, evaluate_thresholds
+from was_search.histogram import N_BINS, Histograms
+from was_search.masking import structure_norms
+from was_search.model import _require_no_offload
+from was_search.pricing import price_sums
+from was_search.slope import slope_pass
+from was_search.structure import Structure, find_structure
 
 SHAPE = (3, 7)
 HALF = np.full(SHAPE, 0.5)
@@ -76,6 +76,21 @@ def test_every_tensor_meets_only_its_own_device(name: str, tokens, make_data) ->
         assert watch.on_second > 50, "two blocks, the norm and the head"
 
 
+@pytest.mark.parametrize("prefill", ["masked", "dense"])
+def test_the_sparse_runtime_keeps_to_each_device_too(prefill: str, monkeypatch) -> None:
+    """A prompt and a one-token step, as `evaluate --tasks` and `generate` do over several GPUs; the plain reference."""
+    model = tiny_model(dtype=torch.float32)
+    plan = dataclasses.replace(tiny_plan(model), prefill=prefill)
+    monkeypatch.setattr(runtime, "_require_own_weights", lambda _: None)  # our second device is called meta
+    with pretended(model, 1) as watch, sparsify(model, plan, backend="reference"):
+        prompt = torch.zeros((2, 5), dtype=torch.int64)
+        with torch.no_grad():  # without a cache, whose empty beginning this pretence cannot hold
+            model(prompt, use_cache=False)
+            before = watch.on_second
+            model(prompt[:, :1], use_cache=False)
+        assert watch.on_second - before > 30, "a block, the norm and the head"
+
+
 def test_a_tensor_on_another_device_is_caught(tokens, make_data) -> None:
     """Guards the test above: with one block's norms left behind, every pass that uses them must fail."""
     data = make_data(tokens)
@@ -122,5 +137,5 @@ def test_a_model_that_does_not_fit_its_gpus_is_refused() -> None:
     _require_no_offload({"model.embed_tokens": 0, "model.layers.0": 1})
     _require_no_offload({"": "cpu"})
     for left in ("cpu", "disk"):
-        with pytest.raises(ResourceError, match=r"does not fit the GPUs of a worker: 1 part.*layers\.9; give it"):
+        with pytest.raises(ResourceError, match=r"does not fit its GPUs: 1 part.*layers\.9; give it"):
             _require_no_offload({"model.layers.0": 0, "model.layers.9": left})

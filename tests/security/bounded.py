@@ -11,7 +11,7 @@ from types import FrameType
 
 
 @contextmanager
-def bounded(seconds: int = 30, more_bytes: int = 512 << 20) -> Iterator[None]:
+def bounded(seconds: int = 120, more_bytes: int = 512 << 20) -> Iterator[None]:
     """Raises MemoryError for ``more_bytes`` of address space, and TimeoutError after ``seconds``."""
 
     def late(signum: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.tcp_server import TcpServer
+from tests.security.tcp_server import GuardedServer
 from was_storage.database import Database
 from was_storage.roles import COORDINATOR, READER, init_roles
 
@@ -19,7 +19,7 @@ from was_storage.roles import COORDINATOR, READER, init_roles
 class Logins:
     """URLs with passwords."""
 
-    server: TcpServer
+    server: GuardedServer
     owner: str
     coordinator: str
     reader: str
@@ -29,7 +29,7 @@ class Logins:
 def logins() -> Iterator[Logins]:
     """After ``was-search db init``."""
     folder = Path(tempfile.mkdtemp(prefix="was-security-"))
-    server = TcpServer(folder)
+    server = GuardedServer(folder)
     try:
         with Database.open(server.owner) as database:
             init_roles(database)

@@ -156,7 +156,7 @@ def test_a_password_that_is_typed_leaves_the_process_list(logins: Logins, tmp_pa
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(command, env={**env, "PYTHONUNBUFFERED": "1"}, stdout=log, stderr=log, cwd=tmp_path)
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while "optuna-dashboard on" not in (words := (tmp_path / "log").read_text()):
                 assert process.poll() is None and time.monotonic() < end, words
                 time.sleep(0.2)
@@ -165,7 +165,7 @@ def test_a_password_that_is_typed_leaves_the_process_list(logins: Logins, tmp_pa
             assert_silent(process_list(), logins.reader)
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(30)
+            process.wait(120)
     words = (tmp_path / "log").read_text()
     assert "put the URL into WAS_SEARCH_STORAGE instead" in words
     assert_silent(words, logins.reader)
@@ -247,6 +247,11 @@ def test_a_whole_run_leaves_it_nowhere(logins: Logins, coordinator: Database, tm
         assert [ended[name] for name in ids] == [done[name] for name in ids]
         assert all(value not in (None, "") for value in [done[name] for name in ids])
         assert "model loaded" in events(kept)
+        for what, phase in (("calibration pass", "calibrate"), ("pricing", "price"), ("plan evaluation", "evaluate")):
+            ends = [line for line in events(kept)[f"{what} ended"] if line["phase"] == phase]
+            assert ends and all(line["study"] == "silent" and line["attempt"] == 1 for line in ends)
+            assert all({"part", "worker", "seconds"} <= set(line) for line in ends)
+        assert {line["phase"] for line in told["phase ended"]} == {"calibrate", "price", "evaluate"}
         looked_at = 0
         for folder in (tmp_path, sessions, Path(tempfile.gettempdir()) / "ray"):
             for path in folder.rglob("*"):

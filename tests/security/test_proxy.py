@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.cluster import free_port
 from tests.security.certificates import Pair, authority, signed
+from tests.servers.ports import free_port
 from tests.storage.small_study import new_study
 from was_storage.dashboard import open_dashboard
 from was_storage.database import Database
@@ -112,7 +112,7 @@ class TestNginx:
                     except urllib.error.HTTPError as error:
                         return error.code, error.read().decode(errors="replace")
 
-                end = time.monotonic() + 30
+                end = time.monotonic() + 300
                 while True:
                     try:
                         ask("/")
@@ -123,7 +123,7 @@ class TestNginx:
                 yield ask
             finally:
                 nginx.terminate()
-                nginx.wait(20)
+                nginx.wait(120)
                 server.shutdown()
                 thread.join()
 

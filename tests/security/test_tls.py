@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,21 @@ from typer.testing import CliRunner
 
 from tests.security.certificates import Pair, authority, signed
 from tests.security.conftest import Logins
-from tests.security.tcp_server import OWNER, TcpServer, Tls, password_of, programs_with_tls
+from tests.security.tcp_server import OWNER, GuardedServer, password_of, programs_with_tls
+from tests.servers.postgres import Tls
+from tests.servers.ray_head import START_SECONDS, jobs_at
 from tests.storage.small_study import new_study, vector
 from tests.workers.test_jobs import head  # noqa: F401 - a fixture
 from was_search.api import Context
 from was_search.api.doctor import _postgres
 from was_search.cli import app
-from was_search.errors import ResourceError, StorageError
+from was_search.errors import StorageError
 from was_search.settings import Settings
 from was_search.slots import SlotState
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 from was_storage.studies import StudyStore
 from was_storage.urls import display_url, normalise_url
-from was_workers.jobs import Jobs
 
 PROGRAMS = programs_with_tls()
 
@@ -46,7 +46,7 @@ pytestmark = [
 class Place:
     """A server with TLS, its CA and another one, and certificates of clients."""
 
-    server: TcpServer
+    server: GuardedServer
     ca: Pair
     other: Pair
     client: Pair
@@ -73,7 +73,7 @@ def make(folder: Path, *, clients: bool, names: str) -> Place:
     client = signed(folder, OWNER, ca)
     stranger = signed(folder, "stranger", other)
     tls = Tls(server.certificate, server.key, ca.certificate if clients else None)
-    return Place(TcpServer(folder / "server", PROGRAMS, tls), ca, other, client, stranger)
+    return Place(GuardedServer(folder / "server", PROGRAMS, tls), ca, other, client, stranger)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["server's certificate", "both certificates"])
@@ -219,16 +219,9 @@ def test_nothing_but_the_password_is_hidden_from_people(place: Place) -> None:
 def test_a_submitted_job_connects_as_its_head_says(head: str, request: pytest.FixtureRequest) -> None:  # noqa: F811
     if "both" not in request.node.callspec.id:
         pytest.skip("once is enough")
-    end = time.monotonic() + 90
-    while True:
-        try:
-            client = Jobs(head)
-            break
-        except ResourceError:
-            assert time.monotonic() < end
-            time.sleep(1.0)
+    client = jobs_at(head)
     lines: list[str] = []
-    job = client.submit(["doctor", "--ray", "auto", "--json"], patience_seconds=90)
+    job = client.submit(["doctor", "--ray", "auto", "--json"], patience_seconds=START_SECONDS)
     assert client.follow(job, lines.append) == "SUCCEEDED", "".join(lines)
     assert ", TLSv1." in "".join(lines)
     password = password_of(request.getfixturevalue("postgres_url"))

@@ -113,7 +113,7 @@ def test_a_change_of_trials_waits_for_the_coordinators_transaction(database: Dat
             connection.execute(
                 text(f"UPDATE was.slot SET {values} WHERE study_id = :i AND number = 1"), {"i": session.study_id}
             )
-        other.join(timeout=30)
+        other.join(timeout=300)
     assert len(refused) == 1
     assert "must be at least 2 by now, got 1" in str(refused[0])
 

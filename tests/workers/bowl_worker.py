@@ -11,8 +11,8 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
 
     Files in ``folder`` tell its processes what to do: ``slow-N`` makes the Nth worker (from 0, by its first call)
     sleep as many seconds as the file says, ``held-N`` keeps it in its evaluation until the file is removed,
-    ``failing-N`` makes it die at every evaluation, restarted or not, until the file is removed. Each evaluation
-    appends a line to ``evaluations``.
+    ``failing-N`` makes it die at every evaluation, restarted or not, until the file is removed. Each evaluation or
+    shard appends a line to ``evaluations``.
     """
 
     class BowlWorker:
@@ -68,14 +68,24 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
             time.sleep(seconds)
             return self.number
 
-        def evaluate(self, data: Any, key: str, histograms: Any, sparsities: Any, *more: Any) -> Any:
-            import os
-            import signal
-            import time
+        def shard(self, value: Any, about: Any = None) -> Any:
+            """A part of a phase: as long as an evaluation, and as easily disturbed."""
+            self._work()
+            return value, self.number, about
 
+        def evaluate(self, data: Any, key: str, histograms: Any, sparsities: Any, *more: Any) -> Any:
             import numpy as np
 
             from was_search.protocol import Evaluation
+
+            self._work()
+            loss = 2.0 + float(np.square(sparsities - 0.6).sum())
+            return Evaluation(np.full(4, loss), 400, 0.0, False, sparsities)
+
+        def _work(self) -> None:
+            import os
+            import signal
+            import time
 
             slow, failing = folder / f"slow-{self.number}", folder / f"failing-{self.number}"
             with (folder / "evaluations").open("a") as file:
@@ -85,8 +95,6 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
             time.sleep(float(slow.read_text()) if slow.exists() else seconds)
             while (folder / f"held-{self.number}").exists():
                 time.sleep(0.05)
-            loss = 2.0 + float(np.square(sparsities - 0.6).sum())
-            return Evaluation(np.full(4, loss), 400, 0.0, False, sparsities)
 
     return BowlWorker
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from was_search.pool_state import PoolState
+from was_workers.quarantine import Health, QuarantinePolicy
 
 
 class SteadyPool:
@@ -10,6 +13,13 @@ class SteadyPool:
 
     n_workers = 2
     needed: int | None = None
+    next_idle = "worker"
+    next_index = -1
+    proven = frozenset({-1})
+
+    @cached_property
+    def health(self) -> Health:
+        return Health(self, QuarantinePolicy())
 
     @property
     def state(self) -> PoolState:

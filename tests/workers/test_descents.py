@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import ray
 
+from tests.workers.loop_doubles import SHAPE, Book, evaluation, seeds
 from tests.workers.steady_pool import SteadyPool
-from tests.workers.test_search_loop import SHAPE, Book, evaluation, seeds
 from was_search.control import Limits
 from was_search.descent import DescentOptions, descend
 from was_search.errors import ModelError, TransientError
@@ -47,7 +47,7 @@ class Pool(SteadyPool):
     def n_idle(self) -> int:
         return 2 - len(self.given)
 
-    def submit(self, method, *args, deadline_seconds):
+    def submit(self, method, *args, deadline_seconds, about=None):
         assert self.n_idle
         assert deadline_seconds > 0
         self.tickets += 1

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.servers.ray_head import START_SECONDS, jobs_at, ray_head
 from tests.workers.small_run import environment
 from was_search.cli import app
 from was_search.errors import ConfigError, ResourceError
@@ -101,64 +97,22 @@ def test_it_is_not_waited_for_longer_than_asked(client) -> None:
         client.submit(["doctor"], patience_seconds=-1.0)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture
 def head(tmp_path: Path, postgres_url: str) -> Iterator[str]:
-    """A Ray head in processes of its own, whose environment knows the database; the address of its dashboard."""
-    import shutil
-    import tempfile
-
-    port, agent, gcs = free_port(), free_port(), free_port()
-    folder = tempfile.mkdtemp(prefix="ray-job-", dir="/tmp")  # Unix sockets: a short path
-    bin_folder = str(Path(sys.executable).parent)
+    """A Ray head whose environment knows the database; the address of its dashboard."""
     env = {**environment(), "RAY_AUTH_MODE": "disabled", "WAS_SEARCH_STORAGE": postgres_url}
     env.pop("PYTHONPATH")  # the job brings its packages
-    command = [
-        f"{bin_folder}/ray", "start", "--head", f"--port={gcs}", f"--dashboard-port={port}", "--num-cpus=1",
-        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--disable-usage-stats", "--block",
-    ]  # fmt: skip
-    log = tmp_path / "head.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            env={**env, "PATH": f"{bin_folder}{os.pathsep}{env['PATH']}"},
-            cwd=tmp_path,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_head(tmp_path / "head.log", env) as address:
+        yield address
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_a_job_runs_on_the_head_with_the_heads_environment(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
-    end = time.monotonic() + 90
-    while True:
-        try:
-            client = Jobs(head)
-            break
-        except ResourceError:
-            assert time.monotonic() < end
-            time.sleep(1.0)
+def test_a_job_runs_on_the_head_with_the_heads_environment(head: str) -> None:
+    client = jobs_at(head)
     lines: list[str] = []
-    job = client.submit(["doctor", "--ray", "auto", "--json"], patience_seconds=90)
+    job = client.submit(["doctor", "--ray", "auto", "--json"], patience_seconds=START_SECONDS)
     status = client.follow(job, lines.append)
     text = "".join(lines)
     assert status == "SUCCEEDED", text

@@ -25,7 +25,7 @@ def finished(database: Database, study: str) -> int:
     return sum(n for state, n in StudyStore(database).get(study).counts.items() if state.finished)
 
 
-def wait_until(condition, seconds: float = 240.0) -> None:
+def wait_until(condition, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"
@@ -75,7 +75,7 @@ def test_an_interrupted_search_drains_and_the_same_command_resumes(postgres_url:
         wait_until(lambda: "interrupted" in {r.name for r in StudyStore(database).list()})
         wait_until(lambda: finished(database, "interrupted") >= 6)
         first.send_signal(signal.SIGINT)
-        _, stderr = first.communicate(timeout=120)
+        _, stderr = first.communicate(timeout=600)
         assert first.returncode == 3
         assert "resume with" in stderr
         assert "Traceback" not in stderr
@@ -88,16 +88,16 @@ def test_an_interrupted_search_drains_and_the_same_command_resumes(postgres_url:
         second = start_search(postgres_url, "interrupted", tmp_path)
         wait_until(lambda: finished(database, "interrupted") >= len(done) + 4)
         second.kill()
-        second.communicate(timeout=60)
+        second.communicate(timeout=600)
         third = start_search(postgres_url, "interrupted", tmp_path)
-        _, stderr = third.communicate(timeout=300)
+        _, stderr = third.communicate(timeout=600)
         assert third.returncode == 0, stderr
         after = assert_each_finished_once(database, "interrupted", 40)
         assert {n: after[n].loss_nats for n in done} == {n: before[n].loss_nats for n in done}
 
         # Once more: nothing is left to do, and nothing is done.
         fourth = start_search(postgres_url, "interrupted", tmp_path)
-        stdout, _ = fourth.communicate(timeout=120)
+        stdout, _ = fourth.communicate(timeout=600)
         assert fourth.returncode == 0
         assert "search: cached" in stdout
         assert [s.finished_at for s in StudyStore(database).slots("interrupted")] == [s.finished_at for s in after]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from tests.workers.test_search_loop import SHAPE, Book, ManyWorkers, evaluation, seeds
-from tests.workers.test_search_loop import Pool as AnsweringPool
+from tests.workers.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
+from tests.workers.loop_doubles import Pool as AnsweringPool
 from was_search.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
 from was_search.errors import ResourceError, TransientError
 from was_search.pool_state import PoolState

@@ -64,7 +64,7 @@ def _calibrate(context: Context) -> Calibration:
 
     data, pool = context.tokens("calibration"), context.pool
     shape = pool.infos[0].shape
-    with context.reporter.phase(f"calibrate on {_describe(context)}", pool.n_parallel) as advance:
+    with context.phase(f"calibrate on {_describe(context)}", pool.n_parallel) as advance:
         histograms, _ = histogram_runner(pool, data, advance=advance)(None)
     # Non-finite scores are refused here, not in a trial.
     histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))
@@ -92,7 +92,7 @@ def _operating_point(
 
     from was_workers.phases import histogram_runner
 
-    with context.reporter.phase(f"calibrate at {name}") as advance:
+    with context.phase(f"calibrate at {name}") as advance:
         runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)
         point = OperatingPoint(
             key, *maths.operating_point(runner, calibration.histograms, sparsities, calibration.shape)

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from was_search import logs
 from was_search.errors import ResourceError
-from was_search.progress import Reporter
+from was_search.pool_state import PoolState
+from was_search.progress import Advance, Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
 from was_search.study_names import folder_name
@@ -209,6 +210,7 @@ class Context:
     def pool(self) -> Pool:
         """The workers; the first of a fixed number, or the least of a range, is ready when this returns."""
         from was_workers.pool import Pool
+        from was_workers.quarantine import QuarantinePolicy
         from was_workers.worker import WorkerSpec
 
         settings, placement = self.settings, self.placement
@@ -232,10 +234,22 @@ class Context:
                     gpus_per_worker=placement.gpus_per_worker,
                     useful=settings.trials,
                     divide_threads=cluster.local,
+                    policy=QuarantinePolicy(
+                        settings.quarantine_slowdown, settings.quarantine_failures, settings.quarantine_seconds
+                    ),
                 )
             )
             pool.wait_for_least()
         return pool
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """The reporter's phase of this name, on the workers."""
+        return self.reporter.phase(name, total, self._workers)
+
+    def _workers(self) -> PoolState:
+        """Of the pool if there is one; a bar's own thread asks, which must not start it."""
+        pool: Pool | None = vars(self.root).get("pool")
+        return PoolState() if pool is None else pool.state
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """The result of ``make``, called at the first asking for ``key`` only: steps build on one another."""

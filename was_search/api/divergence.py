@@ -58,7 +58,7 @@ def _dense_top(context: Context) -> DenseTop:
 
     pool = context.pool
     parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_parallel))
-    with context.reporter.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
+    with context.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
         top = phases.dense_top(pool, data, k, advance=advance)
     for start in starts:
         piece = top[start : start + step]

@@ -61,7 +61,7 @@ def _python() -> Check:
 
 
 def _packages() -> Check:
-    names = ("torch", "transformers", "ray", "optuna", "sqlalchemy", "optuna-dashboard")
+    names = ("torch", "transformers", "ray", "optuna", "sqlalchemy", "optuna-dashboard", "accelerate")
     found, missing = [], []
     for name in names:
         try:

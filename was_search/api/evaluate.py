@@ -40,7 +40,7 @@ class PlanEvaluation:
 
 
 def evaluate(
-    context: Context, plan: Plan | None, split: str = "test", weights: Sequence[str] = ()
+    context: Context, plan: Plan | None, split: str = "test", weights: Sequence[str] = (), *, gpus: int = 1
 ) -> list[PlanEvaluation]:
     """Perplexity of the dense model and of ``plan`` on ``split`` of the settings' data, in this process.
 
@@ -55,24 +55,25 @@ def evaluate(
     Raises:
         PlanError: the plan belongs to another model.
         ConfigError: an unknown format.
+        ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
     settings = context.settings
     wanted = [canonical(name) for name in weights] or list(dict.fromkeys((AS_STORED, settings.weights)))
     results = []
     for name in dict.fromkeys(wanted):
-        results.append(_evaluate(context.rounded(name), plan, split))
+        results.append(_evaluate(context.rounded(name), plan, split, gpus))
     _show(context, results, plan)
     return results
 
 
-def _evaluate(context: Context, plan: Plan | None, split: str) -> PlanEvaluation:
+def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> PlanEvaluation:
     from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
     from was_search.masking import structure_norms
 
     settings = context.settings
     data = context.tokens_uncached(split)
-    model, structure = load_for(context, plan, any_weights=True)
+    model, structure = load_for(context, plan, gpus, any_weights=True)
     score = plan.score if plan is not None else settings.score
     norms = structure_norms(structure, score)
     runs = [None] if plan is None else [None, plan.thresholds]
@@ -91,14 +92,20 @@ def _evaluate(context: Context, plan: Plan | None, split: str) -> PlanEvaluation
 
 
 def evaluate_on_tasks(
-    context: Context, plan: Plan | None, tasks: list[str], *, limit: int | None, include_path: Path | None
+    context: Context,
+    plan: Plan | None,
+    tasks: list[str],
+    *,
+    limit: int | None,
+    include_path: Path | None,
+    gpus: int = 1,
 ) -> dict[str, list[TaskResult]]:
     """lm-eval ``tasks`` for the dense model and for ``plan``, side by side: results by ``dense`` and ``plan``."""
     from was_kernels import sparsify
     from was_search.model import load_tokenizer
     from was_search.tasks import evaluate_tasks
 
-    model, _ = load_for(context, plan)
+    model, _ = load_for(context, plan, gpus)
     tokenizer = load_tokenizer(context.source)
     options: dict[str, Any] = {
         "limit": limit,
@@ -115,10 +122,13 @@ def evaluate_on_tasks(
     return results
 
 
-def load_for(context: Context, plan: Plan | None, *, any_weights: bool = False) -> tuple[nn.Module, Structure]:
+def load_for(
+    context: Context, plan: Plan | None, gpus: int = 1, *, any_weights: bool = False
+) -> tuple[nn.Module, Structure]:
     """The model of the settings with its structure, in this process; refused if ``plan`` is for another.
 
-    A plan for weights of another format is refused too, unless ``any_weights``.
+    Its blocks are spread over ``gpus`` GPUs. A plan for weights of another format is refused too, unless
+    ``any_weights``.
     """
     from was_search.model import load_model
     from was_search.structure import find_structure
@@ -128,9 +138,10 @@ def load_for(context: Context, plan: Plan | None, *, any_weights: bool = False) 
         if not any_weights:
             plan.require_weights(context.settings.weights)
     placement, weights = context.placement_here, context.settings.weights
+    where = placement.device if gpus == 1 else f"{gpus} GPUs"
     form = "" if weights == AS_STORED else f", weights {weights}"
-    with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}{form}"):
-        model = load_model(context.source, dtype=placement.dtype, device=placement.device, weights=weights)
+    with context.reporter.phase(f"load the model on {where}, {placement.dtype}{form}"):
+        model = load_model(context.source, dtype=placement.dtype, device=placement.device, weights=weights, gpus=gpus)
         structure = find_structure(model)
     if plan is not None:
         plan.require_shape(structure.shape)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from was_search import __version__
+from was_search import __version__, logs
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.divergence import dense_top, dense_top_key
@@ -94,8 +94,10 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
             for i in missing
         ]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
-        with context.reporter.phase(f"evaluate {names}", len(calls)) as advance:
-            for i, evaluation in zip(missing, pool.map(calls, done=advance), strict=True):
+        with context.phase(f"evaluate {names}", len(calls)) as advance:
+            sizes = [context.tokens(requests[i].split).tokens.size for i in missing]
+            evaluations = pool.map(calls, tokens=sizes, phase="evaluate", done=advance)
+            for i, evaluation in zip(missing, evaluations, strict=True):
                 found[i] = evaluation
                 _remember(context, requests[i], evaluation)
     else:
@@ -169,8 +171,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         StudyError: no such study, or none of its slots is complete.
     """
     result = result or stored_result(context)
-    folder = write_plan(context, result)
-    report_study(context, result.study, result.seeds, calibrate(context))
+    with logs.bound(study=result.study):
+        folder = write_plan(context, result)
+        report_study(context, result.study, result.seeds, calibrate(context))
     return folder
 
 

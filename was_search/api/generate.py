@@ -24,12 +24,15 @@ class Generation:
     achieved: float | None
 
 
-def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens: int = 64) -> Generation:
-    """Greedy decoding of ``prompt``, sparse with a plan, dense without.
+def generate(
+    context: Context, plan: Plan | None, prompt: str, *, max_new_tokens: int = 64, gpus: int = 1
+) -> Generation:
+    """Greedy decoding of ``prompt``, sparse with a plan, dense without, on one GPU or spread over ``gpus``.
 
     Raises:
         ConfigError: an empty prompt, or no room for it in the model's positions.
         PlanError: the plan belongs to another model.
+        ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
     import torch
 
@@ -41,7 +44,7 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     tokenizer = load_tokenizer(context.source)
-    model, structure = load_for(context, plan)
+    model, structure = load_for(context, plan, gpus)
     inputs = tokenizer(prompt, return_tensors="pt").to(context.placement_here.device)
     there = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
@@ -62,8 +65,9 @@ def generate(context: Context, plan: Plan | None, prompt: str, *, max_new_tokens
         new = output[0, there:]
         return str(tokenizer.decode(new, skip_special_tokens=True)), len(new), time.perf_counter() - started
 
-    # Fused steps need a cache that does not grow; compiling would take longer than most texts.
-    static = context.placement_here.device.startswith("cuda")
+    # Fused steps need a cache that does not grow; compiling would take longer than most texts. Over several GPUs
+    # nothing is fused: positions and lengths of the cache would be needed on each.
+    static = context.placement_here.device.startswith("cuda") and gpus == 1
     cache: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if static else {}
     if plan is None:
         result = Generation(*run(max_new_tokens), achieved=None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from was_search import logs
 from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.export import Figures, Request, measure, write_plan
@@ -88,8 +89,9 @@ def run(context: Context) -> RunResult:
         if found.drained or (context.together and found.best is None and found.ending.kind is EndingKind.STOPPED):
             # Of several targets, the others are exported.
             return RunResult(found, None, [])
-        folder = write_plan(context, found)
-        rows = compare(context, found, Plan.load(folder))
+        with logs.bound(study=found.study):
+            folder = write_plan(context, found)
+            rows = compare(context, found, Plan.load(folder))
         show(context, rows)
         values = [row.to_json(context) for row in rows]
         _remember(context, found, values)

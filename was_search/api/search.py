@@ -79,20 +79,26 @@ def search(context: Context) -> SearchResult:
 
 
 def _search(context: Context) -> SearchResult:
-    from was_storage.control import ControlStore
-    from was_storage.studies import StudyStore
-
     settings = context.settings
     settings.require_one_target()
     check_fitness(context)
     check_target(context)
     warm_seeds(context)  # refused before anything is calibrated
-    asked_since = ControlStore(context.database).now()
-    calibration = calibrate(context)
-    seeds = seed(context, calibration)
     name = study_name(context)
     if context.announcement is not None:
         context.announcement.study = name
+    with logs.bound(study=name):
+        return _search_named(context, name)
+
+
+def _search_named(context: Context, name: str) -> SearchResult:
+    from was_storage.control import ControlStore
+    from was_storage.studies import StudyStore
+
+    settings = context.settings
+    asked_since = ControlStore(context.database).now()
+    calibration = calibrate(context)
+    seeds = seed(context, calibration)
     store = StudyStore(context.database)
     record = store.open_or_create(
         name,
@@ -104,7 +110,7 @@ def _search(context: Context) -> SearchResult:
     point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
     data = context.tokens("search")
     started = time.perf_counter()
-    with logs.bound(study=name), store.coordinate(name) as book, _drain_on_interrupt() as drain:
+    with store.coordinate(name) as book, _drain_on_interrupt() as drain:
         slots = book.slots()
         ending = over_already(context, book, slots)
         if ending is not None:
@@ -113,7 +119,6 @@ def _search(context: Context) -> SearchResult:
             context.reporter.cached("search", f"study {name}, {words}", time.perf_counter() - started)
             return result
 
-        from was_workers.quarantine import QuarantinePolicy
         from was_workers.search import SearchLoop, SearchOptions
 
         options = SearchOptions(
@@ -131,9 +136,6 @@ def _search(context: Context) -> SearchResult:
             descents=descent_plan(context),
             limits=limits_of(vars(settings)),
             elsewhere=elsewhere(context, name),
-            quarantine=QuarantinePolicy(
-                settings.quarantine_slowdown, settings.quarantine_failures, settings.quarantine_seconds
-            ),
         )
         top = dense_top(context)
         pool = context.pool

@@ -99,7 +99,7 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
     from was_workers import phases
 
     pool = context.pool
-    with context.reporter.phase(name):
+    with context.phase(name):
         call = phases.descent_call(
             data,
             data.tokens,
@@ -110,7 +110,7 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
             SEED_SEQUENCES,
             settings.seed,
         )
-        sparsities: FloatArray = pool.map([call])[0]
+        sparsities: FloatArray = pool.map([call], phase="seed descent")[0]
     context.cache.put("descent", key, pack_array(sparsities))
     return sparsities
 
@@ -136,7 +136,7 @@ def _fisher_prices(
 
     pool = context.pool
     parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_parallel))
-    with context.reporter.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
+    with context.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
         prices = phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
     context.cache.put("prices", key, pack_array(prices))
     return prices
@@ -171,7 +171,7 @@ def greedy_table(context: Context, calibration: Calibration) -> Table:
 
     from was_workers import phases
 
-    with context.reporter.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
+    with context.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
         table = phases.greedy_table(
             context.pool, data, calibration.histograms, shape, step=GREEDY_STEP, advance=advance
         )

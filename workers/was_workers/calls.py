@@ -29,6 +29,7 @@ class Outcome:
         lost: the worker died, missed its deadline or was taken off the call, which may be repeated.
         blameless: the call was lost for no fault of its own: its node was taken away, or its worker is in quarantine.
         index: the worker's number, which outlasts restarts; -1 where there is none.
+        seconds: from its start until its end was seen.
     """
 
     ticket: int
@@ -38,6 +39,7 @@ class Outcome:
     lost: bool = False
     blameless: bool = False
     index: int = -1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +79,11 @@ class Calls:
     def __init__(self) -> None:
         self._by_reference: dict[Any, Call] = {}
 
-    def start(self, member: Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float) -> None:
+    def start(
+        self, member: Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float, **named: Any
+    ) -> None:
         """Have ``member`` run ``method``, within ``seconds``."""
-        reference = getattr(member.actor, method).remote(*args)
+        reference = getattr(member.actor, method).remote(*args, **named)
         self._by_reference[reference] = Call(member, ticket, time.monotonic() + seconds, reference)
 
     @property

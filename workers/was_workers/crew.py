@@ -157,7 +157,7 @@ class Crew:
         """Go on with a worker whose call has ended.
 
         Raises:
-            WasError: it cannot load its model, and no other has.
+            WasError: it cannot load its model, no other has, and none is trying.
             ResourceError: it runs another version of was-search.
         """
         call, member = ending.call, ending.call.member
@@ -207,8 +207,8 @@ class Crew:
             self._end(call, error=cause)
         elif isinstance(cause, TransientError):
             self._lost(call, cause)
-        elif any(other.info is not None for other in self.members if other is not member):
-            # Others have loaded the same model: it is this node that lacks something.
+        elif any(other.info is not None or other.place is not None for other in self.members if other is not member):
+            # Others have loaded the same model, or may yet: then it is this node that lacks something.
             _logger.warning("%s cannot load the model and is let go: %s", member.name, cause)
             self._give_up(member)
         else:
@@ -259,7 +259,9 @@ class Crew:
             self.idle.remove(member)
 
     def _end(self, call: Call, **how: Any) -> None:
-        self.outcomes.append(Outcome(call.ticket, call.member.name, index=call.member.index, **how))
+        self.outcomes.append(
+            Outcome(call.ticket, call.member.name, index=call.member.index, seconds=call.seconds, **how)
+        )
 
 
 def _require_same_version(info: WorkerInfo) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,18 @@ import ray
 from was_search.budget import Target
 from was_search.descent import DescentOptions, onto_budget
 from was_search.errors import TransientError
+from was_search.logs import bound_fields, event
 from was_search.protocol import TokenSet
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot, best_slot
+from was_workers.losses import Losses
 from was_workers.phases import descent_call
 from was_workers.pool import Outcome, Pool
+from was_workers.quarantine import Work
 
 ORIGIN = "descent:"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Descents:
         target: the budget.
         seed: of the chains' sequences.
         seconds_per_token: the slowest a worker may be before a chain is taken for lost.
-        max_attempts: hand-outs of one chain.
+        max_attempts: of one chain; see :class:`was_workers.losses.Losses`.
     """
 
     def __init__(
@@ -88,10 +94,11 @@ class Descents:
         self._seed = seed
         self._deadline = max(60.0, plan.tokens * seconds_per_token)
         self._max_attempts = max_attempts
+        self._losses = Losses(pool, max_attempts)
         self._epoch = -1
         self._waiting: deque[int] = deque()
         self._running: dict[int, int] = {}
-        self._attempts: dict[int, int] = {}
+        self._attempts: Counter[int] = Counter()
         self._start: FloatArray | None = None
         self._ends: dict[int, FloatArray] = {}
         self._proposals: deque[tuple[str, FloatArray]] = deque()
@@ -121,7 +128,7 @@ class Descents:
             if best is None or best.sparsities is None:
                 return True
             self._epoch, self._start = epoch, best.sparsities
-            self._ends, self._attempts = {}, {}
+            self._ends, self._attempts, self._losses = {}, Counter(), Losses(self._pool, self._max_attempts)
             self._waiting = deque(range(self._plan.chains))
         return False
 
@@ -129,8 +136,8 @@ class Descents:
         """Give waiting chains to idle workers; whether any was given."""
         waiting = len(self._waiting)
         while self._waiting and self._pool.n_idle:
-            chain = self._waiting.popleft()
-            self._attempts[chain] = self._attempts.get(chain, 0) + 1
+            chain = self._losses.next_for(self._pool.next_index, self._waiting)
+            self._attempts[chain] += 1
             if self._tokens is None:
                 self._tokens = ray.put(self._plan.data.tokens)
             assert self._start is not None
@@ -146,7 +153,9 @@ class Descents:
                 self._plan.per_round,
                 seed,
             )
-            self._running[self._pool.submit(*call, deadline_seconds=self._deadline)] = chain
+            about = {**bound_fields(), **self._ids(chain), "worker": self._pool.next_idle}
+            self._running[self._pool.submit(*call, deadline_seconds=self._deadline, about=about)] = chain
+            event(_logger, "descent handed out", **self._ids(chain), worker=about["worker"])
         return len(self._waiting) < waiting
 
     def abandon(self) -> bool:
@@ -162,24 +171,38 @@ class Descents:
     def owns(self, ticket: int) -> bool:
         return ticket in self._running
 
+    @property
+    def in_flight(self) -> dict[int, Work]:
+        """By ticket."""
+        return dict.fromkeys(self._running, self._work)
+
     def settle(self, outcome: Outcome) -> BaseException | None:
         """Book a chain's outcome; returns an error that ends the search."""
         chain = self._running.pop(outcome.ticket)
         error = outcome.error
         if error is None:
+            event(_logger, "descent ended", **self._ids(chain), worker=outcome.worker, seconds=outcome.seconds)
+            self._pool.health.answered(outcome.index, outcome.seconds, self._work)
             self._ends[chain] = outcome.value
             if len(self._ends) == self._plan.chains:
                 self._conclude()
             return None
         if not outcome.lost and not isinstance(error, TransientError):
             return error
-        self._attempts[chain] -= outcome.blameless
-        if self._attempts[chain] >= self._max_attempts:
-            return TransientError(
-                f"a descent was lost {self._attempts[chain]} times, last on {outcome.worker}: {error}"
-            )
+        reason = f"{type(error).__name__}: {error}"
+        if self._losses.lost(chain, outcome, reason):
+            times = self._losses.count(chain)
+            return TransientError(f"a descent was lost {times} times, last on {outcome.worker}: {error}")
+        event(_logger, "descent put back", **self._ids(chain), worker=outcome.worker, reason=reason)
         self._waiting.append(chain)
         return None
+
+    @property
+    def _work(self) -> Work:
+        return Work("descend", self._plan.tokens)
+
+    def _ids(self, chain: int) -> dict[str, Any]:
+        return {"phase": "descent", "epoch": self._epoch, "chain": chain, "attempt": self._attempts[chain]}
 
     def next_proposal(self) -> tuple[str, FloatArray] | None:
         """Origin and sparsities [L, 7] of the next vector to evaluate, None if there is none at present."""

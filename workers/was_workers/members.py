@@ -68,7 +68,8 @@ class Member:
         return self.gone_by is not None and time.time() > self.gone_by
 
     @property
-    def shown(self) -> Quarantined:
-        assert self.quarantine is not None
-        since = self.quarantine.since.isoformat(timespec="seconds")
-        return Quarantined(self.name, self.quarantine.reason, since)
+    def shown(self) -> Quarantined | None:
+        """Its quarantine for people; None where it is well, or goes."""
+        if (held := self.quarantine) is None or self.going:
+            return None
+        return Quarantined(self.name, held.reason, held.since.isoformat(timespec="seconds"))

@@ -12,7 +12,6 @@ from was_search.sampling import SamplerName
 from was_search.slots import Slot
 from was_search.space import SpaceName
 from was_workers.descents import DescentPlan
-from was_workers.quarantine import QuarantinePolicy
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class SearchOptions:
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS
     elsewhere: Spent = field(default_factory=Spent)
-    quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
     latency: LatencyProfile | None = None
 
 

@@ -35,11 +35,14 @@ def shards(tokens: IntArray, batch_size: int, n: int) -> list[IntArray]:
 def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
     """Passes over ``data`` on the pool; ``advance`` is called after each shard."""
     protocol = data.protocol
-    parts = [ray.put(part) for part in shards(data.tokens, protocol.batch_size, pool.n_parallel)]
+    cut = shards(data.tokens, protocol.batch_size, pool.n_parallel)
+    parts = [ray.put(part) for part in cut]
 
     def run_pass(thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
         found = pool.map(
             [("histograms", part, thresholds, protocol.batch_size, protocol.dense_prefix) for part in parts],
+            tokens=[part.size for part in cut],
+            phase="calibrate",
             done=advance,
         )
         histograms, seen, dropped = found[0]
@@ -76,6 +79,8 @@ def fisher_prices(
             )
             for part in parts
         ],
+        tokens=[part.size for part in parts],
+        phase="price",
         done=advance,
     )
     sums = np.sum([part for part, _ in found], axis=0)
@@ -126,6 +131,8 @@ def greedy_table(
             ("block_table", b, tokens, histograms, protocol.batch_size, protocol.dense_prefix, step)
             for b in range(shape.n_blocks)
         ],
+        tokens=[data.tokens.size] * shape.n_blocks,
+        phase="greedy table",
         done=advance,
     )
     return Table("greedy", tuple(blocks))
@@ -138,11 +145,11 @@ def dense_top(pool: Pool, data: TokenSet, k: int, *, advance: Advance = lambda: 
         ConfigError: the vocabulary has fewer than ``k`` tokens.
     """
     protocol = data.protocol
+    parts = shards(data.tokens, protocol.batch_size, 4 * pool.n_parallel)
     found = pool.map(
-        [
-            ("dense_top", part, k, protocol.predicted_per_sequence, protocol.batch_size)
-            for part in shards(data.tokens, protocol.batch_size, 4 * pool.n_parallel)
-        ],
+        [("dense_top", part, k, protocol.predicted_per_sequence, protocol.batch_size) for part in parts],
+        tokens=[part.size for part in parts],
+        phase="dense top",
         done=advance,
     )
     return concatenate(found)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import ray
 
-from was_search.errors import ResourceError, TransientError
+from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.worker_range import WorkerRange
 from was_workers.calls import Calls, Outcome
 from was_workers.cluster import Cluster
 from was_workers.crew import PREPARE_SECONDS, Crew
+from was_workers.mapping import map_calls
+from was_workers.quarantine import Health, QuarantinePolicy
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
@@ -44,6 +45,10 @@ class Pool:
         gpus_per_worker: GPUs of each; fractions share a GPU.
         useful: at most so many have something to do; until :meth:`need` says otherwise.
         divide_threads: give each an equal share of this machine's processors, again whenever their number changes.
+        policy: when a worker is put in quarantine; None for the usual one.
+
+    Attributes:
+        health: of the workers; whoever hands calls out tells it how they ended.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Pool:
         gpus_per_worker: float,
         useful: int | None = None,
         divide_threads: bool = False,
+        policy: QuarantinePolicy | None = None,
     ) -> None:
         self._cluster = cluster
         self._gpus_per_worker = gpus_per_worker
@@ -73,6 +79,7 @@ class Pool:
         )
         self._size = Size(self._crew, cluster, asked, math.inf if useful is None else useful)
         self._next_ticket = 0
+        self.health = Health(self, policy or QuarantinePolicy())
         self._size.keep()
 
     def __enter__(self) -> Pool:
@@ -162,6 +169,16 @@ class Pool:
         return [member.name for member in self._crew.idle]
 
     @property
+    def next_index(self) -> int:
+        """Number of the worker that the next ``submit`` takes."""
+        return self._crew.idle[0].index
+
+    @property
+    def proven(self) -> frozenset[int]:
+        """Numbers of the workers that have held the model, without those that are about to go or in quarantine."""
+        return frozenset(member.index for member in self._crew.staying if member.info is not None)
+
+    @property
     def infos(self) -> list[WorkerInfo]:
         """Workers that have loaded their model so far."""
         return [member.info for member in self._crew.members if member.info is not None]
@@ -176,11 +193,21 @@ class Pool:
         """Ticket, worker's index and seconds so far of every call in flight."""
         return [(call.ticket, call.member.index, call.seconds) for call in self._calls.running]
 
-    def submit(self, method: str, *args: Any, deadline_seconds: float = 3600.0) -> int:
-        """Start ``method`` on the worker that ``next_idle`` names; returns the call's ticket."""
+    def submit(
+        self,
+        method: str,
+        *args: Any,
+        deadline_seconds: float = 3600.0,
+        about: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Start ``method`` on the worker that ``next_idle`` names; returns the call's ticket.
+
+        ``about`` are ids for the worker's log, an argument of most of its methods.
+        """
         ticket = self._next_ticket
         self._next_ticket += 1
-        self._calls.start(self._crew.idle.popleft(), ticket, method, args, deadline_seconds)
+        named = {} if about is None else {"about": dict(about)}
+        self._calls.start(self._crew.idle.popleft(), ticket, method, args, deadline_seconds, **named)
         return ticket
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
@@ -227,48 +254,9 @@ class Pool:
         few = f"fewer than {asked.least} workers had loaded their model within"
         self._wait_for(lambda: self.state.ready >= asked.least, few, timeout_seconds)
 
-    def map(
-        self,
-        calls: Sequence[tuple[Any, ...]],
-        *,
-        done: Callable[[], None] = lambda: None,
-        max_attempts: int = 3,
-        deadline_seconds: float = 3600.0,
-    ) -> list[Any]:
-        """Results of ``calls``, each (method, *args), in their order; lost ones are repeated.
-
-        Raises:
-            TransientError: a call was lost ``max_attempts`` times.
-        """
-        waiting = deque(enumerate(calls))
-        attempts = [0] * len(calls)
-        results: list[Any] = [None] * len(calls)
-        running: dict[int, int] = {}
-        left = len(calls)
-        while left:
-            while waiting and self.n_idle:
-                index, call = waiting.popleft()
-                attempts[index] += 1
-                ticket = self.submit(*call, deadline_seconds=deadline_seconds)
-                running[ticket] = index
-            for outcome in self.wait(1.0):
-                if outcome.ticket not in running:
-                    continue  # left in flight by a map or a search that raised
-                index = running.pop(outcome.ticket)
-                attempts[index] -= outcome.blameless
-                if outcome.error is None:
-                    results[index] = outcome.value
-                    left -= 1
-                    done()
-                elif (outcome.lost or isinstance(outcome.error, TransientError)) and attempts[index] < max_attempts:
-                    waiting.append((index, calls[index]))
-                elif outcome.lost:
-                    raise TransientError(
-                        f"{calls[index][0]}: lost {max_attempts} times, last on {outcome.worker}: {outcome.error}"
-                    )
-                else:
-                    raise outcome.error
-        return results
+    def map(self, calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
+        """Results of ``calls``, each (method, *args), in their order; see :func:`was_workers.mapping.map_calls`."""
+        return map_calls(self, calls, **options)
 
     def _wait_for(self, there: Callable[[], bool], what: str, timeout_seconds: float) -> None:
         end = time.monotonic() + timeout_seconds

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-_EVALUATIONS = 5
-"""A worker's last ones, whose median is its pace."""
+_CALLS = 5
+"""A worker's last ones of a kind, whose median is its pace."""
 
 _ENOUGH = 3
-"""Evaluations that a pace needs: one may have waited for something, and a worker's first compiles its kernels."""
+"""Calls that a pace needs: one may have waited for something, and a worker's first compiles its kernels."""
+
+_LEAST_LOSS_SECONDS = 1.0
+"""What a slow worker costs at each call, at the least: far below, a busy machine makes any call slow."""
 
 _OVERDUE = 3.0
-"""A call in flight may take so much longer again than what makes a pace slow."""
+"""A call in flight may take so much longer again than what makes a pace slow, or than the slowest first call."""
 
 _LEAST_SECONDS = 10.0
 """No call in flight is overdue before."""
@@ -25,6 +28,18 @@ _REASON = 200
 
 _LONGEST = 16
 """A quarantine is at most so many times as long as the first."""
+
+
+_NAMES = {
+    "evaluate": "an evaluation",
+    "histograms": "a calibration pass",
+    "prices": "pricing",
+    "block_table": "a block's greedy table",
+    "dense_top": "the dense model's predictions",
+    "evaluate_thresholds": "a plan's evaluation",
+    "descend": "a descent",
+}
+"""Kinds of work in words; they go by the workers' methods."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,13 @@ class QuarantinePolicy:
     seconds: float = 600.0
 
 
+class Work(NamedTuple):
+    """What a call does: ``kind`` of it, whose seconds a token are alike, and how many tokens (0: not known)."""
+
+    kind: str
+    tokens: float = 0.0
+
+
 class Wards(Protocol):
     """What is needed of the pool."""
 
@@ -54,6 +76,8 @@ class Wards(Protocol):
 class Health:
     """Knows every worker's pace and failures; workers go by their numbers, which outlast restarts.
 
+    One for all that a pool does, so that whoever was put in quarantine while calibrating is known when searching.
+
     Args:
         pool: which may refuse: its last worker is never put in quarantine.
         policy: see there.
@@ -62,61 +86,106 @@ class Health:
     def __init__(self, pool: Wards, policy: QuarantinePolicy) -> None:
         self._pool = pool
         self._policy = policy
-        self._tokens = 0  # of the longest evaluation, which a call in flight is taken for
-        self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_EVALUATIONS))
+        self._paces: defaultdict[str, _Paces] = defaultdict(_Paces)
         self._failures: Counter[int] = Counter()
         self._times: Counter[int] = Counter()
 
-    def evaluated(self, worker: int, seconds: float, tokens: int) -> None:
-        """An evaluation of ``tokens`` took ``seconds``."""
+    def answered(self, worker: int, seconds: float, work: Work) -> None:
+        """A call of the worker's took ``seconds``."""
         self._failures[worker] = 0
-        if tokens <= 0:
+        if work.tokens <= 0:
             return
-        self._tokens = max(self._tokens, tokens)
-        self._seconds[worker].append(seconds / tokens)
-        own, peers = self._pace(worker), self._peers(worker)
-        if self._policy.slowdown and own is not None and peers is not None and own > self._policy.slowdown * peers:
+        paces = self._paces[work.kind]
+        paces.add(worker, seconds, work.tokens)
+        own, peers = paces.of(worker), paces.peers(worker)
+        if not self._policy.slowdown or own is None or peers is None:
+            return
+        if own > self._policy.slowdown * peers and (own - peers) * work.tokens > _LEAST_LOSS_SECONDS:
             self._put(worker, f"slow, {own / peers:.1f} times its peers' seconds a token")
 
-    def lost(self, worker: int, reason: str) -> None:
-        """A call of the worker's was lost."""
-        self._failures[worker] += 1
-        if 0 < self._policy.failures <= self._failures[worker]:
-            self._put(worker, f"{self._failures[worker]} calls in a row were lost; the last: {reason[:_REASON]}")
+    def lost(self, worker: int, reason: str) -> bool:
+        """A call of the worker's was lost; whether the worker is suspected of losing whatever it is given.
 
-    def look(self, evaluations: Container[int]) -> None:
-        """Find calls in flight that take far too long; ``evaluations`` are the tickets of those that evaluate."""
+        That is so from its second loss in a row until it is put in quarantine, or may not be.
+        """
+        self._failures[worker] += 1
+        for paces in self._paces.values():
+            paces.restarted(worker)
+        failures = self._failures[worker]
+        if failures < self._policy.failures:
+            return failures > 1
+        if not self._policy.failures:
+            return False
+        return self._put(worker, f"{failures} calls in a row were lost; the last: {reason[:_REASON]}")
+
+    def look(self, calls: Mapping[int, Work]) -> None:
+        """Find calls in flight that take far too long; ``calls`` tells by ticket what they do."""
         if not self._policy.slowdown:
             return
         for ticket, worker, seconds in self._pool.running:
-            if (
-                ticket not in evaluations
-                or seconds < _LEAST_SECONDS
-                or (peers := self._peers(worker, enough=1)) is None
-            ):
+            if ticket not in calls or seconds < _LEAST_SECONDS:
                 continue
-            times = seconds / (self._tokens * peers)
-            if times > _OVERDUE * self._policy.slowdown:
-                self._put(worker, f"slow, at an evaluation for {seconds:.0f} s, {times:.0f} times what its peers take")
+            work = calls[ticket]
+            paces = self._paces[work.kind]
+            if (usual := paces.usual_seconds(worker, work.tokens)) is None:
+                continue
+            limit = _OVERDUE * max(self._policy.slowdown * usual, paces.first_seconds(worker))
+            if seconds > limit:
+                what = f"at {_NAMES.get(work.kind, work.kind)} for {seconds:.0f} s"
+                self._put(worker, f"slow, {what}, {seconds / usual:.0f} times what its peers take")
 
-    def _pace(self, worker: int, enough: int = _ENOUGH) -> float | None:
-        found = self._seconds.get(worker, ())
+    def _put(self, worker: int, reason: str) -> bool:
+        seconds = self._policy.seconds * min(2 ** self._times[worker], _LONGEST)
+        if not self._pool.quarantine(worker, reason, seconds):
+            return False
+        self._times[worker] += 1
+        # It starts anew when it comes back, and no peer is compared with it until then.
+        for paces in self._paces.values():
+            paces.forget(worker)
+        self._failures[worker] = 0
+        return True
+
+
+class _Paces:
+    """Seconds a token that workers take for calls of one kind."""
+
+    def __init__(self) -> None:
+        self._longest = 0.0  # tokens of a call; one in flight whose tokens are not known is taken for such a one
+        self._recent: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_CALLS))
+        self._first: dict[int, float] = {}
+
+    def add(self, worker: int, seconds: float, tokens: float) -> None:
+        self._longest = max(self._longest, tokens)
+        self._first.setdefault(worker, seconds)
+        self._recent[worker].append(seconds / tokens)
+
+    def restarted(self, worker: int) -> None:
+        """Its next call is a process's first again."""
+        self._first.pop(worker, None)
+
+    def forget(self, worker: int) -> None:
+        self._first.pop(worker, None)
+        self._recent.pop(worker, None)
+
+    def of(self, worker: int, enough: int = _ENOUGH) -> float | None:
+        """The worker's pace, None where it has had too few calls."""
+        found = self._recent.get(worker, ())
         return median(found) if len(found) >= enough else None
 
-    def _peers(self, worker: int, enough: int = _ENOUGH) -> float | None:
-        """The median of the other workers' paces, None where none is known.
-
-        For a call in flight one evaluation is ``enough``: it was slower than those that follow, and a seed that hangs
-        holds everything up.
-        """
-        others = [self._pace(other, enough) for other in self._seconds if other != worker]
+    def peers(self, worker: int, enough: int = _ENOUGH) -> float | None:
+        """The median of the other workers' paces, None where none is known."""
+        others = [self.of(other, enough) for other in self._recent if other != worker]
         paces = [pace for pace in others if pace is not None]
         return median(paces) if paces else None
 
-    def _put(self, worker: int, reason: str) -> None:
-        seconds = self._policy.seconds * min(2 ** self._times[worker], _LONGEST)
-        if self._pool.quarantine(worker, reason, seconds):
-            self._times[worker] += 1
-            # It starts anew when it comes back, and no peer is compared with it until then.
-            self._seconds.pop(worker, None)
-            self._failures[worker] = 0
+    def usual_seconds(self, worker: int, tokens: float) -> float | None:
+        """What a call in flight takes the worker's peers, None where that is not known.
+
+        One call of theirs is enough: it was slower than those that follow, and one that hangs holds everything up.
+        """
+        peers = self.peers(worker, enough=1)
+        return None if peers is None else (tokens or self._longest) * peers
+
+    def first_seconds(self, worker: int) -> float:
+        """The longest that a process's first call has taken, where the worker is at its own first; else 0."""
+        return 0.0 if worker in self._first else max(self._first.values(), default=0.0)

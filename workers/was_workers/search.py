@@ -6,7 +6,6 @@ import dataclasses
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +23,10 @@ from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
 from was_workers.chooser import Chooser
 from was_workers.descents import Descents
+from was_workers.losses import Losses
 from was_workers.options import SearchOptions, SearchProgress
 from was_workers.pool import Outcome, Pool
-from was_workers.quarantine import Health
+from was_workers.quarantine import Work
 from was_workers.slot_book import SlotBook, durable
 from was_workers.slot_table import SlotTable
 from was_workers.steering import Desk, Steering
@@ -36,6 +36,8 @@ _TOGETHER_SECONDS = 0.05
 
 _HAND_OUT_SECONDS = 1.0
 """Then results that have come meanwhile are looked at, before more is handed out."""
+
+_EVALUATION = Work("evaluate")
 
 
 __all__ = ["SearchLoop", "SearchOptions", "SearchProgress"]
@@ -102,11 +104,10 @@ class SearchLoop:
             slots=list(self._slots.values()),
             clock=clock,
         )
-        self._health = Health(pool, options.quarantine)
         self._pool_shown = pool.state
         self.ending = LAST_SLOT
         self._flight: dict[int, tuple[int, int, float]] = {}
-        self._losses: Counter[int] = Counter()
+        self._losses = Losses(pool, options.max_attempts)
         self._descents: Descents | None = None
         if options.descents is not None and options.descents.epochs:
             self._descents = Descents(
@@ -153,7 +154,8 @@ class SearchLoop:
         self._steering.activity = self._descending
         control = self._steering.steer()
         changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
-        self._health.look(self._flight)
+        descents = {} if self._descents is None else self._descents.in_flight
+        self._pool.health.look(dict.fromkeys(self._flight, _EVALUATION) | descents)
         self._pool.need(self._slots.n_unfinished)
         if changed or self._pool.state != self._pool_shown:
             self._report(None)
@@ -277,7 +279,7 @@ class SearchLoop:
         if error is None:
             seconds = time.monotonic() - started
             self._chooser.evaluated(seconds)
-            self._health.evaluated(outcome.index, seconds, outcome.value.tokens)
+            self._pool.health.answered(outcome.index, seconds, _EVALUATION._replace(tokens=outcome.value.tokens))
             self._finish_evaluation(number, attempt, outcome, outcome.value)
             return None
         seconds = time.monotonic() - started
@@ -286,16 +288,14 @@ class SearchLoop:
             return None
         reason = f"{type(error).__name__} on {outcome.worker}: {_first_line(error)}"
         mendable = outcome.lost or isinstance(error, TransientError)
-        if mendable and not outcome.blameless:
-            self._losses[number] += 1
-            self._health.lost(outcome.index, f"{type(error).__name__}: {_first_line(error)}")
-        spent = self._losses[number] >= self._options.max_attempts
-        if mendable and spent and self._slots.best is not None:
-            self._fail(number, attempt, outcome.worker, seconds, f"lost {self._losses[number]} times; last: {reason}")
+        spent = mendable and self._losses.lost(number, outcome, f"{type(error).__name__}: {_first_line(error)}")
+        if spent and self._slots.best is not None:
+            times = self._losses.count(number)
+            self._fail(number, attempt, outcome.worker, seconds, f"lost {times} times; last: {reason}")
             return None
         self._book.requeue(number, reason)
         self._refresh(number, state=SlotState.WAITING)
-        if mendable and spent:
+        if spent:
             # Not one evaluation has succeeded: it is not this vector's fault, and no slot is to pay for it.
             return TransientError(f"the first evaluations fail again and again; last: {reason}")
         return None if mendable else error

@@ -66,7 +66,7 @@ class Size:
             loading=len(stay) - ready - pending,
             pending=pending,
             draining=sum(member.going for member in members),
-            quarantined=tuple(m.shown for m in members if m.quarantine is not None and not m.going),
+            quarantined=tuple(shown for member in members if (shown := member.shown) is not None),
         )
 
     def goes(self, node: str) -> bool:

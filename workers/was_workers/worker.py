@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger(__name__)
+
+Ids = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class WorkerInfo:
 class Worker:
     """One model on one device. Calls are stateless but for the loaded model and a memory of shared data.
 
+    ``about`` are a call's ids for the log, as of the study, the phase, the slot or the chain, and the attempt.
+
     The model is loaded at the first call and kept: a restarted process loads it again by itself, and an
     unreadable model is an ordinary error of that call instead of a failed start.
     """
@@ -134,13 +139,19 @@ class Worker:
         return [[norm.cpu().numpy() for norm in row] for row in self._model().norms]
 
     def histograms(
-        self, tokens: IntArray, thresholds: npt.NDArray[np.float32] | None, batch_size: int, dense_prefix: int
+        self,
+        tokens: IntArray,
+        thresholds: npt.NDArray[np.float32] | None,
+        batch_size: int,
+        dense_prefix: int,
+        *,
+        about: Ids | None = None,
     ) -> tuple[Histograms, IntArray, IntArray]:
         """See :func:`was_search.calibration.histogram_pass`."""
         from was_search.calibration import histogram_pass
 
         loaded = self._model()
-        with _transient_memory():
+        with _logged("calibration pass", about, tokens=tokens.size), _transient_memory():
             return histogram_pass(
                 loaded.model,
                 loaded.structure,
@@ -160,12 +171,14 @@ class Worker:
         batch_size: int,
         dense_prefix: int,
         predicted: int,
+        *,
+        about: Ids | None = None,
     ) -> tuple[FloatArray, int]:
         """See :func:`was_search.pricing.price_sums`."""
         from was_search.pricing import price_sums
 
         loaded = self._model()
-        with _transient_memory():
+        with _logged("pricing", about, tokens=tokens.size), _transient_memory():
             return price_sums(
                 loaded.model,
                 loaded.structure,
@@ -191,6 +204,8 @@ class Worker:
         dense_prefix: int,
         predicted: int,
         seed: int,
+        *,
+        about: Ids | None = None,
     ) -> FloatArray:
         """One descent from ``start`` [L, 7], with slopes from ``per_round`` sequences of ``tokens`` a round.
 
@@ -215,18 +230,26 @@ class Worker:
             mask_op=loaded.ops.mask,
             op=loaded.ops.slope,
         )
-        with _transient_memory():
+        with _logged("descent", about, rounds=options.rounds), _transient_memory():
             return descend(slopes, start, loaded.structure.shape, target, options)
 
     def block_table(
-        self, block: int, tokens: IntArray, dense: Histograms, batch_size: int, dense_prefix: int, step: float
+        self,
+        block: int,
+        tokens: IntArray,
+        dense: Histograms,
+        batch_size: int,
+        dense_prefix: int,
+        step: float,
+        *,
+        about: Ids | None = None,
     ) -> BlockTable:
         """Greedy table of one block by block-output error on ``tokens``."""
         from was_search.block_error import block_error, capture_inputs
         from was_search.greedy import block_path
 
         loaded = self._model()
-        with _transient_memory():
+        with _logged("greedy table", about, block=block), _transient_memory():
             inputs = capture_inputs(loaded.model, loaded.structure, block, tokens, batch_size)
             error = block_error(
                 loaded.structure,
@@ -239,11 +262,13 @@ class Worker:
             )
             return block_path(error, loaded.structure.shape.params[block], step=step)
 
-    def dense_top(self, tokens: IntArray, k: int, predicted: int, batch_size: int) -> DenseTop:
+    def dense_top(
+        self, tokens: IntArray, k: int, predicted: int, batch_size: int, *, about: Ids | None = None
+    ) -> DenseTop:
         """See :func:`was_search.evaluation.dense_top`."""
         from was_search.evaluation import dense_top
 
-        with _transient_memory():
+        with _logged("dense top", about, tokens=tokens.size), _transient_memory():
             return dense_top(self._model().model, tokens, k, predicted=predicted, batch_size=batch_size)
 
     def evaluate(
@@ -254,15 +279,13 @@ class Worker:
         sparsities: FloatArray,
         rule: StopRule | None,
         top: DenseTop | None = None,
-        about: Mapping[str, Any] | None = None,
+        about: Ids | None = None,
     ) -> Evaluation:
         """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once.
 
-        The fitness is the NLL, or with ``top`` the divergence from the dense model. ``about`` are ids for the log.
+        The fitness is the NLL, or with ``top`` the divergence from the dense model.
         """
         from was_search.evaluation import ModelEvaluator
-
-        event(_logger, "evaluation begun", **(about or {}))
 
         loaded = self._model()
         if self._histograms is None or self._histograms[0] != key:
@@ -276,29 +299,29 @@ class Worker:
             mask_op=loaded.ops.mask,
             top=top,
         )
-        with bound(**(about or {})), _logged_failure(), _transient_memory():
+        with _logged("evaluation", about) as figures, _transient_memory():
             found = evaluator.evaluate(sparsities, rule)
-            event(
-                _logger,
-                "evaluation ended",
-                loss_nats=found.loss_nats,
-                tokens=found.tokens,
-                seconds=found.seconds,
-                stopped_early=found.stopped_early,
-            )
+            figures.update(_figures(found))
             return found
 
     def evaluate_thresholds(
-        self, data: TokenSet, thresholds: npt.NDArray[np.float32] | None, top: DenseTop | None = None
+        self,
+        data: TokenSet,
+        thresholds: npt.NDArray[np.float32] | None,
+        top: DenseTop | None = None,
+        *,
+        about: Ids | None = None,
     ) -> Evaluation:
         """Evaluate given thresholds, or the dense model for None; by divergence if there is a ``top``."""
         from was_search.evaluation import evaluate_thresholds
 
         loaded = self._model()
-        with _transient_memory():
-            return evaluate_thresholds(
+        with _logged("plan evaluation", about) as figures, _transient_memory():
+            found = evaluate_thresholds(
                 loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.ops.mask, top=top
             )
+            figures.update(_figures(found))
+            return found
 
     def peak_bytes(self) -> int:
         """Greatest memory held since the last call: of torch on the GPU, of the process on CPU (since its start)."""
@@ -336,8 +359,6 @@ class _Loaded:
 
 
 def _load(spec: WorkerSpec) -> _Loaded:
-    import time
-
     import torch
 
     from was_kernels.ops import ops_for
@@ -366,12 +387,26 @@ def _load(spec: WorkerSpec) -> _Loaded:
 
 
 @contextmanager
-def _logged_failure() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        event(_logger, "evaluation failed", logging.WARNING, error=f"{type(error).__name__}: {error}")
-        raise
+def _logged(what: str, about: Ids | None, **figures: Any) -> Iterator[dict[str, Any]]:
+    """Events for the begin of ``what`` and for its end or failure, with the ids ``about``; the end has ``figures``."""
+    started = time.perf_counter()
+    with bound(**(about or {})):
+        event(_logger, f"{what} begun")
+        try:
+            yield figures
+        except Exception as error:
+            event(_logger, f"{what} failed", logging.WARNING, error=f"{type(error).__name__}: {error}")
+            raise
+        event(_logger, f"{what} ended", **{"seconds": time.perf_counter() - started, **figures})
+
+
+def _figures(found: Evaluation) -> dict[str, Any]:
+    return {
+        "loss_nats": found.loss_nats,
+        "tokens": found.tokens,
+        "seconds": found.seconds,
+        "stopped_early": found.stopped_early,
+    }
 
 
 _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")

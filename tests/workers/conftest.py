@@ -1,0 +1,50 @@
+"""A search without Ray or Postgres, on the doubles of ``loop_doubles``."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import ray
+
+from tests.workers.loop_doubles import SHAPE, Book, Pool, seeds
+from was_search.slots import Slot
+from was_workers.search import SearchLoop, SearchOptions
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """``run(book, answer, ...)``: the slots after a search; further options are those of SearchOptions."""
+    monkeypatch.setattr(ray, "put", lambda value: value)
+
+    def start(
+        book: Book, answer, *, drain: threading.Event | None = None, progress=None, pool=Pool, **options: Any
+    ) -> list[Slot]:
+        wanted = {
+            "target": 0.6,
+            "sampler": "tpe",
+            "radius": 0.1,
+            "seed": 0,
+            "early_stopping": True,
+            "significance": 0.1,
+            "rung_keep": 0.5,
+            "trial_timeout": 60.0,
+            "max_attempts": 3,
+            **options,
+        }
+        loop = SearchLoop(
+            book,
+            pool(answer),
+            "tokens",
+            "histograms",
+            "key",
+            shape=SHAPE,
+            seeds=seeds(),
+            options=SearchOptions(**wanted),
+            drain=drain or threading.Event(),
+            progress=progress or (lambda _: None),
+        )
+        return loop.run()
+
+    return start

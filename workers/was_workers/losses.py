@@ -1,0 +1,71 @@
+"""Whose fault it is that calls are lost: a sick worker loses whatever it is given, a bad call is lost by any worker."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Hashable, Set
+from typing import Protocol, TypeVar
+
+from was_workers.calls import Outcome
+from was_workers.quarantine import Health
+
+_FAR_TOO_OFTEN = 3
+"""A call that was lost so many times ``max_attempts`` is given up, whoever lost it."""
+
+CallT = TypeVar("CallT", bound=Hashable)
+
+
+class Crowd(Protocol):
+    """What is needed of the pool."""
+
+    @property
+    def health(self) -> Health: ...
+
+    @property
+    def proven(self) -> Set[int]: ...
+
+
+class Losses:
+    """Counts the losses of calls, and says when one is to be given up.
+
+    That is when ``max_attempts`` workers have lost it; or fewer, where there are no more, and all of them together so
+    many times. What a worker lost that is in quarantine since does not count, nor does what it loses on the way
+    there, as long as it loses one call after another.
+
+    Args:
+        pool: whose workers they are.
+        max_attempts: of one call.
+    """
+
+    def __init__(self, pool: Crowd, max_attempts: int) -> None:
+        self._pool = pool
+        self._max_attempts = max_attempts
+        self._by: defaultdict[Hashable, Counter[int]] = defaultdict(Counter)
+
+    def lost(self, call: Hashable, outcome: Outcome, reason: str) -> bool:
+        """Count a loss, for the call and for its worker; whether the call is to be given up."""
+        if outcome.blameless:
+            return False
+        worker, by = outcome.index, self._by[call]
+        suspected = self._pool.health.lost(worker, reason)
+        there = self._pool.proven
+        for other in [other for other in by if other not in there]:
+            del by[other]
+        if worker not in there:
+            return False
+        if not suspected or worker in by:
+            by[worker] += 1
+        total = by.total()
+        everyone = there <= by.keys() and total >= self._max_attempts
+        return len(by) >= self._max_attempts or everyone or total >= _FAR_TOO_OFTEN * self._max_attempts
+
+    def count(self, call: Hashable) -> int:
+        """How often the call was lost, as far as that counts."""
+        return sum(times for worker, times in self._by[call].items() if worker in self._pool.proven)
+
+    def next_for(self, worker: int, waiting: deque[CallT]) -> CallT:
+        """Take from ``waiting`` the first call that the worker has not lost yet, else the first."""
+        fresh = (call for call in waiting if worker not in self._by.get(call, ()))
+        call = next(fresh, waiting[0])
+        waiting.remove(call)
+        return call

@@ -1,0 +1,134 @@
+"""Many calls, each of its arguments alone, spread over the workers; no worker's end or illness ends them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from was_search.errors import TransientError
+from was_search.logs import bound, bound_fields, event
+from was_workers.calls import Outcome
+from was_workers.losses import Crowd, Losses
+from was_workers.quarantine import Work
+
+_logger = logging.getLogger(__name__)
+
+
+class Hands(Crowd, Protocol):
+    """What is needed of the pool."""
+
+    @property
+    def n_idle(self) -> int: ...
+
+    @property
+    def next_idle(self) -> str: ...
+
+    @property
+    def next_index(self) -> int: ...
+
+    def submit(
+        self, method: str, *args: Any, deadline_seconds: float, about: Mapping[str, Any] | None = None
+    ) -> int: ...
+
+    def wait(self, timeout_seconds: float) -> list[Outcome]: ...
+
+
+def map_calls(
+    pool: Hands,
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    tokens: Sequence[float] | None = None,
+    phase: str = "",
+    done: Callable[[], None] = lambda: None,
+    max_attempts: int = 3,
+    deadline_seconds: float = 3600.0,
+) -> list[Any]:
+    """Results of ``calls``, each (method, *args), in their order; lost ones are repeated, on other workers if possible.
+
+    A worker that loses calls again and again, or is far slower than the others, is put in quarantine, and its call is
+    given to another one.
+
+    Args:
+        pool: the workers.
+        calls: see there.
+        tokens: what each call goes through, by which the workers' paces are compared; None where that says nothing.
+        phase: for the log, here and on the workers, whose methods must take ``about``; "" for none.
+        done: called after each result.
+        max_attempts: of one call; see :class:`was_workers.losses.Losses`.
+        deadline_seconds: after which a call is taken for lost.
+
+    Raises:
+        TransientError: a call was lost too often.
+        Exception: what a call raised, where repeating it mends nothing.
+    """
+    with bound(**({"phase": phase} if phase else {})):
+        return _Map(pool, calls, tokens or [0.0] * len(calls), phase, done, max_attempts, deadline_seconds).run()
+
+
+class _Map:
+    def __init__(
+        self,
+        pool: Hands,
+        calls: Sequence[tuple[Any, ...]],
+        tokens: Sequence[float],
+        phase: str,
+        done: Callable[[], None],
+        max_attempts: int,
+        deadline_seconds: float,
+    ) -> None:
+        self._pool = pool
+        self._calls = calls
+        self._work = [Work(call[0], n) for call, n in zip(calls, tokens, strict=True)]
+        self._phase = phase
+        self._done = done
+        self._deadline_seconds = deadline_seconds
+        self._waiting = deque(range(len(calls)))
+        self._running: dict[int, int] = {}
+        self._results: dict[int, Any] = {}
+        self._attempts: Counter[int] = Counter()
+        self._losses = Losses(pool, max_attempts)
+
+    def run(self) -> list[Any]:
+        started = time.monotonic()
+        if self._phase:
+            event(_logger, "phase begun", calls=len(self._calls))
+        while len(self._results) < len(self._calls):
+            while self._waiting and self._pool.n_idle:
+                self._hand_out()
+            self._pool.health.look({ticket: self._work[number] for ticket, number in self._running.items()})
+            for outcome in self._pool.wait(1.0):
+                if outcome.ticket in self._running:  # else left in flight by a map or a search that raised
+                    self._settle(self._running.pop(outcome.ticket), outcome)
+        if self._phase:
+            event(_logger, "phase ended", calls=len(self._calls), seconds=time.monotonic() - started)
+        return [self._results[number] for number in range(len(self._calls))]
+
+    def _hand_out(self) -> None:
+        number = self._losses.next_for(self._pool.next_index, self._waiting)
+        self._attempts[number] += 1
+        about = None
+        if self._phase:
+            ids = {"part": number, "attempt": self._attempts[number], "worker": self._pool.next_idle}
+            about = {**bound_fields(), **ids}
+        ticket = self._pool.submit(*self._calls[number], deadline_seconds=self._deadline_seconds, about=about)
+        self._running[ticket] = number
+
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        error = outcome.error
+        if error is None:
+            self._results[number] = outcome.value
+            self._pool.health.answered(outcome.index, outcome.seconds, self._work[number])
+            self._done()
+            return
+        if not outcome.lost and not isinstance(error, TransientError):
+            raise error
+        reason = f"{type(error).__name__}: {error}"
+        if self._losses.lost(number, outcome, reason):
+            method, times = self._calls[number][0], self._losses.count(number)
+            if not outcome.lost:
+                raise error
+            raise TransientError(f"{method}: lost {times} times, last on {outcome.worker}: {error}")
+        self._waiting.append(number)
