@@ -268,7 +268,7 @@ def prepare(engine: Engine, targets: list[float]) -> list[Problem]:
     setup, shape = engine.setup, engine.shape
     dense, _ = engine.run_pass(None)
     greedy = Table("greedy", tuple(engine.block_table(b, dense) for b in range(shape.n_blocks)))
-    dense_prices = _prices(engine, dense)
+    dense_prices = fisher_prices(engine, dense)
     problems = []
     for target in targets:
         fisher = fisher_seed(dense_prices, DEFAULT_GRID, shape, target)
@@ -280,7 +280,7 @@ def prepare(engine: Engine, targets: list[float]) -> list[Problem]:
     return problems
 
 
-def _prices(engine: Engine, histograms: Histograms) -> FloatArray:
+def fisher_prices(engine: Engine, histograms: Histograms) -> FloatArray:
     """Mean prices [L, 7, G] of the dense model in nats per token."""
     setup, protocol = engine.setup, engine.data["calibration"].protocol
     grid = [np.full((engine.shape.n_blocks, N_PROJECTIONS), level) for level in DEFAULT_GRID]

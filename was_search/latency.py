@@ -82,6 +82,7 @@ class LatencyProfile:
         versions: torch, triton, driver and so on, for people.
         measured_at: when, ISO 8601.
         source: ``measured``, or what else it is.
+        spread: of the times of one and the same step while it was measured: standard deviation over mean.
         check: errors on vectors that took no part in it; {} where none were tried.
     """
 
@@ -98,6 +99,7 @@ class LatencyProfile:
     measured_at: str = ""
     source: str = "measured"
     check: Mapping[str, Any] = field(default_factory=dict)
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         n_blocks = self.shape.n_blocks
@@ -116,6 +118,8 @@ class LatencyProfile:
         for name, value in times.items():
             if not (math.isfinite(value) and 0.0 < value <= _MOST_SECONDS):
                 raise ConfigError(f"profile: {name} must be positive seconds, got {value}")
+        if not 0.0 <= self.spread < math.inf:
+            raise ConfigError(f"profile: spread must be a share that is not negative, got {self.spread}")
         if not self.dense:
             raise ConfigError("profile: dense must hold the time of a dense step")
         if self.rows < 1 or self.kv_length < 1:
@@ -238,7 +242,7 @@ class LatencyProfile:
     def summary(self) -> dict[str, Any]:
         """Its conditions without the curves, as JSON."""
         value = self.to_json()
-        names = ("hash", "dense", "rest_seconds", *_CONDITIONS, "versions", "measured_at", "check")
+        names = ("hash", "dense", "rest_seconds", *_CONDITIONS, "versions", "measured_at", "check", "spread")
         return {name: value[name] if name != "hash" else self.hash for name in names}
 
     def to_json(self) -> dict[str, Any]:
@@ -261,6 +265,7 @@ class LatencyProfile:
                 for curve in self.curves
             ],
             "check": dict(self.check),
+            "spread": self.spread,
         }
 
     @classmethod
@@ -297,6 +302,7 @@ class LatencyProfile:
                 measured_at=str(value["measured_at"]),
                 source=str(value["source"]),
                 check=dict(value["check"]),
+                spread=float(value["spread"]),
             )
         except ConfigError:
             raise

@@ -39,10 +39,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fit:
-    """Curves and the rest of a profile."""
+    """Curves and the rest of a profile; ``spread`` is the base vector's standard deviation over its mean."""
 
     curves: tuple[LaunchCurve, ...]
     rest_seconds: float
+    spread: float = 0.0
 
 
 def launch_kinds(shape: ModelShape, groups: tuple[tuple[int, ...], ...]) -> tuple[Kind, ...]:
@@ -75,12 +76,14 @@ def fit(time_at: TimeAt, shape: ModelShape, kinds: tuple[Kind, ...], *, rounds: 
     others = [(-1, level) for level in UNIFORM] + [(-2, BASE)] * _BASES
     drop: dict[tuple[int, float], list[tuple[float, float]]] = {point: [] for point in points}
     whole: list[tuple[float, FloatArray]] = []
+    bases: list[float] = []
     for _ in range(rounds):
         order = [*points, *others]
         found: dict[tuple[int, float], list[tuple[float, FloatArray]]] = {}
         for i in rng.permutation(len(order)):
             k, level = order[i]
             found.setdefault((k, level), []).append(time_at(_vector(base, kinds, k, level)))
+        bases += [seconds for seconds, _ in found[-2, BASE]]
         at_base = float(np.median([seconds for seconds, _ in found[-2, BASE]]))
         for point in points:
             (seconds, achieved) = found[point][0]
@@ -96,7 +99,7 @@ def fit(time_at: TimeAt, shape: ModelShape, kinds: tuple[Kind, ...], *, rounds: 
         curves.append(_curve(kind, [*at, _mean(shape, kind, base_achieved)], [*saved, 0.0]))
     loose = _profile(shape, tuple(curves), 1.0)
     rest = float(np.median([seconds - (loose.seconds(achieved) - 1.0) for seconds, achieved in whole]))
-    return Fit(tuple(curves), max(rest, 1e-9))
+    return Fit(tuple(curves), max(rest, 1e-9), float(np.std(bases) / np.mean(bases)))
 
 
 def falling(values: FloatArray) -> FloatArray:

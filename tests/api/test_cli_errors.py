@@ -41,6 +41,67 @@ def test_target_outside_its_range(refused, target: str) -> None:
     assert "target: must be" in printed
 
 
+@pytest.mark.parametrize("speedup", ["1", "0.5", "-2", "nan", "inf"])
+def test_speedup_outside_its_range(refused, speedup: str) -> None:
+    printed = refused("run", "--model", MODEL, "--data", TEXT, f"--target-speedup={speedup}")
+    assert "target_speedup: must be" in printed
+
+
+@pytest.mark.parametrize("speedups", ["1.5,1", "2,2", "fast", "1.5,nan"])
+def test_speedups_that_are_none(refused, speedups: str) -> None:
+    assert "target_speedups: " in refused("run", "--model", MODEL, "--data", TEXT, f"--target-speedups={speedups}")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--target", "0.5", "--target-speedup", "1.8"], "target_speedup: cannot be given together with target"),
+        (["--target-speedup", "1.8", "--target-speedups", "2,3"], "cannot be given together with target_speedup"),
+        (["--max-ppl-increase", "5%", "--target-speedup", "1.8"], "cannot be given together with max_ppl_increase"),
+    ],
+)
+def test_sparsity_and_time_at_once(refused, options: list[str], named: str) -> None:
+    assert named in refused("run", "--model", MODEL, "--data", TEXT, *options)
+
+
+@pytest.fixture
+def profile(tmp_path: Path):
+    """Writes a made-up profile of the demo's shape, or of other blocks."""
+    from tests.search.profiles import synthetic_profile
+    from was_search.api import Context, demo_settings
+    from was_search.api.latency import model_shape
+
+    def write(n_blocks: int = 12) -> str:
+        with Context(demo_settings()) as context:
+            shape = model_shape(context)
+        shape = ModelShape(shape.in_features[:n_blocks], shape.out_features[:n_blocks])
+        return str(synthetic_profile(shape).save(tmp_path / "profile.json"))
+
+    return write
+
+
+RUN = ["run", "--model", MODEL, "--data", TEXT, *CPU]
+
+
+@pytest.mark.parametrize("option", [["--target-speedup", "9"], ["--target-speedups", "1.5,9"]])
+def test_speedup_out_of_reach_names_the_greatest(refused, profile, option: list[str]) -> None:
+    printed = refused(*RUN, *option, "--profile", profile())
+    assert "target_speedup: at most 3.0" in printed.replace("\n", " ")
+    assert "on made up (synthetic)" in printed.replace("\n", " ")
+
+
+@pytest.mark.parametrize("budget", [["--target", "0.5"], ["--target-speedup", "1.5"]])
+def test_profile_of_another_shape(refused, profile, budget: list[str]) -> None:
+    printed = refused(*RUN, *budget, "--profile", profile(3))
+    assert "profile: it is of a model with 3 blocks, this one has 12" in printed
+
+
+def test_profile_that_is_none(refused, tmp_path: Path) -> None:
+    assert "is not a file; 'was-search profile" in refused(*RUN, "--profile", str(tmp_path / "none"))
+    (tmp_path / "bad").write_text("{")
+    assert "is not valid JSON" in refused(*RUN, "--target-speedup", "1.5", "--profile", str(tmp_path / "bad"))
+
+
 @pytest.mark.parametrize("option", ["trials", "workers", "batch-size"])
 def test_zero_of_something(refused, option: str) -> None:
     printed = refused("run", "--model", MODEL, "--data", TEXT, f"--{option}", "0")

@@ -14,6 +14,12 @@ def test_a_sibling_has_another_target_and_study_only() -> None:
     assert (named.study, named.warm_start, named.plan) == ("all-40", "first", "here/40")
 
 
+def test_a_sibling_for_a_speedup() -> None:
+    root = Context(Settings(target_speedups="1.5,2", profile="here.json"))
+    assert root.at(1.5, by_time=True).settings == Settings(target_speedup=1.5, profile="here.json")
+    assert root.at(1.5, by_time=True).at(0.4).settings == Settings(target=0.4, profile="here.json")
+
+
 def test_what_one_opens_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks first: the root opens, once, with the root's settings."""
     opened = []

@@ -191,6 +191,10 @@ def test_the_monotone_baseline_needs_its_table():
     [
         ("targets", "0.5,1", "targets: each must be above 0"),
         ("max_ppl_increase", "5", "max_ppl_increase: must be a percentage"),
+        ("target_speedups", "1.5,0.9", "target_speedups: each must be above 1, got 0.9"),
+        ("target_speedups", "1.5,x", "target_speedups: must be numbers with commas between"),
+        ("target_speedups", "1.5,1.50", "target_speedups: each may be given once"),
+        ("target_speedup", 1.0, "target_speedup: must be above 1, or 0 for none, got 1.0"),
     ],
 )
 def test_what_is_asked_for_is_checked(name, value, rule):
@@ -201,7 +205,8 @@ def test_what_is_asked_for_is_checked(name, value, rule):
 def test_what_is_asked_for_as_numbers():
     assert Settings(targets="0.6,0.4").budgets == (0.4, 0.6)
     assert Settings(max_ppl_increase="5%").increase_limit == 0.05
-    assert Settings().budgets == ()
+    assert Settings(target_speedups="2,1.5").speedups == (1.5, 2.0)
+    assert Settings().budgets == Settings().speedups == ()
     assert Settings().increase_limit is None
 
 
@@ -211,6 +216,8 @@ def test_what_is_asked_for_as_numbers():
         ({"target": 0.5, "targets": "0.4,0.5"}, "targets: cannot be given together with target"),
         ({"target": 0.5, "max_ppl_increase": "5%"}, "max_ppl_increase: cannot be given together with target"),
         ({"targets": "0.4", "max_ppl_increase": "5%"}, "max_ppl_increase: cannot be given together with targets"),
+        ({"target": 0.5, "target_speedup": 1.8}, "target_speedup: cannot be given together with target"),
+        ({"targets": "0.4", "target_speedups": "1.8"}, "target_speedups: cannot be given together with targets"),
     ],
 )
 def test_one_question_at_a_time(given, message):
@@ -226,11 +233,15 @@ def test_a_flags_question_replaces_the_files(toml):
     assert load_settings(file, {}).budgets == (0.4, 0.5)
     assert load_settings(file, {"target": 0.3}) == Settings(target=0.3)
     assert load_settings(toml("target = 0.3"), {"max_ppl_increase": "5%"}).increase_limit == 0.05
+    assert load_settings(toml("target-speedup = 1.8"), {"target": 0.3}) == Settings(target=0.3)
+    assert load_settings(toml("target = 0.3"), {"target_speedup": 1.8}).target_speedup == 1.8
 
 
-@pytest.mark.parametrize("given", [{"targets": "0.4,0.5"}, {"max_ppl_increase": "5%"}])
+@pytest.mark.parametrize("given", [{"targets": "0.4,0.5"}, {"max_ppl_increase": "5%"}, {"target_speedups": "1.5,2"}])
 def test_a_step_for_one_target(given):
     Settings(target=0.5).require_one_target()
+    Settings(target_speedup=1.5).require_one_target()
     name = next(iter(given))
-    with pytest.raises(ConfigError, match=f"^{name}: only 'was-search run' takes it; give --target for one study$"):
+    one = "--target-speedup" if name == "target_speedups" else "--target"
+    with pytest.raises(ConfigError, match=f"^{name}: only 'was-search run' takes it; give {one} for one study$"):
         Settings(**given).require_one_target()

@@ -15,6 +15,7 @@ from was_search.api.export import export
 from was_search.api.generate import generate
 from was_search.api.interpolate import interpolate, may_interpolate
 from was_search.api.max_increase import run_max_increase
+from was_search.api.profile import profile
 from was_search.api.run import run
 from was_search.api.search import search
 from was_search.api.seed import seed, sensitivity
@@ -39,6 +40,7 @@ __all__ = [
     "interpolate",
     "may_interpolate",
     "operating_point",
+    "profile",
     "run",
     "run_max_increase",
     "run_targets",

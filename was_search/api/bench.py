@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from was_search.api.context import Context
 from was_search.api.evaluate import load_for
 from was_search.errors import ConfigError
+from was_search.latency import LatencyProfile
 from was_search.plan import Plan
+from was_search.report import step_words
+from was_search.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class StepTimes:
         limit_ms: time to read them at the bandwidth measured in the same run.
         sparsity: counted in decode steps.
         live_channels: kept channels of all projections; None: all.
+        predicted_ms: by the settings' profile, at the sparsities counted; None where there is none for this step.
     """
 
     name: str
@@ -34,6 +39,7 @@ class StepTimes:
     limit_ms: float
     sparsity: float
     live_channels: float | None
+    predicted_ms: float | None = None
 
 
 def bench(
@@ -83,20 +89,34 @@ def bench(
     bandwidth, others = read_bandwidth(device), other_bytes(model, batch, kv_length)
     found: list[StepTimes] = []
 
-    def add(name: str, step: DecodeStep, weight_bytes: int, sparsity: float, live: float | None) -> None:
+    profile = _profile(context, structure.shape, batch, kv_length)
+
+    def add(
+        name: str,
+        step: DecodeStep,
+        weight_bytes: int,
+        sparsity: float,
+        live: float | None,
+        predicted_seconds: float | None = None,
+    ) -> None:
         times = step.times(steps)
+        predicted = None if predicted_seconds is None else 1e3 * predicted_seconds
         read = weight_bytes + others
         speed = 1e3 * batch / times.p50
         found.append(
-            StepTimes(name, times.p20, times.p50, times.p80, speed, read, 1e3 * read / bandwidth, sparsity, live)
+            StepTimes(
+                name, times.p20, times.p50, times.p80, speed, read, 1e3 * read / bandwidth, sparsity, live, predicted
+            )
         )
 
     with context.reporter.phase("time decode steps", 1 + compiled + (plan is not None)) as advance:
         every = projection_bytes([linear for _, _, linear in structure.linears()])
-        add("dense", DecodeStep(model, tokens, kv_length), every, 0.0, None)
+        expected = {} if profile is None else profile.dense
+        add("dense", DecodeStep(model, tokens, kv_length), every, 0.0, None, expected.get("eager"))
         advance()
         if compiled:
-            add("dense, compiled", DecodeStep(model, tokens, kv_length, compiled=True), every, 0.0, None)
+            step = DecodeStep(model, tokens, kv_length, compiled=True)
+            add("dense, compiled", step, every, 0.0, None, expected.get("compiled"))
             advance()
         backend = "dense"
         if plan is not None:
@@ -105,15 +125,35 @@ def bench(
                 backend = f"{handle.backend}, {handle.fused} of {structure.shape.n_blocks} blocks fused"
                 step = DecodeStep(model, tokens, kv_length)
                 counted = step.counted(handle)
-                add("plan", step, counted.weight_bytes, counted.sparsity, counted.live_channels)
+                ahead = None if profile is None else profile.seconds(counted.sparsities)
+                add("plan", step, counted.weight_bytes, counted.sparsity, counted.live_channels, ahead)
             finally:
                 handle.restore()
             advance()
     _show(context, found, backend, bandwidth, batch, kv_length)
+    if plan is not None and "step" in plan.provenance:
+        context.reporter.note(f"the plan says: {step_words(plan.provenance['step'])}")
+    return found
+
+
+def _profile(context: Context, shape: ModelShape, batch: int, kv_length: int) -> LatencyProfile | None:
+    """The profile of ``--profile`` where it is of this step; else None, after a note that says what differs."""
+    if not context.settings.profile:
+        return None
+    found = LatencyProfile.load(Path(context.settings.profile))
+    found.require_shape(shape)
+    mine = {"rows": batch, "kv_length": kv_length, "dtype": context.placement_here.dtype}
+    other = [
+        f"{name} {getattr(found, name)} for {value}" for name, value in mine.items() if getattr(found, name) != value
+    ]
+    if other:
+        context.reporter.note(f"no prediction: the profile is of {', '.join(other)}")
+        return None
     return found
 
 
 def _show(context: Context, found: list[StepTimes], backend: str, bandwidth: float, batch: int, kv_length: int) -> None:
+    predicted = any(row.predicted_ms is not None for row in found)
     rows = [
         [
             row.name,
@@ -124,12 +164,14 @@ def _show(context: Context, found: list[StepTimes], backend: str, bandwidth: flo
             f"{row.read_bytes / 1e6:.1f}",
             f"{100 * row.limit_ms / row.p50_ms:.0f} %",
             f"{found[0].p50_ms / row.p50_ms:.2f}x",
+            *([f"{row.predicted_ms:.3f}" if row.predicted_ms is not None else ""] if predicted else []),
         ]
         for row in found
     ]
     context.reporter.table(
         f"One decode step, {batch} row{'s' if batch > 1 else ''}, {kv_length} positions in the cache",
-        ["", "skipped", "live channels", "ms, median (20 to 80 %)", "tokens/s", "MB read", "of the limit", "speed"],
+        ["", "skipped", "live channels", "ms, median (20 to 80 %)", "tokens/s", "MB read", "of the limit", "speed"]
+        + ["predicted ms"] * predicted,
         rows,
     )
     context.reporter.note(

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 CACHED_AS = "profile"
 
+SPREAD_WARNED = 0.02
+"""Of a profile whose device was too busy, which is said."""
+
 
 def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProfile | None:
     """The profile of ``--profile``, else the newest one in the database that is of the model's shape, else None.
@@ -133,8 +136,13 @@ def check_target(context: Context) -> None:
     """
     if context.settings.profile or context.settings.target_speedup:
         shape = model_shape(context)
-        profile_of(context, shape)
+        profile = profile_of(context, shape)
         target_of(context, shape)
+        if profile is not None and profile.spread > SPREAD_WARNED:
+            context.reporter.note(
+                f"profile: one and the same step varied by {100 * profile.spread:.0f} % while it was measured; its "
+                "predictions are no better than that"
+            )
 
 
 def flat_target(context: Context, shape: ModelShape) -> float:
