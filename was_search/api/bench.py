@@ -9,6 +9,7 @@ from was_search.api.context import Context
 from was_search.api.evaluate import load_for
 from was_search.errors import ConfigError
 from was_search.plan import Plan
+from was_search.weight_format import AS_STORED, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class StepTimes:
     """One way to decode, measured.
 
     Attributes:
-        name: ``dense``, ``dense, compiled`` or ``plan``.
+        name: ``dense``, ``dense, compiled`` or ``plan``; with rounded weights their format behind it.
         p20_ms: a step's time, 20th percentile; likewise ``p50_ms`` and ``p80_ms``.
         tokens_per_s: of all rows.
         read_bytes: weights behind live channels, the head and the cache.
@@ -47,6 +48,8 @@ def bench(
 ) -> list[StepTimes]:
     """Time one-token steps over a static cache on the settings' test text, dense and with ``plan``.
 
+    Where the settings round the weights, the dense steps are those of the weights as stored: what a user comes from.
+
     Args:
         context: settings: model, data, device and dtype.
         plan: None: the dense model alone.
@@ -57,12 +60,14 @@ def bench(
 
     Raises:
         ConfigError: an option out of range, or too little text.
-        PlanError: the plan belongs to another model.
+        PlanError: the plan belongs to another model, or to weights of another format.
     """
     import torch
 
     from was_kernels import sparsify
     from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+    from was_search.quantised import quantise_projections
+    from was_search.structure import find_structure
 
     for name, value, least in (("batch", batch, 1), ("kv_length", kv_length, 32), ("steps", steps, 1)):
         if value < least:
@@ -74,7 +79,10 @@ def bench(
             f"kv_length: {batch} rows of {each} tokens need {batch * each} tokens of test text, there are {len(text)}; "
             "raise test_sequences or give more data"
         )
-    model, structure = load_for(context, plan)
+    form = WeightFormat.parse(context.settings.weights)
+    if plan is not None:
+        plan.require_weights(context.settings.weights)
+    model, structure = load_for(context.rounded(AS_STORED), plan, any_weights=True)
     room = getattr(model.config, "max_position_embeddings", 2 * kv_length)
     if kv_length + steps > room:
         raise ConfigError(f"kv_length: {kv_length} and {steps} steps exceed the model's {room} positions")
@@ -91,7 +99,9 @@ def bench(
             StepTimes(name, times.p20, times.p50, times.p80, speed, read, 1e3 * read / bandwidth, sparsity, live)
         )
 
-    with context.reporter.phase("time decode steps", 1 + compiled + (plan is not None)) as advance:
+    rounded = "" if form is None else f", {form}"
+    more = plan is not None or form is not None
+    with context.reporter.phase("time decode steps", 1 + compiled + more) as advance:
         every = projection_bytes([linear for _, _, linear in structure.linears()])
         add("dense", DecodeStep(model, tokens, kv_length), every, 0.0, None)
         advance()
@@ -99,13 +109,20 @@ def bench(
             add("dense, compiled", DecodeStep(model, tokens, kv_length, compiled=True), every, 0.0, None)
             advance()
         backend = "dense"
+        if form is not None:
+            quantise_projections(structure, form)
+            structure = find_structure(model)
+        if plan is None and form is not None:
+            held = projection_bytes([linear for _, _, linear in structure.linears()])
+            add(f"dense{rounded}", DecodeStep(model, tokens, kv_length), held, 0.0, None)
+            advance()
         if plan is not None:
             handle = sparsify(model, plan)
             try:
                 backend = f"{handle.backend}, {handle.fused} of {structure.shape.n_blocks} blocks fused"
                 step = DecodeStep(model, tokens, kv_length)
                 counted = step.counted(handle)
-                add("plan", step, counted.weight_bytes, counted.sparsity, counted.live_channels)
+                add(f"plan{rounded}", step, counted.weight_bytes, counted.sparsity, counted.live_channels)
             finally:
                 handle.restore()
             advance()
