@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_step --model llama-2-7b --sparsities 0 0.5 0.6 0.75 --compile
     python -m benchmarks.decode_step --model was_search/demo_data/model --dtype bf16
+    python -m benchmarks.decode_step --weights int4 --backend cuda
 
 A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. The step is what ``sparsify``
 leaves a user with: one token for each row through a ``LlamaForCausalLM`` with a static cache, head included, replayed
@@ -35,8 +36,10 @@ from was_search.fingerprint import fingerprint
 from was_search.masking import structure_norms
 from was_search.model import resolve_model
 from was_search.plan import Plan
+from was_search.quantised import quantise_projections
 from was_search.shape import N_PROJECTIONS
 from was_search.structure import find_structure
+from was_search.weight_format import AS_STORED, WeightFormat, canonical
 
 RESULTS = Path(__file__).parent / "results" / "decode_step.jsonl"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,6 +52,7 @@ class Row:
 
     model: str
     dtype: str
+    weights: str
     batch: int
     kv_length: int
     path: str
@@ -127,6 +131,7 @@ def plan_at(model: Any, sparsity: float, dense_prefix: int = 1) -> Plan:
         sparsities=np.full(thresholds.shape, sparsity),
         thresholds=thresholds,
         norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
+        weights=structure.weights,
     )
 
 
@@ -143,13 +148,15 @@ class Case:
 
 
 def cases(model: Any, options: argparse.Namespace) -> Iterator[Case]:
-    """The dense steps, then each plan's."""
+    """The dense steps, of the weights as they are, then each plan's, of rounded weights where these are asked for."""
     tokens = torch.randint(0, model.config.vocab_size, (options.batch, 2 * options.kv_length), device="cuda")
     every = projection_bytes([linear for _, _, linear in find_structure(model).linears()])
     yield Case("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
     if options.compile:
         step = DecodeStep(model, tokens, options.kv_length, compiled=True)
         yield Case("dense, torch.compile", 0.0, 0.0, every, 0, step)
+    if (form := WeightFormat.parse(options.weights)) is not None:
+        quantise_projections(find_structure(model), form)
     for sparsity in options.sparsities:
         handle = sparsify(model, plan_at(model, sparsity), backend=options.backend)
         step = DecodeStep(model, tokens, options.kv_length)
@@ -173,6 +180,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         yield Row(
             model=options.model if options.model in SHAPES else fingerprint(resolve_model(options.model))[:12],
             dtype=options.dtype,
+            weights=AS_STORED if case.path.startswith("dense") else canonical(options.weights),
             batch=options.batch,
             kv_length=options.kv_length,
             path=case.path,
@@ -218,6 +226,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-2-7b", help=f"{', '.join(SHAPES)}, or a folder")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--weights", type=canonical, default=AS_STORED, help="of the plans: none, int8, int4, int4:64")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.0, 0.5, 0.6, 0.75])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--kv-length", type=int, default=256)

@@ -37,7 +37,11 @@ def check_values(source: ModelSource, config: dict[str, Any]) -> None:
         raise ModelError(f"model: {source.folder} holds an adapter beside a model; merge it into the model first")
     for key, value in _items(config):
         if key == "quantization_config" and value:
-            raise ModelError(f"model: {source.folder} is quantised, which is not supported; use the original weights")
+            raise ModelError(
+                f"model: {source.folder} is quantised{_method(value)}: such weights lie in an order that no sparse "
+                "kernel reads; give the original checkpoint (bf16, fp16 or fp32) and round it here with --weights int8 "
+                "or int4"
+            )
         if "_implementation" in key and any("/" in text for text in _texts(value)):
             raise ModelError(
                 f"model: {path}: {key} {str(value)[:80]!r} names code on the hub, which is never run; remove the key"
@@ -81,6 +85,15 @@ def check_size(source: ModelSource, config: PretrainedConfig) -> None:
             f"model: {source.folder}: the configuration describes {described:,} weights, the files hold {stored:,}; "
             "not a whole causal language model"
         )
+
+
+def _method(quantisation: Any) -> str:
+    """`` by gptq, 4 bits``, as far as a configuration says so."""
+    if not isinstance(quantisation, dict):
+        return ""
+    name, bits = quantisation.get("quant_method"), quantisation.get("bits")
+    by = f" by {name[:40]!r}" if isinstance(name, str) else ""
+    return f"{by}, {bits} bits" if by and isinstance(bits, int) and 0 < bits < 64 else by
 
 
 def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

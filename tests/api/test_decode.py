@@ -13,23 +13,31 @@ from typer.testing import CliRunner
 from tests.kernels.tiny_models import tiny_plan
 from was_search.api import demo_settings
 from was_search.cli import app
-from was_search.errors import ConfigError
+from was_search.errors import ConfigError, PlanError
 from was_search.fingerprint import fingerprint
 from was_search.model import load_model, resolve_model
 
 run = CliRunner().invoke
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_plan(folder: Path, weights: str = "none") -> Path:
     """A plan of 50 % for the demo checkpoint, with the demo's settings."""
     settings = demo_settings()
     source = resolve_model(settings.model)
-    made = tiny_plan(load_model(source, dtype="float32", device="cpu"))
-    folder = tmp_path_factory.mktemp("decode") / "plan"
-    provenance = {"settings": {"model": settings.model, "data": settings.data}, "study": "none"}
-    dataclasses.replace(made, fingerprint=fingerprint(source), provenance=provenance).save(folder)
-    return folder
+    made = tiny_plan(load_model(source, dtype="float32", device="cpu", weights=weights))
+    short = {"sequence_length": 64, "test_sequences": 8}
+    provenance = {"settings": {"model": settings.model, "data": settings.data, **short}, "study": "none"}
+    return dataclasses.replace(made, fingerprint=fingerprint(source), provenance=provenance).save(folder)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_plan(tmp_path_factory.mktemp("decode") / "plan")
+
+
+@pytest.fixture(scope="module")
+def rounded_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_plan(tmp_path_factory.mktemp("decode") / "rounded", "int4")
 
 
 def result_of(output: str) -> dict:
@@ -94,9 +102,9 @@ def test_over_several_gpus_the_text_and_the_figures_are_the_same(plan, monkeypat
     asked: list[int] = []
     ordinary = model_module.load_model
 
-    def spread(source, *, dtype, device, gpus):
+    def spread(source, *, dtype, device, weights, gpus):
         asked.append(gpus)
-        model = ordinary(source, dtype=dtype, device=device)
+        model = ordinary(source, dtype=dtype, device=device, weights=weights)
         parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
         parts += [f"model.layers.{i}" for i in range(len(model.model.layers))]
         return dispatch_model(model, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
@@ -114,3 +122,67 @@ def test_several_gpus_need_several_gpus(plan, command):
     found = run(app, [*command, "--plan", str(plan), "--device", "cpu", "--gpus", "2"])
     assert isinstance(found.exception, ConfigError)
     assert "gpus: must be 1 with --device cpu, got 2" in str(found.exception)
+
+
+def test_generate_with_rounded_weights(rounded_plan):
+    given = ["generate", "--plan", str(rounded_plan), "--prompt", "def area(radius):\n", "--max-new-tokens", "8"]
+    found = run(app, [*given, "--json"])
+    assert found.exit_code == 0, found.output
+    assert 0.3 < result_of(found.output)["achieved"] < 0.7
+    found = run(app, [*given, "--weights", "none"])
+    assert isinstance(found.exception, PlanError)
+    assert "plan is for int4 weights in groups of 128 outputs (int4:128), the model has weights as stored" in str(
+        found.exception
+    )
+
+
+def test_bench_compares_rounded_weights_with_those_stored(rounded_plan):
+    given = ["bench", "--plan", str(rounded_plan), "--kv-length", "32", "--steps", "3", "--device", "cpu", "--json"]
+    found = run(app, given)
+    assert found.exit_code == 0, found.output
+    dense, sparse = result_of(found.output)["rows"]
+    assert (dense["name"], sparse["name"]) == ("dense", "plan, int4:128")
+    assert sparse["read_bytes"] < 0.5 * dense["read_bytes"]  # the head, the same in both, is a quarter
+
+
+def test_evaluate_shows_the_weights_as_stored_beside(rounded_plan):
+    found = run(app, ["evaluate", "--plan", str(rounded_plan), "--device", "cpu", "--json"])
+    assert found.exit_code == 0, found.output
+    result = result_of(found.output)
+    assert list(result["weights"]) == ["none", "int4:128"]
+    stored, rounded = result["weights"].values()
+    assert "weights" not in stored["protocol"] and rounded["protocol"]["weights"] == "int4:128"
+    assert result["plan"] == rounded["plan"] and result["dense"] == rounded["dense"]
+    assert stored["dense"]["loss_nats"] != rounded["dense"]["loss_nats"]
+    assert abs(stored["dense"]["loss_nats"] - rounded["dense"]["loss_nats"]) < 0.1
+    assert stored["plan"]["achieved_sparsity"] == pytest.approx(rounded["plan"]["achieved_sparsity"], abs=0.03)
+
+
+def test_evaluate_compares_formats(plan):
+    found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", "--weights", "none,int8,int4:32"])
+    assert found.exit_code == 0, found.output
+    shown = " ".join(found.output.split())
+    for text in ("int8:128", "int4:32", "the plan's thresholds were calibrated for none weights"):
+        assert text in shown
+    found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", "--weights", "int3"])
+    assert isinstance(found.exception, ConfigError)
+    assert "weights: must be none, int8 or int4" in str(found.exception)
+
+
+def test_a_protocol_names_rounded_weights():
+    from was_search.api import Context
+
+    with Context(demo_settings(weights="int4", device="cpu")) as context:
+        words = context.tokens_uncached("test").protocol.describe()
+    assert "float32, int4 weights in groups of 128 outputs, batch 8" in words
+
+
+def test_cache_keys_tell_formats_apart():
+    from was_search.api import Context
+
+    keys = set()
+    for weights in ("none", "int8", "int4", "int4:64", "int4:128"):
+        with Context(demo_settings(weights=weights, device="cpu")) as context:
+            keys.add(context.model_key)
+            assert (context.model_key == context.fingerprint) is (weights == "none")
+    assert len(keys) == 4  # int4 is int4:128

@@ -23,9 +23,8 @@ TYPES = {
     "x_ptr": "*{x}", "weight_ptr": "*{x}", "bias_ptr": "*{x}", "y_ptr": "*{x}", "norms_ptr": "*fp32",
     "dense_ptr": "*u8", "partial_ptr": "*fp32", "threshold": "fp32", "packed_ptr": "*u8", "scales_ptr": "*fp16",
 }  # fmt: skip
-ALIGNED = {*TYPES, "d", "d_in", "d_out", "row_bytes", "groups", "stride_row", "stride_sequence", "stride_position"} - {
-    "threshold"
-}
+ALIGNED = {*TYPES, "d", "d_in", "d_out", "row_bytes", "stride_row", "stride_sequence", "stride_position"}
+ALIGNED -= {"threshold"}
 
 
 def ptx(kernel, constants, *, dtype="fp16", capability=90, aligned=True):

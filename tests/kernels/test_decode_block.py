@@ -43,17 +43,17 @@ SIZE: dict[str, Any] = {
     "eos_token_id": None,
 }
 FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
-    "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZE, head_dim=128, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, head_dim=64)),
+    "llama": lambda size: LlamaForCausalLM(LlamaConfig(**size)),
+    "llama-bias": lambda size: LlamaForCausalLM(LlamaConfig(**size, attention_bias=True, mlp_bias=True)),
+    "mistral": lambda size: MistralForCausalLM(MistralConfig(**size, head_dim=128, sliding_window=None)),
+    "qwen2": lambda size: Qwen2ForCausalLM(Qwen2Config(**size)),
+    "qwen3": lambda size: Qwen3ForCausalLM(Qwen3Config(**size, head_dim=64)),
 }
 
 
-def model_of(family: str, device: str, dtype: torch.dtype) -> Any:
+def model_of(family: str, device: str, dtype: torch.dtype, **sizes: int) -> Any:
     torch.manual_seed(3)
-    model = FAMILIES[family]().eval()
+    model = FAMILIES[family]({**SIZE, **sizes}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

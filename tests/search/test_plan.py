@@ -95,6 +95,28 @@ def test_saving_again_replaces(folder):
     assert Plan.load(folder).budget == 0.7
 
 
+def test_a_plan_of_the_first_version_is_for_weights_as_stored(folder):
+    def older(document):
+        document["schema_version"] = 1
+        del document["weights"]
+
+    rewrite(folder, older)
+    assert Plan.load(folder).weights == "none"
+
+
+def test_the_format_of_the_weights_is_kept(tmp_path):
+    plan = dataclasses.replace(make_plan(), weights="int4:64")
+    assert Plan.load(plan.save(tmp_path / "plan")).weights == "int4:64"
+    with pytest.raises(PlanError, match=r"this plan is for int4 weights .*\(int4:64\), the model has .*\(int8:128\)"):
+        plan.require_weights("int8:128")
+    plan.require_weights("int4:64")
+
+
+def test_an_unknown_format_of_weights_is_refused():
+    with pytest.raises(PlanError, match="weights: must be none, int8 or int4"):
+        dataclasses.replace(make_plan(), weights="fp8")
+
+
 def test_the_json_is_for_people(folder):
     document = json.loads((folder / JSON_NAME).read_text())
     np.testing.assert_allclose(document["sparsities"], make_plan().sparsities, atol=5e-7)

@@ -194,5 +194,7 @@ def test_a_header_that_is_longer_than_the_file(folder: Path) -> None:
 
 def test_quantised_weights_are_refused_before_they_are_loaded(folder: Path) -> None:
     change(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match="is quantised, which is not supported"):
+    with pytest.raises(
+        ModelError, match=r"is quantised by 'gptq', 4 bits: .* round it here with --weights int8 or int4"
+    ):
         load_model(str(folder), dtype="float32")

@@ -13,6 +13,7 @@ from was_search.latency import LatencyProfile
 from was_search.plan import Plan
 from was_search.report import step_words
 from was_search.shape import ModelShape
+from was_search.weight_format import AS_STORED, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class StepTimes:
     """One way to decode, measured.
 
     Attributes:
-        name: ``dense``, ``dense, compiled`` or ``plan``.
+        name: ``dense``, ``dense, compiled`` or ``plan``; with rounded weights their format behind it.
         p20_ms: a step's time, 20th percentile; likewise ``p50_ms`` and ``p80_ms``.
         tokens_per_s: of all rows.
         read_bytes: weights behind live channels, the head and the cache.
@@ -53,6 +54,8 @@ def bench(
 ) -> list[StepTimes]:
     """Time one-token steps over a static cache on the settings' test text, dense and with ``plan``.
 
+    Where the settings round the weights, the dense steps are those of the weights as stored: what a user comes from.
+
     Args:
         context: settings: model, data, device and dtype.
         plan: None: the dense model alone.
@@ -63,12 +66,14 @@ def bench(
 
     Raises:
         ConfigError: an option out of range, or too little text.
-        PlanError: the plan belongs to another model.
+        PlanError: the plan belongs to another model, or to weights of another format.
     """
     import torch
 
     from was_kernels import sparsify
     from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+    from was_search.quantised import quantise_projections
+    from was_search.structure import find_structure
 
     for name, value, least in (("batch", batch, 1), ("kv_length", kv_length, 32), ("steps", steps, 1)):
         if value < least:
@@ -80,7 +85,10 @@ def bench(
             f"kv_length: {batch} rows of {each} tokens need {batch * each} tokens of test text, there are {len(text)}; "
             "raise test_sequences or give more data"
         )
-    model, structure = load_for(context, plan)
+    form = WeightFormat.parse(context.settings.weights)
+    if plan is not None:
+        plan.require_weights(context.settings.weights)
+    model, structure = load_for(context.rounded(AS_STORED), plan, any_weights=True)
     room = getattr(model.config, "max_position_embeddings", 2 * kv_length)
     if kv_length + steps > room:
         raise ConfigError(f"kv_length: {kv_length} and {steps} steps exceed the model's {room} positions")
@@ -109,7 +117,9 @@ def bench(
             )
         )
 
-    with context.reporter.phase("time decode steps", 1 + compiled + (plan is not None)) as advance:
+    rounded = "" if form is None else f", {form}"
+    more = plan is not None or form is not None
+    with context.reporter.phase("time decode steps", 1 + compiled + more) as advance:
         every = projection_bytes([linear for _, _, linear in structure.linears()])
         expected = {} if profile is None else profile.dense
         add("dense", DecodeStep(model, tokens, kv_length), every, 0.0, None, expected.get("eager"))
@@ -119,6 +129,13 @@ def bench(
             add("dense, compiled", step, every, 0.0, None, expected.get("compiled"))
             advance()
         backend = "dense"
+        if form is not None:
+            quantise_projections(structure, form)
+            structure = find_structure(model)
+        if plan is None and form is not None:
+            held = projection_bytes([linear for _, _, linear in structure.linears()])
+            add(f"dense{rounded}", DecodeStep(model, tokens, kv_length), held, 0.0, None)
+            advance()
         if plan is not None:
             handle = sparsify(model, plan)
             try:
@@ -126,7 +143,7 @@ def bench(
                 step = DecodeStep(model, tokens, kv_length)
                 counted = step.counted(handle)
                 ahead = None if profile is None else profile.seconds(counted.sparsities)
-                add("plan", step, counted.weight_bytes, counted.sparsity, counted.live_channels, ahead)
+                add(f"plan{rounded}", step, counted.weight_bytes, counted.sparsity, counted.live_channels, ahead)
             finally:
                 handle.restore()
             advance()
