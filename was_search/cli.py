@@ -36,6 +36,7 @@ CLUSTER: dict[str, Any] = {
 }
 CALIBRATE: dict[str, Any] = {
     "score": _option(str | None, "Norm in the score: l1, l2 or none."),
+    "masks": _option(str | None, "separate, or shared: one for q, k, v and one for gate, up."),
     "calibration_sequences": _option(int | None, "At most so many sequences for histograms."),
     "dense_prefix": _option(int | None, "Tokens at a sequence's start that are never masked."),
 }

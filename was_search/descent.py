@@ -96,8 +96,11 @@ def descend(
 
 
 def onto_budget(sparsities: FloatArray, shape: ModelShape, target: float, highest: float = HIGHEST) -> FloatArray:
-    """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm."""
-    flat = project(sparsities.ravel(), shape.params.ravel(), target, 0.0, highest)
+    """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm.
+
+    Projections that share a mask get one sparsity.
+    """
+    flat = project(shape.tie(sparsities).ravel(), shape.params.ravel(), target, 0.0, highest)
     return flat.reshape(shape.params.shape)
 
 

@@ -34,8 +34,8 @@ def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target:
         shape: the model's.
         target: the budget, met exactly.
     """
-    sparsities = spend(prices, grid, shape.params, target)
-    blocks = tuple(path(prices[b], grid, shape.params[b]) for b in range(shape.n_blocks))
+    sparsities = spend(prices, grid, shape.params, target, groups=shape.groups)
+    blocks = tuple(path(prices[b], grid, shape.params[b], groups=shape.groups) for b in range(shape.n_blocks))
     return Seed("fisher", Table("fisher", blocks), shape.levels(sparsities), sparsities)
 
 

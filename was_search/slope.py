@@ -40,7 +40,8 @@ class Slopes:
     """What one pass found.
 
     Attributes:
-        slopes: nats per token for one unit of each projection's sparsity, float64 [L, 7].
+        slopes: nats per token for one unit of each projection's sparsity, float64 [L, 7]; that of a shared mask is
+            divided among its projections by parameters.
         histograms: of the scores before masking, outside the dense prefix.
         nats: mean loss of the pass, nats per predicted token.
         tokens: of the pass, in all positions; forward and backward cost about three times as many.
@@ -108,8 +109,8 @@ def slope_pass(
     )
     n_tokens = len(tokens) * predicted
     change = torch.stack([part.cpu() for part in changes]).numpy()
-    slopes = change / n_tokens / np.maximum(upper - lower, 1e-9)
-    counted = torch.stack([part.cpu() for part in counts]).numpy()
+    slopes = structure.shape.divided(change) / n_tokens / np.maximum(upper - lower, 1e-9)
+    counted = structure.shape.copied(torch.stack([part.cpu() for part in counts]).numpy())
     return Slopes(slopes, Histograms(counted), nats / n_tokens, int(tokens.size))
 
 

@@ -194,6 +194,7 @@ class Context:
             dtype=placement.dtype,
             device=placement.device,
             score=settings.score,
+            masks=settings.masks,
             log_format=logs.configured(),
             spread=placement.gpus_per_worker > 1,
         )

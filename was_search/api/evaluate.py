@@ -98,7 +98,7 @@ def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]
     placement = context.placement_here
     with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
         model = load_model(context.source, dtype=placement.dtype, device=placement.device)
-        structure = find_structure(model)
+        structure = find_structure(model, context.settings.masks if plan is None else plan.shape.masks)
     if plan is not None:
         plan.require_shape(structure.shape)
     return model, structure

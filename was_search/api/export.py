@@ -125,7 +125,7 @@ def _top(context: Context, request: Request) -> Any:
 def _key(context: Context, request: Request) -> str:
     protocol = context.tokens(request.split).protocol
     settings, device = context.settings, context.placement.device
-    parts = ["evaluation", 2, context.fingerprint, settings.score, protocol, device, _thresholds(request)]
+    parts = ["evaluation", 2, context.fingerprint, settings.scoring, protocol, device, _thresholds(request)]
     if _by_divergence(context, request):
         parts.append(dense_top_key(context))
     return content_hash(*parts)
@@ -295,7 +295,7 @@ def stored_result(context: Context) -> SearchResult:
 
 
 def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
-    key = content_hash("norms", 1, context.fingerprint, context.settings.score, context.placement.dtype)
+    key = content_hash("norms", 1, context.fingerprint, context.settings.scoring, context.placement.dtype)
     shape = calibration.shape
     width = sum(sum(row) for row in shape.in_features)
     flat = context.cache.get("norms", key, lambda row: unpack_array(row.payload, (width,), np.float32))

@@ -183,6 +183,7 @@ def identity(context: Context) -> dict[str, Any]:
         "model": context.fingerprint,
         "target": settings.target,
         "score": settings.score,
+        **({} if settings.masks == "separate" else {"masks": settings.masks}),
         "sampler": settings.sampler,
         "space": settings.space,
         "radius": settings.radius,
