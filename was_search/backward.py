@@ -15,6 +15,7 @@ from was_search.recompute import recomputed_blocks
 from was_search.shape import IntArray
 from was_search.structure import Structure
 
+
 def backward_pass(
     model: nn.Module,
     structure: Structure,

@@ -152,7 +152,7 @@ def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
 
 
 _OF_A_PLAN = (
-    *("model", "data", "device", "dtype", "score", "masks", "seed", "sequence_length", "stride", "batch_size", "dense_prefix"),
-    *("calibration_sequences", "search_sequences", "test_sequences"),
+    *("model", "data", "device", "dtype", "score", "masks", "seed", "sequence_length", "stride", "batch_size"),
+    *("dense_prefix", "calibration_sequences", "search_sequences", "test_sequences"),
 )
 """Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""

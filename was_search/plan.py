@@ -140,6 +140,7 @@ class Plan:
                 theirs = (shape.out_features[b][p], shape.in_features[b][p])
                 if ours != theirs:
                     raise PlanError(f"block {b}, {name}: plan for a {ours} weight, the model has {theirs}")
+        raise PlanError(f"plan with {self.shape.masks} masks, the model's are {shape.masks}; export the plan again")
 
     def save(self, folder: Path) -> Path:
         """Write the two files into ``folder`` (made if missing); each file appears whole or not at all.

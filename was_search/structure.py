@@ -25,7 +25,7 @@ class Block:
     Attributes:
         name: in the model.
         module: the layer.
-        projections: by name; those of a fused map are linear maps on rows of its weight, which no forward calls.
+        projections: by name; those of a fused map are stand-ins with its input and their width, and no weights.
         fused: fused maps by the projections that they hold.
     """
 
@@ -106,8 +106,7 @@ def find_structure(model: nn.Module, masks: Masks = "separate") -> Structure:
     wanted = ", ".join(_SUFFIXES)
     if best is None:
         raise ModelError(
-            f"{_kind(model)}: no list of decoder blocks with the linear maps {wanted} was found"
-            + _fused_hint(model)
+            f"{_kind(model)}: no list of decoder blocks with the linear maps {wanted} was found" + _fused_hint(model)
         )
     blocks = tuple(_block(f"{best[0]}.{i}", child, wanted, _kind(model)) for i, child in enumerate(best[1]))
     if masks == "separate" and (fused := sorted(_leaf(path) for path in _fused_paths(blocks[0]))):
@@ -163,12 +162,10 @@ def _block(name: str, module: nn.Module, wanted: str, kind: str) -> Block:
     return Block(name, module, found, fused)
 
 
-def _parts(
-    name: str, members: tuple[int, ...], fused: nn.Linear, beside: dict[str, nn.Linear]
-) -> dict[str, nn.Linear]:
-    """The projections of a fused map as linear maps on rows of its weight.
+def _parts(name: str, members: tuple[int, ...], fused: nn.Linear, beside: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Stand-ins for the projections of a fused map.
 
-    Their order in the weight decides which rows are whose, but nothing that is computed: they share one mask.
+    Whose rows of its weight are whose depends on the family, and nothing here does: they share one mask.
     """
     rows = fused.out_features
     widths: tuple[int, ...]
@@ -180,16 +177,13 @@ def _parts(
     names = [PROJECTIONS[p] for p in members]
     if sum(widths) != rows or min(widths) < 1 or any(part in beside for part in names):
         raise ModelError(f"{name}: a fused map of {rows} outputs cannot be told apart into {', '.join(names)}")
-    return {part: _view(fused, sum(widths[:i]), widths[i]) for i, part in enumerate(names)}
+    return {part: _stand_in(fused, width) for part, width in zip(names, widths, strict=True)}
 
 
-def _view(fused: nn.Linear, first: int, width: int) -> nn.Linear:
-    part = nn.Linear(fused.in_features, width, bias=False, device="meta")
-    rows = slice(first, first + width)
-    part.weight = nn.Parameter(fused.weight.detach()[rows], requires_grad=False)
-    if fused.bias is not None:
-        part.bias = nn.Parameter(fused.bias.detach()[rows], requires_grad=False)
-    return part
+def _stand_in(fused: nn.Linear, width: int) -> nn.Linear:
+    # On the meta device: a view of the weight would keep it alive while the runtime lays it out anew.
+    bias = fused.bias is not None
+    return nn.Linear(fused.in_features, width, bias=bias, device="meta", dtype=fused.weight.dtype)
 
 
 def _is_plain(linear: nn.Linear) -> bool:

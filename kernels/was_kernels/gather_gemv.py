@@ -70,12 +70,15 @@ class Cut:
 
 
 @lru_cache(maxsize=256)
-def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int) -> Cut:
+def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int, one_list: bool = False) -> Cut:
     """Fill every multiprocessor once, as evenly as whole blocks allow.
 
     A weight row's piece is 512 bytes where that still leaves enough blocks, else 256. A block has at least as many
-    channels as threads, so that scoring them is one pass.
+    channels as threads, so that scoring them is one pass. With ``one_list`` a block has half of its columns of gate
+    and half of up: it is cut like one projection of both widths.
     """
+    if one_list:
+        widths = (sum(widths),)
     compiled_rows = next(n for n in (1, 2, 4, 8) if n >= rows)
     residents = {1: 4, 2: 3, 4: 2, 8: 2}[compiled_rows]
     lanes = 32 if compiled_rows == 1 and sum(ceil_div(width, 256) for width in widths) >= 32 else 16
@@ -115,11 +118,13 @@ def _launch_gather(
     residual: Tensor | None,
     dense: Tensor | None,
     early: bool,
+    one_list: bool,
 ) -> Tensor:
     rows, d_in = x.shape
     widths = tuple(weight.shape[1] for weight in weights)
     early = early and torch.cuda.get_device_capability(x.device)[0] >= 9
-    cut = choose_cut(d_in, widths, rows, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    cut = choose_cut(d_in, widths, rows, processors, one_list)
     out = torch.empty((rows, widths[0] if gated else sum(widths)), dtype=x.dtype, device=x.device)
     n_blocks = sum(cut.blocks)
     if n_blocks > len(arrived):
@@ -149,6 +154,7 @@ def _launch_gather(
         "ROWS": cut.rows,
         "PARTS": len(weights),
         "GATED": int(gated),
+        "ONE_LIST": int(one_list),
         "NORMED": int(norm_weight is not None),
         "CAPACITY": cut.capacity,
         "MIN_BLOCKS": cut.residents,
@@ -202,7 +208,7 @@ def gather_gemv_reference(
     schema=(
         "(Tensor x, Tensor[] weights, Tensor[] norms, float[] thresholds, Tensor?[] biases, Tensor arrived, "
         "bool gated=False, Tensor? norm_weight=None, float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, "
-        "bool early=False) -> Tensor"
+        "bool early=False, bool one_list=False) -> Tensor"
     ),
 )
 def _gather_gemv_op(
@@ -218,8 +224,11 @@ def _gather_gemv_op(
     residual: Tensor | None = None,
     dense: Tensor | None = None,
     early: bool = False,
+    one_list: bool = False,
 ) -> Tensor:
     _require_gather(x, weights, norms, thresholds, biases, gated, norm_weight, residual)
+    if one_list and not (gated and thresholds[0] == thresholds[1] and norms[0].data_ptr() == norms[1].data_ptr()):
+        raise ValueError("one_list: takes two gated weights with one threshold and one tensor of norms")
     if not x.is_cuda:
         return gather_gemv_reference(
             x, weights, norms, thresholds, biases, gated, norm_weight, epsilon, residual, dense
@@ -228,7 +237,7 @@ def _gather_gemv_op(
         x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     return _launch_gather(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
+        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early, one_list
     )
 
 
@@ -253,6 +262,7 @@ def gather_gemv(
     residual: Tensor | None = None,
     dense: Tensor | None = None,
     early: bool = False,
+    one_list: bool = False,
 ) -> Tensor:
     """Sparse projections of one input in one launch: ``y_p = W_p[:, kept_p] x[kept_p] + bias_p``, side by side.
 
@@ -275,6 +285,8 @@ def gather_gemv(
         dense: bool [B]: rows that keep every channel.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
             ``x``; norms and ``norm_weight`` are read before it has ended.
+        one_list: when gated, and both weights have one mask (one threshold, the same tensor of norms): list its
+            channels once for both.
 
     Returns:
         [B, sum of widths], or [B, width] when gated.
@@ -283,7 +295,7 @@ def gather_gemv(
         ValueError: shapes, dtypes or counts other than these.
     """
     y: Tensor = torch.ops.was.gather_gemv(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
+        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early, one_list
     )
     return y
 

@@ -74,7 +74,9 @@ def test_refuses_gpt2():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     )
-    with pytest.raises(ModelError, match=rf"GPT2LMHeadModel \(model_type gpt2\): no list .* {WANTED} was found; .*\(c_attn, c_fc\)"):
+    with pytest.raises(
+        ModelError, match=rf"GPT2LMHeadModel \(model_type gpt2\): no list .* {WANTED} was found; .*\(c_attn, c_fc\)"
+    ):
         find_structure(model)
 
 
@@ -96,11 +98,9 @@ def test_fused_maps_need_shared_masks(family, extra, fused):
     layer = model.model.layers[1]
     inputs = {masked.members: masked.linears for masked in structure.inputs() if masked.block == 1}
     assert inputs[4, 5] == (layer.mlp.gate_up_proj,)
-    q = structure.blocks[1].projections["q"].weight
+    assert structure.blocks[1].projections["gate"].weight.is_meta
     if family == "Phi3":
         assert inputs[0, 1, 2] == (layer.self_attn.qkv_proj,)
-        assert torch.equal(q, layer.self_attn.qkv_proj.weight[:16])
-        assert q.data_ptr() == layer.self_attn.qkv_proj.weight.data_ptr()
     else:
         assert inputs[0, 1, 2] == tuple(getattr(layer.self_attn, f"{name}_proj") for name in "qkv")
 

@@ -3,10 +3,11 @@
 // A block owns COLUMNS outputs of one projection and a share of the input channels. It scores its channels, lists the
 // kept ones in shared memory, and its warps stream their weight rows: every lane reads 16 contiguous bytes, UNROLL
 // rows in flight. The block that arrives last adds the shares in their order, so that two runs give the same bits.
-// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up.
+// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up. With ONE_LIST both have one
+// mask: a block's lanes read gate in their first half and up in their second, behind one list.
 //
 // Compiled by NVRTC with these macros: BF16, LANES (threads along a weight row: 8, 16 or 32), WARPS, UNROLL, ROWS,
-// PARTS, GATED, NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
+// PARTS, GATED, ONE_LIST (GATED only), NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
 // MIN_BLOCKS (of a multiprocessor), PDL (wait for the kernel before as late as possible).
 
 #include "common.cuh"
@@ -15,7 +16,9 @@
 #define COLUMNS (LANES * 8)
 #define GROUPS (THREADS / LANES)
 #define PASSES (CAPACITY / THREADS)
-#define PHASES (GATED ? 2 : 1)
+#define PHASES (GATED && !ONE_LIST ? 2 : 1)
+#define SUMS (GATED ? 2 : 1)
+#define OUTPUTS (ONE_LIST ? COLUMNS / 2 : COLUMNS)
 #define STRIPE 16
 
 struct Projection {
@@ -76,7 +79,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int capacity = ((stripes + shares - 1) / shares) * STRIPE;
 
     int which = 0;
-#if GATED
+#if ONE_LIST
+    const int block = blockIdx.x;
+#elif GATED
     which = blockIdx.x % 2;
     const int block = blockIdx.x / 2;
 #else
@@ -86,7 +91,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int block = blockIdx.x;
 #endif
     const Projection& own = group.part[which];
-    const int first_column = (block - (int)own.first_block) * COLUMNS;
+    const int first_column = (block - (int)own.first_block) * OUTPUTS;
 
     // What does not depend on the kernel before. The residual was made by an earlier one.
     float norms[PASSES];
@@ -192,9 +197,15 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     }
     __syncthreads();
 
+#if ONE_LIST
+    const int column = first_column + (lane % (LANES / 2)) * 8;
+    const Projection& read = group.part[lane % LANES / (LANES / 2)];
+#else
     const int column = first_column + (lane % LANES) * 8;
+    const Projection& read = own;
+#endif
     if (column >= own.width) n = 0;
-    const u16* weight = own.weight + column;
+    const u16* weight = read.weight + column;
     const unsigned long long policy = read_once();
     float total[ROWS][8];
 #pragma unroll
@@ -207,7 +218,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         for (int u = 0; u < UNROLL; u++) {
             const int i = first + u * GROUPS;
             v[u] = make_uint4(0u, 0u, 0u, 0u);
-            if (i < n) v[u] = stream(weight + list[i] * own.stride, policy);
+            if (i < n) v[u] = stream(weight + list[i] * read.stride, policy);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -227,7 +238,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
     float* place = parts + (long long)block * PHASES * shares * (ROWS * COLUMNS);
-    float* mine = place + ((GATED ? which : 0) * shares + share) * (ROWS * COLUMNS);
+    float* mine = place + ((PHASES == 2 ? which : 0) * shares + share) * (ROWS * COLUMNS);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -252,15 +263,19 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     __syncthreads();
     if (!is_last) return;
 
-    for (int i = thread; i < ROWS * COLUMNS; i += THREADS) {
-        const int r = i / COLUMNS, out = first_column + i % COLUMNS;
+    for (int i = thread; i < ROWS * OUTPUTS; i += THREADS) {
+        const int r = i / OUTPUTS, out = first_column + i % OUTPUTS;
         if (r >= rows || out >= own.width) continue;
         const float beside = residual == nullptr ? 0.0f : widen(residual[r * out_stride + out]);
-        float sum[PHASES];
+        float sum[SUMS];
 #pragma unroll
-        for (int f = 0; f < PHASES; f++) {
+        for (int f = 0; f < SUMS; f++) {
             sum[f] = 0.0f;
+#if ONE_LIST
+            const float* from = place + r * COLUMNS + f * OUTPUTS + i % OUTPUTS;
+#else
             const float* from = place + f * shares * (ROWS * COLUMNS) + i;
+#endif
 #pragma unroll 8
             for (int s = 0; s < shares; s++) sum[f] += __ldcg(from + s * (ROWS * COLUMNS));
             const u16* bias = group.part[GATED ? f : which].bias;
