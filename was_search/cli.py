@@ -220,6 +220,13 @@ def export(
             help="Do not look for a study of the target: write the vector between the nearest studies below and above.",
         ),
     ] = False,
+    with_weights: Annotated[
+        bool,
+        typer.Option(
+            "--with-weights",
+            help="Add the model's weights, laid out for decoding, its configuration and tokenizer: a folder to serve.",
+        ),
+    ] = False,
 ) -> None:
     """Re-calibrate the best vector of a study and write the plan.
 
@@ -230,6 +237,8 @@ def export(
     def step(context: Any) -> None:
         interpolated = interpolate or api.may_interpolate(context)
         folder = api.interpolate(context) if interpolated else api.export(context)
+        if with_weights:
+            api.add_weights(context, folder)
         context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 

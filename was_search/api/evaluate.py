@@ -94,7 +94,8 @@ def load_for(context: Context, plan: Plan | None) -> tuple[nn.Module, Structure]
     from was_search.structure import find_structure
 
     if plan is not None:
-        plan.require_model(context.fingerprint, plan.shape)
+        columns = context.source.columns
+        plan.require_model(context.fingerprint if columns is None else columns.fingerprint, plan.shape)
     placement = context.placement_here
     with context.reporter.phase(f"load the model on {placement.device}, {placement.dtype}"):
         model = load_model(context.source, dtype=placement.dtype, device=placement.device)

@@ -172,6 +172,28 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     return folder
 
 
+def add_weights(context: Context, folder: Path) -> Path:
+    """Add to the plan in ``folder`` the model's weights as decoding reads them; then it is all that a server needs.
+
+    The weights keep the checkpoint's dtype, unless the settings name another.
+
+    Raises:
+        PlanError: the plan is of another model, or the folder cannot be written.
+    """
+    from was_search.checkpoint import read_config
+    from was_search.column_layout import save_columns
+    from was_search.model import DTYPES, load_model
+
+    plan = Plan.load(folder)
+    plan.require_model(context.fingerprint, plan.shape)
+    config = read_config(context.source)
+    stored, dtype = config.get("dtype", config.get("torch_dtype")), context.settings.dtype
+    if dtype == "auto":
+        dtype = stored if stored in DTYPES else "bfloat16"
+    with context.reporter.phase(f"write weights for decoding, {dtype}"):
+        return save_columns(load_model(context.source, dtype=dtype), plan, context.source, folder)
+
+
 def write_plan(context: Context, result: SearchResult) -> Path:
     """Write the plan of the study's best vector and add it to the study's report; returns the plan's folder.
 
