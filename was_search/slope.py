@@ -139,10 +139,12 @@ def slope_terms(
     score = scores(x[:, prefix:], norms)
     body = gradient[:, prefix:].float()
     inside = (score >= low) & (score < high)
-    change = -(body * x[:, prefix:].float() * inside).sum(dtype=torch.float64)
+    zero = torch.zeros((), device=x.device)
+    change = -torch.where(inside, body * x[:, prefix:].float(), zero).sum(dtype=torch.float64)
     factor = (score >= threshold).float()
     reach = width * threshold
-    factor += ((score - threshold).abs() < reach) * score / (2.0 * reach).clamp_min(1e-30)
+    # Not times a mask: an infinite score outside of the band would become NaN.
+    factor += torch.where((score - threshold).abs() < reach, score, zero) / (2.0 * reach).clamp_min(1e-30)
     passed = torch.cat([gradient[:, :prefix], (body * factor).to(gradient.dtype)], dim=1)
     return passed, change, bin_counts(score)
 
