@@ -130,7 +130,8 @@ def _show(context: Context, result: PlanEvaluation, plan: Plan | None) -> None:
         }
         rows.append(
             [
-                f"plan ({plan.provenance.get('study', '?')})",
+                f"plan ({plan.provenance.get('study', '?')})"
+                + (", shared masks" if plan.shape.masks == "shared" else ""),
                 f"{100 * plan.shape.sparsity(plan.sparsities):.2f} %",
                 f"{100 * result.achieved:.2f} %",
                 f"{result.sparse.loss_nats:.4f}",
