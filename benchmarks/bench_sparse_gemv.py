@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from benchmarks.rows import commit
+from was_kernels.decode_timing import read_bandwidth
 from was_kernels.sparse_gemv import sparse_gemv
 
 RESULTS = Path(__file__).parent / "results" / "sparse_gemv.jsonl"
@@ -86,13 +87,6 @@ def percentiles(calls: Sequence[Callable[[], object]], replays: int) -> tuple[fl
     times = torch.tensor([1000.0 * start.elapsed_time(end) / len(calls) for start, end in events])
     low, middle, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     return low, middle, high
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a plain reduction over 4 GiB: what reading alone reaches on this GPU."""
-    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
-    fastest, _, _ = percentiles([lambda: data.sum()], 20)
-    return float(data.numel() * 4 / (fastest * 1e-6))
 
 
 def counted(x: Tensor, norms: Tensor, threshold: float) -> tuple[float, float]:
@@ -169,25 +163,6 @@ def measure(
     return rows
 
 
-def commit() -> str:
-    """Short hash of the checkout, with ``+`` for uncommitted changes; empty outside one."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
 def table(rows: list[Row]) -> str:
     lines = [f"{'shape':>12} {'B':>3} {'dtype':>5} {'sparsity':>8} {'p50 us':>8} {'limit':>6} {'dense us':>9} {'x':>5}"]
     for row in rows:
@@ -209,7 +184,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times on anything else would mean nothing")
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(torch.device("cuda"))
     torch.cuda.empty_cache()
     print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
     rows: list[Row] = []

@@ -39,7 +39,7 @@ import numpy as np
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool
 
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import append_row, commit, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "coordinator.jsonl"
 VERSIONS = ("optuna", "sqlalchemy", "psycopg2-binary", "numpy")
@@ -353,7 +353,6 @@ def _autocommit(url: str) -> Any:
 
 
 def conditions() -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     found = {}
     for package in VERSIONS:
         with suppress(PackageNotFoundError):
@@ -363,7 +362,7 @@ def conditions() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": found,
-        "commit": git.stdout.strip(),
+        "commit": commit(),
     }
 
 

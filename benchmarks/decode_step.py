@@ -28,16 +28,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.bench_sparse_gemv import commit
+from benchmarks.rows import commit
 from scripts.make_random_model import SHAPES, draw
 from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
 from was_kernels.runtime import sparsify
 from was_search.fingerprint import fingerprint
+from was_search.inputs import hook_inputs
 from was_search.masking import structure_norms
 from was_search.model import resolve_model
 from was_search.plan import Plan
 from was_search.quantised import quantise_projections
-from was_search.shape import N_PROJECTIONS
+from was_search.shape import MASKS, N_PROJECTIONS, Masks
 from was_search.structure import find_structure
 from was_search.weight_format import AS_STORED, WeightFormat, canonical
 
@@ -56,6 +57,7 @@ class Row:
     batch: int
     kv_length: int
     path: str
+    masks: str
     nominal_sparsity: float
     sparsity: float
     p20_ms: float
@@ -95,31 +97,29 @@ def build(name: str, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def plan_at(model: Any, sparsity: float, dense_prefix: int = 1) -> Plan:
+def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix: int = 1) -> Plan:
     """A plan of one sparsity everywhere, for tokens at random: exact on the calibration tokens."""
-    structure = find_structure(model)
+    structure = find_structure(model, masks)
     norms = structure_norms(structure, "l2")
     thresholds = np.zeros((len(structure.blocks), N_PROJECTIONS), np.float32)
 
-    def hook(b: int, p: int) -> Any:
-        def mask(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            (x,) = args
-            scores = x[:, dense_prefix:].abs().float() * norms[b][p]
-            rank = max(1, round(sparsity * scores.numel()))
-            limit = scores.flatten().kthvalue(rank).values
-            thresholds[b, p] = float(limit)
-            kept = torch.where(x.abs().float() * norms[b][p] >= limit, x, torch.zeros_like(x))
-            kept[:, :dense_prefix] = x[:, :dense_prefix]
-            return (kept,)
-
-        return mask
+    def mask(b: int, p: int, x: Tensor) -> Tensor:
+        scores = x[:, dense_prefix:].abs().float() * norms[b][p]
+        rank = max(1, round(sparsity * scores.numel()))
+        limit = scores.flatten().kthvalue(rank).values
+        thresholds[b, p] = float(limit)
+        kept = torch.where(x.abs().float() * norms[b][p] >= limit, x, torch.zeros_like(x))
+        kept[:, :dense_prefix] = x[:, :dense_prefix]
+        return kept
 
     if sparsity > 0.0:
-        handles = [linear.register_forward_pre_hook(hook(b, p)) for b, p, linear in structure.linears()]
-        tokens = torch.randint(0, model.config.vocab_size, (1, CALIBRATION_TOKENS), device="cuda")
+        handles = hook_inputs(structure, mask)
+        device = next(model.parameters()).device
+        tokens = torch.randint(0, model.config.vocab_size, (1, CALIBRATION_TOKENS), device=device)
         model.model(tokens, use_cache=False)
         for handle in handles:
             handle.remove()
+    thresholds = structure.shape.copied(thresholds)
     return Plan(
         model="random",
         revision="",
@@ -158,10 +158,12 @@ def cases(model: Any, options: argparse.Namespace) -> Iterator[Case]:
     if (form := WeightFormat.parse(options.weights)) is not None:
         quantise_projections(find_structure(model), form)
     for sparsity in options.sparsities:
-        handle = sparsify(model, plan_at(model, sparsity), backend=options.backend)
+        plan = plan_at(model, sparsity, options.masks)
+        handle = sparsify(model, plan, backend=options.backend, one_list=options.one_list)
         step = DecodeStep(model, tokens, options.kv_length)
         counted = step.counted(handle)
-        yield Case(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
+        path = handle.backend + (", one list" if options.one_list else "")
+        yield Case(path, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         handle.restore()
 
 
@@ -184,6 +186,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             batch=options.batch,
             kv_length=options.kv_length,
             path=case.path,
+            masks="" if case.path.startswith("dense") else options.masks,
             nominal_sparsity=case.nominal_sparsity,
             sparsity=case.sparsity,
             p20_ms=times.p20,
@@ -232,6 +235,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-length", type=int, default=256)
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "reference"), default="auto")
+    parser.add_argument("--masks", choices=MASKS, default="separate")
+    parser.add_argument("--one-list", action="store_true", help="with --masks shared: see sparsify")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's dense step too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(arguments)

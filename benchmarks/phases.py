@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import commit
 from was_search.api import Context, calibrate, search, seed
 from was_search.progress import RichReporter
 from was_search.settings import Settings, load_settings
@@ -66,7 +66,7 @@ def main() -> None:
             ],
             "versions": {name: version(name) for name in ("torch", "transformers", "ray", "optuna")},
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": commit(),
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a", encoding="utf-8") as file:
@@ -83,11 +83,6 @@ def _timed(phases: dict[str, Any], name: str, step: Any, context: Context | None
         peaks = context.pool.map([("peak_bytes",)] * context.pool.n_workers)
         phases[name]["peak_gib"] = round(max(peaks) / 2**30, 3)
     return result
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +25,7 @@ from typing import get_type_hints
 
 from benchmarks.methods import METHODS
 from benchmarks.problem import Engine, Setup, prepare
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import append_row, commit, read_rows
 from benchmarks.runs import jobs, pairs, results
 from was_search.errors import ConfigError, WasError
 
@@ -96,20 +95,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"  # on the path without its metadata
     return found
-
-
-def commit() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return found.stdout.strip()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

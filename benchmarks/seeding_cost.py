@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rows import append_row
-from benchmarks.search_quality import commit, versions
+from benchmarks.rows import append_row, commit
+from benchmarks.search_quality import versions
 from was_search.descent import DescentOptions
 from was_search.evaluation import sequence_nats
 from was_search.pricing import DEFAULT_GRID

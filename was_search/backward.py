@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from was_search.evaluation import sequence_nats
+from was_search.inputs import InputFunction, hook_inputs
 from was_search.recompute import recomputed_blocks
 from was_search.shape import IntArray
 from was_search.structure import Structure
-
-InputFunction = Callable[[int, int, Tensor], Tensor]
-"""(block, projection, input [batch, positions, d]) -> what the projection sees; differentiable."""
 
 
 def backward_pass(
@@ -56,13 +54,7 @@ def backward_pass(
 
 @contextmanager
 def _on_inputs(structure: Structure, function: InputFunction) -> Iterator[None]:
-    def hook(b: int, p: int) -> Any:
-        def apply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-            return (function(b, p, args[0]),)
-
-        return apply
-
-    handles = [linear.register_forward_pre_hook(hook(b, p)) for b, p, linear in structure.linears()]
+    handles = hook_inputs(structure, function)
     try:
         yield
     finally:

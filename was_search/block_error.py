@@ -62,7 +62,7 @@ def block_error(
     The norm is taken over the tokens outside the dense prefix of all ``inputs``; float32 accumulation.
     """
     module = structure.blocks[block].module
-    one = Structure((structure.blocks[block],))
+    one = Structure((structure.blocks[block],), structure.masks)
     histograms = Histograms(dense.counts[block : block + 1])
 
     @torch.inference_mode()

@@ -44,6 +44,8 @@ class Budget(Protocol):
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
         """``sparsities`` [L, 7] moved by one shift, clipped to [0, highest], so that they meet the budget.
 
+        Projections that share a mask get one sparsity first.
+
         Raises:
             InfeasibleError: values that are not finite, or a budget out of reach.
         """
@@ -85,7 +87,8 @@ class SparsityBudget:
         return self.shape.sparsity(sparsities)
 
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
-        flat = project(sparsities.ravel(), self.shape.params.ravel(), self.target, 0.0, highest)
+        tied = self.shape.tie(sparsities)
+        flat = project(tied.ravel(), self.shape.params.ravel(), self.target, 0.0, highest)
         return flat.reshape(self.shape.params.shape)
 
     def onto_levels(self, levels: FloatArray, table: Table, upper: npt.ArrayLike) -> FloatArray:
@@ -96,7 +99,7 @@ class SparsityBudget:
         return np.asarray(direction - float((direction * share).sum()), np.float64)
 
     def spend(self, prices: FloatArray, grid: FloatArray) -> FloatArray:
-        return spend(prices, grid, self.shape.params, self.target)
+        return spend(prices, grid, self.shape.params, self.target, groups=self.shape.groups)
 
 
 def budget_of(target: Target, shape: ModelShape) -> Budget:

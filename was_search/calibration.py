@@ -65,7 +65,9 @@ def histogram_pass(
         counts[b, p] = value.cpu().numpy()
     for (b, p), value in dropped.items():
         under_counts[b, p] = int(value)
-    return Histograms(counts), counts.sum(axis=-1), under_counts
+    shape = structure.shape
+    counts = shape.copied(counts)
+    return Histograms(counts), counts.sum(axis=-1), shape.copied(under_counts)
 
 
 def operating_point(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from was_search.column_layout import COLUMNS_NAME, ColumnLayout
 from was_search.errors import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -39,12 +41,14 @@ class ModelSource:
         display_name: without folders.
         folder: the checkpoint's files, for a hub id its snapshot in the local cache.
         revision: the hub's commit; "" for a folder.
+        columns: where the weights lie if they are stored column-major, beside a plan; None for a plain checkpoint.
     """
 
     name: str
     display_name: str
     folder: Path
     revision: str
+    columns: ColumnLayout | None = None
 
     @property
     def location(self) -> str:
@@ -54,18 +58,25 @@ class ModelSource:
     def tokenizer_hash(self) -> str:
         """sha256 over the tokenizer's files."""
         digest = hashlib.sha256()
-        for name in _TOKENIZER_FILES:
+        for name in self.tokenizer_files():
             path = self.folder / name
             if path.is_file():
                 digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
+    @staticmethod
+    def tokenizer_files() -> tuple[str, ...]:
+        """Names that files of a tokenizer have."""
+        return _TOKENIZER_FILES
+
     def weight_files(self) -> list[Path]:
-        """The safetensors files that transformers loads, by name: the index's shards or the one file.
+        """The safetensors files of the weights, by name: those that transformers loads, or the column-major ones.
 
         Raises:
             ModelError: the index cannot be read, or names a file that is none of the folder's.
         """
+        if self.columns is not None:
+            return [self.folder / name for name in sorted(set(self.columns.files.values()))]
         index = self.folder / _INDEX
         if not index.is_file():
             return [self.folder / _WEIGHTS] if (self.folder / _WEIGHTS).is_file() else []
@@ -143,6 +154,8 @@ def _checked(source: ModelSource) -> ModelSource:
             f"model: {folder} has no config.json; {hint or 'give the folder of a transformers checkpoint'}"
         )
     read_config(source)
+    if (folder / COLUMNS_NAME).is_file():
+        source = dataclasses.replace(source, columns=_columns(folder / COLUMNS_NAME))
     files = source.weight_files()
     if not files:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
@@ -150,13 +163,22 @@ def _checked(source: ModelSource) -> ModelSource:
         raise ModelError(f"model: {folder} has no weights ({_WEIGHTS} or {_INDEX}){hint}")
     for path in files:
         if not path.is_file():
-            raise ModelError(f"model: {path} is missing, though {_INDEX} names it; copy the checkpoint again")
+            index = COLUMNS_NAME if source.columns else _INDEX
+            raise ModelError(f"model: {path} is missing, though {index} names it; copy the checkpoint again")
         try:
             with safe_open(path, framework="numpy"):  # reads the header and compares it with the file's size
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelError(f"model: {path} is damaged or truncated ({error}); copy the checkpoint again") from error
     return source
+
+
+def _columns(path: Path) -> ColumnLayout:
+    try:
+        document = _read_json(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {path} cannot be read ({error})") from error
+    return ColumnLayout.from_json(document, path)
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:

@@ -36,6 +36,7 @@ CLUSTER: dict[str, Any] = {
 }
 CALIBRATE: dict[str, Any] = {
     "score": _option(str | None, "Norm in the score: l1, l2 or none."),
+    "masks": _option(str | None, "separate, or shared: one for q, k, v and one for gate, up."),
     "calibration_sequences": _option(int | None, "At most so many sequences for histograms."),
     "dense_prefix": _option(int | None, "Tokens at a sequence's start that are never masked."),
 }
@@ -230,6 +231,13 @@ def export(
             help="Do not look for a study of the target: write the vector between the nearest studies below and above.",
         ),
     ] = False,
+    with_weights: Annotated[
+        bool,
+        typer.Option(
+            "--with-weights",
+            help="Add the model's weights, laid out for decoding, its configuration and tokenizer: a folder to serve.",
+        ),
+    ] = False,
 ) -> None:
     """Re-calibrate the best vector of a study and write the plan.
 
@@ -240,6 +248,8 @@ def export(
     def step(context: Any) -> None:
         interpolated = interpolate or api.may_interpolate(context)
         folder = api.interpolate(context) if interpolated else api.export(context)
+        if with_weights:
+            api.add_weights(context, folder)
         context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from was_search.column_layout import COLUMNS_NAME
 from was_search.logs import configure
 from was_search.plan import Plan
 from was_search.progress import JsonReporter, Reporter, RichReporter
@@ -69,7 +70,9 @@ MODEL: dict[str, Any] = {
 Gpus = Annotated[int, typer.Option("--gpus", help="GPUs that the model is spread over, whole blocks on each.")]
 PlanIn = Annotated[
     Path | None,
-    typer.Option("--plan", help="Folder of a plan; the settings it was made with are the defaults."),
+    typer.Option(
+        "--plan", help="Folder of a plan, alone or with its weights; the settings it was made with are the defaults."
+    ),
 ]
 
 
@@ -150,11 +153,14 @@ def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     plan = Plan.load(folder)
     recorded = plan.provenance.get("settings")
     made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    if (folder / COLUMNS_NAME).is_file():
+        made_with |= {"model": str(folder), "dtype": "auto"}
+        return plan, load_settings(None, made_with)
     return plan, load_settings(None, {**made_with, "revision": plan.revision, "weights": plan.weights})
 
 
 _OF_A_PLAN = (
-    *("model", "data", "device", "dtype", "score", "seed", "sequence_length", "stride", "batch_size", "dense_prefix"),
-    *("calibration_sequences", "search_sequences", "test_sequences"),
+    *("model", "data", "device", "dtype", "score", "masks", "seed", "sequence_length", "stride", "batch_size"),
+    *("dense_prefix", "calibration_sequences", "search_sequences", "test_sequences"),
 )
 """Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""

@@ -98,7 +98,10 @@ def descend(
 
 
 def onto_budget(sparsities: FloatArray, shape: ModelShape, target: Target, highest: float = HIGHEST) -> FloatArray:
-    """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm."""
+    """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm.
+
+    Projections that share a mask get one sparsity.
+    """
     return budget_of(target, shape).onto(sparsities, highest)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search.errors import InfeasibleError
-from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
+from was_search.shape import N_PROJECTIONS, SEPARATE, FloatArray, Groups, IntArray
 from was_search.table import BlockTable
 
 
@@ -73,6 +73,7 @@ def spend(
     *,
     lower: npt.ArrayLike = 0.0,
     upper: npt.ArrayLike = 1.0,
+    groups: Groups = SEPARATE,
 ) -> FloatArray:
     """Sparsities that meet ``target`` exactly at the least total price, over all projections at once.
 
@@ -83,6 +84,7 @@ def spend(
         target: parameter-weighted mean of the result.
         lower: least sparsities, [L, 7] or a scalar; prices between grid points are interpolated.
         upper: greatest sparsities, likewise; the grid's end bounds them too.
+        groups: projections that share a mask: they get one sparsity, at the sum of their prices.
 
     Returns:
         float64 [L, 7].
@@ -92,6 +94,7 @@ def spend(
     """
     price, levels, count = _checked(prices, grid, params)
     low, high = _bounds(lower, upper, levels, count.shape)
+    price, count, low, high = _merged(groups, price, count, low, high)
     flat = count.ravel().astype(np.float64)
     result = low.ravel().copy()
     left = target * float(flat.sum()) - float(result @ flat)
@@ -106,7 +109,7 @@ def spend(
             break
         result[segment.curve] = segment.end
         left -= cost
-    return result.reshape(count.shape)
+    return _expanded(groups, result.reshape(count.shape))
 
 
 def path(
@@ -116,6 +119,7 @@ def path(
     *,
     lower: npt.ArrayLike = 0.0,
     upper: npt.ArrayLike = 1.0,
+    groups: Groups = SEPARATE,
 ) -> BlockTable:
     """One block's table: the greedy of :func:`spend` on its seven projections, a row where it turns.
 
@@ -124,13 +128,35 @@ def path(
     """
     price, levels, count = _checked(prices, grid, params)
     low, high = _bounds(lower, upper, levels, count.shape)
+    price, merged, low, high = _merged(groups, price, count, low, high)
     current = low.copy()
-    rows = [np.zeros(N_PROJECTIONS), current.copy()]
-    for segment in _segments(price, levels, count, low, high):
+    rows = [np.zeros(len(groups)), current.copy()]
+    for segment in _segments(price, levels, merged, low, high):
         current[segment.curve] = segment.end
         rows.append(current.copy())
-    rows.append(np.full(N_PROJECTIONS, levels[-1]))
-    return _block_table(rows, count)
+    rows.append(np.full(len(groups), levels[-1]))
+    return _block_table([_expanded(groups, row) for row in rows], count)
+
+
+def _merged(
+    groups: Groups, prices: FloatArray, count: IntArray, low: FloatArray, high: FloatArray
+) -> tuple[FloatArray, IntArray, FloatArray, FloatArray]:
+    """Curves of groups from those of projections: [..., 7, G] prices, [..., 7] the others."""
+    parts = [list(group) for group in groups]
+    return (
+        np.stack([prices[..., part, :].sum(axis=-2) for part in parts], axis=-2),
+        np.stack([count[..., part].sum(axis=-1) for part in parts], axis=-1),
+        np.stack([low[..., part].max(axis=-1) for part in parts], axis=-1),
+        np.stack([high[..., part].min(axis=-1) for part in parts], axis=-1),
+    )
+
+
+def _expanded(groups: Groups, values: FloatArray) -> FloatArray:
+    """Values of projections [..., 7] from those of their groups."""
+    result = np.empty((*values.shape[:-1], N_PROJECTIONS))
+    for g, group in enumerate(groups):
+        result[..., list(group)] = values[..., g, None]
+    return result
 
 
 def _bounds(
@@ -149,6 +175,7 @@ def block_path(
     *,
     step: float = 0.05,
     highest: float = 0.95,
+    groups: Groups = SEPARATE,
 ) -> BlockTable:
     """The component-level greedy: raise, step by step, the projection whose raise hurts the block's output least.
 
@@ -159,6 +186,7 @@ def block_path(
         params: weights [7].
         step: share of the block's parameters dropped by one step.
         highest: no projection goes above this sparsity; where a full step would, it takes what is left.
+        groups: projections that share a mask: they are raised together.
 
     Raises:
         InfeasibleError: an error that is not finite.
@@ -170,15 +198,16 @@ def block_path(
     reached = 0.0
     while np.any(current < highest - 1e-12):
         trials = []
-        for p in range(N_PROJECTIONS):
+        for group in groups:
+            p, own = group[0], float(count[list(group)].sum())
             if current[p] < highest - 1e-12:
                 raised = current.copy()
-                raised[p] = min(highest, current[p] + quantum / float(count[p]))
+                raised[list(group)] = min(highest, current[p] + quantum / own)
                 cost = error(raised)
                 if not np.isfinite(cost):
                     raise InfeasibleError(f"block error: must be finite, got {cost} at sparsities {raised.tolist()}")
                 # A clipped step drops fewer parameters: compare the error that each parameter adds.
-                trials.append(((cost - reached) / (float(count[p]) * (raised[p] - current[p])), cost, raised))
+                trials.append(((cost - reached) / (own * (raised[p] - current[p])), cost, raised))
         _, reached, current = min(trials, key=lambda trial: trial[0])
         rows.append(current.copy())
     return _block_table(rows, count)

@@ -8,32 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from was_search.quantised import QuantisedLinear
-from was_search.score import MaskOp, ScoreKind, column_norms, mask_input, scores
+from was_search.inputs import hook_inputs
+from was_search.score import MaskOp, ScoreKind, column_norms, combined_norms, mask_input, scores
 from was_search.shape import N_PROJECTIONS, FloatArray
-from was_search.structure import Structure
+from was_search.structure import Structure, weight_of
 
 Observer = Callable[[int, int, Tensor], None]
-"""(block, projection, scores [batch, positions, d] float32) -> None; sees only tokens outside the dense prefix."""
+"""(block, projection, scores [batch, positions, d] float32) -> None; sees only tokens outside the dense prefix.
+
+Of projections that share a mask it sees the first.
+"""
 
 
 def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]:
     """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices.
 
-    Rounded weights count as what they mean, not as what they were.
+    Projections that share a mask have one tensor: the norms of their weights stacked upon one another. Rounded weights
+    count as what they mean, not as what they were.
     """
     rows: list[list[Tensor]] = [[] for _ in structure.blocks]
-    for b, _, linear in structure.linears():
-        weight = linear.dense_weight() if isinstance(linear, QuantisedLinear) else linear.weight
-        rows[b].append(column_norms(weight, kind))
+    for masked in structure.inputs():
+        norms = combined_norms([column_norms(weight_of(linear), kind) for linear in masked.linears], kind)
+        rows[masked.block].extend([norms] * len(masked.members))
     return rows
 
 
@@ -75,8 +78,7 @@ class Masking:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Masking:
-        for b, p, linear in self._structure.linears():
-            self._handles.append(linear.register_forward_pre_hook(self._hook(b, p)))
+        self._handles.extend(hook_inputs(self._structure, self._masked))
         return self
 
     def __exit__(
@@ -91,27 +93,23 @@ class Masking:
         result = np.zeros(self._seen.shape)
         for (b, p), kept in self._kept.items():
             result[b, p] = 1.0 - float(kept) / max(int(self._seen[b, p]), 1)
-        return result
+        achieved: FloatArray = self._structure.shape.copied(result)
+        return achieved
 
-    def _hook(self, b: int, p: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor] | None]:
+    def _masked(self, b: int, p: int, x: Tensor) -> Tensor:
         threshold = 0.0 if self._thresholds is None else float(self._thresholds[b, p])
         norms = self._norms[b][p]
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-            x: Tensor = args[0]
-            body = x[:, self._prefix :]
-            if self._observer is not None:
-                self._observer(b, p, scores(body, norms))
-            if threshold <= 0.0:
-                if self._counting:
-                    self._add(b, p, body.numel(), body.new_full((), body.numel(), dtype=torch.int64))
-                return None
-            y, kept = self._mask_op(x, norms, threshold, self._prefix)
+        body = x[:, self._prefix :]
+        if self._observer is not None:
+            self._observer(b, p, scores(body, norms))
+        if threshold <= 0.0:
             if self._counting:
-                self._add(b, p, body.numel(), kept)
-            return (y,)
-
-        return hook
+                self._add(b, p, body.numel(), body.new_full((), body.numel(), dtype=torch.int64))
+            return x
+        y, kept = self._mask_op(x, norms, threshold, self._prefix)
+        if self._counting:
+            self._add(b, p, body.numel(), kept)
+        return y
 
     def _add(self, b: int, p: int, seen: int, kept: Tensor) -> None:
         self._seen[b, p] += seen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoint import ModelSource, read_config, reason, resolve_model
 from was_search.checkpoint_limits import check_size, check_values
+from was_search.column_layout import column_state
 from was_search.errors import ConfigError, ModelError, ResourceError
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -100,18 +101,19 @@ def load_model(
     placement = device_map
     if placement is None and device != "cpu" and form is None and _has_accelerate():
         placement = {"": device}  # straight to the GPU, not by way of main memory
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device_map": placement, "output_loading_info": True}
+    if memory is not None:
+        options["max_memory"] = memory
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                dtype=getattr(torch, dtype),
-                device_map=placement,
-                **({} if memory is None else {"max_memory": memory}),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except torch.OutOfMemoryError:
+            loaded: Any
+            if source.columns is not None:
+                loaded = _from_columns(source, options)
+            else:
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    source.folder, use_safetensors=True, trust_remote_code=False, **options
+                )
+    except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:
         raise ModelError(
@@ -128,11 +130,26 @@ def load_model(
         _require_no_offload(getattr(model, "hf_device_map", {}))
     model.requires_grad_(False)
     if form is not None:
-        quantise_projections(find_structure(model), form, torch.device(device) if placement is None else None)
+        quantise_projections(find_structure(model, "shared"), form, torch.device(device) if placement is None else None)
     if placement is None:
         model.to(device)
     frozen: nn.Module = model.eval()
     return frozen
+
+
+def _from_columns(source: ModelSource, options: dict[str, Any]) -> Any:
+    """As from_pretrained, with the folder's tensors as they lie: transformers keeps a tensor's strides."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = kind.from_pretrained(None, config=config, state_dict=column_state(source), **options)
+    if loaded[0].can_generate() and (source.folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        loaded[0].generation_config = GenerationConfig.from_pretrained(source.folder)
+    return loaded
 
 
 def _require_no_offload(placed: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Plan:
         model: hub id or folder name of the model.
         revision: hub revision, or "" for a folder.
         fingerprint: sha256 of the checkpoint's configuration and weights as stored.
-        shape: widths of the seven projections of every block.
+        shape: widths of the seven projections of every block, and which of them share a mask.
         score: ``l1``, ``l2`` or ``none``.
         budget: the target: parameter-weighted mean of ``sparsities``.
         dense_prefix: tokens at a sequence's start that are never masked.
@@ -109,6 +109,21 @@ class Plan:
             raise PlanError("norms: one float32 array of in_features is needed for every projection")
         if not all(np.all(np.isfinite(n)) and n.min() >= 0.0 for row in self.norms for n in row):
             raise PlanError("norms: must be finite and not negative; the model's weights are damaged")
+        self._require_one_mask_a_group()
+
+    def _require_one_mask_a_group(self) -> None:
+        for b, (first, *others) in ((b, group) for b in range(self.shape.n_blocks) for group in self.shape.groups):
+            for p in others:
+                same = (
+                    self.sparsities[b, p] == self.sparsities[b, first]
+                    and self.thresholds[b, p] == self.thresholds[b, first]
+                    and np.array_equal(self.norms[b][p], self.norms[b][first])
+                )
+                if not same:
+                    raise PlanError(
+                        f"block {b}: {PROJECTIONS[first]} and {PROJECTIONS[p]} share a mask, so their sparsities, "
+                        "thresholds and norms must be the same"
+                    )
 
     def require_model(self, fingerprint: str, shape: ModelShape) -> None:
         """Refuse another model.
@@ -144,6 +159,7 @@ class Plan:
                 theirs = (shape.out_features[b][p], shape.in_features[b][p])
                 if ours != theirs:
                     raise PlanError(f"block {b}, {name}: plan for a {ours} weight, the model has {theirs}")
+        raise PlanError(f"plan with {self.shape.masks} masks, the model's are {shape.masks}; export the plan again")
 
     def save(self, folder: Path) -> Path:
         """Write the two files into ``folder`` (made if missing); each file appears whole or not at all.

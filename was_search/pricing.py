@@ -62,7 +62,8 @@ def price_sums(
         op: a fused replacement of :func:`price_terms`.
 
     Returns:
-        Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens.
+        Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens. Of projections that share
+        a mask, ``g_t . dy_t`` is that of all of them, and the price is divided among them by parameters.
     """
     # Blocks may lie on several devices; a block's sums lie on its own.
     shape = (N_PROJECTIONS, level_thresholds.shape[-1])
@@ -74,7 +75,8 @@ def price_sums(
         return _Priced.apply(x, norms[b][p], bounds[b][p], dense_prefix, sums[b][p], op or price_terms)  # type: ignore[no-any-return, no-untyped-call]
 
     backward_pass(model, structure, tokens, priced, batch_size=batch_size, predicted=predicted, recompute=recompute)
-    return torch.stack([part.cpu() for part in sums]).numpy(), len(tokens) * (tokens.shape[1] - dense_prefix)
+    found = structure.shape.divided(torch.stack([part.cpu() for part in sums]).numpy())
+    return found, len(tokens) * (tokens.shape[1] - dense_prefix)
 
 
 def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, prefix: int) -> Tensor:

@@ -92,13 +92,17 @@ def quantise_projections(structure: Structure, form: WeightFormat, device: torch
     Raises:
         ModelError: weights that are not finite.
     """
-    for block in structure.blocks:
-        for name, linear in block.projections.items():
+    for masked in structure.inputs():
+        block = structure.blocks[masked.block]
+        for linear in masked.linears:
             if not isinstance(linear, nn.Linear):
                 continue
             path = next(path for path, module in block.module.named_modules() if module is linear)
             parent, _, leaf = path.rpartition(".")
             with torch.no_grad():
-                setattr(block.module.get_submodule(parent), leaf, QuantisedLinear(linear, form, device))
+                rounded = QuantisedLinear(linear, form, device)
+            setattr(block.module.get_submodule(parent), leaf, rounded)
             # The caller's structure still names the map; its weight is what takes the memory.
-            block.projections[name] = getattr(block.module.get_submodule(parent), leaf)
+            for held in (block.projections, block.fused):
+                for name in [name for name, module in held.items() if module is linear]:
+                    held[name] = rounded  # type: ignore[index]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -31,6 +31,14 @@ def column_norms(weight: Tensor, kind: ScoreKind) -> Tensor:
         part = rows.float()
         total += part.abs().sum(dim=0) if kind == "l1" else part.square().sum(dim=0)
     return total if kind == "l1" else total.sqrt()
+
+
+def combined_norms(norms: Sequence[Tensor], kind: ScoreKind) -> Tensor:
+    """Column norms [in] of weights stacked upon one another, from those of each, all float32 [in]."""
+    if kind == "none" or len(norms) == 1:
+        return norms[0]
+    stacked = torch.stack(list(norms))
+    return stacked.sum(dim=0) if kind == "l1" else stacked.square().sum(dim=0).sqrt()
 
 
 def scores(x: Tensor, norms: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target:
     """
     sparsities = budget_of(target, shape).spend(prices, grid)
     levels = shape.levels(sparsities)
-    table = Table("fisher", tuple(path(prices[b], grid, shape.params[b]) for b in range(shape.n_blocks)))
+    table = Table(
+        "fisher", tuple(path(prices[b], grid, shape.params[b], groups=shape.groups) for b in range(shape.n_blocks))
+    )
     if not np.allclose(table.sparsities(levels), sparsities, rtol=0.0, atol=1e-9):
         return point_seed("fisher", sparsities, shape)
     return Seed("fisher", table, levels, sparsities)

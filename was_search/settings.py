@@ -16,6 +16,7 @@ from was_search.metrics import parse_address
 from was_search.plan import PREFILLS, Prefill
 from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
+from was_search.shape import MASKS, Masks
 from was_search.space import SPACES, SpaceName
 from was_search.targets import parse_increase, parse_speedups, parse_targets
 from was_search.webhook import check_webhook
@@ -49,6 +50,8 @@ class Settings:
             blocks and kinds of projections, or the ``full`` sparsities of all projections.
         radius: how far levels (or offsets, or sparsities) may lie from the seed's.
         score: the norm in the weight-aware score.
+        masks: ``separate``: each projection has a mask of its own; ``shared``: q, k and v have one by the norms of
+            their weights together, and so have gate and up.
         seed: of samplers and of the order of sequences.
         workers: Ray actors that hold the model: a number, or ``2:64`` for at least 2 and as many up to 64 as the
             cluster has places for.
@@ -113,6 +116,7 @@ class Settings:
     space: SpaceName = "levels"
     radius: float = 0.05
     score: ScoreKind = "l2"
+    masks: Masks = "separate"
     seed: int = 0
     workers: int | str = 1
     gpus_per_worker: float = -1.0
@@ -203,6 +207,11 @@ class Settings:
         raise TypeError("settings hold the database's password, and are not pickled; send what is needed of them")
 
     @property
+    def scoring(self) -> str:
+        """What decides the scores besides the weights, as it stands in keys of the cache."""
+        return self.score if self.masks == "separate" else f"{self.score}, {self.masks} masks"
+
+    @property
     def worker_range(self) -> WorkerRange:
         """``workers`` as a range."""
         return WorkerRange.parse(self.workers)
@@ -267,6 +276,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": SAMPLERS,
     "space": SPACES,
     "score": SCORE_KINDS,
+    "masks": MASKS,
     "prefill": PREFILLS,
     "fitness": FITNESSES,
     "device": typing.get_args(DeviceName),

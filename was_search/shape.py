@@ -1,9 +1,9 @@
-"""What the search knows of a model's size: the seven projections of every block."""
+"""What the search knows of a model's size: the seven projections of every block, and which of them share a mask."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,15 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 N_PROJECTIONS = len(PROJECTIONS)
 
+Masks = Literal["separate", "shared"]
+MASKS: tuple[Masks, ...] = get_args(Masks)
+"""``separate``: each projection has a mask of its own. ``shared``: q, k and v have one, and so have gate and up."""
+
+Groups = tuple[tuple[int, ...], ...]
+SEPARATE: Groups = tuple((p,) for p in range(N_PROJECTIONS))
+SHARED: Groups = ((0, 1, 2), (3,), (4, 5), (6,))
+"""Projections that share a mask, in the order of PROJECTIONS; those of a group have the same input."""
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -23,13 +32,17 @@ IntArray = npt.NDArray[np.int64]
 class ModelShape:
     """Input and output features of the seven projections of L blocks, read from the weights.
 
+    Arrays are [L, 7] whatever the masks: projections that share one have the same sparsity, threshold and norms.
+
     Attributes:
         in_features: L rows of seven input widths, in channels.
         out_features: L rows of seven output widths, in channels.
+        masks: which projections share a mask.
     """
 
     in_features: tuple[tuple[int, ...], ...]
     out_features: tuple[tuple[int, ...], ...]
+    masks: Masks = "separate"
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features"):
@@ -38,6 +51,13 @@ class ModelShape:
                 raise ModelError(f"{name}: every block needs {N_PROJECTIONS} positive widths, got {rows!r}")
         if len(self.in_features) != len(self.out_features):
             raise ModelError("in_features and out_features: different numbers of blocks")
+        if self.masks not in MASKS:
+            raise ModelError(f"masks: must be one of {', '.join(MASKS)}, got {self.masks!r}")
+        for b, row in enumerate(self.in_features):
+            for group in self.groups:
+                if len({row[p] for p in group}) > 1:
+                    names = ", ".join(PROJECTIONS[p] for p in group)
+                    raise ModelError(f"block {b}: {names} have inputs of different widths and cannot share a mask")
 
     @property
     def n_blocks(self) -> int:
@@ -54,6 +74,44 @@ class ModelShape:
         totals: IntArray = self.params.sum(axis=1)
         return totals
 
+    @property
+    def groups(self) -> Groups:
+        """Projections that share a mask, every one in exactly one group."""
+        return SHARED if self.masks == "shared" else SEPARATE
+
+    def with_masks(self, masks: Masks) -> ModelShape:
+        return replace(self, masks=masks)
+
+    def tie(self, sparsities: npt.ArrayLike) -> FloatArray:
+        """``sparsities`` [L, 7] with each group's members at their parameter-weighted mean; the model's stays."""
+        tied = np.array(sparsities, np.float64)
+        for group in self.groups:
+            own = tied[:, list(group)]
+            mean = np.average(own, axis=1, weights=self.params[:, list(group)])
+            tied[:, list(group)] = np.where((own == own[:, :1]).all(axis=1), own[:, 0], mean)[:, None]
+        return tied
+
+    def copied(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``values`` [L, 7, ...] with what stands at each group's first member at its other members too."""
+        result = np.array(values)
+        for group in self.groups:
+            result[:, list(group)] = result[:, [group[0]]]
+        return result
+
+    def divided(self, sums: FloatArray) -> FloatArray:
+        """What was summed up for a group at its first member, divided among its members by parameters.
+
+        Prices and slopes are sums: divided so, one parameter of any member has the same, and all members together
+        have the group's. ``sums`` is [L, 7, ...] with zeros at the other members.
+        """
+        result = np.array(sums, np.float64)
+        params = self.params.reshape(*self.params.shape, *(1,) * (result.ndim - 2)).astype(np.float64)
+        for group in self.groups:
+            if len(group) > 1:
+                own = list(group)
+                result[:, own] = result[:, own[:1]] * (params[:, own] / params[:, own].sum(1, keepdims=True))
+        return result
+
     def sparsity(self, sparsities: npt.ArrayLike) -> float:
         """Parameter-weighted mean of ``sparsities`` [L, 7]: the one way a model's sparsity is counted."""
         return float((np.asarray(sparsities, np.float64) * self.params).sum() / self.params.sum())
@@ -67,6 +125,7 @@ class ModelShape:
         return {
             "in_features": [list(r) for r in self.in_features],
             "out_features": [list(r) for r in self.out_features],
+            **({} if self.masks == "separate" else {"masks": self.masks}),
         }
 
     @classmethod
@@ -74,4 +133,5 @@ class ModelShape:
         return cls(
             tuple(tuple(int(v) for v in row) for row in value["in_features"]),
             tuple(tuple(int(v) for v in row) for row in value["out_features"]),
+            value.get("masks", "separate"),
         )

@@ -40,7 +40,8 @@ class Slopes:
     """What one pass found.
 
     Attributes:
-        slopes: nats per token for one unit of each projection's sparsity, float64 [L, 7].
+        slopes: nats per token for one unit of each projection's sparsity, float64 [L, 7]; that of a shared mask is
+            divided among its projections by parameters.
         histograms: of the scores before masking, outside the dense prefix.
         nats: mean loss of the pass, nats per predicted token.
         tokens: of the pass, in all positions; forward and backward cost about three times as many.
@@ -108,8 +109,8 @@ def slope_pass(
     )
     n_tokens = len(tokens) * predicted
     change = torch.stack([part.cpu() for part in changes]).numpy()
-    slopes = change / n_tokens / np.maximum(upper - lower, 1e-9)
-    counted = torch.stack([part.cpu() for part in counts]).numpy()
+    slopes = structure.shape.divided(change) / n_tokens / np.maximum(upper - lower, 1e-9)
+    counted = structure.shape.copied(torch.stack([part.cpu() for part in counts]).numpy())
     return Slopes(slopes, Histograms(counted), nats / n_tokens, int(tokens.size))
 
 
@@ -138,10 +139,12 @@ def slope_terms(
     score = scores(x[:, prefix:], norms)
     body = gradient[:, prefix:].float()
     inside = (score >= low) & (score < high)
-    change = -(body * x[:, prefix:].float() * inside).sum(dtype=torch.float64)
+    zero = torch.zeros((), device=x.device)
+    change = -torch.where(inside, body * x[:, prefix:].float(), zero).sum(dtype=torch.float64)
     factor = (score >= threshold).float()
     reach = width * threshold
-    factor += ((score - threshold).abs() < reach) * score / (2.0 * reach).clamp_min(1e-30)
+    # Not times a mask: an infinite score outside of the band would become NaN.
+    factor += torch.where((score - threshold).abs() < reach, score, zero) / (2.0 * reach).clamp_min(1e-30)
     passed = torch.cat([gradient[:, :prefix], (body * factor).to(gradient.dtype)], dim=1)
     return passed, change, bin_counts(score)
 

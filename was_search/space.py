@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from was_search.budget import Target, budget_of, project
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.seeds import Seed
-from was_search.shape import N_PROJECTIONS, PROJECTIONS, FloatArray, ModelShape
+from was_search.shape import PROJECTIONS, FloatArray, ModelShape
 from was_search.table import Table
 
 SpaceName = Literal["levels", "temperature", "additive", "full"]
@@ -152,6 +152,8 @@ class TemperatureSpace:
 class AdditiveSpace:
     """All 7 L projections through L + 7 offsets: the seed's sparsity + its block's offset + its kind's offset.
 
+    Kinds that share a mask have one offset.
+
     Needs no table, so the seed may be any point. An offset of all blocks, or of all kinds, does nothing:
     projection takes it away.
     """
@@ -176,7 +178,7 @@ class AdditiveSpace:
     @property
     def _names(self) -> list[str]:
         n = self.shape.n_blocks
-        return [*(block_name(b, n) for b in range(n)), *(f"kind_{kind_name(p)}" for p in range(N_PROJECTIONS))]
+        return [*(block_name(b, n) for b in range(n)), *(f"kind_{group_name(group)}" for group in self.shape.groups)]
 
     def levels(self, params: dict[str, float]) -> FloatArray:
         return self.shape.levels(self.sparsities(params))
@@ -184,7 +186,9 @@ class AdditiveSpace:
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         offsets = np.array([params[name] for name in self._names])
         n = self.shape.n_blocks
-        raw = self.seed.sparsities + offsets[:n, None] + offsets[None, n:]
+        raw = self.seed.sparsities + offsets[:n, None]
+        for group, offset in zip(self.shape.groups, offsets[n:], strict=True):
+            raw[:, list(group)] += offset
         return budget_of(self.target, self.shape).onto(raw, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
@@ -193,7 +197,7 @@ class AdditiveSpace:
 
 @dataclass(frozen=True)
 class FullSpace:
-    """All 7 L projection sparsities, each within ``radius`` around the seed's."""
+    """All 7 L projection sparsities, each within ``radius`` around the seed's; one for those that share a mask."""
 
     shape: ModelShape
     seed: Seed
@@ -216,15 +220,21 @@ class FullSpace:
         return self.shape.levels(self.sparsities(params))
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
-        raw = np.array([params[name] for name in self.centre]).reshape(self.shape.n_blocks, N_PROJECTIONS)
+        raw = np.empty(self.shape.params.shape)
+        for b, group in self._inputs:
+            raw[b, list(group)] = params[f"{block_name(b, self.shape.n_blocks)}_{group_name(group)}"]
         return budget_of(self.target, self.shape).onto(raw, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self._params(seed.sparsities)
 
     def _params(self, sparsities: FloatArray) -> dict[str, float]:
-        n = self.shape.n_blocks
-        return {f"{block_name(b, n)}_{kind_name(p)}": float(sparsities[b, p]) for b, p in np.ndindex(n, N_PROJECTIONS)}
+        n, tied = self.shape.n_blocks, self.shape.tie(sparsities)
+        return {f"{block_name(b, n)}_{group_name(group)}": float(tied[b, group[0]]) for b, group in self._inputs}
+
+    @property
+    def _inputs(self) -> list[tuple[int, tuple[int, ...]]]:
+        return [(b, group) for b in range(self.shape.n_blocks) for group in self.shape.groups]
 
 
 @dataclass(frozen=True)
@@ -301,6 +311,11 @@ def block_name(block: int, n_blocks: int) -> str:
 def kind_name(projection: int) -> str:
     """``3_o``: a projection in Optuna's names, numbered so that names sort in the order of PROJECTIONS."""
     return f"{projection}_{PROJECTIONS[projection]}"
+
+
+def group_name(group: tuple[int, ...]) -> str:
+    """``0_q_k_v``: projections that share a mask, named as one; a single one as by :func:`kind_name`."""
+    return "_".join([kind_name(group[0]), *(PROJECTIONS[p] for p in group[1:])])
 
 
 def level_params(levels: FloatArray) -> dict[str, float]:

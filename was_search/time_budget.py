@@ -72,7 +72,7 @@ class TimeBudget:
         return self._flat_at(self.profile.seconds(sparsities))
 
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
-        raw = np.asarray(sparsities, np.float64)
+        raw = self.shape.tie(sparsities)
         return self._shifted(raw, lambda point: point, np.broadcast_to(highest, raw.shape))
 
     def onto_levels(self, levels: FloatArray, table: Table, upper: npt.ArrayLike) -> FloatArray:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from was_kernels.runtime import SparseModel, sparsify
+    from was_kernels.saved import load_sparse
     from was_kernels.sparse_linear import SparseLinear
 
-__all__ = ["SparseLinear", "SparseModel", "available", "sparsify"]
+__all__ = ["SparseLinear", "SparseModel", "available", "load_sparse", "sparsify"]
 
 _LAZY = {
     "SparseLinear": "was_kernels.sparse_linear",
     "SparseModel": "was_kernels.runtime",
+    "load_sparse": "was_kernels.saved",
     "sparsify": "was_kernels.runtime",
 }
 

@@ -6,7 +6,7 @@ other caches, wanted attention weights) to transformers. Modules, names and para
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from was_kernels.attend import HEAD_SIZES, attend
 from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, gather_gemv
 from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
 from was_kernels.positions import DensePrefix
-from was_kernels.sparse_linear import SparseLinear
+from was_kernels.sparse_linear import SparseLinear, lay_side_by_side
 from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
 
 FAMILIES = {
@@ -35,9 +35,11 @@ class DecodeBlock:
         layer: of a class in :data:`FAMILIES`, its seven projections swapped for :class:`SparseLinear`.
         prefix: tells which tokens are dense.
         arrived: counters of the model.
+        one_list: q, k, v have one mask and gate, up another: lay their weights side by side, and list the channels
+            of each once.
     """
 
-    def __init__(self, layer: Any, prefix: DensePrefix | None, arrived: Tensor) -> None:
+    def __init__(self, layer: Any, prefix: DensePrefix | None, arrived: Tensor, *, one_list: bool = False) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._projections: tuple[SparseLinear, ...] = (
             attention.q_proj,
@@ -55,6 +57,13 @@ class DecodeBlock:
         self._head: int = attention.head_dim
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
+        self._one_list = one_list
+        self._together: tuple[Tensor, Tensor | None] | None = None
+        if one_list:
+            qkv = self._projections[:3]
+            biases: list[Tensor] = [projection.bias for projection in qkv if projection.bias is not None]
+            self._together = (lay_side_by_side(qkv), torch.cat(biases) if biases else None)
+            lay_side_by_side(self._projections[4:6])
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
@@ -114,13 +123,16 @@ class DecodeBlock:
         chosen = [self._projections[p] for p in which]
         rounded = [projection.rounded for projection in chosen if isinstance(projection, SparseQuantisedLinear)]
         weights: list[Any] = [*rounded] or [projection.weight_t for projection in chosen]
-        gather: Any = gather_gemv_quantised if rounded else gather_gemv
+        biases: list[Tensor | None] = [projection.bias for projection in chosen]
+        if self._together is not None and which == (0, 1, 2):
+            chosen, weights, biases = chosen[:1], [self._together[0]], [self._together[1]]
+        gather: Any = gather_gemv_quantised if rounded else partial(gather_gemv, one_list=gated and self._one_list)
         y: Tensor = gather(
             x,
             weights,
             [projection.norms for projection in chosen],
             [projection.threshold for projection in chosen],
-            [projection.bias for projection in chosen],
+            biases,
             self._arrived,
             gated=gated,
             norm_weight=None if norm is None else norm.weight,

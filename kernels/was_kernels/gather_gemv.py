@@ -76,13 +76,18 @@ class Cut:
 
 
 @lru_cache(maxsize=256)
-def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int, bits: int = 16) -> Cut:
+def choose_cut(
+    d_in: int, widths: tuple[int, ...], rows: int, n_processors: int, bits: int = 16, one_list: bool = False
+) -> Cut:
     """Fill every multiprocessor once, as evenly as whole blocks allow.
 
     A weight row's piece is 512 bytes where that still leaves enough blocks, else 256. A block has at least as many
     channels as threads, so that scoring them is one pass. At 8 and 4 bits a lane reads up to 16 bytes of as many
-    columns as the registers have sums for.
+    columns as the registers have sums for. With ``one_list`` a block has half of its columns of gate and half of up:
+    it is cut like one projection of both widths.
     """
+    if one_list:
+        widths = (sum(widths),)
     compiled_rows = next(n for n in (1, 2, 4, 8) if n >= rows)
     residents = {1: 4, 2: 3, 4: 2, 8: 2}[compiled_rows]
     columns = 256 if compiled_rows == 1 and sum(ceil_div(width, 256) for width in widths) >= 32 else 128
@@ -128,6 +133,7 @@ def _launch_gather(
     residual: Tensor | None,
     dense: Tensor | None,
     early: bool,
+    one_list: bool = False,
     rounded: Sequence[QuantisedWeight] = (),
 ) -> Tensor:
     """``weights`` of 16 bits, or in their place those that are ``rounded``, all to one format."""
@@ -137,7 +143,8 @@ def _launch_gather(
     scales: Sequence[Tensor | None] = [weight.scales for weight in rounded] or [None] * len(weights)
     weights = [weight.packed for weight in rounded] or weights
     early = early and torch.cuda.get_device_capability(x.device)[0] >= 9
-    cut = choose_cut(d_in, widths, rows, torch.cuda.get_device_properties(x.device).multi_processor_count, bits)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    cut = choose_cut(d_in, widths, rows, processors, bits, one_list)
     out = torch.empty((rows, widths[0] if gated else sum(widths)), dtype=x.dtype, device=x.device)
     n_blocks = sum(cut.blocks)
     if n_blocks > len(arrived):
@@ -174,6 +181,7 @@ def _launch_gather(
         "ROWS": cut.rows,
         "PARTS": len(weights),
         "GATED": int(gated),
+        "ONE_LIST": int(one_list),
         "NORMED": int(norm_weight is not None),
         "CAPACITY": cut.capacity,
         "MIN_BLOCKS": cut.residents,
@@ -227,7 +235,7 @@ def gather_gemv_reference(
     schema=(
         "(Tensor x, Tensor[] weights, Tensor[] norms, float[] thresholds, Tensor?[] biases, Tensor arrived, "
         "bool gated=False, Tensor? norm_weight=None, float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, "
-        "bool early=False) -> Tensor"
+        "bool early=False, bool one_list=False) -> Tensor"
     ),
 )
 def _gather_gemv_op(
@@ -243,8 +251,11 @@ def _gather_gemv_op(
     residual: Tensor | None = None,
     dense: Tensor | None = None,
     early: bool = False,
+    one_list: bool = False,
 ) -> Tensor:
     _require_gather(x, weights, norms, thresholds, biases, gated, norm_weight, residual)
+    if one_list and not (gated and thresholds[0] == thresholds[1] and norms[0].data_ptr() == norms[1].data_ptr()):
+        raise ValueError("one_list: takes two gated weights with one threshold and one tensor of norms")
     if not x.is_cuda:
         return gather_gemv_reference(
             x, weights, norms, thresholds, biases, gated, norm_weight, epsilon, residual, dense
@@ -253,7 +264,7 @@ def _gather_gemv_op(
         x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     return _launch_gather(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
+        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early, one_list
     )
 
 
@@ -278,6 +289,7 @@ def gather_gemv(
     residual: Tensor | None = None,
     dense: Tensor | None = None,
     early: bool = False,
+    one_list: bool = False,
 ) -> Tensor:
     """Sparse projections of one input in one launch: ``y_p = W_p[:, kept_p] x[kept_p] + bias_p``, side by side.
 
@@ -300,6 +312,8 @@ def gather_gemv(
         dense: bool [B]: rows that keep every channel.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
             ``x``; norms and ``norm_weight`` are read before it has ended.
+        one_list: when gated, and both weights have one mask (one threshold, the same tensor of norms): list its
+            channels once for both.
 
     Returns:
         [B, sum of widths], or [B, width] when gated.
@@ -308,7 +322,7 @@ def gather_gemv(
         ValueError: shapes, dtypes or counts other than these.
     """
     y: Tensor = torch.ops.was.gather_gemv(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early
+        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early, one_list
     )
     return y
 

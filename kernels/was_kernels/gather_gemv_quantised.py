@@ -85,7 +85,19 @@ def _gather_gemv_quantised_op(
         x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     return _launch_gather(
-        x, [], norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early, weights
+        x,
+        [],
+        norms,
+        thresholds,
+        biases,
+        arrived,
+        gated,
+        norm_weight,
+        epsilon,
+        residual,
+        dense,
+        early,
+        rounded=weights,
     )
 
 

@@ -36,6 +36,8 @@ class _Swap:
     name: str
     linear: Projection
     sparse: SparseLinear
+    block: int
+    members: tuple[int, ...]
 
 
 class SparseModel:
@@ -66,7 +68,7 @@ class SparseModel:
 
     @property
     def projections(self) -> list[SparseLinear]:
-        """The swapped projections, block by block."""
+        """The swapped linear maps, block by block: the projections, or maps that fuse some."""
         return [swap.sparse for swap in self._swaps]
 
     def __enter__(self) -> nn.Module:
@@ -102,7 +104,8 @@ class SparseModel:
         counts = [ProjectionCount(swap.sparse.weight.device) for swap in self._swaps]
         for swap, count in zip(self._swaps, counts, strict=True):
             swap.sparse.count = count
-        rows = [counts[b : b + N_PROJECTIONS] for b in range(0, len(counts), N_PROJECTIONS)]
+        of = {(s.block, p): count for s, count in zip(self._swaps, counts, strict=True) for p in s.members}
+        rows = [[of[b, p] for p in range(N_PROJECTIONS)] for b in range(self.shape.n_blocks)]
         try:
             yield KeptCounts(self.shape, rows)
         finally:
@@ -110,7 +113,14 @@ class SparseModel:
                 swap.sparse.count = None
 
 
-def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerprint: str | None = None) -> SparseModel:
+def sparsify(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    backend: Backend = "auto",
+    fingerprint: str | None = None,
+    one_list: bool = False,
+) -> SparseModel:
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
     Tokens outside the plan's dense prefix have their inputs masked, those of a prompt unless the plan leaves prompts
@@ -125,6 +135,8 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
             Triton where their dtype has kernels, else the plain reference; the others insist. Rounded weights take
             Triton with ``auto``, and the CUDA kernels, which have not been run on them yet, with ``cuda``.
         fingerprint: the checkpoint's, if known; checked against the plan's.
+        one_list: with the ``cuda`` backend and a plan of shared masks, lay the weights of q, k, v and of gate, up side
+            by side and list kept channels once for both of gate and up.
 
     Returns:
         A handle that undoes the change with ``restore()``, or on leaving it as a context.
@@ -133,44 +145,53 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
         PlanError: the plan belongs to another model or to weights of another format, or the model runs a plan already.
         ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
         ResourceError: ``cuda`` or ``triton`` was asked for and is not there.
-        ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype.
+        ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype; or ``one_list`` for another
+            backend or separate masks.
     """
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise PlanError("this model runs a plan already; call restore() on it before sparsify")
-    structure = find_structure(model)
+    structure = find_structure(model, plan.shape.masks)
     if fingerprint is not None:
         plan.require_model(fingerprint, structure.shape)
     plan.require_weights(structure.weights)
     plan.require_shape(structure.shape)
     _require_own_weights(structure)
     chosen = _choose_backend(backend, structure)
+    if one_list and (chosen != "cuda" or plan.shape.masks != "shared"):
+        raise ConfigError(
+            f"one_list: needs the cuda backend and a plan of shared masks, got {chosen} and {plan.shape.masks} masks"
+        )
     prefix = DensePrefix(plan.dense_prefix) if plan.dense_prefix > 0 else None
     handle = SparseModel(model, plan, structure.shape, chosen)
     arrived: dict[torch.device, Tensor] = {}
     if chosen == "cuda":
-        devices = {device_of(linear) for _, _, linear in structure.linears()}
+        devices = {device_of(linear) for linear in _linears(structure)}
         arrived = {device: counters(device) for device in devices}
     try:
         if prefix is not None:
             handle._hooks.extend(prefix.attach(_decoder(model, structure)))
-        for b, p, linear in structure.linears():
-            parent, name = _parent(structure.blocks[b].module, linear)
-            norms = norms_like(torch.tensor(plan.norms[b][p]), device_of(linear))
-            kind: Any = SparseQuantisedLinear if isinstance(linear, QuantisedLinear) else SparseLinear
-            with torch.no_grad():
-                sparse = kind(
-                    linear,
-                    norms,
-                    float(plan.thresholds[b, p]),
-                    prefix=prefix,
-                    triton=chosen in ("cuda", "triton"),
-                    dense_prompts=plan.prefill == "dense",
-                    counters=arrived.get(device_of(linear)),
-                )
-            handle._swaps.append(_Swap(parent, name, linear, sparse))
-            setattr(parent, name, sparse)
+        for masked in structure.inputs():
+            b, p = masked.block, masked.members[0]
+            norms = norms_like(torch.tensor(plan.norms[b][p]), device_of(masked.linears[0]))
+            fused = len(masked.linears) < len(masked.members)
+            for i, linear in enumerate(masked.linears):
+                parent, name = _parent(structure.blocks[b].module, linear)
+                kind: Any = SparseQuantisedLinear if isinstance(linear, QuantisedLinear) else SparseLinear
+                with torch.no_grad():
+                    sparse = kind(
+                        linear,
+                        norms,
+                        float(plan.thresholds[b, p]),
+                        prefix=prefix,
+                        triton=chosen in ("cuda", "triton"),
+                        dense_prompts=plan.prefill == "dense",
+                        counters=arrived.get(device_of(linear)),
+                    )
+                members = masked.members if fused else masked.members[i : i + 1]
+                handle._swaps.append(_Swap(parent, name, linear, sparse, b, members))
+                setattr(parent, name, sparse)
         if chosen == "cuda":
-            _fuse_blocks(handle, structure, prefix, arrived)
+            _fuse_blocks(handle, structure, prefix, arrived, one_list)
     except BaseException:
         handle.restore()
         raise
@@ -178,20 +199,30 @@ def sparsify(model: nn.Module, plan: Plan, *, backend: Backend = "auto", fingerp
 
 
 def _require_own_weights(structure: Structure) -> None:
-    linears = [linear for _, _, linear in structure.linears()]
+    linears = _linears(structure)
     if any(device_of(linear).type == "meta" for linear in linears):
         raise ModelError("some projections are not loaded (meta device): offloaded models cannot run a plan")
     if len({id(_held(linear)) for linear in linears}) < len(linears):
         raise ModelError("some projections share one weight: models with shared blocks cannot run a plan")
 
 
+def _linears(structure: Structure) -> list[Projection]:
+    """The linear maps that a forward calls."""
+    return [linear for masked in structure.inputs() for linear in masked.linears]
+
+
 def _fuse_blocks(
-    handle: SparseModel, structure: Structure, prefix: DensePrefix | None, arrived: dict[torch.device, Tensor]
+    handle: SparseModel,
+    structure: Structure,
+    prefix: DensePrefix | None,
+    arrived: dict[torch.device, Tensor],
+    one_list: bool,
 ) -> None:
     for block in structure.blocks:
         layer: Any = block.module
         if fits(layer) and len({weight.device for weight in layer.parameters()}) == 1:
-            fuse(layer, DecodeBlock(layer, prefix, arrived[layer.self_attn.q_proj.norms.device]))
+            counter = arrived[layer.self_attn.q_proj.norms.device]
+            fuse(layer, DecodeBlock(layer, prefix, counter, one_list=one_list))
             handle._fused.append(layer)
 
 
@@ -200,7 +231,7 @@ def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "trit
         raise ConfigError(f"backend: must be auto, cuda, triton or reference, got {backend!r}")
     if backend == "reference":
         return "reference"
-    linears = [linear for _, _, linear in structure.linears()]
+    linears = _linears(structure)
     dtypes = {linear.dtype if isinstance(linear, QuantisedLinear) else linear.weight.dtype for linear in linears}
     on_gpu = all(device_of(linear).type == "cuda" for linear in linears)
     compiles, why_not = nvrtc.available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,6 +144,20 @@ class SparseLinear(nn.Module):
             f"bias={self.bias is not None}, threshold={self.threshold:.4g}, "
             f"{'triton' if self._triton else 'reference'}"
         )
+
+
+@torch.no_grad()
+def lay_side_by_side(projections: Sequence[SparseLinear]) -> Tensor:
+    """Move the weights of projections with one input into one [in_features, sum of out_features]; returns it.
+
+    What a kept channel reads is one run of memory then. The weights of these projections exist twice meanwhile.
+    """
+    together = torch.cat([projection.weight_t for projection in projections], dim=1)
+    first = 0
+    for projection in projections:
+        projection.weight.data = together[:, first : first + projection.out_features].t()
+        first += projection.out_features
+    return together
 
 
 def norms_like(values: Tensor, device: torch.device) -> Tensor:

@@ -242,3 +242,28 @@ def test_a_plan_from_a_gpu_cluster_is_evaluated_here(made, tmp_path: Path, monke
         found = evaluate(context, Plan.load(tmp_path / "plan"), "search")
         assert "cluster" not in vars(context)
     assert found.sparse.loss_nats == pytest.approx(plan.metrics["search"]["loss_nats"], abs=1e-3)
+
+
+def test_a_study_with_shared_masks(made, postgres_url: str, database, tmp_path: Path) -> None:
+    settings, _ = made
+    shared = dataclasses.replace(
+        settings, masks="shared", trials=5, descent_epochs=0, plan=str(tmp_path / "plan"), space="full"
+    )
+    with Context(settings) as separate, Context(shared) as context:
+        assert study_name(separate) != study_name(context)
+        result = run(context)
+        slots = StudyStore(database).slots(result.search.study)
+        evaluation = evaluate(context, Plan.load(result.plan))
+    assert len(slots) == 5
+    for slot in slots:
+        for group in ((0, 1, 2), (4, 5)):
+            assert np.ptp(slot.sparsities[:, list(group)], axis=1).max() == 0.0
+    record = StudyStore(database).get(result.search.study)
+    assert record.identity["masks"] == "shared"
+    assert record.shape["masks"] == "shared"
+    plan = Plan.load(result.plan)
+    assert plan.shape.masks == "shared"
+    assert plan.shape.sparsity(plan.sparsities) == pytest.approx(0.6, abs=1e-9)
+    assert evaluation.sparse.loss_nats == pytest.approx(plan.metrics["test"]["loss_nats"], abs=1e-6)
+    _, base = load_plan(result.plan)
+    assert base.masks == "shared"

@@ -122,6 +122,47 @@ def test_the_kernel_equals_the_plain_op_in_float64(cuda, dtype, case, normed, ma
         assert own[half][:, :, filled + 1 :].isnan().all()
 
 
+def test_a_row_of_zeros_takes_the_mean_of_the_values(op_device):
+    """All scores are 0: what is seen counts alike. The norm of a zero head is zero, not NaN."""
+    given = inputs(1, 2, 2, 64, 20, 7, torch.float16, op_device)
+    given["qkv"][:, : 4 * 64].zero_()
+    given |= {"q_norm": torch.ones(64), "k_norm": torch.ones(64), "epsilon": 1e-6}
+    for name in ("q_norm", "k_norm"):
+        given[name] = given[name].to(op_device, torch.float16)
+    for half in ("keys", "values"):
+        given[half][:, :, 7:] = 0.0
+    found = attend(**given)
+    mean = given["values"][:, :, :8].double().mean(dim=2).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(found.double(), mean.reshape(1, -1), rtol=2e-3, atol=2e-3)
+
+
+def test_nan_and_infinity_stay_in_their_row(op_device):
+    given = inputs(3, 2, 1, 64, 20, 7, torch.float16, op_device)
+    for half in ("keys", "values"):
+        given[half].nan_to_num_()
+    clean = attend(**copied(given, op_device))
+    given["qkv"][1, 3] = NAN  # a query
+    given["qkv"][2, 2 * 2 * 64 + 5] = float("inf")  # a value
+    found = attend(**given)
+    assert torch.equal(found[0], clean[0])
+    assert found[1, :64].isnan().all()
+    assert torch.equal(found[1, 64:], clean[1, 64:])
+    assert found[2, 5] == float("inf")
+    assert torch.equal(found[2, 64:], clean[2, 64:])
+
+
+def test_inputs_that_are_not_contiguous(op_device):
+    given = inputs(2, 2, 2, 64, 20, 7, torch.float16, op_device)
+    for half in ("keys", "values"):
+        given[half].nan_to_num_()
+    expected = attend(**copied(given, op_device))
+    strided = copied(given, op_device)
+    strided["qkv"] = torch.stack([given["qkv"], given["qkv"]], dim=1)[:, 0]
+    for half in ("keys", "values"):  # a cache that lies [batch, positions, heads, head size]
+        strided[half] = given[half].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(attend(**strided), expected)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_op_is_well_formed(op_device):
     given = inputs(1, 2, 2, 64, 16, 3, torch.float16, op_device)

@@ -26,22 +26,11 @@ from transformers import (
     StaticCache,
 )
 
-from tests.kernels.tiny_models import tiny_plan
+from tests.kernels.tiny_models import WIDER, tiny_plan
 from was_kernels import decode_block, runtime
 from was_kernels.runtime import sparsify
+from was_search.errors import ConfigError
 
-SIZE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 256,
-    "intermediate_size": 344,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 FAMILIES = {
     "llama": lambda size: LlamaForCausalLM(LlamaConfig(**size)),
     "llama-bias": lambda size: LlamaForCausalLM(LlamaConfig(**size, attention_bias=True, mlp_bias=True)),
@@ -53,7 +42,7 @@ FAMILIES = {
 
 def model_of(family: str, device: str, dtype: torch.dtype, **sizes: int) -> Any:
     torch.manual_seed(3)
-    model = FAMILIES[family]({**SIZE, **sizes}).eval()
+    model = FAMILIES[family]({**WIDER, **sizes}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -124,6 +113,47 @@ def test_fused_steps_equal_the_plain_path(family, batch, op_device, dtype, monke
     assert error.max() < 2.0 * usual.max() + 1e-3
 
 
+@pytest.mark.parametrize("one_list", [False, True])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_shared_masks(family, batch, one_list, op_device, dtype, monkeypatch):
+    """As with separate masks; with one list the weights lie side by side, and come back as they were."""
+    model = model_of(family, op_device, dtype)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    plan = tiny_plan(model, masks="shared")
+    tokens = tokens_of(batch, 16).to(op_device)
+    with sparsify(copy.deepcopy(model).double(), plan, backend="reference") as exact:
+        expected = logits_of_steps(exact, tokens, 8)
+    with sparsify(model, plan, backend="reference") as sparse:
+        plain = logits_of_steps(sparse, tokens, 8)
+    taken = steps_taken(monkeypatch)
+    handle = sparsify(model, plan, backend="cuda", one_list=one_list)
+    layer = model.model.layers[1]
+    for names, parent in ((("q", "k", "v"), layer.self_attn), (("gate", "up"), layer.mlp)):
+        weights = [getattr(parent, f"{name}_proj").weight for name in names]
+        together = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        assert together == one_list
+    found = logits_of_steps(model, tokens, 8)
+    assert taken == [batch] * 16
+    handle.restore()
+    after = model.state_dict()
+    assert all(torch.equal(t, after[name]) and after[name].is_contiguous() for name, t in before.items())
+    assert not any("_together" in name for name in vars(layer))
+    error, usual = ((x - expected).abs() for x in (found, plain))
+    assert error.mean() < 1.2 * usual.mean() + 1e-6
+    assert error.max() < 2.0 * usual.max() + 1e-3
+
+
+def test_one_list_needs_shared_masks_and_the_cuda_backend(op_device, dtype):
+    model = model_of("llama", op_device, dtype)
+    with pytest.raises(
+        ConfigError, match="one_list: needs the cuda backend and a plan of shared masks, got cuda and s"
+    ):
+        sparsify(model, tiny_plan(model), backend="cuda", one_list=True)
+    with pytest.raises(ConfigError, match="got reference and shared masks"):
+        sparsify(model, tiny_plan(model, masks="shared"), backend="reference", one_list=True)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_left_padding(family, op_device, dtype, monkeypatch):
     model = model_of(family, op_device, dtype)
@@ -183,7 +213,7 @@ def test_steps_that_are_not_covered_take_the_plain_path(op_device, dtype, monkey
 
 def test_other_families_run_without_fused_blocks(op_device, dtype):
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**{**SIZE, "num_key_value_heads": 4})).eval().to(op_device, dtype)
+    model = Phi3ForCausalLM(Phi3Config(**{**WIDER, "num_key_value_heads": 4})).eval().to(op_device, dtype)
     assert not decode_block.fits(model.model.layers[0])
 
 

@@ -94,6 +94,58 @@ def test_gated_and_normed(op_device, dtype, rows, d_in):
     torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=0.03, atol=0.03)
 
 
+def one_mask(group: Group, sparsity: float, x: Tensor | None = None) -> list[float]:
+    """Give all projections of ``group`` the norms of their weights together; returns one threshold for each."""
+    norms = torch.stack([own.square() for own in group.norms]).sum(0).sqrt()
+    group.norms = [norms] * len(group.norms)
+    return group.thresholds(sparsity, x)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("d_in", "width"), [(64, 8), (296, 344), (1040, 128), (4096, 136)])
+def test_one_list_for_gate_and_up(op_device, dtype, rows, d_in, width):
+    group = Group(op_device, dtype, rows, d_in, [width, width], bias=rows % 2 == 0)
+    wide = group.x.float()
+    x = group.norm_weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    options = {"gated": True, "norm_weight": group.norm_weight, "epsilon": 1e-5}
+    thresholds = one_mask(group, 0.5, x)
+    found = group.run(thresholds, **options, one_list=True)
+    gate, up = group.exact(thresholds, x=x)
+    # A channel whose score lies within a rounding of x of its threshold may fall on either side.
+    torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=0.03, atol=0.03)
+    # With two lists: the same masks and products, shares of channels cut as for one list or not.
+    unit = torch.finfo(dtype).eps
+    two_lists = group.run(thresholds, **options)
+    torch.testing.assert_close(found, two_lists, rtol=8 * unit, atol=8 * unit)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_list_with_dense_rows_strided_weights_and_no_norm(op_device, rows):
+    group = Group(op_device, torch.bfloat16, rows, 688, [264, 264], bias=True)
+    thresholds = one_mask(group, 0.7)
+    dense = torch.arange(rows, device=op_device) % 2 == 0
+    expected = group.run(thresholds, gated=True, one_list=True, dense=dense)
+    gate, up = group.exact(thresholds, dense)
+    torch.testing.assert_close(expected.double(), F.silu(gate) * up, rtol=0.03, atol=0.03)
+    together = torch.cat(group.weights, dim=1)
+    group.weights = [together[:, :264], together[:, 264:]]
+    assert torch.equal(group.run(thresholds, gated=True, one_list=True, dense=dense), expected)
+    group.weights = [weight.clone().fill_(NAN) for weight in group.weights]
+    assert not group.run([INF, INF], gated=True, one_list=True).isnan().any() or op_device == "cpu"
+
+
+def test_projections_of_one_mask_lie_side_by_side(op_device):
+    """What a fused weight gives is what its parts give in one launch."""
+    group = Group(op_device, torch.float16, 2, 1037, [256, 128, 136], bias=True)
+    thresholds = one_mask(group, 0.6)
+    parts = torch.cat(group.exact(thresholds), dim=1)
+    close(group.run(thresholds), parts)
+    group.weights, group.norms = [torch.cat(group.weights, dim=1)], group.norms[:1]
+    group.biases = [torch.cat([bias for bias in group.biases if bias is not None])]
+    close(group.run(thresholds[:1]), parts)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_residual_bias_and_dense_rows(op_device, rows):
     group = Group(op_device, torch.bfloat16, rows, 688, [256], bias=True)
@@ -122,6 +174,58 @@ def test_dropped_nan_and_infinite_weights_do_not_reach_the_sum(cuda):
     group.weights[0][6] = 0.0
     group.x[0, 5] = 0.0
     close(found, group.exact(thresholds)[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_all_zero_inputs_give_the_bias(op_device, rows, bias):
+    group = Group(op_device, torch.bfloat16, rows, 296, [64, 24], bias=bias)
+    group.x.zero_()
+    expected = torch.cat(
+        [b if b is not None else torch.zeros_like(w[0]) for b, w in zip(group.biases, group.weights, strict=True)]
+    )
+    for thresholds in ([0.5, 0.0], [INF, INF]):
+        assert torch.equal(group.run(thresholds), expected.expand(rows, -1))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_all_zero_inputs_through_the_norm(op_device, rows):
+    """0 / sqrt(0 + epsilon) is 0, not NaN."""
+    group = Group(op_device, torch.float16, rows, 296, [64, 64])
+    group.x.zero_()
+    found = group.run([0.1, 0.0], gated=True, norm_weight=group.norm_weight, epsilon=1e-5)
+    assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_each_row_drops_its_own(op_device):
+    """A row that drops everything beside one that keeps all, and a NaN row beside a finite one."""
+    group = Group(op_device, torch.float16, 3, 512, [136], bias=True)
+    group.x[0] = 0.0
+    group.x[1] = 100.0
+    group.x[2] = NAN
+    found = group.run([1.0])
+    assert torch.equal(found[0], group.biases[0])
+    assert torch.equal(found[2], group.biases[0])  # NaN scores are dropped
+    group.x[2] = 0.0
+    close(found, group.exact([1.0])[0], scale=8.0)  # sums of 512 terms of 100
+
+
+def test_a_threshold_of_zero_keeps_nan(op_device):
+    group = Group(op_device, torch.float16, 2, 64, [8])
+    group.x[0, 3] = NAN
+    found = group.run([0.0])
+    assert found[0].isnan().all()
+    assert torch.isfinite(found[1]).all()
+
+
+def test_a_nan_in_the_norms_drops_its_channel(op_device):
+    group = Group(op_device, torch.float16, 1, 64, [8])
+    group.norms[0][5] = NAN
+    threshold = group.thresholds(0.3)
+    found = group.run(threshold)
+    assert torch.isfinite(found).all()
+    group.x[0, 5] = 0.0
+    assert torch.equal(group.run(threshold), found)
 
 
 def test_kept_infinite_inputs_do(op_device):
@@ -160,6 +264,11 @@ def test_bad_inputs_are_refused(op_device):
         gather_gemv(group.x, [weight[:, :7] for weight in group.weights], *given[1:])
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         gather_gemv(group.x, [torch.cat([w, w], 1)[:, 4:12] for w in group.weights], *given[1:])
+    for thresholds, norms in (([0.1, 0.2], group.norms[:1] * 2), ([0.1, 0.1], group.norms)):
+        with pytest.raises(ValueError, match="one_list: takes two gated weights with one threshold and one tensor"):
+            gather_gemv(
+                group.x, group.weights, norms, thresholds, group.biases, group.arrived, gated=True, one_list=True
+            )
     odd = Group(op_device, torch.float16, 1, 60, [8])
     with pytest.raises(ValueError, match="multiple of 8 channels"):
         gather_gemv(odd.x, odd.weights, odd.norms, [0.1], odd.biases, odd.arrived, norm_weight=odd.norm_weight)
@@ -187,3 +296,14 @@ def test_cuts_cover_everything_and_fit(rows, d_in, widths):
         assert blocks * columns >= width > (blocks - 1) * columns
     assert cut.rows >= rows
     assert cut.capacity * (2 + 4 * cut.rows) + 8 * columns * 4 + 512 <= 48 << 10
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("d_in", [16, 300, 4096, 11008])
+@pytest.mark.parametrize("width", [8, 344, 11008, 14336])
+def test_cuts_for_one_list_cover_gate_and_up(rows, d_in, width):
+    cut = choose_cut(d_in, (width, width), rows, 132, True)
+    outputs = cut.lanes * 4  # a block's, of gate and of up
+    assert len(cut.blocks) == 1
+    assert cut.blocks[0] * outputs >= width > (cut.blocks[0] - 1) * outputs
+    assert cut.capacity * cut.shares >= d_in

@@ -97,6 +97,50 @@ def test_slopes_of_inputs_that_are_not_contiguous(device):
     torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=0, atol=0)
 
 
+def test_slopes_of_special_values(device):
+    """An infinite score lies in no band and no window; NaN is counted as the NaN that it is, and dropped."""
+    x = torch.tensor([[[INF, -INF, NAN, 0.0, -0.0, 1.0], [1.0, 0.4, INF, NAN, 0.0, 0.35]]])
+    gradient = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [NAN, 1.0, INF, 1.0, 1.0, -2.0]]])
+    norms, limits = torch.ones(6), torch.tensor([0.4, 0.3, 0.6])
+    for width in (0.0, 0.5):
+        found = slope_terms(*(t.to(device) for t in (x, gradient, norms, limits)), width, 0)
+        passed, change, counts = slope.slope_terms(x, gradient, norms, limits, width, 0)
+        torch.testing.assert_close(found[0].cpu(), passed, rtol=1e-6, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(found[1].cpu(), change, equal_nan=True)
+        assert torch.equal(found[2].cpu(), counts)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0])
+def test_all_zero_and_all_kept_inputs(device, value):
+    x, gradient, norms = torch.full((2, 3, 33), value), torch.ones(2, 3, 33), torch.ones(33)
+    limits, bounds = torch.tensor([0.4, 0.3, 0.6]), torch.tensor([0.0, 0.5, 1.0])
+    passed, change, counts = slope_terms(*(t.to(device) for t in (x, gradient, norms, limits)), 0.5, 1)
+    assert torch.equal(passed[:, 1:].cpu(), torch.full((2, 2, 33), float(value > 0)))
+    assert float(change) == 0.0
+    assert int(counts.sum()) == 2 * 2 * 33
+    assert price_terms(*(t.to(device) for t in (x, gradient, norms, bounds)), 1).tolist() == [0.0] * 3
+
+
+def test_prices_of_inputs_that_are_not_contiguous(device):
+    x, gradient, norms = case(4, 3, 50, dtype=torch.float32)
+    bounds = torch.linspace(0.0, 2.0, 5)
+    x, gradient = x.transpose(0, 1), gradient.transpose(0, 1)
+    found = price_terms(*(t.to(device) for t in (x, gradient, norms, bounds)), 1).cpu()
+    wanted = pricing.price_terms(x.contiguous(), gradient.contiguous(), norms, bounds, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_prices_of_tokens_that_are_not_finite_are_not_finite(device):
+    """They end in InfeasibleError in the greedy, as the plain version's do, and never in a number."""
+    x, gradient, norms = case(1, 3, 40, dtype=torch.float32)
+    gradient[0, 1, 7], x[0, 1, 7] = INF, 0.01
+    bounds = torch.tensor([0.0, 0.5, 2.0])
+    found = price_terms(*(t.to(device) for t in (x, gradient, norms, bounds)), 0).cpu()
+    plain = pricing.price_terms(x, gradient, norms, bounds, 0)
+    assert not torch.isfinite(found[1:]).any()
+    assert not torch.isfinite(plain[1:]).any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("levels", [1, 5, 39])

@@ -47,6 +47,14 @@ def test_special_values(device, dtype):
         check(device, x, torch.ones(5), 0.5, prefix)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 3.0])
+def test_all_zero_all_dropped_and_all_kept(device, value):
+    x = torch.full((2, 3, 33), value)
+    y, kept = mask_input(x.to(device), torch.ones(33, device=device), 0.5, 0)
+    assert torch.equal(y.cpu(), x if value > 0.5 else torch.zeros_like(x))
+    assert int(kept) == (2 * 3 * 33 if value > 0.5 else 0)
+
+
 def test_the_prefix_of_every_sequence_is_kept_and_not_counted(device):
     x = torch.full((3, 4, 8), 0.1)
     y, kept = mask_input(x.to(device), torch.ones(8, device=device), 0.5, 2)

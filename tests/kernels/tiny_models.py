@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -19,11 +25,14 @@ from transformers import (
 
 from was_search.masking import Masking, structure_norms
 from was_search.plan import Plan
-from was_search.shape import N_PROJECTIONS
+from was_search.shape import N_PROJECTIONS, Masks
 from was_search.structure import find_structure
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SIZE: dict[str, Any] = {
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+FUSED_FAMILIES = ("phi3", "glm4")
+"""Families with fused maps, which need shared masks."""
+
+SIZE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -35,15 +44,20 @@ _SIZE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+WIDER: dict[str, Any] = {**SIZE, "hidden_size": 256, "intermediate_size": 344}
+"""Wide enough for the fused decode steps: every width is a multiple of 8, and heads have 64 channels."""
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """float64 by default: the order of sums then never moves a score across a threshold."""
     config, build = {
-        "llama": (LlamaConfig(**_SIZE, attention_bias=True, mlp_bias=True), LlamaForCausalLM),
-        "mistral": (MistralConfig(**_SIZE, sliding_window=6), MistralForCausalLM),
-        "qwen2": (Qwen2Config(**_SIZE), Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config(**_SIZE, head_dim=16), Qwen3ForCausalLM),
+        "llama": (LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True), LlamaForCausalLM),
+        "mistral": (MistralConfig(**SIZE, sliding_window=6), MistralForCausalLM),
+        "qwen2": (Qwen2Config(**SIZE), Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config(**SIZE, head_dim=16), Qwen3ForCausalLM),
+        "gemma2": (Gemma2Config(**SIZE, head_dim=16, sliding_window=6), Gemma2ForCausalLM),
+        "phi3": (Phi3Config(**SIZE), Phi3ForCausalLM),
+        "glm4": (Glm4Config(**SIZE, head_dim=12, attention_bias=True), Glm4ForCausalLM),
     }[family]
     torch.manual_seed(seed)
     model = build(config).to(dtype).eval()
@@ -54,9 +68,11 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: 
     return model
 
 
-def tiny_plan(model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score: Any = "l2") -> Plan:
-    """Thresholds at the scores' quantile on random tokens; every third projection is left dense."""
-    structure = find_structure(model)
+def tiny_plan(
+    model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score: Any = "l2", masks: Masks = "separate"
+) -> Plan:
+    """Thresholds at the scores' quantile on random tokens; one projection, or its group, stays dense."""
+    structure = find_structure(model, masks)
     norms = structure_norms(structure, score)
     samples: dict[tuple[int, int], list[float]] = {}
 
@@ -68,14 +84,10 @@ def tiny_plan(model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score
         model(tokens.to(next(model.parameters()).device), use_cache=False)
     n_blocks = len(structure.blocks)
     sparsities = np.full((n_blocks, N_PROJECTIONS), sparsity)
-    sparsities[0, 2] = 0.0
-    thresholds = np.array(
-        [
-            [np.quantile(samples[b, p], sparsities[b, p]) if sparsities[b, p] else 0.0 for p in range(N_PROJECTIONS)]
-            for b in range(n_blocks)
-        ],
-        np.float32,
-    )
+    sparsities[0, list(next(group for group in structure.shape.groups if 2 in group))] = 0.0
+    thresholds = np.zeros((n_blocks, N_PROJECTIONS), np.float32)
+    for (b, p), found in samples.items():
+        thresholds[b, p] = np.quantile(found, sparsities[b, p]) if sparsities[b, p] else 0.0
     return Plan(
         model="tiny",
         revision="",
@@ -85,7 +97,7 @@ def tiny_plan(model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score
         budget=structure.shape.sparsity(sparsities),
         dense_prefix=dense_prefix,
         sparsities=sparsities,
-        thresholds=thresholds,
+        thresholds=structure.shape.copied(thresholds),
         norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
         weights=structure.weights,
     )
@@ -93,7 +105,7 @@ def tiny_plan(model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score
 
 def masked_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the dense model with hooks that mask, from whole sequences and without a cache."""
-    structure = find_structure(model)
+    structure = find_structure(model, plan.shape.masks)
     norms = [[torch.tensor(n, device=tokens.device) for n in row] for row in plan.norms]
     masking = Masking(structure, norms, plan.thresholds, dense_prefix=plan.dense_prefix)
     with torch.inference_mode(), masking:

@@ -36,6 +36,9 @@ def build(family: str, **extra: object) -> nn.Module:
         ("Qwen2", {}),
         ("Qwen3", {"head_dim": 8}),
         ("Llama", {"num_hidden_layers": 1}),
+        ("Gemma", {"head_dim": 8}),
+        ("Gemma2", {"head_dim": 8}),
+        ("Olmo2", {}),
     ],
 )
 def test_finds_the_blocks_of_known_families(family, extra):
@@ -71,17 +74,69 @@ def test_refuses_gpt2():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     )
-    with pytest.raises(ModelError, match=rf"GPT2LMHeadModel: no list .* {WANTED} was found; .*\(c_attn, c_fc\)"):
+    with pytest.raises(
+        ModelError, match=rf"GPT2LMHeadModel \(model_type gpt2\): no list .* {WANTED} was found; .*\(c_attn, c_fc\)"
+    ):
         find_structure(model)
 
 
-def test_refuses_fused_projections():
-    match = (
-        rf"model\.layers\.0: looked for the linear maps {WANTED}; missing: q_proj, k_proj, v_proj, "
-        r"gate_proj, up_proj; it has fused maps \(gate_up_proj, qkv_proj\), which are not supported"
-    )
-    with pytest.raises(ModelError, match=match):
-        find_structure(build("Phi3"))
+@pytest.mark.parametrize(
+    ("family", "extra", "fused"),
+    [
+        ("Phi3", {}, r"gate_up_proj, qkv_proj"),
+        ("Glm", {"head_dim": 4}, "gate_up_proj"),
+        ("Glm4", {"head_dim": 4}, "gate_up_proj"),
+    ],
+)
+def test_fused_maps_need_shared_masks(family, extra, fused):
+    model = build(family, **extra)
+    with pytest.raises(ModelError, match=rf"{family}\w+ \(model_type {family.lower()}\) .*\({fused}\).*--masks shared"):
+        find_structure(model)
+    structure = find_structure(model, "shared")
+    assert structure.shape.in_features == ((16, 16, 16, 16, 16, 16, 24),) * 2
+    assert structure.shape.out_features == ((16, 8, 8, 16, 24, 24, 16),) * 2
+    layer = model.model.layers[1]
+    inputs = {masked.members: masked.linears for masked in structure.inputs() if masked.block == 1}
+    assert inputs[4, 5] == (layer.mlp.gate_up_proj,)
+    assert structure.blocks[1].projections["gate"].weight.is_meta
+    if family == "Phi3":
+        assert inputs[0, 1, 2] == (layer.self_attn.qkv_proj,)
+    else:
+        assert inputs[0, 1, 2] == tuple(getattr(layer.self_attn, f"{name}_proj") for name in "qkv")
+
+
+def test_a_fused_map_of_other_widths_is_refused():
+    model = build("Phi3")
+    model.model.layers[0].self_attn.qkv_proj = nn.Linear(16, 33)
+    with pytest.raises(ModelError, match=r"layers\.0: a fused map of 33 outputs cannot be told apart into q, k, v"):
+        find_structure(model, "shared")
+
+
+def test_inputs_are_those_of_each_projection_or_of_each_group():
+    model = build("Llama")
+    separate, shared = find_structure(model), find_structure(model, "shared")
+    assert [m.members for m in separate.inputs()] == [(p,) for p in range(7)] * 2
+    assert [m.members for m in shared.inputs()] == [(0, 1, 2), (3,), (4, 5), (6,)] * 2
+    assert shared.shape.masks == "shared"
+    assert shared.shape.with_masks("separate") == separate.shape
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "why"),
+    [
+        ("GPTNeoX", {}, r"gpt_neox.* was found; it has other maps \(dense_h_to_4h, query_key_value\)"),
+        ("Falcon", {}, r"falcon.* was found; it has other maps \(dense_h_to_4h, query_key_value\)"),
+        ("Phi", {}, r"\(model_type phi\): .*missing: o_proj, gate_proj, up_proj, down_proj"),
+        ("OPT", {"ffn_dim": 24, "word_embed_proj_dim": 16}, r"\(model_type opt\): .*missing: o_proj, gate_proj"),
+        ("Bert", {"is_decoder": True}, "model_type bert.*: no list of decoder blocks"),
+    ],
+)
+def test_other_families_are_refused_by_type_with_what_is_missing(family, extra, why):
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **extra})
+    name = {"Bert": "BertLMHeadModel"}.get(family, f"{family}ForCausalLM")
+    for masks in ("separate", "shared"):
+        with pytest.raises(ModelError, match=why):
+            find_structure(getattr(transformers, name)(config), masks)
 
 
 @pytest.mark.parametrize(

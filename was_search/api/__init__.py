@@ -11,7 +11,7 @@ from was_search.api.control import ask, change
 from was_search.api.demo import demo, demo_settings
 from was_search.api.doctor import doctor
 from was_search.api.evaluate import evaluate, evaluate_on_tasks
-from was_search.api.export import export
+from was_search.api.export import add_weights, export
 from was_search.api.generate import generate
 from was_search.api.interpolate import interpolate, may_interpolate
 from was_search.api.max_increase import run_max_increase
@@ -25,6 +25,7 @@ from was_search.api.targets import run_targets
 
 __all__ = [
     "Context",
+    "add_weights",
     "ask",
     "bench",
     "calibrate",

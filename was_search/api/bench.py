@@ -131,7 +131,7 @@ def bench(
         backend = "dense"
         if form is not None:
             quantise_projections(structure, form)
-            structure = find_structure(model)
+            structure = find_structure(model, structure.masks)
         if plan is None and form is not None:
             held = projection_bytes([linear for _, _, linear in structure.linears()])
             add(f"dense{rounded}", DecodeStep(model, tokens, kv_length), held, 0.0, None)

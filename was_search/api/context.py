@@ -143,8 +143,14 @@ class Context:
     def fingerprint(self) -> str:
         from platformdirs import user_cache_path
 
+        from was_search.errors import ModelError
         from was_search.fingerprint import fingerprint
 
+        if self.source.columns is not None:  # what is found of it would be taken for the checkpoint's
+            raise ModelError(
+                f"model: {self.source.folder} holds weights laid out for decoding; give the checkpoint itself, or "
+                "decode with it: generate, evaluate and bench take it as --plan"
+            )
         return fingerprint(self.source, user_cache_path("was-search"))
 
     @property
@@ -203,8 +209,10 @@ class Context:
         """
         from was_search.model import pick_device, pick_dtype
 
-        device = pick_device(self.settings.device)
-        return Placement(device, 0.0, pick_dtype(self.settings.dtype, device))
+        device, dtype = pick_device(self.settings.device), self.settings.dtype
+        if dtype == "auto" and self.source.columns is not None:
+            return Placement(device, 0.0, self.source.columns.dtype)
+        return Placement(device, 0.0, pick_dtype(dtype, device))
 
     @_shared
     def pool(self) -> Pool:
@@ -220,6 +228,7 @@ class Context:
             dtype=placement.dtype,
             device=placement.device,
             score=settings.score,
+            masks=settings.masks,
             log_format=logs.configured(),
             spread=placement.gpus_per_worker > 1,
             weights=settings.weights,

@@ -134,7 +134,8 @@ def load_for(
     from was_search.structure import find_structure
 
     if plan is not None:
-        plan.require_model(context.fingerprint, plan.shape)
+        columns = context.source.columns
+        plan.require_model(context.fingerprint if columns is None else columns.fingerprint, plan.shape)
         if not any_weights:
             plan.require_weights(context.settings.weights)
     placement, weights = context.placement_here, context.settings.weights
@@ -142,7 +143,7 @@ def load_for(
     form = "" if weights == AS_STORED else f", weights {weights}"
     with context.reporter.phase(f"load the model on {where}, {placement.dtype}{form}"):
         model = load_model(context.source, dtype=placement.dtype, device=placement.device, weights=weights, gpus=gpus)
-        structure = find_structure(model)
+        structure = find_structure(model, context.settings.masks if plan is None else plan.shape.masks)
     if plan is not None:
         plan.require_shape(structure.shape)
     return model, structure

@@ -19,12 +19,13 @@ from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.latency import nominal_target, predictions
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult
-from was_search.errors import StorageError, StudyError
+from was_search.errors import ConfigError, StorageError, StudyError
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.report import gap_nats
 from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.slots import Slot
+from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_storage.cache import Artifact
@@ -129,7 +130,7 @@ def _top(context: Context, request: Request) -> Any:
 def _key(context: Context, request: Request) -> str:
     protocol = context.tokens(request.split).protocol
     settings, device = context.settings, context.placement.device
-    parts = ["evaluation", 2, context.model_key, settings.score, protocol, device, _thresholds(request)]
+    parts = ["evaluation", 2, context.model_key, settings.scoring, protocol, device, _thresholds(request)]
     if _by_divergence(context, request):
         parts.append(dense_top_key(context))
     return content_hash(*parts)
@@ -175,6 +176,34 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         folder = write_plan(context, result)
         report_study(context, result.study, result.seeds, calibrate(context))
     return folder
+
+
+def add_weights(context: Context, folder: Path) -> Path:
+    """Add to the plan in ``folder`` the model's weights as decoding reads them; then it is all that a server needs.
+
+    The weights keep the checkpoint's dtype, unless the settings name another.
+
+    Raises:
+        PlanError: the plan is of another model, or the folder cannot be written.
+        ConfigError: the plan is for rounded weights.
+    """
+    from was_search.checkpoint import read_config
+    from was_search.column_layout import save_columns
+    from was_search.model import DTYPES, load_model
+
+    plan = Plan.load(folder)
+    plan.require_model(context.fingerprint, plan.shape)
+    if plan.weights != AS_STORED:
+        raise ConfigError(
+            f"with_weights: {plan.weights} weights lie as decoding reads them once they are rounded, which loading does; "
+            "leave it out"
+        )
+    config = read_config(context.source)
+    stored, dtype = config.get("dtype", config.get("torch_dtype")), context.settings.dtype
+    if dtype == "auto":
+        dtype = stored if stored in DTYPES else "bfloat16"
+    with context.reporter.phase(f"write weights for decoding, {dtype}"):
+        return save_columns(load_model(context.source, dtype=dtype), plan, context.source, folder)
 
 
 def write_plan(context: Context, result: SearchResult) -> Path:
@@ -306,7 +335,7 @@ def stored_result(context: Context) -> SearchResult:
 
 
 def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
-    key = content_hash("norms", 1, context.model_key, context.settings.score, context.placement.dtype)
+    key = content_hash("norms", 1, context.model_key, context.settings.scoring, context.placement.dtype)
     shape = calibration.shape
     width = sum(sum(row) for row in shape.in_features)
     flat = context.cache.get("norms", key, lambda row: unpack_array(row.payload, (width,), np.float32))

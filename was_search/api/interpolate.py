@@ -22,7 +22,7 @@ from was_search.slots import Slot
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
 
-SHARED = ("model", "score", "fitness", "search data", "calibration data")
+SHARED = ("model", "score", "masks", "fitness", "search data", "calibration data")
 """What studies must share for a vector between theirs to mean something, and for their losses to be compared."""
 
 

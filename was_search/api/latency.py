@@ -15,6 +15,7 @@ from was_search.protocol import content_hash
 from was_search.settings import Settings
 from was_search.shape import FloatArray, ModelShape
 from was_search.time_budget import TimeBudget
+from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_search.api.calibrate import OperatingPoint
@@ -34,12 +35,27 @@ def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProf
         shape: the model's; None: read from its configuration, where that is needed at all.
 
     Raises:
-        ConfigError: a file that is no profile, or one of another shape.
+        ConfigError: a file that is no profile, or one of another shape; or masks or weights that none is made for.
     """
+    if (why := _not_profiled(context.settings)) is not None:
+        if context.settings.profile or context.settings.target_speedup:
+            raise ConfigError(why)
+        return None
     found = _profile_at_hand(context, shape)
     if found is not None and shape is not None:
         found.require_shape(shape)
     return found
+
+
+def _not_profiled(settings: Settings) -> str | None:
+    """Why no profile tells anything of these masks and weights, None if one can."""
+    if settings.masks == "shared":
+        return "profile: steps with shared masks cannot be profiled yet; use --masks separate, or leave it out"
+    if settings.weights != AS_STORED:
+        return (
+            f"profile: steps on {settings.weights} weights cannot be profiled yet; use --weights none, or leave it out"
+        )
+    return None
 
 
 def _profile_at_hand(context: Context, shape: ModelShape | None) -> LatencyProfile | None:
@@ -103,7 +119,7 @@ def _model_shape(context: Context) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ModelError(f"model: no model can be made of the configuration in {folder} ({error})") from error
-    return find_structure(model).shape
+    return find_structure(model, context.settings.masks).shape
 
 
 def target_of(context: Context, shape: ModelShape | None = None) -> Target:

@@ -200,6 +200,7 @@ def identity(context: Context) -> dict[str, Any]:
         **({} if settings.weights == AS_STORED else {"weights": settings.weights}),
         **target_identity(context),
         "score": settings.score,
+        **({} if settings.masks == "separate" else {"masks": settings.masks}),
         "sampler": settings.sampler,
         "space": settings.space,
         "radius": settings.radius,

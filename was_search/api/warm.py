@@ -57,7 +57,7 @@ def _warm_seed(context: Context, study: str) -> Seed:
     found = winner(record, store.slots(record.name))
     if found is None or found.sparsities is None:
         raise StudyError(f"warm_start: study {record.name!r} has no complete trial yet; run it first")
-    shape = ModelShape.from_json(record.shape)
+    shape = ModelShape.from_json(record.shape).with_masks(settings.masks)
     return point_seed(WARM, retarget(found.sparsities, shape, target_of(context, shape)), shape)
 
 

@@ -24,7 +24,7 @@ from was_search.histogram import Histograms
 from was_search.logs import bound, configure, event
 from was_search.protocol import Evaluation, TokenSet
 from was_search.score import ScoreKind
-from was_search.shape import FloatArray, IntArray, ModelShape
+from was_search.shape import FloatArray, IntArray, Masks, ModelShape
 from was_search.table import BlockTable
 from was_search.weight_format import AS_STORED
 
@@ -52,6 +52,7 @@ class WorkerSpec:
         dtype: of weights and activations.
         device: ``cpu`` or ``cuda``.
         score: kind of the column norms.
+        masks: which projections share a mask.
         threads: CPU threads of torch; 0 leaves torch's own choice.
         log_format: of the worker's log, on its standard error, which Ray keeps in a file; "" for none.
         spread: over all GPUs that the process sees, whole blocks on each; by accelerate.
@@ -67,6 +68,7 @@ class WorkerSpec:
     log_format: str = ""
     spread: bool = False
     weights: str = AS_STORED
+    masks: Masks = "separate"
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,8 @@ class Worker:
                 dense_prefix=dense_prefix,
                 mask_op=loaded.ops.mask,
             )
-            return block_path(error, loaded.structure.shape.params[block], step=step)
+            shape = loaded.structure.shape
+            return block_path(error, shape.params[block], step=step, groups=shape.groups)
 
     def dense_top(
         self, tokens: IntArray, k: int, predicted: int, batch_size: int, *, about: Ids | None = None
@@ -377,7 +380,7 @@ def _load(spec: WorkerSpec) -> _Loaded:
             device_map="balanced" if spec.spread else None,
             weights=spec.weights,
         )
-        structure = find_structure(model)
+        structure = find_structure(model, spec.masks)
         norms = structure_norms(structure, spec.score)
     n = f"{torch.cuda.device_count()} x " if spec.spread else ""
     device = n + torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"

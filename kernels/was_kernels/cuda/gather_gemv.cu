@@ -3,13 +3,14 @@
 // A block owns COLUMNS outputs of one projection and a share of the input channels. It scores its channels, lists the
 // kept ones in shared memory, and its warps stream their weight rows: every lane reads 16 contiguous bytes, UNROLL
 // rows in flight. The block that arrives last adds the shares in their order, so that two runs give the same bits.
-// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up.
+// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up. With ONE_LIST both have one
+// mask: a block's lanes read gate in their first half and up in their second, behind one list.
 //
 // Weights are of BITS 16, or rounded to 8 or 4 bits with a scale and an offset for each channel and GROUP of outputs:
 // w = scale * q + offset. A lane's outputs lie in one group, so the scale goes into x and the offset into one sum.
 //
 // Compiled by NVRTC with these macros: BF16, BITS, PER_LANE (outputs of a lane: 8 at 16 bits, else 8 to 32), GROUP,
-// LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL, ROWS, PARTS, GATED, NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
+// LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL, ROWS, PARTS, GATED, ONE_LIST (GATED only, 16 bits), NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
 // MIN_BLOCKS (of a multiprocessor), PDL (wait for the kernel before as late as possible).
 
 #include "common.cuh"
@@ -18,7 +19,9 @@
 #define COLUMNS (LANES * PER_LANE)
 #define GROUPS (THREADS / LANES)
 #define PASSES (CAPACITY / THREADS)
-#define PHASES (GATED ? 2 : 1)
+#define PHASES (GATED && !ONE_LIST ? 2 : 1)
+#define SUMS (GATED ? 2 : 1)
+#define OUTPUTS (ONE_LIST ? COLUMNS / 2 : COLUMNS)
 #define STRIPE 16
 
 #if BITS == 16
@@ -135,7 +138,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int capacity = ((stripes + shares - 1) / shares) * STRIPE;
 
     int which = 0;
-#if GATED
+#if ONE_LIST
+    const int block = blockIdx.x;
+#elif GATED
     which = blockIdx.x % 2;
     const int block = blockIdx.x / 2;
 #else
@@ -145,7 +150,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int block = blockIdx.x;
 #endif
     const Projection& own = group.part[which];
-    const int first_column = (block - (int)own.first_block) * COLUMNS;
+    const int first_column = (block - (int)own.first_block) * OUTPUTS;
 
     // What does not depend on the kernel before. The residual was made by an earlier one.
     float norms[PASSES];
@@ -251,9 +256,15 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     }
     __syncthreads();
 
+#if ONE_LIST
+    const int column = first_column + (lane % (LANES / 2)) * PER_LANE;
+    const Projection& read = group.part[lane % LANES / (LANES / 2)];
+#else
     const int column = first_column + (lane % LANES) * PER_LANE;
+    const Projection& read = own;
+#endif
     if (column >= own.width) n = 0;
-    const Stored* weight = own.weight + (BITS == 16 ? column : column * BITS / 8);
+    const Stored* weight = read.weight + (BITS == 16 ? column : column * BITS / 8);
     const unsigned long long policy = read_once();
     float total[ROWS][PER_LANE];
 #pragma unroll
@@ -267,7 +278,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         for (int u = 0; u < UNROLL; u++) {
             const int i = first + u * GROUPS;
             v[u] = make_uint4(0u, 0u, 0u, 0u);
-            if (i < n) v[u] = stream(weight + list[i] * own.stride, policy);
+            if (i < n) v[u] = stream(weight + list[i] * read.stride, policy);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -333,7 +344,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
     float* place = parts + (long long)block * PHASES * shares * (ROWS * COLUMNS);
-    float* mine = place + ((GATED ? which : 0) * shares + share) * (ROWS * COLUMNS);
+    float* mine = place + ((PHASES == 2 ? which : 0) * shares + share) * (ROWS * COLUMNS);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -358,15 +369,19 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     __syncthreads();
     if (!is_last) return;
 
-    for (int i = thread; i < ROWS * COLUMNS; i += THREADS) {
-        const int r = i / COLUMNS, out = first_column + i % COLUMNS;
+    for (int i = thread; i < ROWS * OUTPUTS; i += THREADS) {
+        const int r = i / OUTPUTS, out = first_column + i % OUTPUTS;
         if (r >= rows || out >= own.width) continue;
         const float beside = residual == nullptr ? 0.0f : widen(residual[r * out_stride + out]);
-        float sum[PHASES];
+        float sum[SUMS];
 #pragma unroll
-        for (int f = 0; f < PHASES; f++) {
+        for (int f = 0; f < SUMS; f++) {
             sum[f] = 0.0f;
+#if ONE_LIST
+            const float* from = place + r * COLUMNS + f * OUTPUTS + i % OUTPUTS;
+#else
             const float* from = place + f * shares * (ROWS * COLUMNS) + i;
+#endif
 #pragma unroll 8
             for (int s = 0; s < shares; s++) sum[f] += __ldcg(from + s * (ROWS * COLUMNS));
             const u16* bias = group.part[GATED ? f : which].bias;

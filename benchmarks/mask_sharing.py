@@ -1,0 +1,174 @@
+"""What shared masks cost in loss: seeds with separate masks beside shared ones, at the same counted sparsity.
+
+    python -m benchmarks.mask_sharing --targets 0.5 0.6 0.7 0.8 --descend
+
+For each target and kind of masks the seed is made as a study makes it (dense histograms, Fisher prices, a short
+descent), with ``--descend`` a search's descent goes on from there, thresholds are re-taken at the point until what is
+nominal is achieved, and the vector is evaluated on the test split. Differences are paired over its sequences, with a
+95 % interval. CPU or GPU, one process, no Ray. One JSON line a row is appended to
+benchmarks/results/mask_sharing.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.rows import append_row, commit
+from was_search.calibration import operating_point
+from was_search.descent import DescentOptions
+from was_search.histogram import Histograms
+from was_search.model import load_tokenizer, pick_device, resolve_model
+from was_search.pricing import DEFAULT_GRID
+from was_search.protocol import Evaluation, TokenSet
+from was_search.seeds import fisher_seed
+from was_search.shape import MASKS, FloatArray, Masks
+from was_search.statistics import paired_interval
+from was_search.text import load_text
+from was_search.tokens import tokenise
+from was_workers.worker import Worker, WorkerSpec
+
+RESULTS = Path(__file__).parent / "results" / "mask_sharing.jsonl"
+DEMO = Path(__file__).resolve().parents[1] / "was_search" / "demo_data"
+SEED_DESCENT, SEED_SEQUENCES = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4), 16
+SEARCH_DESCENT, SEARCH_SEQUENCES = DescentOptions(rounds=16), 24
+
+
+class Side:
+    """One kind of masks: a worker with the model, and what is made of the dense model once."""
+
+    def __init__(self, options: argparse.Namespace, masks: Masks, data: dict[str, TokenSet]) -> None:
+        device = pick_device(options.device)
+        self.worker = Worker(WorkerSpec(options.model, "", "float32", device, "l2", masks=masks))
+        self.shape = self.worker.prepare().shape
+        self.data = data
+        self.dense, _ = self._pass(None)
+        protocol = data["calibration"].protocol
+        grid = [np.full((self.shape.n_blocks, 7), level) for level in DEFAULT_GRID]
+        sums, n = self.worker.prices(
+            data["calibration"].tokens[: options.pricing_sequences],
+            np.stack([self.dense.thresholds(point) for point in grid], axis=-1),
+            protocol.batch_size,
+            protocol.dense_prefix,
+            protocol.predicted_per_sequence,
+        )
+        self.prices = sums / n
+
+    def _pass(self, thresholds: Any) -> tuple[Histograms, FloatArray]:
+        data = self.data["calibration"]
+        protocol = data.protocol
+        histograms, seen, dropped = self.worker.histograms(
+            data.tokens, thresholds, protocol.batch_size, protocol.dense_prefix
+        )
+        return histograms, dropped / np.maximum(seen, 1)
+
+    def descend(self, start: FloatArray, target: float, options: DescentOptions, per_round: int) -> FloatArray:
+        data = self.data["slope"]
+        protocol = data.protocol
+        return self.worker.descend(
+            data.tokens,
+            self.dense,
+            start,
+            target,
+            options,
+            per_round,
+            protocol.batch_size,
+            protocol.dense_prefix,
+            protocol.predicted_per_sequence,
+            0,
+        )
+
+    def vectors(self, target: float, descend: bool) -> dict[str, FloatArray]:
+        """The seed [L, 7], and where a search's descent takes it."""
+        priced = fisher_seed(self.prices, DEFAULT_GRID, self.shape, target).sparsities
+        found = {"seed": self.descend(priced, target, SEED_DESCENT, SEED_SEQUENCES)}
+        if descend:
+            found["descended"] = self.descend(found["seed"], target, SEARCH_DESCENT, SEARCH_SEQUENCES)
+        return found
+
+    def evaluate(self, sparsities: FloatArray) -> tuple[Evaluation, float]:
+        """On the test split, at the vector's own operating point; and the achieved sparsity there."""
+        _, thresholds, _, _ = operating_point(self._pass, self.dense, sparsities, self.shape)
+        found = self.worker.evaluate_thresholds(self.data["test"], thresholds)
+        return found, self.shape.sparsity(found.achieved)
+
+
+def measure(options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(resolve_model(options.model))
+    counts = {
+        "calibration": ("calibration", options.calibration_sequences),
+        "slope": ("calibration", 512),
+        "test": ("test", options.test_sequences),
+    }
+    data = {
+        name: tokenise(
+            load_text(options.data, split),
+            tokenizer,
+            sequence_length=options.sequence_length,
+            n_sequences=n,
+            at_most=True,
+            dtype="float32",
+            batch_size=8,
+            dense_prefix=1,
+            seed=0,
+        )
+        for name, (split, n) in counts.items()
+    }
+    sides = {masks: Side(options, masks, data) for masks in MASKS}
+    dense = sides["separate"].worker.evaluate_thresholds(data["test"], None)
+    for target in options.targets:
+        vectors = {masks: side.vectors(target, options.descend) for masks, side in sides.items()}
+        for point in vectors["separate"]:
+            separate, achieved = sides["separate"].evaluate(vectors["separate"][point])
+            shared, shared_achieved = sides["shared"].evaluate(vectors["shared"][point])
+            gap = paired_interval(shared.losses, separate.losses)
+            row = {
+                "target": target,
+                "point": point,
+                "dense_nats": dense.loss_nats,
+                "separate_nats": separate.loss_nats,
+                "shared_nats": shared.loss_nats,
+                "shared_less_separate_nats": asdict(gap),
+                "separate_achieved": achieved,
+                "shared_achieved": shared_achieved,
+                "seconds": {"dense": dense.seconds, "separate": separate.seconds, "shared": shared.seconds},
+                "calibration_sequences": options.calibration_sequences,
+                "pricing_sequences": options.pricing_sequences,
+                "protocol": data["test"].protocol.to_json(),
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "commit": commit(),
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            append_row(options.output, row)
+            print(
+                f"{target:.2f} {point:9s} separate {separate.loss_nats:.4f} ({achieved:.4f})  "
+                f"shared {shared.loss_nats:.4f} ({shared_achieved:.4f})  difference {gap}",
+                flush=True,
+            )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEMO / "model"))
+    parser.add_argument("--data", default=str(DEMO / "text"))
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--descend", action="store_true", help="go on from the seed as a search's descent does")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--calibration-sequences", type=int, default=96)
+    parser.add_argument("--pricing-sequences", type=int, default=32)
+    parser.add_argument("--test-sequences", type=int, default=192)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    measure(parse())
