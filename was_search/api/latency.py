@@ -50,11 +50,9 @@ def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProf
 def _not_profiled(settings: Settings) -> str | None:
     """Why no profile tells anything of these masks and weights, None if one can."""
     if settings.masks == "shared":
-        return "profile: steps with shared masks cannot be profiled yet; use --masks separate, or leave it out"
+        return "profile: steps with shared masks cannot be profiled yet; use --masks separate"
     if settings.weights != AS_STORED:
-        return (
-            f"profile: steps on {settings.weights} weights cannot be profiled yet; use --weights none, or leave it out"
-        )
+        return f"profile: steps on {settings.weights} weights cannot be profiled yet; use --weights none"
     return None
 
 
