@@ -195,7 +195,7 @@ def add_weights(context: Context, folder: Path) -> Path:
     plan.require_model(context.fingerprint, plan.shape)
     if plan.weights != AS_STORED:
         raise ConfigError(
-            f"with_weights: {plan.weights} weights are laid out when loading rounds them and are not stored; leave it out"
+            f"with_weights: {plan.weights} weights are laid out when they are rounded, at loading; leave it out"
         )
     config = read_config(context.source)
     stored, dtype = config.get("dtype", config.get("torch_dtype")), context.settings.dtype
