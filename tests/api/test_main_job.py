@@ -244,11 +244,9 @@ def test_a_plan_from_a_gpu_cluster_is_evaluated_here(made, tmp_path: Path, monke
     assert found.sparse.loss_nats == pytest.approx(plan.metrics["search"]["loss_nats"], abs=1e-3)
 
 
-def test_a_study_with_shared_masks(made, postgres_url: str, database, tmp_path: Path) -> None:
-    settings, _ = made
-    shared = dataclasses.replace(
-        settings, masks="shared", trials=5, descent_epochs=0, plan=str(tmp_path / "plan"), space="full"
-    )
+def test_a_study_with_shared_masks(postgres_url: str, database, tmp_path: Path) -> None:
+    settings = small_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), space="full", seed_rounds=1)
+    shared = dataclasses.replace(settings, masks="shared")
     with Context(settings) as separate, Context(shared) as context:
         assert study_name(separate) != study_name(context)
         result = run(context)
