@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from was_search.errors import ConfigError, ModelError, PlanError
-from was_search.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from was_search.checkpoint import ModelSource
+    from was_search.plan import Plan
 
 COLUMNS_NAME = "columns.json"
 SCHEMA_VERSION = 1

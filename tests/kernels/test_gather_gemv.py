@@ -302,7 +302,7 @@ def test_cuts_cover_everything_and_fit(rows, d_in, widths):
 @pytest.mark.parametrize("d_in", [16, 300, 4096, 11008])
 @pytest.mark.parametrize("width", [8, 344, 11008, 14336])
 def test_cuts_for_one_list_cover_gate_and_up(rows, d_in, width):
-    cut = choose_cut(d_in, (width, width), rows, 132, True)
+    cut = choose_cut(d_in, (width, width), rows, 132, one_list=True)
     outputs = cut.lanes * 4  # a block's, of gate and of up
     assert len(cut.blocks) == 1
     assert cut.blocks[0] * outputs >= width > (cut.blocks[0] - 1) * outputs
