@@ -23,6 +23,7 @@ from was_search.slots import SlotState
 from was_search.worker_range import WorkerRange
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
+from was_workers.quarantine import QuarantinePolicy
 from was_workers.search import SearchLoop, SearchOptions, SearchProgress
 from was_workers.worker import WorkerSpec
 
@@ -238,7 +239,8 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
             held[0].unlink(missing_ok=True)
 
     book = Book(60)
-    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
+    never_slow = QuarantinePolicy(slowdown=0.0)  # a held worker is slow, not sick
+    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3, quarantine=never_slow)
     loop = SearchLoop(
         book, pool, "data", "histograms", "key",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
