@@ -126,7 +126,7 @@ def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix
         fingerprint="0" * 64,
         shape=structure.shape,
         score="l2",
-        budget=sparsity,
+        budget=max(sparsity, 1e-3),
         dense_prefix=dense_prefix,
         sparsities=np.full(thresholds.shape, sparsity),
         thresholds=thresholds,
@@ -164,6 +164,10 @@ def cases(model: Any, options: argparse.Namespace) -> Iterator[Case]:
         counted = step.counted(handle)
         path = handle.backend + (", one list" if options.one_list else "")
         yield Case(path, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
+        if options.compile:
+            step = DecodeStep(model, tokens, options.kv_length, compiled=True)
+            compiled = f"{path}, torch.compile"
+            yield Case(compiled, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         handle.restore()
 
 

@@ -24,7 +24,6 @@ from was_search.plan import Plan
 from was_search.quantised import QuantisedLinear
 from was_search.shape import N_PROJECTIONS, ModelShape
 from was_search.structure import Projection, Structure, device_of, find_structure
-from was_search.weight_format import AS_STORED
 
 Backend = Literal["auto", "cuda", "triton", "reference"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -132,8 +131,7 @@ def sparsify(
         model: a transformers causal language model, or its decoder.
         plan: thresholds and norms for this model.
         backend: ``auto`` takes the CUDA kernels where all projections are on an NVIDIA GPU in half precision, else
-            Triton where their dtype has kernels, else the plain reference; the others insist. Rounded weights take
-            Triton with ``auto``, and the CUDA kernels, which have not been run on them yet, with ``cuda``.
+            Triton where their dtype has kernels, else the plain reference; the others insist.
         fingerprint: the checkpoint's, if known; checked against the plan's.
         one_list: with the ``cuda`` backend and a plan of shared masks, lay the weights of q, k, v and of gate, up side
             by side and list kept channels once for both of gate and up.
@@ -235,9 +233,7 @@ def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "trit
     dtypes = {linear.dtype if isinstance(linear, QuantisedLinear) else linear.weight.dtype for linear in linears}
     on_gpu = all(device_of(linear).type == "cuda" for linear in linears)
     compiles, why_not = nvrtc.available()
-    # The CUDA kernels on rounded weights are compiled but have not run on a GPU yet: only who asks gets them.
-    proven = structure.weights == AS_STORED
-    if backend == "cuda" or (backend == "auto" and proven and on_gpu and compiles and dtypes <= set(HALF)):
+    if backend == "cuda" or (backend == "auto" and on_gpu and compiles and dtypes <= set(HALF)):
         if not dtypes <= set(HALF):
             raise ConfigError(f"backend: cuda takes float16 and bfloat16, the model has {dtypes}")
         if not (on_gpu and compiles):

@@ -28,8 +28,8 @@ def test_fixed_masks_are_what_steps_count(op_device, dtype, backend):  # noqa: F
             seconds, achieved = clock(vector)
             assert seconds > 0.0
             counted = clock._step.counted(clock._handle).sparsities
-            # A channel whose input is exactly 0 counts as dropped, whatever its norm: none is here.
-            np.testing.assert_allclose(counted, achieved, atol=1e-9)
+            # A channel whose input is exactly 0 counts as dropped, whatever its norm: in half precision a few are.
+            np.testing.assert_allclose(counted, achieved, atol=1e-9 if dtype == torch.float32 else 4e-3)
             assert np.all(np.abs(achieved - vector) <= 1.0 / widths + 1e-12)  # whole channels, at least one
             assert achieved.max() < 1.0  # a launch always reads something
     for name, value in model.state_dict().items():
@@ -41,7 +41,7 @@ def test_masks_by_score_are_counted(op_device, dtype, rows):  # noqa: F811
     model = model_of("qwen3", op_device, dtype)
     with StepClock(model, tokens_of(rows, 80).to(op_device), 40, steps=2, backend="reference") as clock:
         _, dense = clock.by_score(np.zeros((2, 7)))
-        np.testing.assert_array_equal(dense, 0.0)
+        np.testing.assert_allclose(dense, 0.0, atol=0.0 if dtype == torch.float32 else 4e-3)
         wanted = np.full((2, 7), 0.5)
         _, achieved = clock.by_score(wanted)
         # Thresholds are of the dense model on 40 tokens a row, steps of 8 others under the masks of the blocks before.
@@ -95,10 +95,10 @@ def test_a_profile_predicts_unseen_vectors_within_five_percent(cuda, half):
     torch.manual_seed(0)
     with torch.device(cuda):
         model = LlamaForCausalLM(config).to(half).eval()
+    shape = find_structure(model).shape
     tokens = torch.randint(0, 32000, (1, 512), device=cuda)
     with StepClock(model, tokens, 256) as clock:
         assert clock.backend == "cuda, fused"
-        shape = find_structure(model).shape
         clock(np.full(shape.params.shape, 0.5))
         found = fit(clock, shape, launch_kinds(shape, FUSED), rounds=3)
         profile = LatencyProfile(

@@ -173,7 +173,8 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
 #pragma unroll
                 for (int c = 0; c < 8; c++) dot += query[h][c] * key_values[c];
                 dot = over_stream(dot) * to_log2;
-                score[h][u] = there ? dot : NOTHING;
+                // A score that is not a number must not pass for nothing: as infinity it makes its row NaN.
+                score[h][u] = !there ? NOTHING : dot == dot ? dot : -NOTHING;
             }
         }
 #pragma unroll
@@ -238,7 +239,7 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
             sum += merged[w][h][c] * take;
         }
         if (splits == 1) {
-            out[(wide * QUERIES + h) * HEAD + c] = narrow(mass > 0.0f ? sum / mass : 0.0f);
+            out[(wide * QUERIES + h) * HEAD + c] = narrow(mass == 0.0f ? 0.0f : sum / mass);
         } else {
             float* own = place + ((long long)blockIdx.y * QUERIES + h) * PART;
             __stcg(own + c, sum);
@@ -270,6 +271,6 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
             mass += __ldcg(own + HEAD + 1) * take;
             sum += __ldcg(own + c) * take;
         }
-        out[(wide * QUERIES + h) * HEAD + c] = narrow(mass > 0.0f ? sum / mass : 0.0f);
+        out[(wide * QUERIES + h) * HEAD + c] = narrow(mass == 0.0f ? 0.0f : sum / mass);
     }
 }
