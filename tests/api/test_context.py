@@ -30,7 +30,7 @@ def test_what_one_opens_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("was_search.model.pick_device", lambda wanted: "cpu")
     monkeypatch.setattr("was_search.api.context.Placement", lambda *parts: open_it(root.settings))
-    root = Context(Settings())
+    root = Context(Settings(dtype="float32"))
     first, second = root.at(0.4), root.at(0.5)
     assert first.placement_here is second.placement_here
     assert root.placement_here is first.at(0.7).placement_here

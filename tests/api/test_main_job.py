@@ -239,7 +239,7 @@ def test_a_plan_from_a_gpu_cluster_is_evaluated_here(made, tmp_path: Path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, base = load_plan(tmp_path / "plan")
     with Context(base) as context:
-        found = evaluate(context, Plan.load(tmp_path / "plan"), "search")
+        (found,) = evaluate(context, Plan.load(tmp_path / "plan"), "search")
         assert "cluster" not in vars(context)
     assert found.sparse.loss_nats == pytest.approx(plan.metrics["search"]["loss_nats"], abs=1e-3)
 
@@ -251,7 +251,7 @@ def test_a_study_with_shared_masks(postgres_url: str, database, tmp_path: Path) 
         assert study_name(separate) != study_name(context)
         result = run(context)
         slots = StudyStore(database).slots(result.search.study)
-        evaluation = evaluate(context, Plan.load(result.plan))
+        (evaluation,) = evaluate(context, Plan.load(result.plan))
     assert len(slots) == 5
     for slot in slots:
         for group in ((0, 1, 2), (4, 5)):

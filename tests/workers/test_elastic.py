@@ -257,8 +257,7 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
             held[0].unlink(missing_ok=True)
 
     book = Book(60)
-    never_slow = QuarantinePolicy(slowdown=0.0)  # a held worker is slow, not sick
-    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3, quarantine=never_slow)
+    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
     loop = SearchLoop(
         book, pool, "data", "histograms", "key",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
