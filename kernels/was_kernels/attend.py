@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from was_kernels.attention_parts import AttentionParts
 from was_kernels.nvrtc import SOURCES, address, ceil_div, cuda_kernel
 from was_kernels.reference import rms_norm
 
@@ -29,7 +30,7 @@ def _launch_attend(
     length: Tensor,
     cos: Tensor,
     sin: Tensor,
-    arrived: Tensor,
+    arrived: Tensor | None,
     query_heads: int,
     scaling: float,
     q_norm: Tensor | None,
@@ -39,7 +40,9 @@ def _launch_attend(
     *,
     early: bool = False,
     advance: bool = False,
-) -> Tensor:
+    in_parts: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The attention, and the parts that it was made of; of these two only the second is written when ``in_parts``."""
     rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
     queries = query_heads // heads
     out = torch.empty((rows, query_heads * head), dtype=qkv.dtype, device=qkv.device)
@@ -48,7 +51,7 @@ def _launch_attend(
     # Enough splits that one round of every stream covers a usual cache, at most what fills the device once.
     processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     splits = max(1, min(16, ceil_div(longest, streams * unroll), 2 * processors // (rows * heads)))
-    parts = torch.empty(rows * heads * splits * queries * (head + 2), dtype=torch.float32, device=qkv.device)
+    parts = torch.empty((rows, heads, splits, queries, head + 2), dtype=torch.float32, device=qkv.device)
     early = early and torch.cuda.get_device_capability(qkv.device)[0] >= 9
     macros = {
         "BF16": int(qkv.dtype == torch.bfloat16),
@@ -57,6 +60,7 @@ def _launch_attend(
         "WARPS": warps,
         "UNROLL": unroll,
         "NORMED": int(q_norm is not None),
+        "IN_PARTS": int(in_parts),
         "PDL": int(early),
     }
     kernel = cuda_kernel(SOURCES / "attend.cu", "attend", macros, qkv.device.index or 0)
@@ -88,7 +92,7 @@ def _launch_attend(
         ctypes.c_int(advance),
     ]
     kernel.launch((rows * heads, splits), warps * 32, arguments, overlap=early)
-    return out
+    return out, parts
 
 
 def _attend_reference(
@@ -152,7 +156,7 @@ def _attend_op(
         )
     return _launch_attend(
         qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask
-    )
+    )[0]
 
 
 @_attend_op.register_fake
@@ -215,11 +219,37 @@ def attend(
     """
     inputs = (qkv, keys, values, length, cos, sin, arrived, query_heads, scaling, q_norm, k_norm, epsilon, mask)
     if qkv.is_cuda and not torch.compiler.is_compiling():
-        return _launch_attend(*inputs, early=early, advance=True)
+        return _launch_attend(*inputs, early=early, advance=True)[0]
     # The op leaves the length alone: Inductor may compute what depends on it after an op that changes it in place.
     y: Tensor = torch.ops.was.attend(*inputs)
     length.add_(1)
     return y
+
+
+def attend_in_parts(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    query_heads: int,
+    scaling: float,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    mask: Tensor | None = None,
+    early: bool = False,
+) -> AttentionParts:
+    """:func:`attend` on a GPU, but that its blocks' parts are left to be merged, and the length to be moved on.
+
+    That is the work of the next launch (:func:`was_kernels.gather_gemv.gather_attended`), which reads every part once
+    and waits for no block but its own. Not for graphs that are compiled.
+    """
+    inputs = (qkv, keys, values, length, cos, sin, None, query_heads, scaling, q_norm, k_norm, epsilon, mask)
+    _, parts = _launch_attend(*inputs, early=early, in_parts=True)
+    return AttentionParts(parts, length, qkv.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ other caches, wanted attention weights) to transformers. Modules, names and para
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from was_kernels.attend import HEAD_SIZES, attend
-from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, gather_gemv
+from was_kernels.attend import HEAD_SIZES, attend, attend_in_parts
+from was_kernels.attention_parts import AttentionParts
+from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, MAX_ROWS_ROUNDED, gather_gemv, launch_gather
 from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
 from was_kernels.positions import DensePrefix
 from was_kernels.sparse_linear import SparseLinear, lay_side_by_side
@@ -57,6 +58,7 @@ class DecodeBlock:
         self._head: int = attention.head_dim
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
+        self._max_rows = MAX_ROWS_ROUNDED if isinstance(attention.q_proj, SparseQuantisedLinear) else MAX_ROWS
         self._one_list = one_list
         self._together: tuple[Tensor, Tensor | None] | None = None
         if one_list:
@@ -67,7 +69,7 @@ class DecodeBlock:
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > MAX_ROWS:
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > self._max_rows:
             return False
         if hidden.dtype != self._projections[0].dtype or given.get("output_attentions"):
             return False
@@ -84,64 +86,83 @@ class DecodeBlock:
 
     def run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
         """The block's output for hidden states [B, 1, d]; the cache's layer is one position longer afterwards."""
-        layer, attention = self._layer, self._layer.self_attn
         x = hidden.reshape(hidden.shape[0], -1)
         dense = None if self._prefix is None else self._prefix.dense(x)
-        qkv = self._gather(x, (0, 1, 2), layer.input_layernorm, dense)
+        return self.step(x, given, dense)[0].view(hidden.shape)
+
+    def step(
+        self, x: Tensor, given: dict[str, Any], dense: Tensor | None, squares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`run` for x [B, d] and flags of dense rows [B], with the sums of x's squares and of the output's.
+
+        The sums, float32 [B, n], spare the RMSNorm a reading of all of x; without them it does that.
+        """
+        layer, attention = self._layer, self._layer.self_attn
+        direct = x.is_cuda and not torch.compiler.is_compiling()
+        qkv, _ = self._gather(x, (0, 1, 2), layer.input_layernorm, dense, squares=squares)
         cache, (cos, sin), mask = self._cache_layer(given), given["position_embeddings"], given.get("attention_mask")
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        attended = attend(
+        inputs = (
             qkv,
             cache.keys,
             cache.values,
             cache.cumulative_length,
             cos.reshape(-1, self._head),
             sin.reshape(-1, self._head),
-            self._arrived,
-            query_heads=self._heads,
-            scaling=self._scaling,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
-            epsilon=0.0 if q_norm is None else q_norm.variance_epsilon,
-            mask=None if mask is None else mask[:, 0, 0],
-            early=True,
         )
-        x = self._gather(attended, (3,), None, dense, residual=x)
-        inner = self._gather(x, (4, 5), layer.post_attention_layernorm, dense, gated=True)
-        return self._gather(inner, (6,), None, dense, residual=x).view(hidden.shape)
+        how: dict[str, Any] = {
+            "query_heads": self._heads,
+            "scaling": self._scaling,
+            "q_norm": None if q_norm is None else q_norm.weight,
+            "k_norm": None if k_norm is None else k_norm.weight,
+            "epsilon": 0.0 if q_norm is None else q_norm.variance_epsilon,
+            "mask": None if mask is None else mask[:, 0, 0],
+            "early": True,
+        }
+        attended = attend_in_parts(*inputs, **how) if direct else attend(*inputs, self._arrived, **how)
+        x, squares = self._gather(attended, (3,), None, dense, residual=x)
+        inner, _ = self._gather(x, (4, 5), layer.post_attention_layernorm, dense, gated=True, squares=squares)
+        return self._gather(inner, (6,), None, dense, residual=x)
 
     def _gather(
         self,
-        x: Tensor,
+        x: Tensor | AttentionParts,
         which: tuple[int, ...],
         norm: Any,
         dense: Tensor | None,
         *,
         gated: bool = False,
         residual: Tensor | None = None,
-    ) -> Tensor:
+        squares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         chosen = [self._projections[p] for p in which]
         rounded = [projection.rounded for projection in chosen if isinstance(projection, SparseQuantisedLinear)]
         weights: list[Any] = [*rounded] or [projection.weight_t for projection in chosen]
         biases: list[Tensor | None] = [projection.bias for projection in chosen]
         if self._together is not None and which == (0, 1, 2):
             chosen, weights, biases = chosen[:1], [self._together[0]], [self._together[1]]
-        gather: Any = gather_gemv_quantised if rounded else partial(gather_gemv, one_list=gated and self._one_list)
-        y: Tensor = gather(
+        inputs = (
             x,
             weights,
             [projection.norms for projection in chosen],
             [projection.threshold for projection in chosen],
             biases,
             self._arrived,
-            gated=gated,
-            norm_weight=None if norm is None else norm.weight,
-            epsilon=0.0 if norm is None else norm.variance_epsilon,
-            residual=residual,
-            dense=dense,
-            early=True,
         )
-        return y
+        how: dict[str, Any] = {
+            "gated": gated,
+            "norm_weight": None if norm is None else norm.weight,
+            "epsilon": 0.0 if norm is None else norm.variance_epsilon,
+            "residual": residual,
+            "dense": dense,
+            "early": True,
+        }
+        if not rounded:
+            how["one_list"] = gated and self._one_list
+        if isinstance(x, AttentionParts) or (x.is_cuda and not torch.compiler.is_compiling()):
+            return launch_gather(*inputs, **how, squares=squares, want_squares=residual is not None)
+        gather: Any = gather_gemv_quantised if rounded else gather_gemv
+        return gather(*inputs, **how), None
 
     def _cache_layer(self, given: dict[str, Any]) -> Any:
         """The cache's layer of this block if it is a static one that holds something already, else None."""

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from was_kernels.attention_parts import AttentionParts
 from was_kernels.nvrtc import SOURCES, address, ceil_div, cuda_kernel
 from was_kernels.quantised_weight import QuantisedWeight
 from was_kernels.reference import rms_norm, sparse_gemv_reference
 
-MAX_ROWS = 8
-"""Rows of x that one launch takes."""
+MAX_ROWS = 16
+"""Rows of x that one launch takes; of rounded weights half as many."""
+
+MAX_ROWS_ROUNDED = 8
 
 MAX_CHANNELS = 1 << 16
 HALF = (torch.float16, torch.bfloat16)
@@ -63,6 +66,7 @@ class Cut:
         rows: of x that the kernel is compiled for.
         unroll: weight rows in flight for each group of lanes.
         residents: blocks that a multiprocessor holds.
+        mma: products on tensor cores, whose tiles have 8 rows of x.
     """
 
     lanes: int
@@ -73,6 +77,7 @@ class Cut:
     rows: int
     unroll: int
     residents: int
+    mma: bool
 
 
 @lru_cache(maxsize=256)
@@ -82,25 +87,33 @@ def choose_cut(
     """Fill every multiprocessor once, as evenly as whole blocks allow.
 
     A weight row's piece is 512 bytes where that still leaves enough blocks, else 256. A block has at least as many
-    channels as threads, so that scoring them is one pass. At 8 and 4 bits a lane reads up to 16 bytes of as many
-    columns as the registers have sums for. With ``one_list`` a block has half of its columns of gate and half of up:
-    it is cut like one projection of both widths.
+    channels as threads, so that scoring them is one pass. Three and more rows of 16-bit weights are
+    products of tensor cores; two are faster without.
+    At 8 and 4 bits a lane reads up to 16 bytes of as many columns as the registers have sums for. With ``one_list`` a
+    block has half of its columns of gate and half of up: it is cut like one projection of both widths.
     """
     if one_list:
         widths = (sum(widths),)
-    compiled_rows = next(n for n in (1, 2, 4, 8) if n >= rows)
-    residents = {1: 4, 2: 3, 4: 2, 8: 2}[compiled_rows]
-    columns = 256 if compiled_rows == 1 and sum(ceil_div(width, 256) for width in widths) >= 32 else 128
+    mma = rows > 2 and bits == 16
+    compiled_rows = next(n for n in ((8, 16) if mma else (1, 2, 4, 8)) if n >= rows)
+    residents = {8: 3, 16: 2}[compiled_rows] if mma else {1: 4, 2: 3, 4: 2, 8: 2}[compiled_rows]
+    wide = compiled_rows == 1 or mma
+    columns = 256 if wide and sum(ceil_div(width, 256) for width in widths) >= 32 else 128
     per_lane = 8 if bits == 16 else max(8, min(128 // bits, 32 // compiled_rows))
-    unroll = 8 if compiled_rows < 8 else 4
+    unroll = 8
     if bits < 16:  # leaves registers for the sums: of 32 columns at 4 bits, of two rows of 16
         residents, unroll = {1: 3 if bits == 4 else 4}.get(compiled_rows, 2), 4
     lanes = columns // per_lane
     blocks = tuple(ceil_div(width, columns) for width in widths)
     threads = _WARPS * 32
     shares = max(1, min(d_in // threads, residents * n_processors // sum(blocks)))
-    sums_bytes = 4 * _WARPS * columns  # a float of each column for each warp
-    most = (_SHARED_BYTES - sums_bytes) // (2 + 4 * compiled_rows) // threads * threads
+    if mma:  # half-precision inputs and the list; the sums take their place
+        most = (_SHARED_BYTES // (2 + 2 * compiled_rows) - 2 * threads) // threads * threads
+    else:
+        sums_bytes = 4 * _WARPS * columns  # a float of each column for each warp
+        most = (_SHARED_BYTES - sums_bytes) // (2 + 4 * compiled_rows) // threads * threads
+    # A thread keeps its channels' inputs of all rows in registers while it scores them.
+    most = min(most, threads * 64 // compiled_rows) if mma else most
     shares = max(shares, ceil_div(d_in, most))
     channels = ceil_div(ceil_div(d_in, _STRIPE), shares) * _STRIPE
     return Cut(
@@ -112,6 +125,7 @@ def choose_cut(
         rows=compiled_rows,
         unroll=unroll,
         residents=residents,
+        mma=mma,
     )
 
 
@@ -120,28 +134,41 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
-def _launch_gather(
-    x: Tensor,
-    weights: list[Tensor],
-    norms: list[Tensor],
-    thresholds: list[float],
-    biases: list[Tensor | None],
+def launch_gather(
+    x: Tensor | AttentionParts,
+    weights: Sequence[Tensor] | Sequence[QuantisedWeight],
+    norms: Sequence[Tensor],
+    thresholds: Sequence[float],
+    biases: Sequence[Tensor | None],
     arrived: Tensor,
-    gated: bool,
-    norm_weight: Tensor | None,
-    epsilon: float,
-    residual: Tensor | None,
-    dense: Tensor | None,
-    early: bool,
+    *,
+    gated: bool = False,
+    norm_weight: Tensor | None = None,
+    epsilon: float = 0.0,
+    squares: Tensor | None = None,
+    residual: Tensor | None = None,
+    dense: Tensor | None = None,
+    early: bool = False,
     one_list: bool = False,
-    rounded: Sequence[QuantisedWeight] = (),
-) -> Tensor:
-    """``weights`` of 16 bits, or in their place those that are ``rounded``, all to one format."""
-    rows, d_in = x.shape
-    bits = rounded[0].bits if rounded else 16
-    widths = tuple(weight.width for weight in rounded) or tuple(weight.shape[1] for weight in weights)
-    scales: Sequence[Tensor | None] = [weight.scales for weight in rounded] or [None] * len(weights)
-    weights = [weight.packed for weight in rounded] or weights
+    want_squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`gather_gemv` on a GPU without its checks, as the launches of a fused block hand on to each other.
+
+    Args:
+        x: as there, or parts of attention, which are merged and make their sequence one position longer.
+        weights: as there, or rounded ones, all of one format.
+        squares: float32 [B, n]: sums of the squares of parts of each row of x, from the launch that made x; so the
+            RMSNorm need not read all of x in every block.
+        want_squares: of the result, one part for each block of columns; takes one projection.
+
+    Returns:
+        The result and, if wanted, the squares of its parts.
+    """
+    (rows, d_in), attended = x.shape, x if isinstance(x, AttentionParts) else None
+    formats = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
+    stored = [weight.packed if isinstance(weight, QuantisedWeight) else weight for weight in weights]
+    widths = tuple(weight.width for weight in formats) or tuple(weight.shape[1] for weight in stored)
+    bits = formats[0].bits if formats else 16
     early = early and torch.cuda.get_device_capability(x.device)[0] >= 9
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     cut = choose_cut(d_in, widths, rows, processors, bits, one_list)
@@ -151,13 +178,13 @@ def _launch_gather(
         raise ValueError(f"arrived: {n_blocks} counters needed, got {len(arrived)}")
     columns = cut.lanes * cut.per_lane
     parts = torch.empty(n_blocks * cut.shares * cut.rows * columns, dtype=torch.float32, device=x.device)
+    own_squares = torch.empty((rows, n_blocks), dtype=torch.float32, device=x.device) if want_squares else None
     group = _GROUPS[len(weights)]()
     first_block = first_column = 0
-    given = zip(weights, scales, norms, thresholds, biases, strict=True)
-    for i, (weight, pairs, own, threshold, bias) in enumerate(given):
+    for i, (weight, own, threshold, bias) in enumerate(zip(stored, norms, thresholds, biases, strict=True)):
         group.part[i] = _Projection(
             weight.data_ptr(),
-            None if pairs is None else pairs.data_ptr(),
+            formats[i].scales.data_ptr() if formats else None,
             own.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr() + first_column * out.element_size(),
@@ -165,16 +192,17 @@ def _launch_gather(
             threshold,
             widths[i],
             first_block,
-            0 if pairs is None else pairs.shape[1],
+            formats[i].scales.shape[1] if formats else 0,
         )
         if not gated:
             first_block += cut.blocks[i]
             first_column += widths[i]
     macros = {
         "BF16": int(x.dtype == torch.bfloat16),
+        "MMA": int(cut.mma),
         "BITS": bits,
         "PER_LANE": cut.per_lane,
-        "GROUP": rounded[0].group if rounded else 1,
+        "GROUP": formats[0].group if formats else 1,
         "LANES": cut.lanes,
         "WARPS": _WARPS,
         "UNROLL": cut.unroll,
@@ -182,28 +210,34 @@ def _launch_gather(
         "PARTS": len(weights),
         "GATED": int(gated),
         "ONE_LIST": int(one_list),
-        "NORMED": int(norm_weight is not None),
+        "NORMED": 0 if norm_weight is None else 1 if squares is None else 2,
         "CAPACITY": cut.capacity,
         "MIN_BLOCKS": cut.residents,
         "PDL": int(early),
+        **({} if attended is None else attended.macros),
     }
     kernel = cuda_kernel(SOURCES / "gather_gemv.cu", "gather_gemv", macros, x.device.index or 0)
     arguments = [
-        address(x),
+        address(x if isinstance(x, Tensor) else None),
         address(norm_weight),
         address(residual),
         address(dense),
         address(parts),
         address(arrived),
+        address(None if attended is None else attended.parts),
+        address(None if attended is None else attended.length),
+        address(squares),
+        address(own_squares),
         group,
-        ctypes.c_longlong(x.stride(0)),
+        ctypes.c_longlong(x.stride(0) if isinstance(x, Tensor) else 0),
         ctypes.c_longlong(out.stride(0)),
         ctypes.c_float(epsilon),
         ctypes.c_int(rows),
         ctypes.c_int(d_in),
+        ctypes.c_int(0 if squares is None else squares.shape[1]),
     ]
     kernel.launch((n_blocks, cut.shares), _WARPS * 32, arguments, overlap=early)
-    return out
+    return out, own_squares
 
 
 def gather_gemv_reference(
@@ -263,9 +297,21 @@ def _gather_gemv_op(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.storage_offset() % 8:
         x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    return _launch_gather(
-        x, weights, norms, thresholds, biases, arrived, gated, norm_weight, epsilon, residual, dense, early, one_list
-    )
+    return launch_gather(
+        x,
+        weights,
+        norms,
+        thresholds,
+        biases,
+        arrived,
+        gated=gated,
+        norm_weight=norm_weight,
+        epsilon=epsilon,
+        residual=residual,
+        dense=dense,
+        early=early,
+        one_list=one_list,
+    )[0]
 
 
 @_gather_gemv_op.register_fake
@@ -298,7 +344,7 @@ def gather_gemv(
     float32 in a fixed order: the same inputs give the same bits on the same device.
 
     Args:
-        x: [B, d_in], B up to 8, float16 or bfloat16; d_in up to 65,536.
+        x: [B, d_in], B up to 16, float16 or bfloat16; d_in up to 65,536.
         weights: up to three, each [d_in, width] with unit last stride, width a multiple of 8, rows that start at
             multiples of 16 bytes.
         norms: float32 [d_in] each.
@@ -358,6 +404,7 @@ def require_group(
     gated: bool,
     norm_weight: Tensor | None,
     residual: Tensor | None,
+    max_rows: int = MAX_ROWS,
 ) -> None:
     """Check what does not depend on how weights are held."""
     n = len(weights)
@@ -365,8 +412,8 @@ def require_group(
         raise ValueError(f"weights: one to three, as many norms, thresholds and biases, got {n} weights")
     if gated and (n != 2 or weights[0].shape != weights[1].shape or residual is not None):
         raise ValueError("gated: takes two weights of one shape and no residual")
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] > MAX_CHANNELS:
-        raise ValueError(f"x: [1 to {MAX_ROWS}, up to {MAX_CHANNELS}] needed, got {list(x.shape)}")
+    if x.dim() != 2 or not 1 <= x.shape[0] <= max_rows or x.shape[1] > MAX_CHANNELS:
+        raise ValueError(f"x: [1 to {max_rows}, up to {MAX_CHANNELS}] needed, got {list(x.shape)}")
     if norm_weight is not None and x.shape[1] % 8:
         raise ValueError(f"norm_weight: takes x of a multiple of 8 channels, got {x.shape[1]}")
     for own in norms:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from was_kernels.gather_gemv import _launch_gather, require_group
+from was_kernels.gather_gemv import MAX_ROWS_ROUNDED, launch_gather, require_group
 from was_kernels.quantised_weight import QuantisedWeight
 from was_kernels.reference import quantised_gemv_reference, rms_norm
 
@@ -76,7 +76,7 @@ def _gather_gemv_quantised_op(
         if weight.width % COLUMNS:
             raise ValueError(f"widths: a multiple of {COLUMNS} needed, got {weight.width}")
     shapes = [weight.packed for weight in weights]
-    require_group(x, shapes, norms, thresholds, biases, gated, norm_weight, residual)
+    require_group(x, shapes, norms, thresholds, biases, gated, norm_weight, residual, MAX_ROWS_ROUNDED)
     if not x.is_cuda:
         return gather_gemv_quantised_reference(
             x, weights, norms, thresholds, biases, gated, norm_weight, epsilon, residual, dense
@@ -84,21 +84,20 @@ def _gather_gemv_quantised_op(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.storage_offset() % 8:
         x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    return _launch_gather(
+    return launch_gather(
         x,
-        [],
+        weights,
         norms,
         thresholds,
         biases,
         arrived,
-        gated,
-        norm_weight,
-        epsilon,
-        residual,
-        dense,
-        early,
-        rounded=weights,
-    )
+        gated=gated,
+        norm_weight=norm_weight,
+        epsilon=epsilon,
+        residual=residual,
+        dense=dense,
+        early=early,
+    )[0]
 
 
 @_gather_gemv_quantised_op.register_fake

@@ -47,8 +47,9 @@ class _Config(ctypes.Structure):
 class CudaKernel:
     """One kernel function on one device."""
 
-    def __init__(self, function: ctypes.c_void_p) -> None:
+    def __init__(self, function: ctypes.c_void_p, device: int) -> None:
         self._function = function
+        self._device = device
 
     def launch(
         self,
@@ -58,7 +59,7 @@ class CudaKernel:
         *,
         overlap: bool = False,
     ) -> None:
-        """Enqueue it on the current stream.
+        """Enqueue it on its device's current stream, whichever device is the current one.
 
         Args:
             grid: blocks along x and y.
@@ -73,12 +74,13 @@ class CudaKernel:
             (ctypes.c_uint * 3)(*grid, 1),
             (ctypes.c_uint * 3)(threads, 1, 1),
             0,
-            torch.cuda.current_stream().cuda_stream,
+            torch.cuda.current_stream(self._device).cuda_stream,
             attributes,
             1,
         )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        _driver_call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
+        with torch.cuda.device(self._device):
+            _driver_call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -99,7 +101,7 @@ def _loaded(path: Path, name: str, macros: tuple[tuple[str, int], ...], device: 
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _driver_call("cuModuleLoadData", ctypes.byref(module), binary)
         _driver_call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-    return CudaKernel(function)
+    return CudaKernel(function, device)
 
 
 def cuda_kernel(path: Path, name: str, macros: Mapping[str, int], device: int) -> CudaKernel:

@@ -60,8 +60,8 @@ class DensePrefix:
             )
         return flags if flags.device == x.device else flags.to(x.device)
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(self._names, args, strict=False)) | kwargs
+    def begin(self, given: dict[str, Any]) -> None:
+        """Flag the tokens of a forward of the decoder that is called with ``given``, until :meth:`end`."""
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -70,8 +70,14 @@ class DensePrefix:
         positions = token_positions(given, length, tokens.device)
         self._flags = (positions < self.prefix).expand(batch, length).reshape(-1).contiguous()
 
-    def _after(self, *_: Any) -> None:
+    def end(self) -> None:
         self._flags = None
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.begin(dict(zip(self._names, args, strict=False)) | kwargs)
+
+    def _after(self, *_: Any) -> None:
+        self.end()
 
 
 def token_positions(given: dict[str, Any], length: int, device: torch.device) -> Tensor:

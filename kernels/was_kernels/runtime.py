@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from was_kernels import available, nvrtc
+from was_kernels import available, decode_model, nvrtc
 from was_kernels.counting import KeptCounts, ProjectionCount
 from was_kernels.decode_block import DecodeBlock, fits, fuse, unfuse
+from was_kernels.decode_model import DecodeModel
 from was_kernels.gather_gemv import HALF, counters
 from was_kernels.positions import DensePrefix
 from was_kernels.sparse_linear import SparseLinear, norms_like
@@ -60,6 +61,7 @@ class SparseModel:
         self._swaps: list[_Swap] = []
         self._hooks: list[RemovableHandle] = []
         self._fused: list[nn.Module] = []
+        self._fused_decoder: nn.Module | None = None
 
     @property
     def fused(self) -> int:
@@ -83,6 +85,9 @@ class SparseModel:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+        if self._fused_decoder is not None:
+            decode_model.unfuse(self._fused_decoder)
+            self._fused_decoder = None
         while self._fused:
             unfuse(self._fused.pop())
         while self._swaps:
@@ -166,8 +171,6 @@ def sparsify(
         devices = {device_of(linear) for linear in _linears(structure)}
         arrived = {device: counters(device) for device in devices}
     try:
-        if prefix is not None:
-            handle._hooks.extend(prefix.attach(_decoder(model, structure)))
         for masked in structure.inputs():
             b, p = masked.block, masked.members[0]
             norms = norms_like(torch.tensor(plan.norms[b][p]), device_of(masked.linears[0]))
@@ -188,8 +191,15 @@ def sparsify(
                 members = masked.members if fused else masked.members[i : i + 1]
                 handle._swaps.append(_Swap(parent, name, linear, sparse, b, members))
                 setattr(parent, name, sparse)
+        steps: list[DecodeBlock] = []
         if chosen == "cuda":
-            _fuse_blocks(handle, structure, prefix, arrived, one_list)
+            steps = _fuse_blocks(handle, structure, prefix, arrived, one_list)
+        decoder = _decoder(model, structure)
+        if len(steps) == len(structure.blocks) and decode_model.fits(decoder):
+            decode_model.fuse(decoder, DecodeModel(decoder, steps, prefix))
+            handle._fused_decoder = decoder
+        elif prefix is not None:
+            handle._hooks.extend(prefix.attach(decoder))
     except BaseException:
         handle.restore()
         raise
@@ -215,13 +225,16 @@ def _fuse_blocks(
     prefix: DensePrefix | None,
     arrived: dict[torch.device, Tensor],
     one_list: bool,
-) -> None:
+) -> list[DecodeBlock]:
+    steps: list[DecodeBlock] = []
     for block in structure.blocks:
         layer: Any = block.module
         if fits(layer) and len({weight.device for weight in layer.parameters()}) == 1:
             counter = arrived[layer.self_attn.q_proj.norms.device]
-            fuse(layer, DecodeBlock(layer, prefix, counter, one_list=one_list))
+            steps.append(DecodeBlock(layer, prefix, counter, one_list=one_list))
+            fuse(layer, steps[-1])
             handle._fused.append(layer)
+    return steps
 
 
 def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "triton", "reference"]:

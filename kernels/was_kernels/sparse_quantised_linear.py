@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from was_kernels.gather_gemv import HALF, MAX_CHANNELS
-from was_kernels.gather_gemv import MAX_ROWS as FEW_ROWS
+from was_kernels.gather_gemv import MAX_ROWS_ROUNDED as FEW_ROWS
 from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
 from was_kernels.positions import DensePrefix
 from was_kernels.quantised_weight import QuantisedWeight

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from was_kernels.attend import attend
-from was_kernels.gather_gemv import counters
+from was_kernels.attend import attend, attend_in_parts
+from was_kernels.attention_parts import AttentionParts
+from was_kernels.gather_gemv import counters, gather_gemv, launch_gather
 
 NAN = float("nan")
 
@@ -116,6 +117,10 @@ def test_the_kernel_equals_the_plain_op_in_float64(cuda, dtype, case, normed, ma
     own = twice[0]
     assert int(own["length"]) == filled + 1
     assert not own["arrived"].any()
+    given.pop("arrived")
+    parts = attend_in_parts(**given)
+    assert int(given["length"]) == filled
+    torch.testing.assert_close(parts.merged(), found[0], rtol=2 * unit, atol=unit / 8)
     for half in ("keys", "values"):
         assert torch.equal(own[half][:, :, :filled], given[half][:, :, :filled])
         assert torch.isfinite(own[half][:, :, filled]).all()
@@ -182,3 +187,49 @@ def test_attention_of_torch_agrees_with_the_plain_op_without_rotation():
     keys, values = torch.cat([given["keys"][:, :, :8], k], 2), torch.cat([given["values"][:, :, :8], v], 2)
     expected = F.scaled_dot_product_attention(q, keys, values)
     torch.testing.assert_close(attend(**given), expected.reshape(1, -1))
+
+
+def test_parts_come_to_the_softmax_over_all():
+    """Two splits of five positions, one with a head that saw nothing."""
+    made = torch.Generator().manual_seed(0)
+    scores, values = torch.randn(1, 1, 2, 5, generator=made), torch.randn(1, 1, 5, 64, generator=made)
+    scores[0, 0, 1] = -float("inf")
+    parts = torch.zeros(1, 1, 2, 2, 66)
+    for s, places in enumerate((slice(0, 2), slice(2, 5))):
+        for q in range(2):
+            of = scores[0, 0, q, places] / torch.log(torch.tensor(2.0))
+            peak = of.max()
+            weights = torch.exp2(of - peak).nan_to_num(0.0)
+            parts[0, 0, s, q] = torch.cat(
+                ((weights[:, None] * values[0, 0, places]).sum(0), peak[None], weights.sum()[None])
+            )
+    found = AttentionParts(parts, torch.tensor(5), torch.float32)
+    assert found.shape == (1, 128)
+    expected = torch.cat((scores[0, 0, 0].softmax(-1) @ values[0, 0], torch.zeros(64)))
+    torch.testing.assert_close(found.merged()[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_reader_merges_parts_and_moves_the_length_on(cuda, dtype, case):
+    rows, heads, queries, head, _, filled = case
+    given = inputs(*case, dtype, "cuda")
+    width, channels = 136, heads * queries * head
+    weight = torch.randn(channels, width, device=cuda).to(dtype)
+    norms, arrived = torch.ones(channels, device=cuda), given.pop("arrived")
+    parts = attend_in_parts(**given)
+    merged = parts.merged()
+    scores = merged.abs().float().flatten().sort().values
+    at = len(scores) // 4 + int(scores[len(scores) // 4 : len(scores) // 2].diff().argmax())
+    threshold = float(scores[at : at + 2].mean())  # far from every score
+    residual = torch.randn(rows, width, device=cuda).to(dtype)
+    found, squares = launch_gather(
+        parts, [weight], [norms], [threshold], [None], arrived, residual=residual, want_squares=True, early=True
+    )
+    expected = gather_gemv(merged, [weight], [norms], [threshold], [None], arrived, residual=residual)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=2 * unit, atol=8 * unit)
+    torch.testing.assert_close(squares.sum(1), found.float().square().sum(1), rtol=1e-5, atol=1e-5)
+    assert int(given["length"]) == filled + 1
+    assert not arrived.any()

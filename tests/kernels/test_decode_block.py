@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.kernels.tiny_models import WIDER, tiny_plan
-from was_kernels import decode_block, runtime
+from was_kernels import decode_block, decode_model, runtime
 from was_kernels.runtime import sparsify
 from was_search.errors import ConfigError
 
@@ -55,7 +55,8 @@ def dtype(op_device: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The model's; on CPU the fused path is let in for float32."""
     if op_device == "cuda":
         return torch.bfloat16
-    monkeypatch.setattr(decode_block, "HALF", (torch.float32,))
+    for module in (decode_block, decode_model):
+        monkeypatch.setattr(module, "HALF", (torch.float32,))
     monkeypatch.setattr(runtime, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference")
     return torch.float32
 
@@ -79,13 +80,13 @@ def logits_of_steps(model: Any, tokens: torch.Tensor, prompt: int, mask: torch.T
 
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     taken: list[int] = []
-    run = decode_block.DecodeBlock.run
+    step = decode_block.DecodeBlock.step
 
-    def counted(self: Any, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        taken.append(hidden.shape[0])
-        return run(self, hidden, given)
+    def counted(self: Any, x: torch.Tensor, *others: Any) -> Any:
+        taken.append(x.shape[0])
+        return step(self, x, *others)
 
-    monkeypatch.setattr(decode_block.DecodeBlock, "run", counted)
+    monkeypatch.setattr(decode_block.DecodeBlock, "step", counted)
     return taken
 
 
@@ -199,7 +200,7 @@ def test_steps_that_are_not_covered_take_the_plain_path(op_device, dtype, monkey
     model = model_of("llama", op_device, dtype)
     plan = tiny_plan(model)
     taken = steps_taken(monkeypatch)
-    tokens = tokens_of(9, 12).to(op_device)
+    tokens = tokens_of(17, 12).to(op_device)
     handle = sparsify(model, plan, backend="cuda")
     logits_of_steps(model, tokens, 10)  # more rows than a launch takes
     with torch.inference_mode():

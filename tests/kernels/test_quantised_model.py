@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from tests.kernels.test_decode_block import model_of
 from tests.kernels.tiny_models import FAMILIES, masked_logits, tiny_model, tiny_plan
-from was_kernels import decode_block, runtime
+from was_kernels import decode_block, decode_model, runtime
 from was_kernels.decode_timing import projection_bytes
 from was_kernels.runtime import sparsify
 from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
@@ -100,7 +100,8 @@ def dtype(op_device: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The model's; on CPU the fused path is let in for float32."""
     if op_device == "cuda":
         return torch.bfloat16
-    monkeypatch.setattr(decode_block, "HALF", (torch.float32,))
+    for module in (decode_block, decode_model):
+        monkeypatch.setattr(module, "HALF", (torch.float32,))
     monkeypatch.setattr(runtime, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference")
     return torch.float32
 

@@ -1,19 +1,19 @@
 // Attention of one decoding step: rotate q and k, append k and v to a static cache, attend to all positions so far.
 //
 // A stream of HEAD / 8 threads walks every so-many-th position with its own running softmax; streams are merged in
-// shared memory, blocks of one head by the block that arrives last, in a fixed order. Positions behind the end of
-// the sequence are never read, so the cache's length costs nothing.
+// shared memory, blocks of one head by the block that arrives last, in a fixed order. When IN_PARTS they are not:
+// the launch that reads the result merges them (`merged_attention` in parts.cuh), and makes the sequence one longer.
+// Positions behind the end of the sequence are never read, so the cache's length costs nothing.
 //
 // Compiled by NVRTC with these macros: BF16, HEAD (64, 128 or 256), QUERIES (query heads of a key head), WARPS,
-// UNROLL (positions of a stream in flight), NORMED (RMSNorm of each head of q and k first), PDL.
+// UNROLL (positions of a stream in flight), NORMED (RMSNorm of each head of q and k first), IN_PARTS, PDL.
 
 #include "common.cuh"
+#include "parts.cuh"
 
 #define THREADS (WARPS * 32)
 #define LANES (HEAD / 8)
 #define STREAMS (THREADS / LANES)
-#define PART (HEAD + 2)
-#define NOTHING __int_as_float(0xff800000)  // minus infinity
 
 struct Strides {
     long long batch, head, position;  // elements
@@ -95,7 +95,9 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
        Strides key_strides, Strides value_strides, long long angle_stride, long long mask_stride, long long input_stride,
        float scaling, float epsilon, int key_heads, int longest, int advance) {
     __shared__ float merged[WARPS][QUERIES][PART];
+#if !IN_PARTS
     __shared__ int is_last;
+#endif
     const int thread = threadIdx.x, lane = thread % LANES, stream = blockIdx.y * STREAMS + thread / LANES;
     const int streams = gridDim.y * STREAMS;
     const int row = blockIdx.x / key_heads, head = blockIdx.x % key_heads;
@@ -238,7 +240,7 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
             mass += merged[w][h][HEAD + 1] * take;
             sum += merged[w][h][c] * take;
         }
-        if (splits == 1) {
+        if (splits == 1 && !IN_PARTS) {
             out[(wide * QUERIES + h) * HEAD + c] = narrow(mass == 0.0f ? 0.0f : sum / mass);
         } else {
             float* own = place + ((long long)blockIdx.y * QUERIES + h) * PART;
@@ -249,6 +251,7 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
             }
         }
     }
+#if !IN_PARTS
     __syncthreads();
     if (thread == 0) {
         is_last = splits > 1 && arrives_last(arrived + blockIdx.x, splits);
@@ -273,4 +276,5 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
         }
         out[(wide * QUERIES + h) * HEAD + c] = narrow(mass == 0.0f ? 0.0f : sum / mass);
     }
+#endif
 }

@@ -6,14 +6,23 @@
 // When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up. With ONE_LIST both have one
 // mask: a block's lanes read gate in their first half and up in their second, behind one list.
 //
+// With several rows and BITS 16 the products are tensor cores' (MMA): a warp takes 64 outputs and 16 listed channels at
+// a time, of which a lane reads 8 outputs of 4 channels; the rows of x are columns of the product, in tiles of 8.
+//
 // Weights are of BITS 16, or rounded to 8 or 4 bits with a scale and an offset for each channel and GROUP of outputs:
 // w = scale * q + offset. A lane's outputs lie in one group, so the scale goes into x and the offset into one sum.
 //
-// Compiled by NVRTC with these macros: BF16, BITS, PER_LANE (outputs of a lane: 8 at 16 bits, else 8 to 32), GROUP,
-// LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL, ROWS, PARTS, GATED, ONE_LIST (GATED only, 16 bits), NORMED (RMSNorm of x first), CAPACITY (channels of a block at most, a multiple of the block size),
-// MIN_BLOCKS (of a multiprocessor), PDL (wait for the kernel before as late as possible).
+// Compiled by NVRTC with these macros: BF16, MMA, BITS, PER_LANE (outputs of a lane: 8 at 16 bits, else 8 to 32), GROUP,
+// LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL (weight rows in flight), ROWS (8 or 16 with MMA),
+// PARTS, GATED, ONE_LIST (GATED only, 16 bits), NORMED (RMSNorm of x first: 1, or 2 if whoever made x left sums of its
+// squares), SPLITS (x is attention in so many parts, of query heads of HEAD channels, QUERIES to a key head; undefined:
+// x is x), CAPACITY (channels of a block at most, a multiple of the block size), MIN_BLOCKS (of a multiprocessor), PDL
+// (wait for the kernel before as late as possible).
 
 #include "common.cuh"
+#ifdef SPLITS
+#include "parts.cuh"
+#endif
 
 #define THREADS (WARPS * 32)
 #define COLUMNS (LANES * PER_LANE)
@@ -23,6 +32,16 @@
 #define SUMS (GATED ? 2 : 1)
 #define OUTPUTS (ONE_LIST ? COLUMNS / 2 : COLUMNS)
 #define STRIPE 16
+
+#if MMA
+#define ACROSS (COLUMNS / 64)              // warps along the outputs of a block
+#define DEEP (WARPS / ACROSS)              // warps along its channels
+#define STEPS (UNROLL / 4)                 // of 16 channels each that a warp has in flight
+#define TILES (ROWS / 8)
+#define PITCH (CAPACITY + DEEP * STEPS * 16 + 8)  // of a row of inputs; lanes of a warp then meet different banks
+#define INPUT_BYTES (ROWS * PITCH * 2)
+#define SUM_BYTES (DEEP * ROWS * COLUMNS * 4)
+#endif
 
 #if BITS == 16
 typedef u16 Stored;
@@ -110,6 +129,24 @@ __device__ __forceinline__ float code(u32 word, int c) {
 }
 #endif
 
+#if MMA
+__device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+// sums [16 outputs, 8 rows] += weights [16 outputs, 16 channels] times inputs [16 channels, 8 rows], as lanes hold them.
+__device__ __forceinline__ void multiply(float* sums, const u32* weights, u32 input0, u32 input1) {
+    asm volatile(
+#if BF16
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(input0), "r"(input1));
+}
+#endif
+
 // Share s of `shares` owns every shares-th stripe of 16 channels: neighbours tend to be kept together.
 __device__ __forceinline__ int channel_of(int place, int share, int shares) {
     return ((place / STRIPE) * shares + share) * STRIPE + place % STRIPE;
@@ -122,14 +159,30 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             const u8* __restrict__ dense,        // [rows] or null: rows that keep every channel
             float* __restrict__ parts,           // [blocks, shares, ROWS, COLUMNS]
             int* __restrict__ arrived,           // [column blocks], zero before and after
-            const __grid_constant__ Group group, long long x_stride, long long out_stride, float epsilon, int rows, int d_in) {
+            const float* __restrict__ attended,  // parts of attention, SPLITS only
+            long long* length,                   // of the sequence that attended, made one longer; SPLITS only
+            const float* __restrict__ squares_of_x,  // [rows, n_squares]: sums of x's squares, NORMED 2 only
+            float* __restrict__ squares_of_out,      // [rows, column blocks] or null: the same of the output
+            const __grid_constant__ Group group, long long x_stride, long long out_stride, float epsilon, int rows, int d_in,
+            int n_squares) {
+#if MMA
+    // Inputs, and once all are used the warps' sums in their place.
+    __shared__ __align__(16) u16 list[PITCH];
+    __shared__ __align__(16) u8 space[INPUT_BYTES > SUM_BYTES ? INPUT_BYTES : SUM_BYTES];
+    u16(*values)[PITCH] = reinterpret_cast<u16(*)[PITCH]>(space);
+    float(*sums)[ROWS][COLUMNS] = reinterpret_cast<float(*)[ROWS][COLUMNS]>(space);
+#else
     __shared__ u16 list[CAPACITY];
     __shared__ float values[CAPACITY][ROWS];
-    __shared__ u8 counts[PASSES * WARPS];
     __shared__ float sums[WARPS][COLUMNS];
-#if NORMED
-    __shared__ float squares[ROWS][WARPS];
 #endif
+    __shared__ u8 counts[PASSES * WARPS];
+#if NORMED == 1
+    __shared__ float squares[ROWS][WARPS];
+#elif NORMED == 2
+    __shared__ float scales_of_rows[ROWS];
+#endif
+    __shared__ float result_squares[ROWS * OUTPUTS / 32];
     __shared__ int is_last;
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -171,6 +224,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #endif
     wait_for_input();
     let_next_start();
+#ifdef SPLITS
+    if (blockIdx.x == 0 && share == 0 && thread == 0) *length += 1;
+#endif
 
     float input[ROWS][PASSES];
 #pragma unroll
@@ -180,9 +236,13 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             const int place = pass * THREADS + thread;
             const int channel = channel_of(place, share, shares);
             const bool there = place < capacity && channel < d_in && r < rows;
+#ifdef SPLITS
+            input[r][pass] = there ? merged_attention(attended, r, channel, d_in) : 0.0f;
+#else
             input[r][pass] = there ? widen(x[r * x_stride + channel]) : 0.0f;
+#endif
         }
-#if NORMED
+#if NORMED == 1
     for (int r = 0; r < rows; r++) {
         float total = 0.0f;
         for (int first = thread * 8; first < d_in; first += THREADS * 8 * 4) {
@@ -211,6 +271,22 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
         for (int w = 0; w < WARPS; w++) total += r < rows ? squares[r][w] : 0.0f;
         const float scale = rsqrtf(total / d_in + epsilon);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; pass++)
+            input[r][pass] = rounded(norm_weights[pass] * rounded(input[r][pass] * scale));
+    }
+#elif NORMED == 2
+    for (int r = warp; r < rows; r += WARPS) {
+        float total = 0.0f;
+        for (int i = lane; i < n_squares; i += 32) total += __ldcg(squares_of_x + r * n_squares + i);
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+        if (lane == 0) scales_of_rows[r] = rsqrtf(total / d_in + epsilon);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float scale = r < rows ? scales_of_rows[r] : 0.0f;
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++)
             input[r][pass] = rounded(norm_weights[pass] * rounded(input[r][pass] * scale));
@@ -251,11 +327,78 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             const int at = mine + __popc(ballots[pass] & ((1u << lane) - 1u));
             list[at] = (u16)channel_of(pass * THREADS + thread, share, shares);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) values[at][r] = (kept[pass] >> r) & 1u ? input[r][pass] : 0.0f;
+            for (int r = 0; r < ROWS; r++) {
+                const float value = (kept[pass] >> r) & 1u ? input[r][pass] : 0.0f;
+#if MMA
+                values[r][at] = narrow(value);
+#else
+                values[at][r] = value;
+#endif
+            }
         }
     }
+#if MMA
+    // What a last step reads behind the list.
+    for (int i = thread; i < DEEP * STEPS * 16; i += THREADS) {
+        list[n + i] = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) values[r][n + i] = 0;
+    }
+#endif
     __syncthreads();
 
+    const unsigned long long policy = read_once();
+#if MMA
+    const int group_lane = lane / 4, quarter = lane % 4;
+    const int in_block = (warp % ACROSS) * 64 + group_lane * 8;
+#if ONE_LIST
+    const int column = first_column + in_block % OUTPUTS;
+    const Projection& read = group.part[in_block / OUTPUTS];
+#else
+    const int column = first_column + in_block;
+    const Projection& read = own;
+#endif
+    const bool there = column < own.width;
+    const u16* weight = read.weight + column;
+    float total[TILES][4][4];  // [tile of rows][pair of outputs][output 0 and rows 2q, 2q + 1; output 1 likewise]
+#pragma unroll
+    for (int i = 0; i < TILES * 16; i++) (&total[0][0][0])[i] = 0.0f;
+    for (int first = warp / ACROSS * (STEPS * 16); first < n; first += DEEP * STEPS * 16) {
+        uint4 v[STEPS][4];
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            const int i = first + s * 16 + quarter * 2;
+            const u32 near = *reinterpret_cast<const u32*>(list + i), far = *reinterpret_cast<const u32*>(list + i + 8);
+            const u32 channel[4] = {near & 0xffffu, near >> 16, far & 0xffffu, far >> 16};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                v[s][k] = make_uint4(0u, 0u, 0u, 0u);
+                if (there && i + (k & 1) + (k / 2) * 8 < n) v[s][k] = stream(weight + channel[k] * read.stride, policy);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            const int i = first + s * 16 + quarter * 2;
+            u32 input[TILES][2];
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                input[t][0] = *reinterpret_cast<const u32*>(&values[t * 8 + group_lane][i]);
+                input[t][1] = *reinterpret_cast<const u32*>(&values[t * 8 + group_lane][i + 8]);
+            }
+            const u32 word[4][4] = {{v[s][0].x, v[s][0].y, v[s][0].z, v[s][0].w},
+                                    {v[s][1].x, v[s][1].y, v[s][1].z, v[s][1].w},
+                                    {v[s][2].x, v[s][2].y, v[s][2].z, v[s][2].w},
+                                    {v[s][3].x, v[s][3].y, v[s][3].z, v[s][3].w}};
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                const u32 weights[4] = {low_halves(word[0][w], word[1][w]), high_halves(word[0][w], word[1][w]),
+                                        low_halves(word[2][w], word[3][w]), high_halves(word[2][w], word[3][w])};
+#pragma unroll
+                for (int t = 0; t < TILES; t++) multiply(total[t][w], weights, input[t][0], input[t][1]);
+            }
+        }
+    }
+#else
 #if ONE_LIST
     const int column = first_column + (lane % (LANES / 2)) * PER_LANE;
     const Projection& read = group.part[lane % LANES / (LANES / 2)];
@@ -265,7 +408,6 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #endif
     if (column >= own.width) n = 0;
     const Stored* weight = read.weight + (BITS == 16 ? column : column * BITS / 8);
-    const unsigned long long policy = read_once();
     float total[ROWS][PER_LANE];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -341,10 +483,29 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) total[r][c] += common[r];
 #endif
+#endif
 
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
     float* place = parts + (long long)block * PHASES * shares * (ROWS * COLUMNS);
     float* mine = place + ((PHASES == 2 ? which : 0) * shares + share) * (ROWS * COLUMNS);
+#if MMA
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int w = 0; w < 4; w++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                sums[warp / ACROSS][t * 8 + quarter * 2 + (c & 1)][in_block + w * 2 + c / 2] = total[t][w][c];
+    __syncthreads();
+    for (int i = thread; i < ROWS * COLUMNS; i += THREADS) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int d = 0; d < DEEP; d++) sum += (&sums[d][0][0])[i];
+        if (i / COLUMNS < rows) __stcg(mine + i, sum);
+    }
+    __syncthreads();
+#else
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -362,6 +523,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         }
         __syncthreads();
     }
+#endif
     if (thread == 0) {
         is_last = arrives_last(arrived + block, PHASES * shares);
         if (is_last) arrived[block] = 0;
@@ -371,27 +533,43 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 
     for (int i = thread; i < ROWS * OUTPUTS; i += THREADS) {
         const int r = i / OUTPUTS, out = first_column + i % OUTPUTS;
-        if (r >= rows || out >= own.width) continue;
-        const float beside = residual == nullptr ? 0.0f : widen(residual[r * out_stride + out]);
-        float sum[SUMS];
+        float result = 0.0f;
+        if (r < rows && out < own.width) {
+            const float beside = residual == nullptr ? 0.0f : widen(residual[r * out_stride + out]);
+            float sum[SUMS];
 #pragma unroll
-        for (int f = 0; f < SUMS; f++) {
-            sum[f] = 0.0f;
+            for (int f = 0; f < SUMS; f++) {
+                sum[f] = 0.0f;
 #if ONE_LIST
-            const float* from = place + r * COLUMNS + f * OUTPUTS + i % OUTPUTS;
+                const float* from = place + r * COLUMNS + f * OUTPUTS + i % OUTPUTS;
 #else
-            const float* from = place + f * shares * (ROWS * COLUMNS) + i;
+                const float* from = place + f * shares * (ROWS * COLUMNS) + i;
 #endif
 #pragma unroll 8
-            for (int s = 0; s < shares; s++) sum[f] += __ldcg(from + s * (ROWS * COLUMNS));
-            const u16* bias = group.part[GATED ? f : which].bias;
-            if (bias != nullptr) sum[f] += widen(bias[out]);
-        }
-        float result = rounded(sum[0]);
+                for (int s = 0; s < shares; s++) sum[f] += __ldcg(from + s * (ROWS * COLUMNS));
+                const u16* bias = group.part[GATED ? f : which].bias;
+                if (bias != nullptr) sum[f] += widen(bias[out]);
+            }
+            result = rounded(sum[0]);
 #if GATED
-        result = rounded(result / (1.0f + __expf(-result))) * rounded(sum[1]);
+            result = rounded(result / (1.0f + __expf(-result))) * rounded(sum[1]);
 #endif
-        if (residual != nullptr) result = beside + rounded(result);
-        group.part[GATED ? 0 : which].out[r * out_stride + out] = narrow(result);
+            if (residual != nullptr) result = beside + rounded(result);
+            result = rounded(result);
+            group.part[GATED ? 0 : which].out[r * out_stride + out] = narrow(result);
+        }
+        if (squares_of_out != nullptr) {  // a warp's outputs lie in one row
+            float square = result * result;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+            if (lane == 0) result_squares[i / 32] = square;
+        }
+    }
+    if (squares_of_out == nullptr) return;
+    __syncthreads();
+    for (int r = thread; r < rows; r += THREADS) {
+        float total = 0.0f;
+        for (int i = 0; i < OUTPUTS / 32; i++) total += result_squares[r * (OUTPUTS / 32) + i];
+        __stcg(squares_of_out + r * gridDim.x + block, total);
     }
 }

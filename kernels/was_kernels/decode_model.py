@@ -1,0 +1,165 @@
+"""One-token steps of a decoder whose blocks are fused, without small kernels before the first and behind the last.
+
+transformers makes the angles, the causal mask and the norm of a step from some thirty operations on a few numbers. A
+decoder whose class is known gets a subclass that takes such steps itself, as :mod:`was_kernels.decode_block` does with
+its blocks, and leaves everything else to transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from was_kernels.decode_block import DecodeBlock
+from was_kernels.gather_gemv import HALF, MAX_ROWS
+from was_kernels.positions import DensePrefix
+from was_kernels.step_ends import begin_step, rms_norm
+
+FAMILIES = {
+    "LlamaModel": "transformers.models.llama.",
+    "MistralModel": "transformers.models.mistral.",
+    "Qwen2Model": "transformers.models.qwen2.",
+    "Qwen3Model": "transformers.models.qwen3.",
+}
+"""Classes of decoders whose forward is: embed, angles and mask, blocks, norm; and where they must come from."""
+
+_FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotation whose frequencies do not depend on the sequence."""
+
+_TAKEN = frozenset(
+    ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position")
+)
+
+
+class DecodeModel:
+    """What a decoder's one-token step needs, gathered once.
+
+    Args:
+        decoder: of a class in :data:`FAMILIES`, that :func:`fits`.
+        steps: of its blocks, in their order.
+        prefix: tells which tokens are dense. It is followed here: attach no hooks for it.
+    """
+
+    def __init__(self, decoder: Any, steps: list[DecodeBlock], prefix: DensePrefix | None) -> None:
+        self._decoder = decoder
+        self._steps = steps
+        self._prefix = prefix
+        self._frequencies: Tensor = decoder.rotary_emb.inv_freq.float().contiguous()
+        self._scaling: float = float(decoder.rotary_emb.attention_scaling)
+        self._names = tuple(inspect.signature(decoder.forward).parameters)
+
+    def takes(self, given: dict[str, Any]) -> bool:
+        """Whether this forward is a step that :meth:`run` covers."""
+        tokens, config = given.get("input_ids"), self._decoder.config
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or tokens.shape[0] > MAX_ROWS:
+            return False
+        if any(value is not None and value is not False for name, value in given.items() if name not in _TAKEN):
+            return False
+        wanted = ("output_attentions", "output_hidden_states")
+        if any(getattr(config, name, False) for name in wanted) or not getattr(config, "return_dict", True):
+            return False
+        use_cache = given.get("use_cache")
+        if not (config.use_cache if use_cache is None else use_cache):
+            return False
+        positions, mask = given.get("position_ids"), _mask_of(given)
+        if positions is not None and (positions.dim() != 2 or positions.shape[1] != 1):
+            return False
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+            return False
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._decoder.layers):
+            return False
+        like = self._decoder.embed_tokens.weight
+        hidden = like.new_empty((tokens.shape[0], 1, like.shape[1]))
+        angles = like.new_empty((1, 2 * len(self._frequencies)))
+        block = {**_cache_of(given), "attention_mask": mask, "position_embeddings": (angles, angles)}
+        return all(step.takes(hidden, block) for step in self._steps)
+
+    def run(self, given: dict[str, Any]) -> Any:
+        """The decoder's output for one token a row; the cache is one position longer afterwards."""
+        decoder, tokens = self._decoder, given["input_ids"]
+        cache = next(iter(_cache_of(given).values()))
+        positions = given.get("position_ids")
+        positions = cache.layers[0].cumulative_length if positions is None else positions
+        x, cos, sin, dense, squares = begin_step(
+            tokens[:, 0],
+            decoder.embed_tokens.weight,
+            positions.reshape(-1),
+            self._frequencies,
+            scaling=self._scaling,
+            prefix=0 if self._prefix is None else self._prefix.prefix,
+        )
+        block = {**_cache_of(given), "attention_mask": _mask_of(given), "position_embeddings": (cos, sin)}
+        prefixed: Tensor | None = dense if self._prefix is not None else None
+        sums: Tensor | None = squares if x.is_cuda else None
+        for step in self._steps:
+            x, sums = step.step(x, block, prefixed, sums)
+        norm = decoder.norm
+        hidden = rms_norm(x, norm.weight, norm.variance_epsilon, early=True)[:, None]
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **_cache_of(given))
+
+    def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """The decoder's forward: a step through :meth:`run`, all else through ``plain``, the class's own."""
+        if not args and self.takes(given):
+            return self.run(given)
+        if self._prefix is None:
+            return plain(self._decoder, *args, **given)
+        self._prefix.begin({**dict(zip(self._names, args, strict=False)), **given})
+        try:
+            return plain(self._decoder, *args, **given)
+        finally:
+            self._prefix.end()
+
+
+def _cache_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The cache under the name that this transformers has for it."""
+    return {name: given[name] for name in ("cache", "past_key_values") if given.get(name) is not None}
+
+
+def _mask_of(given: dict[str, Any]) -> Any:
+    """The mask of blocks that see the whole cache; ``generate`` hands some decoders one for each kind of block."""
+    mask = given.get("attention_mask")
+    return mask["full_attention"] if isinstance(mask, dict) and list(mask) == ["full_attention"] else mask
+
+
+def fits(decoder: Any) -> bool:
+    """Whether :class:`DecodeModel` covers this decoder, its blocks fused: class, embeddings, rotation and norm."""
+    kind = type(decoder)
+    if not kind.__module__.startswith(FAMILIES.get(kind.__name__, " ")):
+        return False
+    embeddings, rotary, norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+    if type(embeddings) is not nn.Embedding or embeddings.max_norm is not None:
+        return False
+    if getattr(rotary, "rope_type", "") not in _FIXED_ANGLES or not type(norm).__name__.endswith("RMSNorm"):
+        return False
+    weights = [embeddings.weight, norm.weight]
+    if len(decoder.layers) != decoder.config.num_hidden_layers or len({w.device for w in decoder.parameters()}) > 1:
+        return False
+    return all(weight.dtype in HALF and weight.shape[-1] % 8 == 0 for weight in weights) and rotary.inv_freq.dim() == 1
+
+
+def fuse(decoder: nn.Module, step: DecodeModel) -> None:
+    """Let ``decoder`` take its one-token steps through ``step``, until :func:`unfuse`."""
+    decoder._was_step = step  # type: ignore[assignment]
+    kind: Any = type(decoder)
+    decoder.__class__ = _fused(kind)
+
+
+def unfuse(decoder: nn.Module) -> None:
+    """Undo :func:`fuse`; does nothing to a decoder that is not fused."""
+    if "_was_step" in decoder.__dict__:
+        decoder.__class__ = type(decoder).__mro__[1]
+        del decoder._was_step
+
+
+@lru_cache(maxsize=16)
+def _fused(kind: Any) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **given: Any) -> Any:
+        step: DecodeModel = self._was_step
+        return step.forward(kind.forward, args, given)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
