@@ -38,9 +38,18 @@ class DecodeBlock:
         arrived: counters of the model.
         one_list: q, k, v have one mask and gate, up another: lay their weights side by side, and list the channels
             of each once.
+        dense_above: leave steps of more rows to the modules, which keep every channel then; None: of none.
     """
 
-    def __init__(self, layer: Any, prefix: DensePrefix | None, arrived: Tensor, *, one_list: bool = False) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        prefix: DensePrefix | None,
+        arrived: Tensor,
+        *,
+        one_list: bool = False,
+        dense_above: int | None = None,
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._projections: tuple[SparseLinear, ...] = (
             attention.q_proj,
@@ -58,7 +67,8 @@ class DecodeBlock:
         self._head: int = attention.head_dim
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
-        self._max_rows = MAX_ROWS_ROUNDED if isinstance(attention.q_proj, SparseQuantisedLinear) else MAX_ROWS
+        most = MAX_ROWS_ROUNDED if isinstance(attention.q_proj, SparseQuantisedLinear) else MAX_ROWS
+        self.max_rows = most if dense_above is None else min(most, dense_above)
         self._one_list = one_list
         self._together: tuple[Tensor, Tensor | None] | None = None
         if one_list:
@@ -69,7 +79,7 @@ class DecodeBlock:
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > self._max_rows:
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > self.max_rows:
             return False
         if hidden.dtype != self._projections[0].dtype or given.get("output_attentions"):
             return False

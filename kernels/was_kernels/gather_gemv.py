@@ -211,6 +211,7 @@ def launch_gather(
         "GATED": int(gated),
         "ONE_LIST": int(one_list),
         "NORMED": 0 if norm_weight is None else 1 if squares is None else 2,
+        "SHARES": cut.shares,
         "CAPACITY": cut.capacity,
         "MIN_BLOCKS": cut.residents,
         "PDL": int(early),

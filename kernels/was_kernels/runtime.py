@@ -18,7 +18,7 @@ from was_kernels.decode_block import DecodeBlock, fits, fuse, unfuse
 from was_kernels.decode_model import DecodeModel
 from was_kernels.gather_gemv import HALF, counters
 from was_kernels.positions import DensePrefix
-from was_kernels.sparse_linear import SparseLinear, norms_like
+from was_kernels.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
 from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
 from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
 from was_search.plan import Plan
@@ -124,13 +124,15 @@ def sparsify(
     backend: Backend = "auto",
     fingerprint: str | None = None,
     one_list: bool = False,
+    dense_above: int | None = DENSE_ABOVE,
 ) -> SparseModel:
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
     Tokens outside the plan's dense prefix have their inputs masked, those of a prompt unless the plan leaves prompts
     dense; one-token steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any
-    batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to 8 rows
-    over a static cache in five launches. Restore before saving the model or moving its layers to other dtypes.
+    batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to 16 rows (8
+    of rounded weights) over a static cache in five launches. Restore before saving the model or moving its layers to
+    other dtypes.
 
     Args:
         model: a transformers causal language model, or its decoder.
@@ -140,6 +142,8 @@ def sparsify(
         fingerprint: the checkpoint's, if known; checked against the plan's.
         one_list: with the ``cuda`` backend and a plan of shared masks, lay the weights of q, k, v and of gate, up side
             by side and list kept channels once for both of gate and up.
+        dense_above: one-token steps of more rows keep every channel, since nearly all weights are read for one row or
+            another and masking only costs; None: mask them all the same.
 
     Returns:
         A handle that undoes the change with ``restore()``, or on leaving it as a context.
@@ -149,8 +153,10 @@ def sparsify(
         ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
         ResourceError: ``cuda`` or ``triton`` was asked for and is not there.
         ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype; or ``one_list`` for another
-            backend or separate masks.
+            backend or separate masks; or ``dense_above`` is under 1.
     """
+    if dense_above is not None and dense_above < 1:
+        raise ConfigError(f"dense_above: must be at least 1, or None, got {dense_above}")
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise PlanError("this model runs a plan already; call restore() on it before sparsify")
     structure = find_structure(model, plan.shape.masks)
@@ -187,13 +193,14 @@ def sparsify(
                         triton=chosen in ("cuda", "triton"),
                         dense_prompts=plan.prefill == "dense",
                         counters=arrived.get(device_of(linear)),
+                        dense_above=dense_above,
                     )
                 members = masked.members if fused else masked.members[i : i + 1]
                 handle._swaps.append(_Swap(parent, name, linear, sparse, b, members))
                 setattr(parent, name, sparse)
         steps: list[DecodeBlock] = []
         if chosen == "cuda":
-            steps = _fuse_blocks(handle, structure, prefix, arrived, one_list)
+            steps = _fuse_blocks(handle, structure, prefix, arrived, one_list, dense_above)
         decoder = _decoder(model, structure)
         if len(steps) == len(structure.blocks) and decode_model.fits(decoder):
             decode_model.fuse(decoder, DecodeModel(decoder, steps, prefix))
@@ -225,13 +232,14 @@ def _fuse_blocks(
     prefix: DensePrefix | None,
     arrived: dict[torch.device, Tensor],
     one_list: bool,
+    dense_above: int | None,
 ) -> list[DecodeBlock]:
     steps: list[DecodeBlock] = []
     for block in structure.blocks:
         layer: Any = block.module
         if fits(layer) and len({weight.device for weight in layer.parameters()}) == 1:
             counter = arrived[layer.self_attn.q_proj.norms.device]
-            steps.append(DecodeBlock(layer, prefix, counter, one_list=one_list))
+            steps.append(DecodeBlock(layer, prefix, counter, one_list=one_list, dense_above=dense_above))
             fuse(layer, steps[-1])
             handle._fused.append(layer)
     return steps

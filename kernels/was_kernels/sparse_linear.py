@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,20 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from was_kernels.counting import ProjectionCount
-from was_kernels.gather_gemv import HALF, MAX_CHANNELS, gather_gemv
-from was_kernels.gather_gemv import MAX_ROWS as FEW_ROWS
+from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, gather_gemv
 from was_kernels.positions import DensePrefix
 from was_kernels.reference import kept_channels, score_mask_reference
 
-MAX_ROWS = 16
-"""Rows of a one-token step that the sparse GEMV takes; larger batches use masked dense products."""
+DENSE_ABOVE = 16
+"""Rows of a one-token step above which it keeps every channel, unless told otherwise.
+
+Rows keep channels almost independently: at 50 % and 8 rows all but 0.4 % of the weights must be read anyway, so that
+nothing is left to be saved and masking only costs.
+"""
 
 
 class SparseLinear(nn.Module):
     """Replaces an ``nn.Linear`` in place: same parameters, weight held column-major, inputs masked.
 
-    One-token steps of up to 16 rows use the Triton sparse GEMV (``triton=True``), those of up to 8 rows the CUDA one
-    (``counters``); everything else masks the input and multiplies densely. For inference: neither passes a gradient.
+    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``) or the Triton one (``triton=True``); those
+    of more than ``dense_above`` rows are dense; everything else masks the input and multiplies densely. For inference:
+    none passes a gradient.
 
     The linear's own weight parameter is kept, so its identity, name and dtype stay; only its storage changes
     to [in_features, out_features]. One weight at a time exists twice, for the moment of the copy.
@@ -36,6 +41,7 @@ class SparseLinear(nn.Module):
         triton: use the Triton kernels.
         dense_prompts: mask one-token steps only.
         counters: of :func:`was_kernels.gather_gemv.counters`, to use the CUDA kernel where it fits; None: never.
+        dense_above: one-token steps of more rows keep every channel; None: none do.
     """
 
     def __init__(
@@ -48,8 +54,9 @@ class SparseLinear(nn.Module):
         triton: bool,
         dense_prompts: bool = False,
         counters: Tensor | None = None,
+        dense_above: int | None = DENSE_ABOVE,
     ) -> None:
-        self._init_common(linear, norms, threshold, prefix, triton, dense_prompts)
+        self._init_common(linear, norms, threshold, prefix, triton, dense_prompts, dense_above)
         self.weight = linear.weight
         self.dtype = linear.weight.dtype
         self.channel_bytes = self.out_features * self.weight.element_size()
@@ -69,6 +76,7 @@ class SparseLinear(nn.Module):
         prefix: DensePrefix | None,
         triton: bool,
         dense_prompts: bool,
+        dense_above: int | None,
     ) -> None:
         """What does not depend on how the weight is held."""
         super().__init__()
@@ -82,6 +90,7 @@ class SparseLinear(nn.Module):
         self._prefix = prefix
         self._triton = triton
         self._dense_prompts = dense_prompts
+        self._dense_above = sys.maxsize if dense_above is None else dense_above
         self._mask_op = score_mask_reference
         if triton:
             from was_kernels.score_mask import score_mask
@@ -103,9 +112,10 @@ class SparseLinear(nn.Module):
         rows = x.numel() // self.in_features
         one_token = x.dim() < 3 or x.shape[-2] == 1
         dense = None if self._prefix is None else self._prefix.dense(x)
+        threshold = 0.0 if one_token and rows > self._dense_above else self.threshold
         if self.count is not None and one_token:
-            self.count.add(kept_channels(x.reshape(rows, -1), self.norms, self.threshold), dense)
-        if self.threshold <= 0.0 or (self._dense_prompts and not one_token):
+            self.count.add(kept_channels(x.reshape(rows, -1), self.norms, threshold), dense)
+        if threshold <= 0.0 or (self._dense_prompts and not one_token):
             return self._multiply(x)
         if one_token:
             y = self._few_rows(x.reshape(rows, self.in_features), dense)
@@ -122,7 +132,7 @@ class SparseLinear(nn.Module):
         rows = x.shape[0]
         if x.dtype != self.weight.dtype:
             return None
-        if self._counters is not None and rows <= FEW_ROWS:
+        if self._counters is not None and rows <= MAX_ROWS:
             return gather_gemv(
                 x,
                 [self.weight_t],

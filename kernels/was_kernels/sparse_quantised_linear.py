@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from was_kernels.gather_gemv import HALF, MAX_CHANNELS
-from was_kernels.gather_gemv import MAX_ROWS_ROUNDED as FEW_ROWS
+from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, MAX_ROWS_ROUNDED
 from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
 from was_kernels.positions import DensePrefix
 from was_kernels.quantised_weight import QuantisedWeight
-from was_kernels.sparse_linear import MAX_ROWS, SparseLinear
+from was_kernels.sparse_linear import DENSE_ABOVE, SparseLinear
 from was_search.quantised import QuantisedLinear
 
 
@@ -33,8 +32,9 @@ class SparseQuantisedLinear(SparseLinear):
         triton: bool,
         dense_prompts: bool = False,
         counters: Tensor | None = None,
+        dense_above: int | None = DENSE_ABOVE,
     ) -> None:
-        self._init_common(linear, norms, threshold, prefix, triton, dense_prompts)
+        self._init_common(linear, norms, threshold, prefix, triton, dense_prompts, dense_above)
         form = linear.form
         self.weight = linear.packed
         self.dtype = linear.dtype
@@ -62,7 +62,7 @@ class SparseQuantisedLinear(SparseLinear):
         rows = x.shape[0]
         if x.dtype != self.dtype:
             return None
-        if self._counters is not None and rows <= FEW_ROWS:
+        if self._counters is not None and rows <= MAX_ROWS_ROUNDED:
             return gather_gemv_quantised(
                 x,
                 [self.rounded],

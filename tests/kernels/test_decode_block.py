@@ -210,6 +210,11 @@ def test_steps_that_are_not_covered_take_the_plain_path(op_device, dtype, monkey
     assert not taken
     assert counts.tokens == 2
     handle.restore()
+    with sparsify(model, plan, backend="cuda", dense_above=2) as sparse:
+        logits_of_steps(sparse, tokens[:3], 10)
+        assert not taken
+        logits_of_steps(sparse, tokens[:2], 10)
+    assert set(taken) == {2}
 
 
 def test_other_families_run_without_fused_blocks(op_device, dtype):

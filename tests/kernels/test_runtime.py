@@ -80,6 +80,40 @@ def test_one_token_steps_equal_prefill(family, masks, batch):
         torch.testing.assert_close(torch.cat(found, dim=1), expected, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("batch", "dense_above", "is_dense"), [(3, 2, True), (3, 3, False), (17, None, False), (17, 16, True)]
+)
+def test_steps_of_many_rows_keep_every_channel(batch, dense_above, is_dense):
+    model = tiny_model()
+    plan = tiny_plan(model, dense_prefix=2)
+    tokens = random_tokens(batch, 7)
+    with torch.inference_mode(), sparsify(model, plan, dense_above=dense_above) as sparse:
+        prompt = sparse(tokens[:, :6], use_cache=True)
+        found = sparse(tokens[:, 6:], past_key_values=copy.deepcopy(prompt.past_key_values)).logits
+    with torch.inference_mode():
+        dense = model(tokens[:, 6:], past_key_values=prompt.past_key_values).logits
+    expected = masked_logits(model, plan, tokens)
+    torch.testing.assert_close(prompt.logits, expected[:, :6], **CLOSE)  # prompts are masked all the same
+    torch.testing.assert_close(found, dense if is_dense else expected[:, 6:], **CLOSE)
+    assert (dense - expected[:, 6:]).abs().max() > 1e-2
+
+
+def test_no_channel_counts_as_dropped_in_steps_of_many_rows():
+    model = tiny_model()
+    tokens = random_tokens(3, 2)
+    handle = sparsify(model, tiny_plan(model, dense_prefix=0), dense_above=2)
+    with torch.inference_mode(), handle.counting() as counts:
+        handle.model(tokens[:, :1])
+    assert counts.tokens == 3
+    assert counts.sparsity() == 0.0
+
+
+def test_dense_above_is_at_least_one():
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=r"dense_above: must be at least 1, or None, got 0"):
+        sparsify(model, tiny_plan(model), dense_above=0)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("prompt_length", [1, 6])

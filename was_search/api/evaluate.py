@@ -116,7 +116,7 @@ def evaluate_on_tasks(
     with context.reporter.phase(f"dense model on {', '.join(tasks)}"):
         results = {"dense": evaluate_tasks(model, tokenizer, tasks, **options)}
     if plan is not None:
-        with context.reporter.phase(f"plan on {', '.join(tasks)}"), sparsify(model, plan) as sparse:
+        with context.reporter.phase(f"plan on {', '.join(tasks)}"), sparsify(model, plan, dense_above=None) as sparse:
             results["plan"] = evaluate_tasks(sparse, tokenizer, tasks, **options)
     _show_tasks(context, results, limit)
     return results

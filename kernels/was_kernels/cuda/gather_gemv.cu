@@ -16,8 +16,8 @@
 // LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL (weight rows in flight), ROWS (8 or 16 with MMA),
 // PARTS, GATED, ONE_LIST (GATED only, 16 bits), NORMED (RMSNorm of x first: 1, or 2 if whoever made x left sums of its
 // squares), SPLITS (x is attention in so many parts, of query heads of HEAD channels, QUERIES to a key head; undefined:
-// x is x), CAPACITY (channels of a block at most, a multiple of the block size), MIN_BLOCKS (of a multiprocessor), PDL
-// (wait for the kernel before as late as possible).
+// x is x), SHARES (of the channels: blocks along y), CAPACITY (channels of a block at most, a multiple of the block
+// size), MIN_BLOCKS (of a multiprocessor), PDL (wait for the kernel before as late as possible).
 
 #include "common.cuh"
 #ifdef SPLITS
@@ -32,6 +32,12 @@
 #define SUMS (GATED ? 2 : 1)
 #define OUTPUTS (ONE_LIST ? COLUMNS / 2 : COLUMNS)
 #define STRIPE 16
+// What a thread of the last block reads at once: partial sums one after the other cost a trip to L2 each.
+#define MOST_AT_ONCE (16 / SUMS)
+#define AT_ONCE (SHARES < MOST_AT_ONCE ? SHARES : MOST_AT_ONCE)  // partial sums of a result
+#define RESULT_PASSES ((ROWS * OUTPUTS + THREADS - 1) / THREADS)
+#define MOST_TOGETHER (32 / (SUMS * AT_ONCE))
+#define TOGETHER (RESULT_PASSES < MOST_TOGETHER ? RESULT_PASSES : MOST_TOGETHER)  // results
 
 #if MMA
 #define ACROSS (COLUMNS / 64)              // warps along the outputs of a block
@@ -147,9 +153,9 @@ __device__ __forceinline__ void multiply(float* sums, const u32* weights, u32 in
 }
 #endif
 
-// Share s of `shares` owns every shares-th stripe of 16 channels: neighbours tend to be kept together.
-__device__ __forceinline__ int channel_of(int place, int share, int shares) {
-    return ((place / STRIPE) * shares + share) * STRIPE + place % STRIPE;
+// A share owns every SHARES-th stripe of 16 channels: neighbours tend to be kept together.
+__device__ __forceinline__ int channel_of(int place, int share) {
+    return ((place / STRIPE) * SHARES + share) * STRIPE + place % STRIPE;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
@@ -157,7 +163,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             const u16* __restrict__ norm_weight, // [d_in], NORMED only
             const u16* __restrict__ residual,    // like out or null: added to the output
             const u8* __restrict__ dense,        // [rows] or null: rows that keep every channel
-            float* __restrict__ parts,           // [blocks, shares, ROWS, COLUMNS]
+            float* __restrict__ parts,           // [blocks, SHARES, ROWS, COLUMNS]
             int* __restrict__ arrived,           // [column blocks], zero before and after
             const float* __restrict__ attended,  // parts of attention, SPLITS only
             long long* length,                   // of the sequence that attended, made one longer; SPLITS only
@@ -179,16 +185,16 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     __shared__ u8 counts[PASSES * WARPS];
 #if NORMED == 1
     __shared__ float squares[ROWS][WARPS];
-#elif NORMED == 2
+#elif NORMED == 2 && ROWS > 2
     __shared__ float scales_of_rows[ROWS];
 #endif
     __shared__ float result_squares[ROWS * OUTPUTS / 32];
     __shared__ int is_last;
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const int share = blockIdx.y, shares = gridDim.y;
+    const int share = blockIdx.y;
     const int stripes = (d_in + STRIPE - 1) / STRIPE;
-    const int capacity = ((stripes + shares - 1) / shares) * STRIPE;
+    const int capacity = ((stripes + SHARES - 1) / SHARES) * STRIPE;
 
     int which = 0;
 #if ONE_LIST
@@ -210,7 +216,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
         const int place = pass * THREADS + thread;
-        const int channel = channel_of(place, share, shares);
+        const int channel = channel_of(place, share);
         norms[pass] = place < capacity && channel < d_in ? own.norms[channel] : 0.0f;
     }
 #if NORMED
@@ -218,7 +224,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
         const int place = pass * THREADS + thread;
-        const int channel = channel_of(place, share, shares);
+        const int channel = channel_of(place, share);
         norm_weights[pass] = place < capacity && channel < d_in ? widen(norm_weight[channel]) : 0.0f;
     }
 #endif
@@ -234,7 +240,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
             const int place = pass * THREADS + thread;
-            const int channel = channel_of(place, share, shares);
+            const int channel = channel_of(place, share);
             const bool there = place < capacity && channel < d_in && r < rows;
 #ifdef SPLITS
             input[r][pass] = there ? merged_attention(attended, r, channel, d_in) : 0.0f;
@@ -276,17 +282,26 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             input[r][pass] = rounded(norm_weights[pass] * rounded(input[r][pass] * scale));
     }
 #elif NORMED == 2
-    for (int r = warp; r < rows; r += WARPS) {
+    // Of few rows every warp adds all, which costs no meeting of the block.
+    constexpr int apart = ROWS > 2 ? WARPS : 1;
+#if ROWS <= 2
+    float scales_of_rows[ROWS];
+#endif
+#pragma unroll
+    for (int r = ROWS > 2 ? warp : 0; r < ROWS; r += apart) {
         float total = 0.0f;
-        for (int i = lane; i < n_squares; i += 32) total += __ldcg(squares_of_x + r * n_squares + i);
+        if (r < rows)
+            for (int i = lane; i < n_squares; i += 32) total += __ldcg(squares_of_x + r * n_squares + i);
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-        if (lane == 0) scales_of_rows[r] = rsqrtf(total / d_in + epsilon);
+        if (ROWS <= 2 || lane == 0) scales_of_rows[r] = r < rows ? rsqrtf(total / d_in + epsilon) : 0.0f;
     }
+#if ROWS > 2
     __syncthreads();
+#endif
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const float scale = r < rows ? scales_of_rows[r] : 0.0f;
+        const float scale = scales_of_rows[r];
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++)
             input[r][pass] = rounded(norm_weights[pass] * rounded(input[r][pass] * scale));
@@ -299,7 +314,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
         const int place = pass * THREADS + thread;
-        const int channel = channel_of(place, share, shares);
+        const int channel = channel_of(place, share);
         u32 keep = 0;
         if (place < capacity && channel < d_in) {
 #pragma unroll
@@ -325,7 +340,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         }
         if (kept[pass]) {
             const int at = mine + __popc(ballots[pass] & ((1u << lane) - 1u));
-            list[at] = (u16)channel_of(pass * THREADS + thread, share, shares);
+            list[at] = (u16)channel_of(pass * THREADS + thread, share);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 const float value = (kept[pass] >> r) & 1u ? input[r][pass] : 0.0f;
@@ -486,8 +501,8 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #endif
 
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
-    float* place = parts + (long long)block * PHASES * shares * (ROWS * COLUMNS);
-    float* mine = place + ((PHASES == 2 ? which : 0) * shares + share) * (ROWS * COLUMNS);
+    float* place = parts + (long long)block * PHASES * SHARES * (ROWS * COLUMNS);
+    float* mine = place + ((PHASES == 2 ? which : 0) * SHARES + share) * (ROWS * COLUMNS);
 #if MMA
     __syncthreads();
 #pragma unroll
@@ -525,44 +540,72 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     }
 #endif
     if (thread == 0) {
-        is_last = arrives_last(arrived + block, PHASES * shares);
+        is_last = arrives_last(arrived + block, PHASES * SHARES);
         if (is_last) arrived[block] = 0;
     }
     __syncthreads();
     if (!is_last) return;
 
-    for (int i = thread; i < ROWS * OUTPUTS; i += THREADS) {
-        const int r = i / OUTPUTS, out = first_column + i % OUTPUTS;
-        float result = 0.0f;
-        if (r < rows && out < own.width) {
-            const float beside = residual == nullptr ? 0.0f : widen(residual[r * out_stride + out]);
-            float sum[SUMS];
+    for (int first_pass = 0; first_pass < RESULT_PASSES; first_pass += TOGETHER) {
+        float sum[TOGETHER][SUMS], added[TOGETHER][SUMS], beside[TOGETHER];
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++) {
+            const int i = (first_pass + t) * THREADS + thread, r = i / OUTPUTS, out = first_column + i % OUTPUTS;
+            const bool there = r < rows && out < own.width;
+            beside[t] = there && residual != nullptr ? widen(residual[r * out_stride + out]) : 0.0f;
 #pragma unroll
             for (int f = 0; f < SUMS; f++) {
-                sum[f] = 0.0f;
-#if ONE_LIST
-                const float* from = place + r * COLUMNS + f * OUTPUTS + i % OUTPUTS;
-#else
-                const float* from = place + f * shares * (ROWS * COLUMNS) + i;
-#endif
-#pragma unroll 8
-                for (int s = 0; s < shares; s++) sum[f] += __ldcg(from + s * (ROWS * COLUMNS));
                 const u16* bias = group.part[GATED ? f : which].bias;
-                if (bias != nullptr) sum[f] += widen(bias[out]);
+                added[t][f] = there && bias != nullptr ? widen(bias[out]) : 0.0f;
+                sum[t][f] = 0.0f;
             }
-            result = rounded(sum[0]);
-#if GATED
-            result = rounded(result / (1.0f + __expf(-result))) * rounded(sum[1]);
-#endif
-            if (residual != nullptr) result = beside + rounded(result);
-            result = rounded(result);
-            group.part[GATED ? 0 : which].out[r * out_stride + out] = narrow(result);
         }
-        if (squares_of_out != nullptr) {  // a warp's outputs lie in one row
-            float square = result * result;
+#pragma unroll 1
+        for (int first = 0; first < SHARES; first += AT_ONCE) {
+            float v[TOGETHER][SUMS][AT_ONCE];
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
-            if (lane == 0) result_squares[i / 32] = square;
+            for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+                for (int f = 0; f < SUMS; f++)
+#pragma unroll
+                    for (int s = 0; s < AT_ONCE; s++) {
+                        const int i = (first_pass + t) * THREADS + thread;
+#if ONE_LIST
+                        const float* from = place + i / OUTPUTS * COLUMNS + f * OUTPUTS + i % OUTPUTS;
+#else
+                        const float* from = place + f * SHARES * (ROWS * COLUMNS) + i;
+#endif
+                        const bool there = i < rows * OUTPUTS && (SHARES % AT_ONCE == 0 || first + s < SHARES);
+                        v[t][f][s] = there ? __ldcg(from + (first + s) * (ROWS * COLUMNS)) : 0.0f;
+                    }
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+                for (int f = 0; f < SUMS; f++)
+#pragma unroll
+                    for (int s = 0; s < AT_ONCE; s++) sum[t][f] += v[t][f][s];
+        }
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++) {
+            const int i = (first_pass + t) * THREADS + thread;
+            if (i >= ROWS * OUTPUTS) break;
+            const int r = i / OUTPUTS, out = first_column + i % OUTPUTS;
+            float result = 0.0f;
+            if (r < rows && out < own.width) {
+                result = rounded(sum[t][0] + added[t][0]);
+#if GATED
+                result = rounded(result / (1.0f + __expf(-result))) * rounded(sum[t][1] + added[t][1]);
+#endif
+                if (residual != nullptr) result = beside[t] + rounded(result);
+                result = rounded(result);
+                group.part[GATED ? 0 : which].out[r * out_stride + out] = narrow(result);
+            }
+            if (squares_of_out != nullptr) {  // a warp's outputs lie in one row
+                float square = result * result;
+#pragma unroll
+                for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+                if (lane == 0) result_squares[i / 32] = square;
+            }
         }
     }
     if (squares_of_out == nullptr) return;
