@@ -1,13 +1,15 @@
-"""Time the sparse GEMV on a GPU beside cuBLAS; append one JSON line per row to benchmarks/results/.
+"""Time the sparse GEMVs on a GPU beside cuBLAS; append one JSON line per row to benchmarks/results/.
 
     python benchmarks/bench_sparse_gemv.py [--shapes 4096x4096,...] [--sparsities 0,0.5] [--batches 1,4] [--dtypes fp16]
+    python benchmarks/bench_sparse_gemv.py --kernel cuda
 
 A shape is d_in x d_out. Each figure is one call's share of a CUDA graph that walks over copies of the weight, so
 many that none is still in the L2 cache, each with inputs of its own; p20/p50/p80 are over graph replays.
 Sparsity is counted on those inputs: ``sparsity`` is the share of channels a row drops, ``skipped`` the share
 that all rows of a batch drop, whose weights need not be read. The bytes limit is the time to read what must be
 read (kept weight rows, x, norms) and write y at the read bandwidth measured first on the same GPU.
-``dense_us`` is cuBLAS on the row-major weight.
+``dense_us`` is cuBLAS on the row-major weight. The CUDA kernel is launched as in a fused step: one call may start while
+the one before it ends.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.rows import commit
 from was_kernels.decode_timing import read_bandwidth
+from was_kernels.gather_gemv import counters, gather_gemv
 from was_kernels.sparse_gemv import sparse_gemv
 
 RESULTS = Path(__file__).parent / "results" / "sparse_gemv.jsonl"
@@ -39,6 +42,7 @@ MAX_COPIES = 64
 class Row:
     """One measurement; times in microseconds."""
 
+    kernel: str
     d_in: int
     d_out: int
     batch: int
@@ -103,11 +107,28 @@ def dense_times(x: Tensor, weights_t: list[Tensor], replays: int) -> tuple[float
     return percentiles([partial(F.linear, x[i], weight) for i, weight in enumerate(weights)], replays)
 
 
+def product(kernel: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """x [B, d_in], weight_t [d_in, d_out], norms [d_in], threshold -> [B, d_out], by the named kernel."""
+    if kernel == "triton":
+        return sparse_gemv
+    arrived = counters(torch.device("cuda"))
+    return lambda x, weight_t, norms, threshold: gather_gemv(
+        x, [weight_t], [norms], [threshold], [None], arrived, early=True
+    )
+
+
 def measure(
-    d_in: int, d_out: int, batch: int, dtype_name: str, sparsities: list[float], replays: int, bandwidth: float
+    kernel: str,
+    d_in: int,
+    d_out: int,
+    batch: int,
+    dtype_name: str,
+    sparsities: list[float],
+    replays: int,
+    bandwidth: float,
 ) -> list[Row]:
     """All sparsities of one shape, batch and dtype, with the dense product timed once beside them."""
-    dtype = DTYPES[dtype_name]
+    dtype, multiply = DTYPES[dtype_name], product(kernel)
     itemsize = torch.empty((), dtype=dtype).element_size()
     copies = max(2, min(MAX_COPIES, -(-ROTATED_BYTES // (d_in * d_out * itemsize))))
     torch.manual_seed(0)
@@ -122,18 +143,19 @@ def measure(
     for nominal in sparsities:
         threshold = float(sample.quantile(nominal)) if nominal > 0.0 else 0.0
         sparsity, skipped = counted(x, norms, threshold)
-        y = sparse_gemv(x[0], weights_t[0], norms[0], threshold)
+        y = multiply(x[0], weights_t[0], norms[0], threshold)
         kept = (
             x[0].abs().float() * norms[0] >= threshold if threshold > 0.0 else torch.ones_like(x[0], dtype=torch.bool)
         )
         exact = torch.where(kept, x[0], 0.0).double() @ weights_t[0].double()
         times = percentiles(
-            [partial(sparse_gemv, x[i], weights_t[i], norms[i], threshold) for i in range(copies)], replays
+            [partial(multiply, x[i], weights_t[i], norms[i], threshold) for i in range(copies)], replays
         )
         must_move = (1.0 - skipped) * d_in * d_out * itemsize + batch * (d_in + d_out) * itemsize + 4 * d_in
         limit_us = 1e6 * must_move / bandwidth
         rows.append(
             Row(
+                kernel=kernel,
                 d_in=d_in,
                 d_out=d_out,
                 batch=batch,
@@ -175,6 +197,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--shapes", default="4096x4096,4096x11008,11008x4096", help="d_in x d_out, comma-separated")
     parser.add_argument("--sparsities", default="0,0.4,0.5,0.6,0.75")
     parser.add_argument("--batches", default="1")
@@ -194,7 +217,7 @@ def main() -> None:
         for batch in (int(b) for b in options.batches.split(",")):
             for shape in options.shapes.split(","):
                 d_in, d_out = (int(n) for n in shape.split("x"))
-                found = measure(d_in, d_out, batch, dtype, sparsities, options.replays, bandwidth)
+                found = measure(options.kernel, d_in, d_out, batch, dtype, sparsities, options.replays, bandwidth)
                 with options.output.open("a") as file:
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
                 rows.extend(found)

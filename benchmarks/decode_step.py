@@ -2,7 +2,8 @@
 
     python -m benchmarks.decode_step --model llama-2-7b --sparsities 0 0.5 0.6 0.75 --compile
     python -m benchmarks.decode_step --model was_search/demo_data/model --dtype bf16
-    python -m benchmarks.decode_step --weights int4 --backend cuda
+    python -m benchmarks.decode_step --weights int4
+    python -m benchmarks.decode_step --batches 4 8 16 --sparsities 0.5 --compile
 
 A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. The step is what ``sparsify``
 leaves a user with: one token for each row through a ``LlamaForCausalLM`` with a static cache, head included, replayed
@@ -15,7 +16,6 @@ bandwidth measured first. One JSON line a row is appended to benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.rows import commit
+from benchmarks.rows import append_row, commit
 from scripts.make_random_model import SHAPES, draw
 from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
 from was_kernels.runtime import sparsify
@@ -147,9 +147,9 @@ class Case:
     step: DecodeStep
 
 
-def cases(model: Any, options: argparse.Namespace) -> Iterator[Case]:
+def cases(model: Any, batch: int, options: argparse.Namespace) -> Iterator[Case]:
     """The dense steps, of the weights as they are, then each plan's, of rounded weights where these are asked for."""
-    tokens = torch.randint(0, model.config.vocab_size, (options.batch, 2 * options.kv_length), device="cuda")
+    tokens = torch.randint(0, model.config.vocab_size, (batch, 2 * options.kv_length), device="cuda")
     every = projection_bytes([linear for _, _, linear in find_structure(model).linears()])
     yield Case("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
     if options.compile:
@@ -164,19 +164,18 @@ def cases(model: Any, options: argparse.Namespace) -> Iterator[Case]:
         counted = step.counted(handle)
         path = handle.backend + (", one list" if options.one_list else "")
         yield Case(path, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
-        if options.compile:
+        if options.compile_plans:
             step = DecodeStep(model, tokens, options.kv_length, compiled=True)
             compiled = f"{path}, torch.compile"
             yield Case(compiled, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         handle.restore()
 
 
-def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """Rows as they are measured, each compared with the dense ones before it."""
-    model = build(options.model, DTYPES[options.dtype])
-    bandwidth, others = read_bandwidth(torch.device("cuda")), other_bytes(model, options.batch, options.kv_length)
+def measure(model: Any, batch: int, bandwidth: float, options: argparse.Namespace) -> Iterator[Row]:
+    """Rows as they are measured, each compared with the dense ones before it; ``bandwidth`` in bytes a second."""
+    others = other_bytes(model, batch, options.kv_length)
     dense: dict[str, float] = {}
-    for case in cases(model, options):
+    for case in cases(model, batch, options):
         times = case.step.times(options.replays)
         if case.path.startswith("dense"):
             dense[case.path] = times.p50
@@ -187,7 +186,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             model=options.model if options.model in SHAPES else fingerprint(resolve_model(options.model))[:12],
             dtype=options.dtype,
             weights=AS_STORED if case.path.startswith("dense") else canonical(options.weights),
-            batch=options.batch,
+            batch=batch,
             kv_length=options.kv_length,
             path=case.path,
             masks="" if case.path.startswith("dense") else options.masks,
@@ -198,7 +197,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             p80_ms=times.p80,
             limit_ms=limit_ms,
             limit_share=limit_ms / times.p50,
-            tokens_per_s=1e3 * options.batch / times.p50,
+            tokens_per_s=1e3 * batch / times.p50,
             read_bytes=read,
             speedup_over_eager=over["dense"],
             speedup_over_compiled=over["dense, torch.compile"],
@@ -215,7 +214,7 @@ def line(row: Row) -> str:
     """A row for people."""
     over = "" if row.speedup_over_compiled is None else f", x{row.speedup_over_compiled:.2f} over compiled"
     return (
-        f"{row.path:22s} {row.nominal_sparsity:.2f} counted {row.sparsity:.3f}  {row.p50_ms:.3f} ms "
+        f"{row.batch:2d} {row.path:22s} {row.nominal_sparsity:.2f} counted {row.sparsity:.3f}  {row.p50_ms:.3f} ms "
         f"({row.p20_ms:.3f} to {row.p80_ms:.3f})  limit {row.limit_ms:.3f} ms, {row.limit_share:.0%}  "
         f"x{row.speedup_over_eager or 1.0:.2f} over eager{over}, {row.tokens_per_s:.0f} tokens/s"
     )
@@ -235,23 +234,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--weights", type=canonical, default=AS_STORED, help="of the plans: none, int8, int4, int4:64")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.0, 0.5, 0.6, 0.75])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--kv-length", type=int, default=256)
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "reference"), default="auto")
     parser.add_argument("--masks", choices=MASKS, default="separate")
     parser.add_argument("--one-list", action="store_true", help="with --masks shared: see sparsify")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's dense step too")
+    parser.add_argument("--compile-plans", action="store_true", help="time torch.compile's sparse steps too")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.weights != AS_STORED and len(options.batches) > 1:
+        parser.error("--batches: one with --weights, whose rounding takes the dense model's place")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    with options.output.open("a", encoding="utf-8") as file:
-        for row in measure(options):
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
+    model = build(options.model, DTYPES[options.dtype])
+    bandwidth = read_bandwidth(torch.device("cuda"))
+    for batch in options.batches:
+        for row in measure(model, batch, bandwidth, options):
+            append_row(options.output, asdict(row))
             print(line(row), flush=True)
 
 
