@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from was_kernels.decode_timing import DecodeStep, Times
-from was_kernels.gather_gemv import MAX_ROWS
 from was_kernels.runtime import SparseModel, sparsify
+from was_kernels.sparse_linear import DENSE_ABOVE
 from was_search.masking import structure_norms
 from was_search.plan import Plan
 from was_search.shape import FloatArray
@@ -147,7 +147,7 @@ class StepClock:
         except BaseException:
             self._handle.restore()
             raise
-        self.fused = self._handle.fused == len(structure.blocks) and len(tokens) <= MAX_ROWS
+        self.fused = self._handle.fused == len(structure.blocks) and len(tokens) <= DENSE_ABOVE
         self.backend = f"{self._handle.backend}{', fused' if self.fused else ''}"
 
     def __enter__(self) -> StepClock:

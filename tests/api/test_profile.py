@@ -89,7 +89,7 @@ def test_other_conditions_are_measured_anew(measured, postgres_url):
     ("options", "message"),
     [
         (["--rows", "0"], "rows: must be at least 1, got 0"),
-        (["--rows", "17"], "rows: at most 16 decode sparsely, got 17"),
+        (["--rows", "9"], "rows: at most 8 decode sparsely, got 9"),
         (["--kv-length", "31"], "kv_length: must be at least 32"),
         (["--kv-length", "1000000"], "kv_length: at most"),
         (["--steps", "0"], "steps: must be at least 1"),

@@ -80,8 +80,10 @@ def _check_options(context: Context, rows: int, kv_length: int, steps: int, roun
     for name, (value, minimum) in {**least, "check": (check_vectors, 0)}.items():
         if value < minimum:
             raise ConfigError(f"{name}: must be at least {minimum}, got {value}")
-    if rows > 16:
-        raise ConfigError(f"rows: at most 16 decode sparsely, got {rows}")
+    from was_kernels.sparse_linear import DENSE_ABOVE
+
+    if rows > DENSE_ABOVE:
+        raise ConfigError(f"rows: at most {DENSE_ABOVE} decode sparsely, got {rows}")
     from was_search.checkpoint import read_config
 
     room = read_config(context.source).get("max_position_embeddings")
