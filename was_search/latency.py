@@ -26,6 +26,7 @@ import numpy.typing as npt
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.protocol import content_hash
 from was_search.shape import N_PROJECTIONS, PROJECTIONS, FloatArray, IntArray, ModelShape
+from was_search.weight_format import AS_STORED, canonical, describe
 
 VERSION = 1
 _KIND = "was-search profile"
@@ -75,13 +76,14 @@ class LatencyProfile:
         rest_seconds: what no sparsity saves.
         dense: seconds of the dense model's step by the way it was run, such as ``eager`` and ``compiled``.
         device: its name.
-        dtype: of the weights.
+        dtype: of the model.
         backend: of the sparse runtime, such as ``cuda, fused``.
         rows: that decode together.
         kv_length: positions in the cache.
         versions: torch, triton, driver and so on, for people.
         measured_at: when, ISO 8601.
         source: ``measured``, or what else it is.
+        weights: how the projections' weights are held, as ``--weights`` says it.
         spread: of the times of one and the same step while it was measured: standard deviation over mean.
         check: errors on vectors that took no part in it; {} where none were tried.
     """
@@ -100,6 +102,7 @@ class LatencyProfile:
     source: str = "measured"
     check: Mapping[str, Any] = field(default_factory=dict)
     spread: float = 0.0
+    weights: str = AS_STORED
 
     def __post_init__(self) -> None:
         n_blocks = self.shape.n_blocks
@@ -124,6 +127,8 @@ class LatencyProfile:
             raise ConfigError("profile: dense must hold the time of a dense step")
         if self.rows < 1 or self.kv_length < 1:
             raise ConfigError(f"profile: rows and kv_length must be positive, got {self.rows} and {self.kv_length}")
+        if canonical(self.weights) != self.weights:
+            raise ConfigError(f"profile: weights must be written {canonical(self.weights)!r}, got {self.weights!r}")
         for name in ("device", "dtype", "backend", "source"):
             if not getattr(self, name).isprintable():
                 raise ConfigError(f"profile: {name} must be printable, got {getattr(self, name)[:80]!r}")
@@ -142,7 +147,9 @@ class LatencyProfile:
     def hash(self) -> str:
         """Of all that decides a prediction, 64 hexadecimal digits."""
         value = self.to_json()
-        return content_hash(*(value[name] for name in ("shape", "launches", "rest_seconds", "dense", *_CONDITIONS)))
+        rounded = [] if self.weights == AS_STORED else [self.weights]
+        names = ("shape", "launches", "rest_seconds", "dense", *_CONDITIONS)
+        return content_hash(*(value[name] for name in names), *rounded)
 
     @cached_property
     def members(self) -> tuple[tuple[IntArray, IntArray, FloatArray], ...]:
@@ -218,11 +225,20 @@ class LatencyProfile:
                     "measure this one with 'was-search profile'"
                 )
 
+    def require_weights(self, weights: str) -> None:
+        """Refuse a profile of weights that are held otherwise, with a ConfigError."""
+        if weights != self.weights:
+            raise ConfigError(
+                f"profile: it is of {describe(self.weights)}, these are {describe(weights)}; measure with "
+                f"'was-search profile --weights {weights}'"
+            )
+
     def describe(self) -> str:
         """One line: of what and where."""
         made = "" if self.source == "measured" else f" ({self.source})"
+        held = "" if self.weights == AS_STORED else f", {describe(self.weights)}"
         return (
-            f"{self.device}{made}, {self.dtype}, {self.backend}, {self.rows} row{'s' if self.rows > 1 else ''}, "
+            f"{self.device}{made}, {self.dtype}{held}, {self.backend}, {self.rows} row{'s' if self.rows > 1 else ''}, "
             f"{self.kv_length} positions, dense step {1e3 * self.dense_seconds:.3f} ms ({self.dense_name})"
         )
 
@@ -242,7 +258,7 @@ class LatencyProfile:
     def summary(self) -> dict[str, Any]:
         """Its conditions without the curves, as JSON."""
         value = self.to_json()
-        names = ("hash", "dense", "rest_seconds", *_CONDITIONS, "versions", "measured_at", "check", "spread")
+        names = ("hash", "dense", "rest_seconds", *_CONDITIONS, "weights", "versions", "measured_at", "check", "spread")
         return {name: value[name] if name != "hash" else self.hash for name in names}
 
     def to_json(self) -> dict[str, Any]:
@@ -250,6 +266,7 @@ class LatencyProfile:
             "kind": _KIND,
             "version": VERSION,
             **{name: getattr(self, name) for name in _CONDITIONS},
+            "weights": self.weights,
             "versions": dict(self.versions),
             "measured_at": self.measured_at,
             "dense": dict(self.dense),
@@ -303,6 +320,7 @@ class LatencyProfile:
                 source=str(value["source"]),
                 check=dict(value["check"]),
                 spread=float(value["spread"]),
+                weights=str(value.get("weights", AS_STORED)),
             )
         except ConfigError:
             raise

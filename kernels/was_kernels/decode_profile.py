@@ -116,6 +116,7 @@ def profile_plan(model: nn.Module, *, dense_prefix: int = 1) -> Plan:
         sparsities=np.zeros(structure.shape.params.shape),
         thresholds=np.ones(structure.shape.params.shape, np.float32),
         norms=tuple(tuple(np.full(d, KEPT, np.float32) for d in row) for row in structure.shape.in_features),
+        weights=structure.weights,
     )
 
 

@@ -85,6 +85,25 @@ def test_other_conditions_are_measured_anew(measured, postgres_url):
         assert len(context.cache.list("profile")) == 2
 
 
+def test_rounded_weights_have_profiles_of_their_own(measured, postgres_url, tmp_path):
+    path = tmp_path / "int8.json"
+    found = run(app, [*QUICK, "--weights", "int8", "--output", str(path), "--storage", postgres_url])
+    assert found.exit_code == 0, found.output
+    made = LatencyProfile.load(path)
+    assert made.weights == "int8:128"
+    assert "int8 weights in groups of 128 outputs" in " ".join(found.output.split())
+    known = {}
+    for weights in ("none", "int8", "int4"):
+        with Context(demo_settings(storage=postgres_url, weights=weights)) as context:
+            known[weights] = profile_of(context)
+    assert known["none"] is not None and known["none"].weights == "none"
+    assert known["int8"] is not None and known["int8"].hash == made.hash
+    assert known["int4"] is None
+    other = demo_settings(storage=postgres_url, profile=str(path))
+    with Context(other) as context, pytest.raises(ConfigError, match=r"of int8 weights .*these are weights as stored"):
+        profile_of(context)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

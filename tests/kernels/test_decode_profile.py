@@ -12,7 +12,9 @@ from was_kernels.decode_profile import StepClock, profile_plan
 from was_kernels.runtime import sparsify
 from was_search.latency import LatencyProfile
 from was_search.latency_fit import FUSED, check, check_summary, fit, launch_kinds
+from was_search.quantised import quantise_projections
 from was_search.structure import find_structure
+from was_search.weight_format import WeightFormat
 
 RNG = np.random.default_rng(0)
 
@@ -34,6 +36,19 @@ def test_fixed_masks_are_what_steps_count(op_device, dtype, backend):  # noqa: F
             assert achieved.max() < 1.0  # a launch always reads something
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_fixed_masks_of_rounded_weights_are_what_steps_count(op_device, dtype, weights):  # noqa: F811
+    model = model_of("llama", op_device, dtype)
+    quantise_projections(find_structure(model), WeightFormat.parse(weights))
+    vector = RNG.uniform(0, 0.98, (2, 7))
+    with StepClock(model, tokens_of(1, 80).to(op_device), 40, steps=2, backend="cuda") as clock:
+        seconds, achieved = clock(vector)
+        counted = clock._step.counted(clock._handle).sparsities
+    assert seconds > 0.0
+    np.testing.assert_allclose(counted, achieved, atol=1e-9 if dtype == torch.float32 else 4e-3)
+    np.testing.assert_allclose(achieved, vector, atol=1.0 / 64)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -57,6 +57,24 @@ def test_the_time_never_rises_with_any_sparsity(seed, bend):
     assert profile.seconds(more) <= profile.seconds(point) * (1 + 1e-12)
 
 
+def test_weights_are_a_condition_of_profiles_that_say_so():
+    """A file from before there were rounded weights is the same profile, hash and all."""
+    value = PROFILE.to_json()
+    assert value.pop("weights") == "none"
+    assert LatencyProfile.from_json(value).hash == PROFILE.hash
+    rounded = dataclasses.replace(PROFILE, weights="int8:128")
+    assert rounded.hash != PROFILE.hash
+    assert LatencyProfile.from_json(rounded.to_json()).hash == rounded.hash
+    assert "int8 weights in groups of 128 outputs" in rounded.describe()
+    rounded.require_weights("int8:128")
+    with pytest.raises(ConfigError, match=r"of int8 weights .*, these are weights as stored; .* --weights none"):
+        rounded.require_weights("none")
+    with pytest.raises(ConfigError, match="weights must be written 'int8:128', got 'int8'"):
+        dataclasses.replace(PROFILE, weights="int8")
+    with pytest.raises(ConfigError, match="must be none, int8 or int4"):
+        LatencyProfile.from_json({**value, "weights": "int3"})
+
+
 def test_savings_are_the_slopes():
     point = np.random.default_rng(1).uniform(0.1, 0.9, (3, 7))
     found = PROFILE.savings(point, width=1e-5)

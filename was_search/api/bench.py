@@ -159,7 +159,8 @@ def _profile(context: Context, shape: ModelShape, batch: int, kv_length: int) ->
         return None
     found = LatencyProfile.load(Path(context.settings.profile))
     found.require_shape(shape)
-    mine = {"rows": batch, "kv_length": kv_length, "dtype": context.placement_here.dtype}
+    place, weights = context.placement_here, context.settings.weights
+    mine = {"rows": batch, "kv_length": kv_length, "dtype": place.dtype, "weights": weights}
     other = [
         f"{name} {getattr(found, name)} for {value}" for name, value in mine.items() if getattr(found, name) != value
     ]

@@ -35,24 +35,25 @@ def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProf
         shape: the model's; None: read from its configuration, where that is needed at all.
 
     Raises:
-        ConfigError: a file that is no profile, or one of another shape; or masks or weights that none is made for.
+        ConfigError: a file that is no profile, or one of another shape or other weights; or masks that none is made
+            for.
     """
     if (why := _not_profiled(context.settings)) is not None:
         if context.settings.profile or context.settings.target_speedup:
             raise ConfigError(why)
         return None
     found = _profile_at_hand(context, shape)
-    if found is not None and shape is not None:
-        found.require_shape(shape)
+    if found is not None:
+        found.require_weights(context.settings.weights)
+        if shape is not None:
+            found.require_shape(shape)
     return found
 
 
 def _not_profiled(settings: Settings) -> str | None:
-    """Why no profile tells anything of these masks and weights, None if one can."""
+    """Why no profile tells anything of these masks, None if one can."""
     if settings.masks == "shared":
         return "profile: steps with shared masks cannot be profiled yet; use --masks separate"
-    if settings.weights != AS_STORED:
-        return f"profile: steps on {settings.weights} weights cannot be profiled yet; use --weights none"
     return None
 
 
@@ -63,7 +64,8 @@ def _profile_at_hand(context: Context, shape: ModelShape | None) -> LatencyProfi
     if not rows:
         return None
     wanted = shape_key(shape or model_shape(context))
-    mine = [row for row in rows if row.meta.get("shape") == wanted]
+    weights = context.settings.weights
+    mine = [row for row in rows if row.meta.get("shape") == wanted and row.meta.get("weights", AS_STORED) == weights]
     if not mine:
         return None
     if context.settings.target_speedup:

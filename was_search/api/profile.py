@@ -23,6 +23,7 @@ from was_search.latency import VERSION, LatencyProfile
 from was_search.latency_fit import FUSED, SINGLE, check, check_summary, fit, launch_kinds, n_measurements
 from was_search.protocol import content_hash
 from was_search.time_budget import speedups
+from was_search.weight_format import AS_STORED, WeightFormat
 
 _CONFIG = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Of the model's configuration: what decides the rest of a step beside the shape of its projections."""
@@ -43,7 +44,7 @@ def profile(
     """A profile of the settings' model on this device; cached by device, shapes and versions.
 
     Args:
-        context: settings: model, device and dtype. No text is needed: tokens are random.
+        context: settings: model, device, dtype and weights. No text is needed: tokens are random.
         rows: that decode together.
         kv_length: positions in the cache.
         steps: timed for each point.
@@ -68,6 +69,7 @@ def profile(
         found, comparison = _measure(context, rows, kv_length, steps, rounds, check_vectors, compiled)
         payload = json.dumps(found.to_json(), allow_nan=False).encode()
         meta = {"shape": shape_key(found.shape), "conditions": _conditions(found), "hash": found.hash}
+        meta["weights"] = found.weights
         context.cache.replace(CACHED_AS, key, payload, meta)
     if output is not None:
         found.save(output)
@@ -97,6 +99,8 @@ def _key(context: Context, rows: int, kv_length: int, compiled: bool) -> str:
     config = read_config(context.source)
     device, dtype = _device_name(context.placement_here.device), context.placement_here.dtype
     parts = [device, dtype, rows, kv_length, compiled, _versions(context.placement_here.device)]
+    if context.settings.weights != AS_STORED:
+        parts.append(context.settings.weights)
     sizes = {name: config.get(name) for name in _CONFIG}
     return content_hash("profile", VERSION, model_shape(context).to_json(), sizes, *parts)
 
@@ -109,8 +113,10 @@ def _measure(
     from was_kernels.decode_profile import StepClock, typical_seconds
     from was_kernels.decode_timing import DecodeStep
     from was_search.api.evaluate import load_for
+    from was_search.quantised import quantise_projections
+    from was_search.structure import find_structure
 
-    model, structure = load_for(context, None)
+    model, structure = load_for(context.rounded(AS_STORED), None)
     place = context.placement_here
     generator = torch.Generator().manual_seed(0)
     words: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -121,6 +127,9 @@ def _measure(
             step = DecodeStep(model, tokens, kv_length, compiled=name == "compiled")
             dense[name] = typical_seconds(step.times(2 * steps), tokens.is_cuda)
             advance()
+    if (form := WeightFormat.parse(context.settings.weights)) is not None:
+        quantise_projections(structure, form)
+        structure = find_structure(model)
     comparison: list[dict[str, float]] = []
     with StepClock(model, tokens, kv_length, steps=steps) as clock:
         kinds = launch_kinds(structure.shape, FUSED if clock.fused else SINGLE)
@@ -146,6 +155,7 @@ def _measure(
             versions=_versions(place.device),
             spread=found.spread,
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            weights=context.settings.weights,
         )
         if check_vectors:
             with context.reporter.phase("time unseen vectors"):
@@ -186,7 +196,8 @@ def _versions(device: str) -> dict[str, str]:
 
 def _conditions(found: LatencyProfile) -> str:
     """What must be alike for one profile to replace another, for people too."""
-    return f"{found.device}, {found.dtype}, {found.rows} row(s), {found.kv_length} positions"
+    held = "" if found.weights == AS_STORED else f", {found.weights}"
+    return f"{found.device}, {found.dtype}{held}, {found.rows} row(s), {found.kv_length} positions"
 
 
 def _show(context: Context, found: LatencyProfile, comparison: list[dict[str, float]], output: Path | None) -> None:
