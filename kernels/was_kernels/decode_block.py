@@ -6,11 +6,10 @@ other caches, wanted attention weights) to transformers. Modules, names and para
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from was_kernels.attend import HEAD_SIZES, attend, attend_in_parts
 from was_kernels.attention_parts import AttentionParts
@@ -93,6 +92,14 @@ class DecodeBlock:
         if any(angle.shape[-1] != self._head or angle.dtype != hidden.dtype for angle in angles):
             return False
         return mask is None or _is_row_of_flags(mask, layer.keys.shape[2])
+
+    def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """The block's forward: a step through :meth:`run`, all else through ``plain``, the class's own."""
+        hidden = args[0] if args else given.get("hidden_states")
+        others = {name: value for name, value in given.items() if name != "hidden_states"}
+        if len(args) <= 1 and hidden is not None and self.takes(hidden, others):
+            return self.run(hidden, others)
+        return plain(self._layer, *args, **given)
 
     def run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
         """The block's output for hidden states [B, 1, d]; the cache's layer is one position longer afterwards."""
@@ -208,28 +215,3 @@ def fits(layer: Any) -> bool:
     sizes_fit = all(width % each == 0 and width <= MAX_CHANNELS for width in widths)
     dtype = down.dtype if isinstance(down, SparseLinear) else down.weight.dtype
     return sizes_fit and dtype in HALF and dtype == layer.input_layernorm.weight.dtype
-
-
-def fuse(layer: nn.Module, step: DecodeBlock) -> None:
-    """Let ``layer`` take its one-token steps through ``step``, until :func:`unfuse`."""
-    layer._was_step = step  # type: ignore[assignment]
-    kind: Any = type(layer)
-    layer.__class__ = _fused(kind)
-
-
-def unfuse(layer: nn.Module) -> None:
-    """Undo :func:`fuse`; does nothing to a layer that is not fused."""
-    if "_was_step" in layer.__dict__:
-        layer.__class__ = type(layer).__mro__[1]
-        del layer._was_step
-
-
-@lru_cache(maxsize=16)
-def _fused(kind: Any) -> type[nn.Module]:
-    def forward(self: Any, hidden_states: Tensor, *others: Any, **given: Any) -> Any:
-        step: DecodeBlock = self._was_step
-        if not others and step.takes(hidden_states, given):
-            return step.run(hidden_states, given)
-        return kind.forward(self, hidden_states, *others, **given)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -8,7 +8,6 @@ its blocks, and leaves everything else to transformers.
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -139,27 +138,3 @@ def fits(decoder: Any) -> bool:
     if len(decoder.layers) != decoder.config.num_hidden_layers or len({w.device for w in decoder.parameters()}) > 1:
         return False
     return all(weight.dtype in HALF and weight.shape[-1] % 8 == 0 for weight in weights) and rotary.inv_freq.dim() == 1
-
-
-def fuse(decoder: nn.Module, step: DecodeModel) -> None:
-    """Let ``decoder`` take its one-token steps through ``step``, until :func:`unfuse`."""
-    decoder._was_step = step  # type: ignore[assignment]
-    kind: Any = type(decoder)
-    decoder.__class__ = _fused(kind)
-
-
-def unfuse(decoder: nn.Module) -> None:
-    """Undo :func:`fuse`; does nothing to a decoder that is not fused."""
-    if "_was_step" in decoder.__dict__:
-        decoder.__class__ = type(decoder).__mro__[1]
-        del decoder._was_step
-
-
-@lru_cache(maxsize=16)
-def _fused(kind: Any) -> type[nn.Module]:
-    def forward(self: Any, *args: Any, **given: Any) -> Any:
-        step: DecodeModel = self._was_step
-        return step.forward(kind.forward, args, given)
-
-    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from was_kernels import available, decode_model, nvrtc
 from was_kernels.counting import KeptCounts, ProjectionCount
-from was_kernels.decode_block import DecodeBlock, fits, fuse, unfuse
+from was_kernels.decode_block import DecodeBlock, fits
 from was_kernels.decode_model import DecodeModel
+from was_kernels.fused_forward import fuse, unfuse
 from was_kernels.gather_gemv import HALF, counters
 from was_kernels.positions import DensePrefix
 from was_kernels.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
@@ -86,7 +87,7 @@ class SparseModel:
             handle.remove()
         self._hooks.clear()
         if self._fused_decoder is not None:
-            decode_model.unfuse(self._fused_decoder)
+            unfuse(self._fused_decoder)
             self._fused_decoder = None
         while self._fused:
             unfuse(self._fused.pop())
@@ -203,7 +204,7 @@ def sparsify(
             steps = _fuse_blocks(handle, structure, prefix, arrived, one_list, dense_above)
         decoder = _decoder(model, structure)
         if len(steps) == len(structure.blocks) and decode_model.fits(decoder):
-            decode_model.fuse(decoder, DecodeModel(decoder, steps, prefix))
+            fuse(decoder, DecodeModel(decoder, steps, prefix))
             handle._fused_decoder = decoder
         elif prefix is not None:
             handle._hooks.extend(prefix.attach(decoder))

@@ -1,0 +1,46 @@
+"""Let a module of transformers take some forwards through our own code, and all others through its class's."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class FusedForward(Protocol):
+    """What stands in for a module's forward."""
+
+    def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """The module's output for ``args`` and ``given``; ``plain`` is the class's own forward, which takes the module
+        first."""
+        ...
+
+
+def fuse(module: nn.Module, step: FusedForward) -> None:
+    """Call ``step`` in the place of the forward of ``module``, until :func:`unfuse`.
+
+    The module becomes one of a subclass with its own class's name: names, parameters and hooks stay as they are, and
+    ``torch.compile`` sees an ordinary method.
+    """
+    module._was_step = step  # type: ignore[assignment]
+    kind: Any = type(module)
+    module.__class__ = _fused(kind)
+
+
+def unfuse(module: nn.Module) -> None:
+    """Undo :func:`fuse`; does nothing to a module that is not fused."""
+    if "_was_step" in module.__dict__:
+        module.__class__ = type(module).__mro__[1]
+        del module._was_step
+
+
+@lru_cache(maxsize=16)
+def _fused(kind: Any) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **given: Any) -> Any:
+        step: FusedForward = self._was_step
+        return step.forward(kind.forward, args, given)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
