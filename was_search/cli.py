@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from was_search.cli_command import option as _option
 from was_search.cli_db import db
 from was_search.errors import ConfigError, WasError
 from was_search.redaction import hide_arguments, redacted
+from was_search.termination import Terminated, terminable
 
 __all__ = ["app", "cli_control", "cli_decode", "cli_submit", "main"]
 
@@ -398,7 +400,12 @@ def main() -> None:
     """Entry point: errors that a user can mend are one line, never a traceback, and no password is shown."""
     hide_arguments()
     try:
-        app()
+        with terminable():
+            app()
+    except Terminated as ending:
+        with suppress(OSError):  # its terminal may have gone
+            stderr().print(str(ending))
+        sys.exit(ending.code)
     except WasError as error:
         message = redacted(str(error))
         if "--json" in sys.argv:
