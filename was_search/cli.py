@@ -86,7 +86,11 @@ SEARCH: dict[str, Any] = {
     "rung_keep": _option(
         float | None, "Share of trials that go on at each rung of sequences; 1: all.", rich_help_panel="Search"
     ),
-    "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
+    "trial_timeout": _option(
+        float | None,
+        "Seconds until an evaluation is taken for lost; 0, the default: by measure, 20 times the slowest so far.",
+        rich_help_panel="Search",
+    ),
     "max_attempts": _option(int | None, "Workers that lose a vector before its slot fails.", rich_help_panel="Search"),
     "metrics": _option(
         str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"

@@ -85,7 +85,7 @@ class Settings:
         early_stopping: stop trials that are not promising after some of the sequences.
         significance: of the test that the incumbent is better.
         rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
-        trial_timeout: seconds after which an evaluation is taken for lost.
+        trial_timeout: seconds after which an evaluation is taken for lost; 0: by measure, 20 times the slowest.
         max_attempts: workers that may lose one vector before its slot fails; of fewer workers, so many losses of all.
         quarantine_slowdown: a worker that takes so many times its peers' time a token gets no trials; 0 for never.
         quarantine_failures: nor one that has failed so many times in a row; 0 for never.
@@ -146,7 +146,7 @@ class Settings:
     early_stopping: bool = True
     significance: float = 0.1
     rung_keep: float = 0.5
-    trial_timeout: float = 1800.0
+    trial_timeout: float = 0.0
     max_attempts: int = 3
     quarantine_slowdown: float = 4.0
     quarantine_failures: int = 3
@@ -183,7 +183,7 @@ class Settings:
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("rung_keep", 0.0 < self.rung_keep <= 1.0, "must be in (0, 1]")
-        self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
+        self._range("trial_timeout", 0 <= self.trial_timeout < 1e9, "must be positive, in seconds, or 0 for by measure")
         for name in ("max_seconds", "max_gpu_seconds", "max_failures", "patience"):
             self._range(name, 0 <= getattr(self, name) < 1e9, "must be from 0 (no limit) to a thousand million")
         slowdown = self.quarantine_slowdown
