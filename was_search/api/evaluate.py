@@ -54,6 +54,7 @@ def evaluate(
 
     Raises:
         PlanError: the plan belongs to another model.
+        ModelError: the dense model's loss is not finite.
         ConfigError: an unknown format.
         ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
@@ -69,6 +70,7 @@ def evaluate(
 def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> PlanEvaluation:
     from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
+    from was_search.finite import require_finite
     from was_search.masking import structure_norms
 
     settings = context.settings
@@ -82,6 +84,9 @@ def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> Pla
         for thresholds in runs:
             op = ops_for(context.placement_here.device).mask
             found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
+            if thresholds is None:
+                name, dtype = context.source.display_name, context.placement_here.dtype
+                require_finite(found[0].losses, "loss of the dense model", model, name, dtype)
             advance()
     return PlanEvaluation(
         data.protocol,
