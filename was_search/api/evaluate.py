@@ -13,7 +13,7 @@ from was_search.api.context import Context
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, EvaluationProtocol, perplexity
 from was_search.statistics import paired_interval
-from was_search.weight_format import AS_STORED, canonical
+from was_search.weight_format import AS_STORED, brief, canonical
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,7 +159,7 @@ def _show(context: Context, results: list[PlanEvaluation], plan: Plan | None) ->
     several = len(results) > 1
     rows: list[list[str]] = []
     for result in results:
-        suffix = f", {result.weights} weights" if several else ""
+        suffix = f", {brief(result.weights)}" if several else ""
         against = result.dense if result is results[0] else results[0].dense
         rows.append(_row(f"dense{suffix}", 0.0, 0.0, result.dense, against))
         if plan is not None and result.sparse is not None and result.achieved is not None:
@@ -170,8 +170,8 @@ def _show(context: Context, results: list[PlanEvaluation], plan: Plan | None) ->
     if several:
         caption = [results[0].protocol.describe(), "the same sequences for all formats of the weights"]
     if plan is not None and any(result.weights != plan.weights for result in results):
-        caption.append(f"the plan's thresholds were calibrated for {plan.weights} weights")
-    first = f"dense, {results[0].weights} weights" if several else "dense"
+        caption.append(f"the plan's thresholds were calibrated for {brief(plan.weights)}")
+    first = f"dense, {brief(results[0].weights)}" if several else "dense"
     context.reporter.table(
         f"Perplexity on the {last.protocol.split} split",
         ["", "nominal", "achieved", "nats/token", "perplexity", f"difference to {first}, 95 %"],
