@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from was_search.close_names import did_you_mean
 from was_search.errors import ConfigError
 from was_search.fitness import FITNESSES, FitnessName
 from was_search.metrics import parse_address
@@ -18,7 +19,7 @@ from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.shape import MASKS, Masks
 from was_search.space import SPACES, SpaceName
-from was_search.targets import parse_increase, parse_speedups, parse_targets
+from was_search.targets import parse_increase, parse_speedups, parse_targets, percent_hint
 from was_search.webhook import check_webhook
 from was_search.weight_format import AS_STORED, canonical
 from was_search.worker_range import WorkerRange
@@ -165,7 +166,7 @@ class Settings:
                 object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
         object.__setattr__(self, "workers", WorkerRange.parse(self.workers).plain)
         object.__setattr__(self, "weights", canonical(self.weights))
-        self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
+        self._range("target", 0.0 < self.target < 0.95, f"must be above 0 and below 0.95{percent_hint(self.target)}")
         speedup = self.target_speedup
         self._range("target_speedup", speedup == 0 or 1.0 < speedup < math.inf, "must be above 1, or 0 for none")
         parse_targets(self.targets), parse_increase(self.max_ppl_increase), parse_speedups(self.target_speedups)
@@ -304,7 +305,10 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
     known = {field.name for field in dataclasses.fields(Settings)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError(f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
     given = {key: value for key, value in flags.items() if value is not None}
     for source in (values, given):
         _require_one_question(source)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search import logs
-from was_search.errors import ResourceError
+from was_search.errors import ConfigError, ResourceError
 from was_search.pool_state import PoolState
 from was_search.progress import Advance, Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
@@ -294,6 +294,7 @@ class Context:
 
     def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
         settings = self.settings
+        self._require_positions(settings.sequence_length)
         rounded = {} if settings.weights == AS_STORED else {"weights": settings.weights}
         return {
             **rounded,
@@ -307,6 +308,14 @@ class Context:
             "at_most": True,
         }
 
+    def _require_positions(self, sequence_length: int) -> None:
+        """Refuse sequences beyond what the model was made for: its losses mean nothing there."""
+        from was_search.checkpoint import read_config
+
+        room = read_config(self.source).get("max_position_embeddings")
+        if isinstance(room, int) and sequence_length > room:
+            raise ConfigError(f"sequence_length: must be at most the model's {room} positions, got {sequence_length}")
+
     def _load_tokens(self, split: str, n: int) -> TokenSet:
         text, options = self._text(split), self._token_options(n, self.placement.dtype)
         key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
@@ -316,8 +325,13 @@ class Context:
         self.cache.put("tokens", key, pack_array(data.tokens), {"protocol": data.protocol.to_json()})
         return data
 
+    @property
+    def plans_folder(self) -> Path:
+        """Where plans are written, into it or below."""
+        return Path(self.settings.plan or "was-runs")
+
     def default_plan_folder(self, study: str) -> Path:
-        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / folder_name(study) / "plan"
+        return self.plans_folder if self.settings.plan else self.plans_folder / folder_name(study) / "plan"
 
 
 def _read_tokens(found: Artifact) -> TokenSet:
