@@ -64,7 +64,7 @@ class Settings:
         dtype: ``auto`` is bfloat16 on a GPU and float32 on CPU.
         weights: ``none`` leaves the projections' weights as they are stored, ``int8`` and ``int4`` round them when the
             model is loaded; ``int4:64`` with a scale for each 64 outputs of an input channel (128 if not given).
-        sequence_length: tokens of one sequence.
+        sequence_length: tokens of one sequence, at most the model's positions.
         stride: tokens between windows; 0 means sequence_length.
         calibration_sequences: at most so many for histograms.
         pricing_sequences: at most so many of these for Fisher prices.

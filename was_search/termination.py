@@ -21,7 +21,8 @@ _ONE_ENDING_SECONDS = 5.0
 class Terminated(SystemExit):
     """A signal has ended the process; the exit status is the one that shells give, 128 and the signal's number.
 
-    No KeyboardInterrupt, which some loops take for their user's wish to stop looking, and no Exception.
+    No KeyboardInterrupt, which some loops take for their user's wish to stop looking, and no Exception. A signal that
+    comes while Ray waits is raised by Ray as a new SystemExit; other exceptions it would swallow.
     """
 
     def __init__(self, signum: int) -> None:
@@ -36,8 +37,9 @@ class Terminated(SystemExit):
 def terminable() -> Iterator[None]:
     """Inside the block SIGTERM and SIGHUP raise :class:`Terminated`; one that is ignored (nohup) stays ignored.
 
-    Whatever the block raises after that is that ending's fault, and comes out as Terminated: output to a terminal that
-    has gone fails. Outside the main thread, where Python handles no signals, nothing is changed.
+    Whatever the block raises after that is that ending's doing, and comes out as Terminated: Ray's SystemExit, or that
+    a terminal which has gone takes no output. Outside the main thread, where Python handles no signals, nothing is
+    changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

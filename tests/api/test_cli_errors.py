@@ -176,7 +176,9 @@ def test_data_folder_that_is_mistyped(refused) -> None:
 
 def test_sequences_longer_than_the_model_takes(refused) -> None:
     printed = refused(*RUN, "--target", "0.5", "--sequence-length", "1025")
-    assert "sequence_length: must be at most the model's 1024 positions, got 1025" in printed
+    assert (
+        "sequence_length: must be at most the model's 1024 positions, got 1025; give --sequence-length 1024" in printed
+    )
 
 
 @pytest.mark.parametrize("command", ["run", "export --interpolate", "export"])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from was_search.api.notify import failure_words
+from was_search.termination import Terminated
 from was_storage.file_lock import LockedFile
 
 pytestmark = pytest.mark.postgres
@@ -59,6 +61,19 @@ def runs(home: Path) -> bool:
         return True
     lock.release()
     return False
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Terminated(signal.SIGHUP), "ended by SIGHUP"),
+        (SystemExit(1), "ended by a signal"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_a_study_says_how_its_run_ended(error: BaseException, words: str) -> None:
+    """While Ray waits for workers, it raises a SystemExit of its own."""
+    assert failure_words(error) == words
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -67,6 +67,17 @@ def test_an_error_of_the_cleanup_is_the_endings() -> None:
     assert isinstance(end.value.__cause__, OSError)
 
 
+def test_an_exit_that_a_library_makes_of_it_has_our_status() -> None:
+    """Ray's C code raises a SystemExit of its own where a signal ends its wait."""
+
+    def clean_up() -> None:
+        raise SystemExit(1)
+
+    with pytest.raises(Terminated) as end, terminable():
+        _ended_by_a_hang_up(clean_up)
+    assert end.value.code == 129
+
+
 def test_other_errors_are_let_through() -> None:
     with pytest.raises(OSError, match="its own"), terminable():
         raise OSError("its own")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
+import time
 
 import pytest
 import ray
@@ -22,6 +25,21 @@ def test_a_signal_while_ray_starts_is_no_status_of_rays(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray, "init", start)
     with pytest.raises(Terminated) as end, terminable(), connect("local", workers=1):
         pytest.fail("it was not ended")
+    assert end.value.code == 143
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_signal_ends_a_wait_for_workers() -> None:
+    """In the middle of Ray's C code, long before what it waits for."""
+
+    def wait() -> None:
+        never = ray.remote(lambda: time.sleep(3600)).remote()
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        ray.wait([never], timeout=600)
+
+    with pytest.raises(Terminated) as end, terminable(), connect("local", workers=1):
+        wait()
     assert end.value.code == 143
 
 

@@ -314,7 +314,10 @@ class Context:
 
         room = read_config(self.source).get("max_position_embeddings")
         if isinstance(room, int) and sequence_length > room:
-            raise ConfigError(f"sequence_length: must be at most the model's {room} positions, got {sequence_length}")
+            raise ConfigError(
+                f"sequence_length: must be at most the model's {room} positions, got {sequence_length}; "
+                f"give --sequence-length {room}"
+            )
 
     def _load_tokens(self, split: str, n: int) -> TokenSet:
         text, options = self._text(split), self._token_options(n, self.placement.dtype)
