@@ -244,10 +244,11 @@ class Settings:
             raise ConfigError(f"{name}: {rule}, got {getattr(self, name)!r}")
 
     def require(self, *names: str) -> None:
-        """Raise a ConfigError for a missing text option."""
-        for name in names:
-            if not getattr(self, name):
-                raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
+        """Raise a ConfigError for text options that are missing, naming all of them."""
+        missing = [name for name in names if not getattr(self, name)]
+        if missing:
+            flags, it = " and ".join(f"--{name.replace('_', '-')}" for name in missing), "them" if missing[1:] else "it"
+            raise ConfigError(f"{', '.join(missing)}: missing; give {flags} or put {it} into the TOML file")
 
     def to_json(self) -> dict[str, Any]:
         """All options but the URLs, which may hold passwords in more places than can be masked safely."""

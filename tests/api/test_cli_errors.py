@@ -136,6 +136,8 @@ def test_more_top_tokens_than_the_vocabulary_has(refused, command: str) -> None:
 
 def test_missing_options_are_named(refused) -> None:
     assert "model: missing; give --model" in refused("run", "--data", TEXT)
+    for command in ("calibrate", "run", "evaluate"):
+        assert "model, data: missing; give --model and --data or put them into" in refused(command, *CPU[:2])
 
 
 def test_model_that_is_not_there(refused, tmp_path: Path) -> None:

@@ -284,12 +284,13 @@ class Context:
     def tokens_uncached(self, split: str) -> TokenSet:
         """The same token ids without the database, for steps that need no other part of it."""
         n = getattr(self.settings, f"{split}_sequences")
-        return _tokenise(self.source, self._text(split), self._token_options(n, self.placement_here.dtype))
+        text = self._text(split)
+        return _tokenise(self.source, text, self._token_options(n, self.placement_here.dtype))
 
     def _text(self, split: str) -> SplitText:
         from was_search.text import load_text
 
-        self.settings.require("data")
+        self.settings.require("model", "data")
         return load_text(self.settings.data, split)
 
     def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
