@@ -176,8 +176,10 @@ def test_data_folder_that_is_mistyped(refused) -> None:
     assert f"did you mean '{TEXT}'?" in printed
 
 
-def test_sequences_longer_than_the_model_takes(refused) -> None:
-    printed = refused(*RUN, "--target", "0.5", "--sequence-length", "1025")
+@pytest.mark.parametrize("command", ["run", "calibrate", "evaluate"])
+def test_sequences_longer_than_the_model_takes(refused, command: str) -> None:
+    given = RUN[1:] if command != "evaluate" else RUN[1:-2]
+    printed = refused(command, *given, "--sequence-length", "1025")
     assert (
         "sequence_length: must be at most the model's 1024 positions, got 1025; give --sequence-length 1024" in printed
     )

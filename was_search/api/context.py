@@ -295,7 +295,6 @@ class Context:
 
     def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
         settings = self.settings
-        self._require_positions(settings.sequence_length)
         rounded = {} if settings.weights == AS_STORED else {"weights": settings.weights}
         return {
             **rounded,
@@ -309,19 +308,20 @@ class Context:
             "at_most": True,
         }
 
-    def _require_positions(self, sequence_length: int) -> None:
-        """Refuse sequences beyond what the model was made for: its losses mean nothing there."""
+    def require_positions(self) -> None:
+        """Raise a ConfigError for sequences beyond what the model was made for: its losses mean nothing there."""
         from was_search.checkpoint import read_config
 
-        room = read_config(self.source).get("max_position_embeddings")
-        if isinstance(room, int) and sequence_length > room:
+        room, asked = read_config(self.source).get("max_position_embeddings"), self.settings.sequence_length
+        if isinstance(room, int) and asked > room:
             raise ConfigError(
-                f"sequence_length: must be at most the model's {room} positions, got {sequence_length}; "
+                f"sequence_length: must be at most the model's {room} positions, got {asked}; "
                 f"give --sequence-length {room}"
             )
 
     def _load_tokens(self, split: str, n: int) -> TokenSet:
         text, options = self._text(split), self._token_options(n, self.placement.dtype)
+        self.require_positions()
         key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
         if (found := self.cache.get("tokens", key, _read_tokens)) is not None:
             return found

@@ -55,7 +55,7 @@ def evaluate(
     Raises:
         PlanError: the plan belongs to another model.
         ModelError: the dense model's loss is not finite.
-        ConfigError: an unknown format.
+        ConfigError: an unknown format, or sequences longer than the model's positions.
         ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
     settings = context.settings
@@ -74,6 +74,8 @@ def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> Pla
     from was_search.masking import structure_norms
 
     settings = context.settings
+    settings.require("model", "data")
+    context.require_positions()
     data = context.tokens_uncached(split)
     model, structure = load_for(context, plan, gpus, any_weights=True)
     score = plan.score if plan is not None else settings.score
