@@ -83,6 +83,9 @@ class VirtualPool:
     def quarantine(self, index: int, reason: str, seconds: float) -> bool:
         return False
 
+    def give_up(self, ticket: int, reason: str) -> None:
+        pass
+
     @property
     def n_idle(self) -> int:
         return len(self._idle)

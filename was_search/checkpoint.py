@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from was_search.close_names import did_you_mean_path
 from was_search.column_layout import COLUMNS_NAME, ColumnLayout
 from was_search.errors import ModelError
 
@@ -106,7 +107,10 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
             raise ModelError(f"model: {path} is a file; give the checkpoint's folder")
         return _checked(ModelSource(name, path.resolve().name, path.resolve(), ""))
     if not _HUB_ID.fullmatch(name):
-        raise ModelError(f"model: must be a checkpoint's folder or a hub id, got {name!r}, which does not exist")
+        raise ModelError(
+            f"model: must be a checkpoint's folder or a hub id, got {name!r}, which does not exist"
+            f"{did_you_mean_path(path)}"
+        )
     snapshot = _snapshot(name, revision)  # its folder is called after the commit
     return _checked(ModelSource(name, name.rsplit("/", 1)[-1], snapshot, snapshot.name))
 
@@ -136,11 +140,14 @@ def _snapshot(name: str, revision: str) -> Path:
     except RevisionNotFoundError as error:
         raise ModelError(f"model: {name} has no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"model: no folder and no model on the hub is called {name!r}") from error
+        raise ModelError(
+            f"model: no folder and no model on the hub is called {name!r}{did_you_mean_path(Path(name))}"
+        ) from error
     except Exception as error:  # connection errors of several libraries
         raise ModelError(
             f"model: {name!r} is no local folder, is not in the local hub cache, and the hub cannot be reached "
             f"({reason(error)}); download it elsewhere and give its folder"
+            f"{did_you_mean_path(Path(name))}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from was_search.cli_command import option as _option
 from was_search.cli_db import db
 from was_search.errors import ConfigError, WasError
 from was_search.redaction import hide_arguments, redacted
+from was_search.termination import Terminated, terminable
 
 __all__ = ["app", "cli_control", "cli_decode", "cli_submit", "main"]
 
@@ -84,7 +86,11 @@ SEARCH: dict[str, Any] = {
     "rung_keep": _option(
         float | None, "Share of trials that go on at each rung of sequences; 1: all.", rich_help_panel="Search"
     ),
-    "trial_timeout": _option(float | None, "Seconds until an evaluation is taken for lost.", rich_help_panel="Search"),
+    "trial_timeout": _option(
+        float | None,
+        "Seconds until an evaluation is taken for lost; 0, the default: by measure, 20 times the slowest so far.",
+        rich_help_panel="Search",
+    ),
     "max_attempts": _option(int | None, "Workers that lose a vector before its slot fails.", rich_help_panel="Search"),
     "metrics": _option(
         str | None, "HOST:PORT or PORT where figures are served for Prometheus.", rich_help_panel="Search"
@@ -398,7 +404,12 @@ def main() -> None:
     """Entry point: errors that a user can mend are one line, never a traceback, and no password is shown."""
     hide_arguments()
     try:
-        app()
+        with terminable():
+            app()
+    except Terminated as ending:
+        with suppress(OSError):  # its terminal may have gone
+            stderr().print(str(ending))
+        sys.exit(ending.code)
     except WasError as error:
         message = redacted(str(error))
         if "--json" in sys.argv:

@@ -61,6 +61,11 @@ class Histograms:
     def n_blocks(self) -> int:
         return int(self.counts.shape[0])
 
+    @property
+    def finite(self) -> bool:
+        """Whether all scores were."""
+        return not self.counts[..., _FINITE_BINS:].any()
+
     @cached_property
     def _cumulative(self) -> IntArray:
         return np.cumsum(self.counts, axis=-1)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from was_search.close_names import did_you_mean_path
 from was_search.errors import ConfigError, PlanError
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.shape import PROJECTIONS, FloatArray, ModelShape
@@ -270,6 +271,23 @@ def _document_hash(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse, before anything is computed, a folder in which no plan can be written.
+
+    Raises:
+        PlanError: it, or the last folder above it that exists, is no folder or cannot be written.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "cannot be written" if there.is_dir() else "is not a folder"
+        raise PlanError(f"plan: cannot write {folder} ({there} {reason}); choose another folder with --plan")
+
+
+def _plan_nearby(folder: Path) -> str:
+    inside = folder / "plan"
+    return f"; did you mean {str(inside)!r}?" if (inside / JSON_NAME).is_file() else did_you_mean_path(folder)
+
+
 def _read_document(folder: Path) -> dict[str, Any]:
     path = folder / JSON_NAME
     try:
@@ -277,6 +295,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise PlanError(
             f"{path}: cannot be read ({error.strerror}); a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
+            f"{_plan_nearby(folder)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from was_search.close_names import did_you_mean
 from was_search.errors import ConfigError
 from was_search.fitness import FITNESSES, FitnessName
 from was_search.metrics import parse_address
@@ -18,7 +19,7 @@ from was_search.sampling import SAMPLERS, SamplerName
 from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.shape import MASKS, Masks
 from was_search.space import SPACES, SpaceName
-from was_search.targets import parse_increase, parse_speedups, parse_targets
+from was_search.targets import parse_increase, parse_speedups, parse_targets, percent_hint
 from was_search.webhook import check_webhook
 from was_search.weight_format import AS_STORED, canonical
 from was_search.worker_range import WorkerRange
@@ -63,7 +64,7 @@ class Settings:
         dtype: ``auto`` is bfloat16 on a GPU and float32 on CPU.
         weights: ``none`` leaves the projections' weights as they are stored, ``int8`` and ``int4`` round them when the
             model is loaded; ``int4:64`` with a scale for each 64 outputs of an input channel (128 if not given).
-        sequence_length: tokens of one sequence.
+        sequence_length: tokens of one sequence, at most the model's positions.
         stride: tokens between windows; 0 means sequence_length.
         calibration_sequences: at most so many for histograms.
         pricing_sequences: at most so many of these for Fisher prices.
@@ -85,7 +86,7 @@ class Settings:
         early_stopping: stop trials that are not promising after some of the sequences.
         significance: of the test that the incumbent is better.
         rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
-        trial_timeout: seconds after which an evaluation is taken for lost.
+        trial_timeout: seconds after which an evaluation is taken for lost; 0: by measure, 20 times the slowest.
         max_attempts: workers that may lose one vector before its slot fails; of fewer workers, so many losses of all.
         quarantine_slowdown: a worker that takes so many times its peers' time a token gets no trials; 0 for never.
         quarantine_failures: nor one that has failed so many times in a row; 0 for never.
@@ -146,7 +147,7 @@ class Settings:
     early_stopping: bool = True
     significance: float = 0.1
     rung_keep: float = 0.5
-    trial_timeout: float = 1800.0
+    trial_timeout: float = 0.0
     max_attempts: int = 3
     quarantine_slowdown: float = 4.0
     quarantine_failures: int = 3
@@ -165,7 +166,7 @@ class Settings:
                 object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
         object.__setattr__(self, "workers", WorkerRange.parse(self.workers).plain)
         object.__setattr__(self, "weights", canonical(self.weights))
-        self._range("target", 0.0 < self.target < 0.95, "must be above 0 and below 0.95")
+        self._range("target", 0.0 < self.target < 0.95, f"must be above 0 and below 0.95{percent_hint(self.target)}")
         speedup = self.target_speedup
         self._range("target_speedup", speedup == 0 or 1.0 < speedup < math.inf, "must be above 1, or 0 for none")
         parse_targets(self.targets), parse_increase(self.max_ppl_increase), parse_speedups(self.target_speedups)
@@ -183,7 +184,7 @@ class Settings:
         self._range("radius", 0.0 < self.radius <= 1.0, "must be in (0, 1]")
         self._range("significance", 0.0 < self.significance < 0.5, "must be in (0, 0.5)")
         self._range("rung_keep", 0.0 < self.rung_keep <= 1.0, "must be in (0, 1]")
-        self._range("trial_timeout", self.trial_timeout > 0, "must be positive, in seconds")
+        self._range("trial_timeout", 0 <= self.trial_timeout < 1e9, "must be positive, in seconds, or 0 for by measure")
         for name in ("max_seconds", "max_gpu_seconds", "max_failures", "patience"):
             self._range(name, 0 <= getattr(self, name) < 1e9, "must be from 0 (no limit) to a thousand million")
         slowdown = self.quarantine_slowdown
@@ -243,10 +244,11 @@ class Settings:
             raise ConfigError(f"{name}: {rule}, got {getattr(self, name)!r}")
 
     def require(self, *names: str) -> None:
-        """Raise a ConfigError for a missing text option."""
-        for name in names:
-            if not getattr(self, name):
-                raise ConfigError(f"{name}: missing; give --{name.replace('_', '-')} or put it into the TOML file")
+        """Raise a ConfigError for text options that are missing, naming all of them."""
+        missing = [name for name in names if not getattr(self, name)]
+        if missing:
+            flags, it = " and ".join(f"--{name.replace('_', '-')}" for name in missing), "them" if missing[1:] else "it"
+            raise ConfigError(f"{', '.join(missing)}: missing; give {flags} or put {it} into the TOML file")
 
     def to_json(self) -> dict[str, Any]:
         """All options but the URLs, which may hold passwords in more places than can be masked safely."""
@@ -304,7 +306,10 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
     known = {field.name for field in dataclasses.fields(Settings)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError(f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"config: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
     given = {key: value for key, value in flags.items() if value is not None}
     for source in (values, given):
         _require_one_question(source)

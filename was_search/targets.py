@@ -27,7 +27,7 @@ def parse_targets(text: str) -> tuple[float, ...]:
         except ValueError:
             raise ConfigError(f"targets: must be numbers with commas between, such as 0.4,0.5, got {text!r}") from None
         if not 0.0 < value < 0.95:
-            raise ConfigError(f"targets: each must be above 0 and below 0.95, got {part.strip()}")
+            raise ConfigError(f"targets: each must be above 0 and below 0.95{percent_hint(value)}, got {part.strip()}")
         found.append(value)
     # Studies are told apart by their targets to a hundredth of a percentage point.
     rounded = [round(value, 4) for value in found]
@@ -35,6 +35,11 @@ def parse_targets(text: str) -> tuple[float, ...]:
     if twice:
         raise ConfigError(f"targets: each may be given once, got {', '.join(f'{v:g}' for v in twice)} more than once")
     return tuple(sorted(found))
+
+
+def percent_hint(value: float) -> str:
+    """What somebody who gave a share in percent is to write, in brackets; "" for other numbers."""
+    return f" (for {value:g} % write {value / 100:g})" if 5.0 <= value < 95.0 else ""
 
 
 def parse_speedups(text: str) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from was_search.close_names import did_you_mean, did_you_mean_path
 from was_search.errors import DataError
 from was_search.protocol import SPLITS
 
@@ -69,6 +70,7 @@ def load_text(source: str, split: str) -> SplitText:
         return SplitText(path.name, split, _cut(text, split, path))
     raise DataError(
         f"data: must be a text file, a folder or one of {', '.join(NAMED)}, got {source!r}, which does not exist"
+        f"{did_you_mean(source, NAMED) or did_you_mean_path(path)}"
     )
 
 

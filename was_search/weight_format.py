@@ -79,3 +79,8 @@ def describe(text: str) -> str:
     """A format's name in words, for messages."""
     found = WeightFormat.parse(text)
     return "weights as stored" if found is None else found.words
+
+
+def brief(text: str) -> str:
+    """A format's name for rows of a table: as ``int4:128 weights``, or ``weights as stored``."""
+    return describe(text) if text == AS_STORED else f"{text} weights"

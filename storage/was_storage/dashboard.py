@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -144,9 +144,16 @@ def _guarded(app: WSGIApplication, *, reads_only: bool) -> WSGIApplication:
 
 
 def serve(
-    database: Database, host: str = LOOPBACK, port: int = DEFAULT_PORT, *, allow_hosts: Iterable[str] = ()
+    database: Database,
+    host: str = LOOPBACK,
+    port: int = DEFAULT_PORT,
+    *,
+    allow_hosts: Iterable[str] = (),
+    listening: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve the dashboard until interrupted; ``database`` stays open, and with it the embedded server.
+
+    ``listening`` is called with the dashboard's URL once the port is ours.
 
     Raises:
         ResourceError: the address cannot be used; see :func:`open_dashboard`.
@@ -154,6 +161,7 @@ def serve(
     """
     with open_dashboard(database, host, port, allow_hosts=allow_hosts) as server:
         _logger.info("dashboard on %s", server.url)
+        listening(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from was_storage import postgres_binaries
 from was_storage.file_lock import LockedFile
 from was_storage.socket_folder import HOME_VARIABLE, choose_socket_folder, remove_stale_pid, running_socket
 from was_storage.translation import translated
+from was_storage.undisturbed import undisturbed
 from was_storage.urls import DRIVER, display_url
 
 DATABASE = "was"
@@ -79,13 +80,26 @@ class EmbeddedServer:
             with _guarded(folder):
                 if not folder.exists():
                     postgres_binaries.initialise(folder, account)
-                socket_folder = _ensure_running(folder)
-                return cls(folder, socket_folder, _new_user(folder))
+                return cls._use(folder)
         except OSError as error:
             raise StorageError(
                 f"embedded Postgres: {folder} cannot be used ({error.strerror or error}); "
                 f"set {HOME_VARIABLE} to another folder"
             ) from error
+
+    @classmethod
+    def _use(cls, folder: Path) -> EmbeddedServer:
+        deadline = time.monotonic() + postgres_binaries.START_SECONDS
+        while time.monotonic() < deadline:
+            with undisturbed():  # a signal between the server's start and the note of its user would leave it to nobody
+                socket_folder = _start_or_find(folder)
+                if socket_folder is not None:
+                    return cls(folder, socket_folder, _new_user(folder))
+            time.sleep(0.1)
+        raise StorageError(
+            f"embedded Postgres in {folder} runs but cannot be reached from here: another machine or "
+            f"container uses the folder. Give each its own {HOME_VARIABLE}, or share a Postgres by URL"
+        )
 
     def url(self, database: str = DATABASE) -> str:
         """Connection URL of ``database``, which is created if missing.
@@ -99,11 +113,15 @@ class EmbeddedServer:
         return _url(self.socket_folder, database).render_as_string(hide_password=False)
 
     def close(self) -> None:
-        """End this use; the last one stops the server. Idempotent; never raises."""
+        """End this use; the last one stops the server, and no signal cuts that off. Idempotent; never fails."""
         if self._user is None or os.getpid() != self._pid:
             return
-        user, self._user = self._user, None
-        atexit.unregister(self.close)
+        with undisturbed():
+            user, self._user = self._user, None
+            atexit.unregister(self.close)
+            self._end(user)
+
+    def _end(self, user: LockedFile) -> None:
         try:
             with _guarded(self.folder):
                 user.remove()
@@ -154,25 +172,16 @@ def _live_users(folder: Path) -> bool:
     return alive
 
 
-def _ensure_running(folder: Path) -> Path:
-    """Start the server unless it runs; returns its socket's folder."""
-    deadline = time.monotonic() + postgres_binaries.START_SECONDS
-    while True:
-        running = LockedFile.take(folder.with_name(folder.name + ".running"))
-        if running is not None:
-            try:
-                return _start(folder, running)
-            finally:
-                running.close()
-        socket_folder = running_socket(folder)
-        if socket_folder is not None and _answers(socket_folder):
-            return socket_folder
-        if time.monotonic() > deadline:
-            raise StorageError(
-                f"embedded Postgres in {folder} runs but cannot be reached from here: another machine or "
-                f"container uses the folder. Give each its own {HOME_VARIABLE}, or share a Postgres by URL"
-            )
-        time.sleep(0.1)
+def _start_or_find(folder: Path) -> Path | None:
+    """Start the server unless it runs; returns its socket's folder, None while one that runs does not answer."""
+    running = LockedFile.take(folder.with_name(folder.name + ".running"))
+    if running is not None:
+        try:
+            return _start(folder, running)
+        finally:
+            running.close()
+    socket_folder = running_socket(folder)
+    return socket_folder if socket_folder is not None and _answers(socket_folder) else None
 
 
 def _start(folder: Path, running: LockedFile) -> Path:

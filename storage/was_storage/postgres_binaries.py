@@ -152,6 +152,7 @@ def run(
                 stderr=output,
                 cwd="/",
                 pass_fds=pass_fds,
+                start_new_session=True,  # what a terminal sends its programs is not for Postgres': we stop it
                 user=None if account is None else account.pw_uid,
                 group=None if account is None else account.pw_gid,
                 extra_groups=None if account is None else [],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Row, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
+from was_search.close_names import did_you_mean
 from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
 from was_search.study_names import check_name
@@ -120,8 +121,12 @@ class StudyStore:
         """
         found = self._read(name) if name.isprintable() else []  # others cannot be made, nor sent to the database
         if not found:
-            known = ", ".join(record.name for record in self.list()[:20])
-            raise StudyError(f"study {name!r} does not exist; this database has {known or 'no studies yet'}")
+            names = [record.name for record in self.list()]
+            known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise StudyError(
+                f"study {name!r} does not exist; this database has "
+                f"{known or 'no studies yet, was-search run makes one'}{did_you_mean(name, names)}"
+            )
         return found[0]
 
     def id_of(self, name: str) -> int:
@@ -135,6 +140,16 @@ class StudyStore:
         with self._database.begin() as connection:
             found = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar()
         return self.get(name).id if found is None else int(found)
+
+    def require_free_or_same(self, name: str, *, identity: Mapping[str, Any]) -> None:
+        """Refuse at once what :meth:`open_or_create` would refuse of a name and an identity; makes nothing.
+
+        Raises:
+            StudyError: as there, but for the shape and an Optuna study that is not ours.
+        """
+        check_name(name)
+        for record in self._read(name):
+            _check_same(record, {"identity": plain(dict(identity))})
 
     def require_same(self, name: str, *, identity: Mapping[str, Any], shape: Mapping[str, Any]) -> StudyRecord:
         """The study ``name``, if it is of this ``identity`` and ``shape``.
@@ -210,20 +225,24 @@ class StudyStore:
 
 
 def _check_same(row: Row[Any] | StudyRecord, asked: dict[str, dict[str, Any]]) -> None:
-    missing = object()
-    differences = []
-    for part, wanted in asked.items():
-        stored = getattr(row, part)
-        for key in sorted({*stored, *wanted}):
-            has, want = stored.get(key, missing), wanted.get(key, missing)
-            if has != want:
-                shown = ["nothing" if value is missing else _short(value) for value in (has, want)]
-                differences.append(f"{key}: study has {shown[0]}, asked for {shown[1]}")
+    differences = [line for part, wanted in asked.items() for line in _differences(getattr(row, part), wanted)]
     if differences:
         raise StudyError(
             f"study {row.name!r} exists with other settings; choose another name or the same settings:\n  "
             + "\n  ".join(differences)
         )
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], under: str = "") -> Iterator[str]:
+    """A line for each key that differs; of a protocol and the like, for each of theirs."""
+    missing = object()
+    for key in sorted({*stored, *wanted}):
+        has, want = stored.get(key, missing), wanted.get(key, missing)
+        if isinstance(has, dict) and isinstance(want, dict):
+            yield from _differences(has, want, f"{under}{key}, ")
+        elif has != want:
+            shown = ["nothing" if value is missing else _short(value) for value in (has, want)]
+            yield f"{under}{key}: study has {shown[0]}, asked for {shown[1]}"
 
 
 def _short(value: Any) -> str:

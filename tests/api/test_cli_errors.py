@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from was_search import cli
 from was_search.api.demo import DEMO_FOLDER
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
 from was_search.shape import ModelShape
+from was_storage.studies import StudyStore
 
 MODEL, TEXT = str(DEMO_FOLDER / "model"), str(DEMO_FOLDER / "text")
 CPU = ["--device", "cpu", "--ray", "local"]
@@ -39,6 +41,11 @@ def refused(capsys, monkeypatch):
 def test_target_outside_its_range(refused, target: str) -> None:
     printed = refused("run", "--model", MODEL, "--data", TEXT, f"--target={target}")
     assert "target: must be" in printed
+
+
+@pytest.mark.parametrize("option", ["--target=60", "--targets=60,70"])
+def test_a_target_in_percent_says_how_to_write_it(refused, option: str) -> None:
+    assert "(for 60 % write 0.6)" in refused("run", "--model", MODEL, "--data", TEXT, option)
 
 
 @pytest.mark.parametrize("speedup", ["1", "0.5", "-2", "nan", "inf"])
@@ -81,6 +88,13 @@ def profile(tmp_path: Path):
 
 
 RUN = ["run", "--model", MODEL, "--data", TEXT, *CPU]
+SMALL = ["--sequence-length", "64", "--calibration-sequences", "4", "--search-sequences", "4"]
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where workers are asked for: nothing may be calibrated before the message."""
+    monkeypatch.setattr("was_workers.cluster.connect", lambda *_, **__: pytest.fail("Ray was started"))
 
 
 @pytest.mark.parametrize("option", [["--target-speedup", "9"], ["--target-speedups", "1.5,9"]])
@@ -122,16 +136,73 @@ def test_more_top_tokens_than_the_vocabulary_has(refused, command: str) -> None:
 
 def test_missing_options_are_named(refused) -> None:
     assert "model: missing; give --model" in refused("run", "--data", TEXT)
+    for command in ("calibrate", "run", "evaluate"):
+        assert "model, data: missing; give --model and --data or put them into" in refused(command, *CPU[:2])
 
 
 def test_model_that_is_not_there(refused, tmp_path: Path) -> None:
     assert "does not exist" in refused("calibrate", "--model", str(tmp_path / "no"), "--data", TEXT, *CPU)
 
 
+def test_model_folder_that_is_mistyped(refused, tmp_path: Path) -> None:
+    (tmp_path / "Llama-2" / "7b_hf").mkdir(parents=True)
+    printed = refused("calibrate", "--model", str(tmp_path / "Lama-2" / "7b_hf"), "--data", TEXT, *CPU)
+    assert f"which does not exist; did you mean '{tmp_path / 'Llama-2' / '7b_hf'}'?" in printed
+
+
+def test_hub_id_that_is_a_folder_nearby(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a hub's is asked for there first."""
+    import huggingface_hub
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    (tmp_path / "checkpoints" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    printed = refused("calibrate", "--model", "checkpoint/tiny", "--data", TEXT, *CPU)
+    assert "the hub cannot be reached" in printed
+    assert "did you mean 'checkpoints/tiny'?" in printed
+
+
+@pytest.mark.parametrize(("got", "meant"), [("wikitext", "wikitext2"), ("Alpaca", "alpaca"), ("C4", "c4")])
+def test_data_set_that_is_mistyped(refused, got: str, meant: str) -> None:
+    printed = refused("run", *RUN[1:3], "--data", got, *CPU)
+    assert f"got {got!r}, which does not exist; did you mean {meant!r}?" in printed
+
+
+def test_data_folder_that_is_mistyped(refused) -> None:
+    printed = refused("run", *RUN[1:3], "--data", TEXT.replace("text", "txt"), *CPU)
+    assert f"did you mean '{TEXT}'?" in printed
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "evaluate"])
+def test_sequences_longer_than_the_model_takes(refused, command: str) -> None:
+    given = RUN[1:] if command != "evaluate" else RUN[1:-2]
+    printed = refused(command, *given, "--sequence-length", "1025")
+    assert (
+        "sequence_length: must be at most the model's 1024 positions, got 1025; give --sequence-length 1024" in printed
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "export --interpolate", "export"])
+@pytest.mark.postgres
+def test_a_plan_that_could_not_be_written_is_said_first(
+    refused, database, tmp_path: Path, no_ray: None, command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    url = database.engine.url.render_as_string(hide_password=False)
+    printed = refused(*command.split(), *RUN[1:], *SMALL, "--plan", f"{tmp_path}/file/plan", "--storage", url)
+    assert f"plan: cannot write {tmp_path / 'file' / 'plan'} ({tmp_path / 'file'} is not a folder)" in printed
+    assert "choose another folder with --plan" in printed
+
+
 def test_unknown_config_option(refused, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("trails = 4\n")
-    assert "unknown option trails" in refused("run", "--config", str(file))
+    printed = refused("run", "--config", str(file))
+    assert "unknown option trails" in printed
+    assert "did you mean 'trials'?" in printed
 
 
 def test_no_gpu(refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +247,8 @@ class TestData:
 
     def test_too_short(self, calibrate, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("one line\nanother line\na third line\nand a fourth\n")
-        assert "has 11 tokens, one sequence needs 2048" in calibrate(tmp_path / "short.txt")
+        short = calibrate(tmp_path / "short.txt", "--sequence-length", "512")
+        assert "has 11 tokens, one sequence needs 512" in short
 
     def test_empty(self, calibrate, tmp_path: Path) -> None:
         (tmp_path / "empty.txt").write_text("")
@@ -264,11 +336,66 @@ class TestPlan:
     def test_missing(self, refused, tmp_path: Path) -> None:
         assert "plan.json" in self.evaluate(refused, tmp_path / "none")
 
+    def test_the_studys_folder_instead_of_its_plans(self, refused, plan: Path, tmp_path: Path) -> None:
+        shutil.copytree(plan, tmp_path / "runs" / "study" / "plan")
+        printed = self.evaluate(refused, tmp_path / "runs" / "study")
+        assert f"did you mean '{tmp_path / 'runs' / 'study' / 'plan'}'?" in printed
+        printed = self.evaluate(refused, tmp_path / "runs" / "studi" / "plan")
+        assert f"did you mean '{tmp_path / 'runs' / 'study' / 'plan'}'?" in printed
+
 
 @pytest.mark.postgres
 def test_unknown_study(refused, database) -> None:
     url = database.engine.url.render_as_string(hide_password=False)
     assert "does not exist" in refused("status", "--study", "nothing", "--storage", url)
+    store = StudyStore(database)
+    store.open_or_create("llama-60", identity={}, config={}, shape={}, n_slots=1)
+    for command in (["status"], ["pause"], ["dashboard", "--study"]):
+        printed = refused(*command, "lama-60", "--storage", url)
+        assert "study 'lama-60' does not exist" in printed
+        assert "did you mean 'llama-60'?" in printed
+
+
+@pytest.mark.postgres
+def test_a_dashboards_port_that_is_taken(capsys, monkeypatch, database) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    monkeypatch.setattr(sys, "argv", ["was-search", "dashboard", "--storage", url])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sys.argv += ["--port", str(port)]
+        with pytest.raises(SystemExit):
+            cli.main()
+    printed = capsys.readouterr()
+    assert printed.out == "", "no URL of a server that does not listen"
+    assert len(printed.err.splitlines()) == 1
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use); choose another port" in printed.err
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("command", ["search", "run", "export", "run --targets 0.4,0.5"])
+def test_a_study_of_other_settings_is_said_before_anything_is_calibrated(
+    refused, database, no_ray: None, command: str
+) -> None:
+    name, url = "taken", database.engine.url.render_as_string(hide_password=False)
+    targets = "targets" in command
+    StudyStore(database).open_or_create(
+        f"{name}-50" if targets else name,
+        identity={"seed": 7, "search data": {"sequence_length": 32, "n_sequences": 4}},
+        config={}, shape={}, n_slots=1,
+    )  # fmt: skip
+    first, *more = command.split()
+    printed = refused(first, *RUN[1:], *SMALL, "--study", name, "--storage", url, *more)
+    assert "exists with other settings; choose another name or the same settings" in printed
+    assert "seed: study has 7, asked for 0" in printed
+    assert "search data, sequence_length: study has 32, asked for 64" in printed
+    assert "search data, n_sequences" not in printed
+
+
+@pytest.mark.postgres
+def test_a_name_that_is_none_is_said_before_anything_is_calibrated(refused, database, no_ray: None) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    printed = refused("run", *RUN[1:], *SMALL, "--study", " x", "--storage", url)
+    assert "study name: must be printable, without blanks at its ends" in printed
 
 
 def test_json_mode_reports_errors_as_json(capsys, monkeypatch) -> None:

@@ -162,8 +162,10 @@ def test_evaluate_compares_formats(plan):
     found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", "--weights", "none,int8,int4:32"])
     assert found.exit_code == 0, found.output
     shown = " ".join(found.output.split())
-    for text in ("int8:128", "int4:32", "the plan's thresholds were calibrated for none weights"):
+    stored = ("dense, weights as stored", "difference to dense, weights as stored", "calibrated for weights as stored")
+    for text in ("int8:128 weights", "int4:32 weights", *stored):
         assert text in shown
+    assert "none weights" not in shown
     found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", "--weights", "int3"])
     assert isinstance(found.exception, ConfigError)
     assert "weights: must be none, int8 or int4" in str(found.exception)

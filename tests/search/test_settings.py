@@ -93,7 +93,7 @@ def test_whole_numbers_are_numbers(toml):
         ("rung_keep", 0.0, "must be in (0, 1]"),
         ("metrics", "host", "must be HOST:PORT or PORT"),
         ("rung_keep", 1.5, "must be in (0, 1]"),
-        ("trial_timeout", 0.0, "must be positive, in seconds"),
+        ("trial_timeout", -1.0, "must be positive, in seconds, or 0 for by measure"),
         ("gpus_per_worker", -0.5, "must be a share of one GPU, or a whole number"),
         ("gpus_per_worker", 1.5, "must be a share of one GPU, or a whole number"),
         ("gpus_per_worker", float("inf"), "must be a share of one GPU, or a whole number"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from was_search.errors import ConfigError
-from was_search.weight_format import WeightFormat, canonical, describe
+from was_search.weight_format import WeightFormat, brief, canonical, describe
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ def test_none_is_no_format():
     assert WeightFormat.parse("none") is None
     assert canonical("none") == "none"
     assert describe("none") == "weights as stored"
+    assert brief("none") == "weights as stored"
+    assert brief("int4:64") == "int4:64 weights"
     assert describe("int4") == "int4 weights in groups of 128 outputs"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import urllib.error
@@ -85,7 +86,7 @@ def test_a_port_that_is_taken(database: Database) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"cannot listen on 127.0.0.1:{port} .*in use.*another port"):
-            serve(database, port=port)
+            serve(database, port=port, listening=lambda url: pytest.fail(f"{url} was said to be ours"))
 
 
 def test_addresses_that_cannot_be(database: Database) -> None:
@@ -100,7 +101,9 @@ def test_serving_ends_with_an_interrupt(database: Database, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dashboard.DashboardServer, "serve_forever", interrupted)
-    serve(database, port=0)
+    urls: list[str] = []
+    serve(database, port=0, listening=urls.append)
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*/dashboard", urls[0])
 
 
 def test_a_dashboard_that_can_only_read(database: Database) -> None:

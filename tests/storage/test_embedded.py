@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -13,7 +14,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from was_search.errors import StorageError
-from was_storage import postgres_binaries, socket_folder
+from was_storage import embedded, postgres_binaries, socket_folder
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer, default_home
 from was_storage.file_lock import LockedFile
@@ -89,6 +90,26 @@ def test_other_processes_share_it_and_a_killed_one_does_not_count(folder: Path) 
         killed.wait()
         leaving.communicate("\n")  # ends normally, without closing
         assert _query(server.url()) == 1
+    assert not _runs(folder)
+
+
+@pytest.mark.parametrize("moment", ["start", "stop"])
+def test_no_signal_cuts_its_start_or_its_stop_off(folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The signal acts once the server has its user, or is gone."""
+    real = getattr(postgres_binaries, moment)
+
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
+
+    monkeypatch.setattr(postgres_binaries, moment, interrupted)
+    used: list[EmbeddedServer] = []
+    monkeypatch.setattr(embedded.atexit, "register", lambda close: used.append(close.__self__))
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddedServer.start(folder).close()
+    assert _runs(folder) == (moment == "start")
+    for server in used:  # as the interpreter's end does
+        server.close()
     assert not _runs(folder)
 
 

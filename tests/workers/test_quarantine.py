@@ -16,6 +16,7 @@ from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
+from was_workers import quarantine
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.quarantine import Health, QuarantinePolicy, Work
@@ -35,6 +36,10 @@ class Wards:
         self.well = set(range(n))
         self.put: list[tuple[int, str, float]] = []
         self.running: list[tuple[int, int, float]] = []
+        self.given_up: list[tuple[int, str]] = []
+
+    def give_up(self, ticket: int, reason: str) -> None:
+        self.given_up.append((ticket, reason))
 
     def quarantine(self, index: int, reason: str, seconds: float) -> bool:
         if index not in self.well or len(self.well) == 1:
@@ -196,6 +201,72 @@ def test_zero_is_never() -> None:
     assert wards.put == []
 
 
+DAY = 86400.0
+
+
+def test_patience_is_twenty_times_the_slowest_by_tokens() -> None:
+    health = Health(Wards(1), QuarantinePolicy())
+    for seconds, tokens in [(20.0, 1000), (60.0, 2000), (50.0, 1000)]:
+        health.answered(0, seconds, Work("evaluate", tokens))
+    assert health.patience(Work("evaluate", 1000)) == pytest.approx(20 * 50.0)
+    assert health.patience(Work("evaluate", 400)) == pytest.approx(20 * 20.0)
+    assert health.patience(EVALUATION) == pytest.approx(20 * 100.0), "as the longest one seen, at the slowest pace"
+
+
+def test_patience_is_five_minutes_at_least_and_a_day_at_most() -> None:
+    health = Health(Wards(1), QuarantinePolicy())
+    health.answered(0, 0.1, Work("evaluate", 100))
+    assert health.patience(EVALUATION) == 300.0
+    health.answered(0, 5000.0, Work("evaluate", 100))
+    assert health.patience(EVALUATION) == DAY
+
+
+def test_patience_knows_only_what_was_seen_of_the_kind() -> None:
+    """A first call compiles and loads: nothing else tells how long that takes."""
+    health = Health(Wards(2), QuarantinePolicy())
+    health.answered(0, 1.0, Work("histograms", 100))
+    health.answered(0, 1.0, Work("evaluate"))  # its tokens are not known
+    assert health.patience(Work("evaluate", 100)) == DAY
+
+
+def test_patience_forgets_what_was_slow_long_ago() -> None:
+    health = Health(Wards(1), QuarantinePolicy())
+    health.answered(0, 600.0, Work("evaluate", 100))
+    evaluated(health, {0: 30.0}, 4)
+    assert health.patience(EVALUATION) == pytest.approx(20 * 600.0)
+    evaluated(health, {0: 30.0}, 1)
+    assert health.patience(EVALUATION) == pytest.approx(20 * 30.0)
+
+
+@pytest.mark.parametrize("slowdown", [4.0, 0.0])
+def test_a_lone_call_that_hangs_is_given_up(slowdown: float) -> None:
+    wards = Wards(1)
+    health = Health(wards, QuarantinePolicy(slowdown))
+    wards.running = [(7, 0, DAY)]
+    health.look({7: EVALUATION})
+    assert wards.given_up == [], "nothing was seen yet"
+    evaluated(health, {0: 20.0})
+    wards.running = [(7, 0, 399.0), (8, 0, 1e5)]
+    health.look({7: EVALUATION})
+    assert wards.given_up == [], "400 s are twenty times as long; ticket 8 is another's"
+    wards.running = [(7, 0, 401.0)]
+    health.look({7: EVALUATION}, by_measure=False)
+    assert wards.given_up == [], "it has a limit of its own"
+    health.look({7: EVALUATION})
+    assert wards.given_up == [(7, "at an evaluation for 401 s, and 400 s are far longer than any has taken")]
+    assert wards.put == []
+
+
+def test_beside_faster_peers_a_worker_is_put_in_quarantine_instead() -> None:
+    wards = Wards(2)
+    health = Health(wards, QuarantinePolicy())
+    evaluated(health, {0: 20.0, 1: 20.0})
+    wards.running = [(7, 1, 1000.0)]
+    health.look({7: EVALUATION})
+    assert [index for index, *_ in wards.put] == [1]
+    assert wards.given_up == []
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with connect("local", workers=3) as found:
@@ -217,6 +288,7 @@ def search(
         n_workers: int,
         policy: QuarantinePolicy,
         enough: Callable[[SearchProgress], bool] = lambda _: False,
+        trial_timeout: float = 10 * ENDLESS,
     ):
         monkeypatch.setattr(pool_module, "Worker", bowl_worker(tmp_path, seconds=0.2))
         spec = WorkerSpec("m", "", "float32", "cpu", "l2")
@@ -235,7 +307,7 @@ def search(
             if enough(state):
                 drain.set()
 
-        options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 10 * ENDLESS, 3)
+        options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, trial_timeout, 3)
         loop = SearchLoop(
             Book(n_trials), pool, "data", "histograms", "key",
             shape=SHAPE, seeds=seeds(), options=options, drain=drain, progress=progress,
@@ -279,6 +351,38 @@ def test_a_worker_that_hangs_is_taken_off_its_slot(search, tmp_path: Path) -> No
     assert len(evaluations(tmp_path)) == 25, "its slot was given out once more"
     (held,) = shown[-1].quarantined
     assert re.match(r"slow, at an evaluation for \d+ s", held.reason)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_only_worker_that_hangs_is_restarted_and_loses_no_slot(
+    search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """By measure: there are no peers, and no limit was given."""
+    monkeypatch.setattr(quarantine, "_LEAST_PATIENCE_SECONDS", 12.0)
+    hang, hung, over = tmp_path / "slow-0", threading.Event(), threading.Event()
+
+    def hang_once(state: SearchProgress) -> bool:
+        if state.complete == 3 and not hung.is_set():
+            hang.write_text("86400")
+            hung.set()
+        return False
+
+    def heal() -> None:
+        while "is restarted: at an evaluation for" not in caplog.text and not over.wait(0.1):
+            pass
+        hang.unlink(missing_ok=True)
+
+    healer = threading.Thread(target=heal)
+    healer.start()
+    try:
+        slots, _, shown = search(8, 1, QuarantinePolicy(), hang_once, trial_timeout=0.0)
+    finally:
+        over.set()
+        healer.join()
+    assert [slot.state for slot in slots] == [SlotState.COMPLETE] * 8
+    assert sorted(slot.attempt for slot in slots) == [1] * 7 + [2]
+    assert not shown[-1].quarantined
 
 
 @pytest.mark.ray

@@ -54,6 +54,7 @@ def calibrate(context: Context) -> Calibration:
 def _calibrate(context: Context) -> Calibration:
     started = time.perf_counter()
     settings = context.settings
+    settings.require("model", "data")
     key = content_hash("histograms", 1, context.model_key, settings.scoring, context.tokens("calibration").protocol)
     found = context.cache.get("histograms", key, lambda row: _read_calibration(row, key))
     if found is not None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search import logs
-from was_search.errors import ResourceError
+from was_search.errors import ConfigError, ResourceError
 from was_search.pool_state import PoolState
 from was_search.progress import Advance, Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
@@ -284,12 +284,13 @@ class Context:
     def tokens_uncached(self, split: str) -> TokenSet:
         """The same token ids without the database, for steps that need no other part of it."""
         n = getattr(self.settings, f"{split}_sequences")
-        return _tokenise(self.source, self._text(split), self._token_options(n, self.placement_here.dtype))
+        text = self._text(split)
+        return _tokenise(self.source, text, self._token_options(n, self.placement_here.dtype))
 
     def _text(self, split: str) -> SplitText:
         from was_search.text import load_text
 
-        self.settings.require("data")
+        self.settings.require("model", "data")
         return load_text(self.settings.data, split)
 
     def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
@@ -307,8 +308,20 @@ class Context:
             "at_most": True,
         }
 
+    def require_positions(self) -> None:
+        """Raise a ConfigError for sequences beyond what the model was made for: its losses mean nothing there."""
+        from was_search.checkpoint import read_config
+
+        room, asked = read_config(self.source).get("max_position_embeddings"), self.settings.sequence_length
+        if isinstance(room, int) and asked > room:
+            raise ConfigError(
+                f"sequence_length: must be at most the model's {room} positions, got {asked}; "
+                f"give --sequence-length {room}"
+            )
+
     def _load_tokens(self, split: str, n: int) -> TokenSet:
         text, options = self._text(split), self._token_options(n, self.placement.dtype)
+        self.require_positions()
         key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
         if (found := self.cache.get("tokens", key, _read_tokens)) is not None:
             return found
@@ -316,8 +329,13 @@ class Context:
         self.cache.put("tokens", key, pack_array(data.tokens), {"protocol": data.protocol.to_json()})
         return data
 
+    @property
+    def plans_folder(self) -> Path:
+        """Where plans are written, into it or below."""
+        return Path(self.settings.plan or "was-runs")
+
     def default_plan_folder(self, study: str) -> Path:
-        return Path(self.settings.plan) if self.settings.plan else Path("was-runs") / folder_name(study) / "plan"
+        return self.plans_folder if self.settings.plan else self.plans_folder / folder_name(study) / "plan"
 
 
 def _read_tokens(found: Artifact) -> TokenSet:

@@ -13,7 +13,7 @@ from was_search.api.context import Context
 from was_search.plan import Plan
 from was_search.protocol import Evaluation, EvaluationProtocol, perplexity
 from was_search.statistics import paired_interval
-from was_search.weight_format import AS_STORED, canonical
+from was_search.weight_format import AS_STORED, brief, canonical
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,8 @@ def evaluate(
 
     Raises:
         PlanError: the plan belongs to another model.
-        ConfigError: an unknown format.
+        ModelError: the dense model's loss is not finite.
+        ConfigError: an unknown format, or sequences longer than the model's positions.
         ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
     settings = context.settings
@@ -69,9 +70,12 @@ def evaluate(
 def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> PlanEvaluation:
     from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
+    from was_search.finite import require_finite
     from was_search.masking import structure_norms
 
     settings = context.settings
+    settings.require("model", "data")
+    context.require_positions()
     data = context.tokens_uncached(split)
     model, structure = load_for(context, plan, gpus, any_weights=True)
     score = plan.score if plan is not None else settings.score
@@ -82,6 +86,9 @@ def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> Pla
         for thresholds in runs:
             op = ops_for(context.placement_here.device).mask
             found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
+            if thresholds is None:
+                name, dtype = context.source.display_name, context.placement_here.dtype
+                require_finite(found[0].losses, "loss of the dense model", model, name, dtype)
             advance()
     return PlanEvaluation(
         data.protocol,
@@ -154,7 +161,7 @@ def _show(context: Context, results: list[PlanEvaluation], plan: Plan | None) ->
     several = len(results) > 1
     rows: list[list[str]] = []
     for result in results:
-        suffix = f", {result.weights} weights" if several else ""
+        suffix = f", {brief(result.weights)}" if several else ""
         against = result.dense if result is results[0] else results[0].dense
         rows.append(_row(f"dense{suffix}", 0.0, 0.0, result.dense, against))
         if plan is not None and result.sparse is not None and result.achieved is not None:
@@ -165,8 +172,8 @@ def _show(context: Context, results: list[PlanEvaluation], plan: Plan | None) ->
     if several:
         caption = [results[0].protocol.describe(), "the same sequences for all formats of the weights"]
     if plan is not None and any(result.weights != plan.weights for result in results):
-        caption.append(f"the plan's thresholds were calibrated for {plan.weights} weights")
-    first = f"dense, {results[0].weights} weights" if several else "dense"
+        caption.append(f"the plan's thresholds were calibrated for {brief(plan.weights)}")
+    first = f"dense, {brief(results[0].weights)}" if several else "dense"
     context.reporter.table(
         f"Perplexity on the {last.protocol.split} split",
         ["", "nominal", "achieved", "nats/token", "perplexity", f"difference to {first}, 95 %"],

@@ -20,7 +20,7 @@ from was_search.api.latency import nominal_target, predictions
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult
 from was_search.errors import ConfigError, StorageError, StudyError
-from was_search.plan import Plan
+from was_search.plan import Plan, require_writable
 from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.report import gap_nats
 from was_search.shape import N_PROJECTIONS, FloatArray
@@ -170,7 +170,9 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
 
     Raises:
         StudyError: no such study, or none of its slots is complete.
+        PlanError: the plan's folder cannot be written.
     """
+    require_writable(context.plans_folder)
     result = result or stored_result(context)
     with logs.bound(study=result.study):
         folder = write_plan(context, result)
@@ -321,13 +323,13 @@ def plan_gap_nats(plan: Plan) -> float:
 
 def stored_result(context: Context) -> SearchResult:
     """The study of the settings as it stands in the database, without running anything of it."""
-    from was_search.api.search import identity, study_name
+    from was_search.api.search import identity, require_name
     from was_search.api.seed import seed
     from was_storage.studies import StudyStore
 
-    name = study_name(context)
+    name = require_name(context)
     store = StudyStore(context.database)
-    store.get(name)  # an unknown name is said before anything is calibrated
+    store.get(name)  # an unknown name, too, is said before anything is calibrated
     calibration = calibrate(context)
     store.require_same(name, identity=identity(context), shape=calibration.shape.to_json())
     return SearchResult(name, store.slots(name), seed(context, calibration), drained=False)

@@ -13,7 +13,7 @@ from was_search.api.search import identity, model_label, study_name
 from was_search.api.warm import winner
 from was_search.descent import onto_budget
 from was_search.errors import ConfigError, StudyError
-from was_search.plan import Plan
+from was_search.plan import Plan, require_writable
 from was_search.protocol import content_hash
 from was_search.report import increase
 from was_search.shape import FloatArray, ModelShape
@@ -79,10 +79,12 @@ def interpolate(context: Context) -> Path:
 
     Raises:
         StudyError: there is no study on one of the two sides.
+        PlanError: the plan's folder cannot be written.
     """
     context.settings.require_one_target()
     if context.settings.target_speedup:
         raise ConfigError("interpolate: only between budgets of sparsity; search a speed-up with 'was-search run'")
+    require_writable(context.plans_folder)
     target = context.settings.target
     below, above = _neighbours(context)
     if below is None or above is None:

@@ -14,6 +14,7 @@ from was_search.errors import WasError
 from was_search.protocol import perplexity
 from was_search.redaction import redacted
 from was_search.slots import Slot, SlotState, best_slot
+from was_search.termination import Terminated
 from was_search.webhook import post
 
 
@@ -51,6 +52,8 @@ def failure_words(error: BaseException) -> str:
     """One line on an error, fit for others' eyes."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, SystemExit):
+        return str(error) if isinstance(error, Terminated) else "ended by a signal"
     if not isinstance(error, WasError):
         return type(error).__name__  # its words are not meant for users
     return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])

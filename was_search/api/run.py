@@ -21,7 +21,7 @@ from was_search.api.page import report_study
 from was_search.api.search import SearchResult, search
 from was_search.control import EndingKind
 from was_search.latency import LatencyProfile
-from was_search.plan import Plan
+from was_search.plan import Plan, require_writable
 from was_search.protocol import perplexity
 from was_search.report import GAP_MEANING, gap_nats, interval_json
 from was_search.statistics import Interval, paired_interval
@@ -84,6 +84,7 @@ class RunResult:
 
 def run(context: Context) -> RunResult:
     """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report."""
+    require_writable(context.plans_folder)  # a plan is written once all has been done
     with announced(context):
         found = search(context)
         if found.drained or (context.together and found.best is None and found.ending.kind is EndingKind.STOPPED):

@@ -84,7 +84,7 @@ def _search(context: Context) -> SearchResult:
     check_fitness(context)
     check_target(context)
     warm_seeds(context)  # refused before anything is calibrated
-    name = study_name(context)
+    name = require_name(context)
     if context.announcement is not None:
         context.announcement.study = name
     with logs.bound(study=name):
@@ -231,6 +231,19 @@ def study_name(context: Context) -> str:
         return settings.study
     digest = content_hash(identity(context))[:8]
     return f"{model_label(context)}-{target_label(settings)}-{settings.sampler}-{digest}"
+
+
+def require_name(context: Context) -> str:
+    """The study's name, if it is one, and free or taken by the study of these settings.
+
+    Raises:
+        StudyError: it is not; each setting that differs is listed.
+    """
+    from was_storage.studies import StudyStore
+
+    name = study_name(context)
+    StudyStore(context.database).require_free_or_same(name, identity=identity(context))
+    return name
 
 
 def model_label(context: Context) -> str:

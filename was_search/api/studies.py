@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
@@ -59,15 +60,13 @@ def dashboard(
     from was_storage.dashboard import serve
     from was_storage.studies import StudyStore
 
-    store_url = f"http://{host}:{port}/dashboard/"
-    if study:
-        store_url += f"studies/{StudyStore(context.database).get(study).optuna_study_id}"
-    context.reporter.note(f"optuna-dashboard on {store_url} (ctrl-C ends it)")
-    if allow_edits:
-        serve(context.database, host=host, port=port, allow_hosts=allow_hosts)
-        return
-    with context.database.read_only() as database:
-        serve(database, host=host, port=port, allow_hosts=allow_hosts)
+    page = f"studies/{StudyStore(context.database).get(study).optuna_study_id}" if study else ""
+
+    def say(url: str) -> None:
+        context.reporter.note(f"optuna-dashboard on {url}/{page} (ctrl-C ends it)")
+
+    with nullcontext(context.database) if allow_edits else context.database.read_only() as database:
+        serve(database, host=host, port=port, allow_hosts=allow_hosts, listening=say)
 
 
 def _summary(record: StudyRecord) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Any
 from was_search.api.context import Context
 from was_search.api.latency import check_target, profile_of
 from was_search.api.run import STEP_COLUMNS, Row, RunResult, narrow, run, step_caption, step_cells
-from was_search.api.search import model_label, study_name
+from was_search.api.search import model_label, require_name, study_name
 from was_search.api.steered import elsewhere
 from was_search.control import EndingKind, Tally, limits_of
 from was_search.errors import ConfigError, StudyError
@@ -94,6 +94,8 @@ def run_targets(context: Context) -> TargetsResult:
     for target in targets:
         check_target(context.at(target, by_time=by_time))  # what is out of reach is said before anything is run
     siblings = _siblings(context, targets, by_time=by_time)
+    for each in siblings:
+        require_name(each)
     runs: list[TargetRun] = []
     unsearched: list[float] = []
     for number, (target, each) in enumerate(zip(targets, siblings, strict=True), 1):

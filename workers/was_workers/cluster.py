@@ -15,6 +15,7 @@ from pathlib import Path
 
 from was_search.errors import ResourceError
 from was_search.redaction import SECRET_VARIABLES
+from was_search.termination import Terminated
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it where it starts a job."""
@@ -75,6 +76,8 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
+    except SystemExit as error:  # of Ray's own handler, while it starts
+        raise Terminated(signal.SIGTERM) from error
     except AuthenticationError as error:
         raise ResourceError(
             f"ray: the cluster at {address!r} asks for a token and none was found here; put the head's "
@@ -88,7 +91,7 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
             "check that RAY_AUTH_MODE and the token are the head's, or use --ray local"
         ) from error
     if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place, and a search could not be drained
+        signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place: nothing would be drained or closed
     try:
         offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))

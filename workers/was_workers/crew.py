@@ -188,13 +188,23 @@ class Crew:
             if call.member.out_of_time and not call.ours:
                 self._lost(call, TimeoutError(f"the node of {call.member.name} was to go by now"))
             else:
-                ray.kill(call.member.actor, no_restart=False)
-                self._lost(call, TimeoutError(f"no answer from {call.member.name} before the deadline"))
+                self._hung(call, f"no answer from {call.member.name} before the deadline")
         now = time.monotonic()
         due = [member for at, member in self._recovering if at <= now]
         self._recovering = [entry for entry in self._recovering if entry[0] > now]
         for member in due:
             self._locate(member)
+
+    def give_up(self, ticket: int, reason: str) -> None:
+        """Take a call in flight for lost, if it still is; its worker's process, which may hang, is replaced."""
+        for call in self._calls.running:
+            if call.ticket == ticket and self._calls.drop(call):
+                _logger.warning("%s is restarted: %s", call.member.name, reason)
+                self._hung(call, f"no answer from {call.member.name}, {reason}")
+
+    def _hung(self, call: Call, words: str) -> None:
+        ray.kill(call.member.actor, no_restart=False)
+        self._lost(call, TimeoutError(words))
 
     def _raised(self, call: Call, cause: BaseException) -> None:
         """The call's own code raised ``cause``; the process lives."""

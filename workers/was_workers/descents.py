@@ -22,7 +22,7 @@ from was_search.slots import Slot, best_slot
 from was_workers.losses import Losses
 from was_workers.phases import descent_call
 from was_workers.pool import Outcome, Pool
-from was_workers.quarantine import Work
+from was_workers.quarantine import LONGEST_CALL_SECONDS, Work
 
 ORIGIN = "descent:"
 
@@ -69,7 +69,7 @@ class Descents:
         shape: the model's.
         target: the budget.
         seed: of the chains' sequences.
-        seconds_per_token: the slowest a worker may be before a chain is taken for lost.
+        seconds_per_token: the slowest a worker may be before a chain is taken for lost; 0: by measure.
         max_attempts: of one chain; see :class:`was_workers.losses.Losses`.
     """
 
@@ -92,7 +92,7 @@ class Descents:
         self._shape = shape
         self._target = target
         self._seed = seed
-        self._deadline = max(60.0, plan.tokens * seconds_per_token)
+        self._deadline = max(60.0, plan.tokens * seconds_per_token) if seconds_per_token else LONGEST_CALL_SECONDS
         self._max_attempts = max_attempts
         self._losses = Losses(pool, max_attempts)
         self._epoch = -1

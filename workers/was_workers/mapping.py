@@ -12,7 +12,7 @@ from was_search.errors import TransientError
 from was_search.logs import bound, bound_fields, event
 from was_workers.calls import Outcome
 from was_workers.losses import Crowd, Losses
-from was_workers.quarantine import Work
+from was_workers.quarantine import LONGEST_CALL_SECONDS, Work
 
 _logger = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ def map_calls(
     phase: str = "",
     done: Callable[[], None] = lambda: None,
     max_attempts: int = 3,
-    deadline_seconds: float = 3600.0,
+    deadline_seconds: float = LONGEST_CALL_SECONDS,
 ) -> list[Any]:
     """Results of ``calls``, each (method, *args), in their order; lost ones are repeated, on other workers if possible.
 
     A worker that loses calls again and again, or is far slower than the others, is put in quarantine, and its call is
-    given to another one.
+    given to another one. A call that takes far longer than those before it is taken for lost.
 
     Args:
         pool: the workers.
@@ -58,7 +58,8 @@ def map_calls(
         phase: for the log, here and on the workers, whose methods must take ``about``; "" for none.
         done: called after each result.
         max_attempts: of one call; see :class:`was_workers.losses.Losses`.
-        deadline_seconds: after which a call is taken for lost.
+        deadline_seconds: after which a call is taken for lost; before that by measure, see
+            :meth:`was_workers.quarantine.Health.patience`.
 
     Raises:
         TransientError: a call was lost too often.

@@ -12,6 +12,7 @@ from was_search.sampling import SamplerName
 from was_search.slots import Slot
 from was_search.space import SpaceName
 from was_workers.descents import DescentPlan
+from was_workers.quarantine import LONGEST_CALL_SECONDS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class SearchOptions:
     limits: Limits = NO_LIMITS
     elsewhere: Spent = field(default_factory=Spent)
     latency: LatencyProfile | None = None
+
+    @property
+    def longest_evaluation_seconds(self) -> float:
+        """After which an evaluation is lost, whatever was measured."""
+        return self.trial_timeout or LONGEST_CALL_SECONDS
 
 
 @dataclass(frozen=True)

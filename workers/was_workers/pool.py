@@ -18,7 +18,7 @@ from was_workers.calls import Calls, Outcome
 from was_workers.cluster import Cluster
 from was_workers.crew import PREPARE_SECONDS, Crew
 from was_workers.mapping import map_calls
-from was_workers.quarantine import Health, QuarantinePolicy
+from was_workers.quarantine import LONGEST_CALL_SECONDS, Health, QuarantinePolicy
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
@@ -135,6 +135,10 @@ class Pool:
         self._size.look_soon()
         return True
 
+    def give_up(self, ticket: int, reason: str) -> None:
+        """Take a call for lost that hangs: it comes back so, and its worker loads the model again."""
+        self._crew.give_up(ticket, reason)
+
     @property
     def n_workers(self) -> int:
         """Workers there are, loaded or not; those left out that are about to go or in quarantine."""
@@ -197,7 +201,7 @@ class Pool:
         self,
         method: str,
         *args: Any,
-        deadline_seconds: float = 3600.0,
+        deadline_seconds: float = LONGEST_CALL_SECONDS,
         about: Mapping[str, Any] | None = None,
     ) -> int:
         """Start ``method`` on the worker that ``next_idle`` names; returns the call's ticket.

@@ -1,4 +1,4 @@
-"""Finds workers that are slow or fail again and again, and has the pool put them in quarantine."""
+"""Finds workers that are slow or fail again and again, for the pool to put in quarantine, and calls that hang."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ _OVERDUE = 3.0
 
 _LEAST_SECONDS = 10.0
 """No call in flight is overdue before."""
+
+_PATIENCE = 20.0
+"""A call may take so many times as long as the slowest of its kind; above what an overdue one may have beside peers."""
+
+_LEAST_PATIENCE_SECONDS = 300.0
+"""Before, nothing is given up by measure: a machine may swap, a file system may stand still for minutes."""
+
+LONGEST_CALL_SECONDS = 86400.0
+"""No call may take longer unless it was given its own limit; that is all that ends one of a kind not seen yet."""
 
 _REASON = 200
 """Characters of an error that are shown; Ray's are paragraphs."""
@@ -72,6 +81,8 @@ class Wards(Protocol):
 
     def quarantine(self, index: int, reason: str, seconds: float) -> bool: ...
 
+    def give_up(self, ticket: int, reason: str) -> None: ...
+
 
 class Health:
     """Knows every worker's pace and failures; workers go by their numbers, which outlast restarts.
@@ -118,21 +129,40 @@ class Health:
             return False
         return self._put(worker, f"{failures} calls in a row were lost; the last: {reason[:_REASON]}")
 
-    def look(self, calls: Mapping[int, Work]) -> None:
-        """Find calls in flight that take far too long; ``calls`` tells by ticket what they do."""
-        if not self._policy.slowdown:
-            return
+    def look(self, calls: Mapping[int, Work], *, by_measure: bool = True) -> None:
+        """Find calls in flight that take far too long; ``calls`` tells by ticket what they do.
+
+        Their workers are put in quarantine where others are far faster. Without others, or where they say nothing, a
+        call is given up once :meth:`patience` has run out, unless ``by_measure`` is false: then it has a limit already.
+        """
         for ticket, worker, seconds in self._pool.running:
-            if ticket not in calls or seconds < _LEAST_SECONDS:
+            if ticket not in calls or seconds < _LEAST_SECONDS or self._overdue(worker, seconds, calls[ticket]):
                 continue
-            work = calls[ticket]
-            paces = self._paces[work.kind]
-            if (usual := paces.usual_seconds(worker, work.tokens)) is None:
-                continue
-            limit = _OVERDUE * max(self._policy.slowdown * usual, paces.first_seconds(worker))
-            if seconds > limit:
-                what = f"at {_NAMES.get(work.kind, work.kind)} for {seconds:.0f} s"
-                self._put(worker, f"slow, {what}, {seconds / usual:.0f} times what its peers take")
+            limit = self.patience(calls[ticket])
+            if by_measure and seconds > limit:
+                what = _words(calls[ticket], seconds)
+                self._pool.give_up(ticket, f"{what}, and {limit:.0f} s are far longer than any has taken")
+
+    def patience(self, work: Work) -> float:
+        """Seconds that a call may take, whatever others do: 20 times the slowest recent one of its kind, by tokens.
+
+        At least five minutes; a day while no call of the kind was seen: the first one compiles, and may be the longest.
+        """
+        slowest = self._paces[work.kind].slowest_seconds(work.tokens)
+        if slowest is None:
+            return LONGEST_CALL_SECONDS
+        return min(max(_PATIENCE * slowest, _LEAST_PATIENCE_SECONDS), LONGEST_CALL_SECONDS)
+
+    def _overdue(self, worker: int, seconds: float, work: Work) -> bool:
+        """Whether a call in flight was taken off its worker because peers are far faster."""
+        paces = self._paces[work.kind]
+        usual = paces.usual_seconds(worker, work.tokens)
+        if not self._policy.slowdown or usual is None:
+            return False
+        limit = _OVERDUE * max(self._policy.slowdown * usual, paces.first_seconds(worker))
+        if seconds <= limit:
+            return False
+        return self._put(worker, f"slow, {_words(work, seconds)}, {seconds / usual:.0f} times what its peers take")
 
     def _put(self, worker: int, reason: str) -> bool:
         seconds = self._policy.seconds * min(2 ** self._times[worker], _LONGEST)
@@ -144,6 +174,10 @@ class Health:
             paces.forget(worker)
         self._failures[worker] = 0
         return True
+
+
+def _words(work: Work, seconds: float) -> str:
+    return f"at {_NAMES.get(work.kind, work.kind)} for {seconds:.0f} s"
 
 
 class _Paces:
@@ -185,6 +219,11 @@ class _Paces:
         """
         peers = self.peers(worker, enough=1)
         return None if peers is None else (tokens or self._longest) * peers
+
+    def slowest_seconds(self, tokens: float) -> float | None:
+        """What a call takes at the slowest recent pace of any worker, first calls included; None if there was none."""
+        paces = [pace for recent in self._recent.values() for pace in recent]
+        return (tokens or self._longest) * max(paces) if paces else None
 
     def first_seconds(self, worker: int) -> float:
         """The longest that a process's first call has taken, where the worker is at its own first; else 0."""

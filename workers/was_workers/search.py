@@ -155,7 +155,8 @@ class SearchLoop:
         control = self._steering.steer()
         changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
         descents = {} if self._descents is None else self._descents.in_flight
-        self._pool.health.look(dict.fromkeys(self._flight, _EVALUATION) | descents)
+        calls = dict.fromkeys(self._flight, _EVALUATION) | descents
+        self._pool.health.look(calls, by_measure=not self._options.trial_timeout)
         self._pool.need(self._slots.n_unfinished)
         if changed or self._pool.state != self._pool_shown:
             self._report(None)
@@ -211,7 +212,7 @@ class SearchLoop:
                     self._report(None)
                 return False
             # Committed before it is sent: an evaluation that no slot knows of cannot happen.
-            attempts = self._book.begin(together, self._options.trial_timeout)
+            attempts = self._book.begin(together, self._options.longest_evaluation_seconds)
             for hand_out, attempt in zip(together, attempts, strict=True):
                 self._send(hand_out, attempt)
         return False
@@ -240,7 +241,7 @@ class SearchLoop:
             self._chooser.stop_rule(slot),
             self._top,
             self._about(hand_out, attempt),
-            deadline_seconds=self._options.trial_timeout,
+            deadline_seconds=self._options.longest_evaluation_seconds,
         )
         self._flight[ticket] = (hand_out.number, attempt, time.monotonic())
         self._refresh(hand_out.number, state=SlotState.RUNNING, attempt=attempt, worker=hand_out.worker)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from was_search import __version__
 from was_search.divergence import DenseTop
 from was_search.early_stop import StopRule
-from was_search.errors import DeviceLostError, TransientError
+from was_search.errors import DeviceLostError, InfeasibleError, ModelError, TransientError
 from was_search.histogram import Histograms
 from was_search.logs import bound, configure, event
 from was_search.protocol import Evaluation, TokenSet
@@ -149,12 +149,16 @@ class Worker:
         *,
         about: Ids | None = None,
     ) -> tuple[Histograms, IntArray, IntArray]:
-        """See :func:`was_search.calibration.histogram_pass`."""
+        """See :func:`was_search.calibration.histogram_pass`.
+
+        Raises:
+            ModelError: scores that are not finite.
+        """
         from was_search.calibration import histogram_pass
 
         loaded = self._model()
         with _logged("calibration pass", about, tokens=tokens.size), _transient_memory():
-            return histogram_pass(
+            found = histogram_pass(
                 loaded.model,
                 loaded.structure,
                 loaded.norms,
@@ -165,6 +169,9 @@ class Worker:
                 mask_op=loaded.ops.mask,
                 count_op=loaded.ops.count,
             )
+        if not found[0].finite:
+            raise self._not_finite("calibration" if thresholds is None else "calibration under masks")
+        return found
 
     def prices(
         self,
@@ -176,12 +183,16 @@ class Worker:
         *,
         about: Ids | None = None,
     ) -> tuple[FloatArray, int]:
-        """See :func:`was_search.pricing.price_sums`."""
+        """See :func:`was_search.pricing.price_sums`.
+
+        Raises:
+            ModelError: prices that are not finite.
+        """
         from was_search.pricing import price_sums
 
         loaded = self._model()
         with _logged("pricing", about, tokens=tokens.size), _transient_memory():
-            return price_sums(
+            sums, n = price_sums(
                 loaded.model,
                 loaded.structure,
                 loaded.norms,
@@ -193,6 +204,8 @@ class Worker:
                 recompute=self._recompute,
                 op=loaded.ops.price,
             )
+        self._require_finite(sums, "prices (the gradients of the dense model)")
+        return sums, n
 
     def descend(
         self,
@@ -246,7 +259,11 @@ class Worker:
         *,
         about: Ids | None = None,
     ) -> BlockTable:
-        """Greedy table of one block by block-output error on ``tokens``."""
+        """Greedy table of one block by block-output error on ``tokens``.
+
+        Raises:
+            ModelError: errors that are not finite.
+        """
         from was_search.block_error import block_error, capture_inputs
         from was_search.greedy import block_path
 
@@ -263,16 +280,25 @@ class Worker:
                 mask_op=loaded.ops.mask,
             )
             shape = loaded.structure.shape
-            return block_path(error, shape.params[block], step=step, groups=shape.groups)
+            try:
+                return block_path(error, shape.params[block], step=step, groups=shape.groups)
+            except InfeasibleError as cause:  # no level was asked for that could be infeasible
+                raise self._not_finite(f"greedy table of block {block}") from cause
 
     def dense_top(
         self, tokens: IntArray, k: int, predicted: int, batch_size: int, *, about: Ids | None = None
     ) -> DenseTop:
-        """See :func:`was_search.evaluation.dense_top`."""
+        """See :func:`was_search.evaluation.dense_top`.
+
+        Raises:
+            ModelError: log-probabilities that are not finite.
+        """
         from was_search.evaluation import dense_top
 
         with _logged("dense top", about, tokens=tokens.size), _transient_memory():
-            return dense_top(self._model().model, tokens, k, predicted=predicted, batch_size=batch_size)
+            top = dense_top(self._model().model, tokens, k, predicted=predicted, batch_size=batch_size)
+        self._require_finite(top.log_probs[..., :-1], "predictions of the dense model")
+        return top
 
     def evaluate(
         self,
@@ -315,7 +341,11 @@ class Worker:
         *,
         about: Ids | None = None,
     ) -> Evaluation:
-        """Evaluate given thresholds, or the dense model for None; by divergence if there is a ``top``."""
+        """Evaluate given thresholds, or the dense model for None; by divergence if there is a ``top``.
+
+        Raises:
+            ModelError: the dense model's loss is not finite.
+        """
         from was_search.evaluation import evaluate_thresholds
 
         loaded = self._model()
@@ -324,7 +354,9 @@ class Worker:
                 loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.ops.mask, top=top
             )
             figures.update(_figures(found))
-            return found
+        if thresholds is None:
+            self._require_finite(found.losses, "loss of the dense model")
+        return found
 
     def peak_bytes(self) -> int:
         """Greatest memory held since the last call: of torch on the GPU, of the process on CPU (since its start)."""
@@ -344,6 +376,16 @@ class Worker:
     def _recompute(self) -> bool:
         """Memory is scarce on a GPU; on a CPU the time of another forward is."""
         return self._spec.device == "cuda"
+
+    def _require_finite(self, values: npt.ArrayLike, what: str) -> None:
+        from was_search.finite import require_finite
+
+        require_finite(values, what, self._model().model, self._spec.model, self._spec.dtype)
+
+    def _not_finite(self, what: str) -> ModelError:
+        from was_search.finite import not_finite
+
+        return not_finite(what, self._model().model, self._spec.model, self._spec.dtype)
 
     def _model(self) -> _Loaded:
         if self._loaded is None:

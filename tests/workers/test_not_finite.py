@@ -1,0 +1,171 @@
+"""NaN and overflow while calibrating, pricing and the like: a ModelError that says where and what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.search.conftest import VOCABULARY, build_llama
+from tests.workers.small_run import environment
+from was_search.api.demo import DEMO_FOLDER
+from was_search.errors import ModelError
+from was_search.histogram import Histograms
+from was_search.protocol import EvaluationProtocol, TokenSet
+from was_workers.worker import Worker, WorkerSpec
+
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (4, 17))
+PROTOCOL = EvaluationProtocol(
+    data="random.txt",
+    data_hash="ab" * 32,
+    split="test",
+    sequence_length=17,
+    stride=17,
+    n_sequences=4,
+    bos=False,
+    dtype="float32",
+    batch_size=4,
+    dense_prefix=1,
+)
+DATA = TokenSet(PROTOCOL, TOKENS)
+LEVELS = np.full((3, 7, 2), 0.1, np.float32)
+
+
+@pytest.fixture
+def make_worker(tmp_path: Path) -> Callable[..., Worker]:
+    """A worker on a checkpoint of three blocks, changed by ``spoil`` before it is saved."""
+
+    def make(spoil: Callable[[torch.nn.Module], object], dtype: str = "float32") -> Worker:
+        model = build_llama()
+        with torch.no_grad():
+            spoil(model)
+        model.save_pretrained(tmp_path)
+        return Worker(WorkerSpec(str(tmp_path), "", dtype, "cpu", "l2", threads=1))
+
+    return make
+
+
+def with_a_nan(model: torch.nn.Module) -> None:
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+
+
+def with_large_activations(model: torch.nn.Module) -> None:
+    """Beyond float16's 65504 between the gated MLP's maps, far within float32's range."""
+    model.model.layers[1].mlp.up_proj.weight.mul_(3e3)
+    model.model.layers[1].mlp.gate_proj.weight.mul_(3e3)
+
+
+PHASES: dict[str, Callable[[Worker, Histograms], object]] = {
+    "calibration:": lambda worker, _: worker.histograms(TOKENS, None, 4, 1),
+    "calibration under masks:": lambda worker, _: worker.histograms(TOKENS, LEVELS[..., 0], 4, 1),
+    "prices (the gradients of the dense model):": lambda worker, _: worker.prices(TOKENS, LEVELS, 4, 1, 16),
+    "greedy table of block 1:": lambda worker, dense: worker.block_table(1, TOKENS, dense, 4, 1, 0.2),
+    "predictions of the dense model:": lambda worker, _: worker.dense_top(TOKENS, 5, 16, 4),
+    "loss of the dense model:": lambda worker, _: worker.evaluate_thresholds(DATA, None),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_nan_among_the_weights_is_said_in_every_phase(make_worker, tmp_path: Path, phase: str) -> None:
+    worker = make_worker(with_a_nan)
+    sound = Histograms(np.ones((3, 7, 1 << 15), np.int64) * (np.arange(1 << 15) < 0x4000))
+    with pytest.raises(ModelError) as error:
+        PHASES[phase](worker, sound)
+    message = str(error.value)
+    assert message.startswith(f"{phase} {tmp_path} in float32 gives NaN or infinite numbers")
+    assert "some of its weights (the first: model.layers.1.mlp.up_proj.weight)" in message
+    assert message.endswith("the checkpoint is damaged: get it again")
+
+
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if "table" not in phase])
+def test_an_overflow_says_which_dtype_to_use(make_worker, tmp_path: Path, phase: str) -> None:
+    with pytest.raises(ModelError) as error:
+        PHASES[phase](make_worker(with_large_activations, "float16"), None)
+    message = str(error.value)
+    assert message.startswith(f"{phase} {tmp_path} in float16 gives NaN or infinite numbers; ")
+    assert message.endswith("use --dtype bfloat16 or float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_said_to_do_helps(make_worker, dtype: str) -> None:
+    worker = make_worker(with_large_activations, dtype)
+    dense = worker.histograms(TOKENS, None, 4, 1)[0]
+    assert dense.finite
+    assert worker.evaluate_thresholds(DATA, None).loss_nats > 0
+
+
+def test_gradients_that_overflow_alone_are_told_of_prices(make_worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make_worker(lambda model: None, "bfloat16")
+    worker.histograms(TOKENS, None, 4, 1)
+    sums = np.zeros((3, 7, 2))
+    sums[2, 6, 1] = np.inf
+    monkeypatch.setattr("was_search.pricing.price_sums", lambda *args, **options: (sums, 64))
+    with pytest.raises(
+        ModelError, match=r"^prices .* in bfloat16 .*; it needs more range or digits: use --dtype float32$"
+    ):
+        worker.prices(TOKENS, LEVELS, 4, 1, 16)
+
+
+def test_float32_without_a_bad_weight_has_nothing_wider(make_worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make_worker(lambda model: None)
+    monkeypatch.setattr("was_search.pricing.price_sums", lambda *args, **options: (np.full((3, 7, 2), np.nan), 64))
+    with pytest.raises(ModelError, match=r"float32 has the widest range there is: check the checkpoint"):
+        worker.prices(TOKENS, LEVELS, 4, 1, 16)
+
+
+def damaged_demo(folder: Path) -> Path:
+    """The packaged checkpoint with one weight that is no number."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "model", dtype=torch.float32)
+    with torch.no_grad():
+        with_a_nan(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_FOLDER / "model").save_pretrained(folder)
+    return folder
+
+
+def started(command: str, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    arguments = [
+        command,
+        "--model",
+        str(model),
+        "--data",
+        str(DEMO_FOLDER / "text"),
+        "--sequence-length",
+        "64",
+        *options,
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "was_search", *arguments],
+        capture_output=True, text=True, env={**os.environ, **environment()}, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_calibration_ends_with_one_line_and_is_not_repeated(postgres_url: str, tmp_path: Path) -> None:
+    small = ["--calibration-sequences", "4", "--device", "cpu", "--ray", "local", "--workers", "1"]
+    done = started(
+        "calibrate", damaged_demo(tmp_path / "model"), *small, "--storage", postgres_url, "--log-format", "text"
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith(f"error: calibration: {tmp_path / 'model'} in float32 gives NaN")
+    assert line.endswith("the checkpoint is damaged: get it again")
+    assert "Traceback" not in done.stderr
+    assert "lost" not in done.stderr and "quarantine" not in done.stderr
+
+
+def test_evaluating_says_it_too(tmp_path: Path) -> None:
+    done = started("evaluate", damaged_demo(tmp_path / "model"), "--test-sequences", "2", "--device", "cpu")
+    assert done.returncode == 1
+    assert "error: loss of the dense model: model in float32 gives NaN or infinite numbers" in done.stderr
+    assert "Traceback" not in done.stderr
