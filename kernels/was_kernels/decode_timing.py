@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from was_kernels.reference import kept_channels
 from was_kernels.runtime import SparseModel
 from was_search.quantised import QuantisedLinear
 from was_search.shape import FloatArray
@@ -111,8 +112,7 @@ class DecodeStep:
 
         def count(module: Any, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, module.in_features)
-            kept = (x.abs().float() * module.norms >= module.threshold).any(dim=0).sum()
-            kept = kept if module.threshold > 0.0 else torch.full_like(kept, module.in_features)
+            kept = kept_channels(x, module.norms, module.step_threshold(len(x))).any(dim=0).sum()
             live.add_(kept)
             read.add_(kept * module.channel_bytes)
 

@@ -108,12 +108,16 @@ class SparseLinear(nn.Module):
         """Put the weight back in row-major order, bit for bit; the replaced linear may be used again."""
         self.weight.data = self.weight.data.contiguous()
 
+    def step_threshold(self, rows: int) -> float:
+        """That of a one-token step: zero, which keeps every channel, where it has more than ``dense_above`` rows."""
+        return 0.0 if rows > self._dense_above else self.threshold
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""
         rows = x.numel() // self.in_features
         one_token = x.dim() < 3 or x.shape[-2] == 1
         dense = None if self._prefix is None else self._prefix.dense(x)
-        threshold = 0.0 if one_token and rows > self._dense_above else self.threshold
+        threshold = self.step_threshold(rows) if one_token else self.threshold
         if self.count is not None and one_token:
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, threshold), dense)
         if threshold <= 0.0 or (self._dense_prompts and not one_token):

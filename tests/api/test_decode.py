@@ -66,6 +66,18 @@ def test_bench_prints_a_table(plan):
     assert found.exit_code == 0, found.output
     assert "One decode step, 2 rows, 32 positions" in found.output
     assert "live" in found.output and "tokens/s" in found.output
+    assert "keep every channel" not in found.output
+
+
+def test_bench_says_when_nothing_is_skipped_for_the_rows(plan):
+    given = ["bench", "--plan", str(plan), "--batch", "9", "--kv-length", "32", "--steps", "1", "--device", "cpu"]
+    found = run(app, given)
+    assert found.exit_code == 0, found.output
+    assert "steps of more than 8 rows keep every channel" in " ".join(found.output.split())
+    found = run(app, [*given, "--json"])
+    dense, sparse = result_of(found.output)["rows"]
+    assert sparse["sparsity"] == 0.0
+    assert sparse["read_bytes"] == dense["read_bytes"]
 
 
 @pytest.mark.parametrize(

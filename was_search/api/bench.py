@@ -72,6 +72,7 @@ def bench(
 
     from was_kernels import sparsify
     from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+    from was_kernels.sparse_linear import DENSE_ABOVE
     from was_search.quantised import quantise_projections
     from was_search.structure import find_structure
 
@@ -148,6 +149,10 @@ def bench(
                 handle.restore()
             advance()
     _show(context, found, backend, bandwidth, batch, kv_length)
+    if plan is not None and batch > DENSE_ABOVE:
+        context.reporter.note(
+            f"steps of more than {DENSE_ABOVE} rows keep every channel: nearly all would be read for one row or another"
+        )
     if plan is not None and "step" in plan.provenance:
         context.reporter.note(f"the plan says: {step_words(plan.provenance['step'])}")
     return found
