@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,18 @@ def test_other_processes_share_it_and_a_killed_one_does_not_count(folder: Path) 
     assert not _runs(folder)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background, whose SIGINT a shell has ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("moment", ["start", "stop"])
-def test_no_signal_cuts_its_start_or_its_stop_off(folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_no_signal_cuts_its_start_or_its_stop_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, interruptible: None, moment: str
+) -> None:
     """The signal acts once the server has its user, or is gone."""
     real = getattr(postgres_binaries, moment)
 

@@ -41,7 +41,15 @@ def test_in_a_block_within_a_block_they_wait_for_the_outer_one(acted: list[int])
     assert acted == [signal.SIGTERM]
 
 
-def test_an_interrupt_comes_after_a_block_that_raises() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background, whose SIGINT a shell has ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_comes_after_a_block_that_raises(interruptible: None) -> None:
 
     def fail() -> None:
         signal.raise_signal(signal.SIGINT)
