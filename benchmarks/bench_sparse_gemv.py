@@ -1,7 +1,7 @@
 """Time the sparse GEMVs on a GPU beside cuBLAS; append one JSON line per row to benchmarks/results/.
 
-    python benchmarks/bench_sparse_gemv.py [--shapes 4096x4096,...] [--sparsities 0,0.5] [--batches 1,4] [--dtypes fp16]
-    python benchmarks/bench_sparse_gemv.py --kernel cuda
+    python -m benchmarks.bench_sparse_gemv [--shapes 4096x4096,...] [--sparsities 0,0.5] [--batches 1,4] [--dtypes fp16]
+    python -m benchmarks.bench_sparse_gemv --kernel cuda
 
 A shape is d_in x d_out. Each figure is one call's share of a CUDA graph that walks over copies of the weight, so
 many that none is still in the L2 cache, each with inputs of its own; p20/p50/p80 are over graph replays.

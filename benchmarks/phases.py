@@ -1,6 +1,6 @@
 """Time and peak memory of each phase on a model: calibrate, seed, search.
 
-    python benchmarks/phases.py --model FOLDER --data FOLDER --trials 10 --workers 1 [--config FILE]
+    python -m benchmarks.phases --model FOLDER --data FOLDER --trials 10 --workers 1 [--config FILE]
 
 Peak memory is torch's on the GPU, the largest of the workers, or the process's on CPU. Appends one JSON row to
 ``benchmarks/results/phases.jsonl`` and prints it. Run it with an empty database, or phases are cached.

@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests: a real Postgres for those marked ``postgres``."""
+"""Fixtures shared by all tests: a real Postgres for those marked ``postgres``, and what a terminal is for others."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,14 @@ hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any machine")
+
+
+@pytest.fixture
+def hang_ups_count() -> Iterator[None]:
+    """SIGHUP does what it does in a terminal, though these tests may run under nohup, which children inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

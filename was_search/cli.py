@@ -88,7 +88,8 @@ SEARCH: dict[str, Any] = {
     ),
     "trial_timeout": _option(
         float | None,
-        "Seconds until an evaluation is taken for lost; 0, the default: by measure, 20 times the slowest so far.",
+        "Seconds until an evaluation is taken for lost; 0, the default: by measure, 20 times the slowest so far, "
+        "five minutes at least.",
         rich_help_panel="Search",
     ),
     "max_attempts": _option(int | None, "Workers that lose a vector before its slot fails.", rich_help_panel="Search"),

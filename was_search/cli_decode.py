@@ -55,7 +55,7 @@ def bench(
 def profile(
     call: Call,
     *,
-    rows: Annotated[int, typer.Option(help="Rows that decode together.")] = 1,
+    rows: Annotated[int, typer.Option(help="Rows that decode together, at most 8.")] = 1,
     kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps timed for each point.")] = 20,
     rounds: Annotated[int, typer.Option(help="Rounds over all points, of which the medians count.")] = 3,

@@ -86,7 +86,8 @@ class Settings:
         early_stopping: stop trials that are not promising after some of the sequences.
         significance: of the test that the incumbent is better.
         rung_keep: share of trials that go on behind 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.
-        trial_timeout: seconds after which an evaluation is taken for lost; 0: by measure, 20 times the slowest.
+        trial_timeout: seconds after which an evaluation is taken for lost; 0: by measure, 20 times the slowest so far,
+            five minutes at least.
         max_attempts: workers that may lose one vector before its slot fails; of fewer workers, so many losses of all.
         quarantine_slowdown: a worker that takes so many times its peers' time a token gets no trials; 0 for never.
         quarantine_failures: nor one that has failed so many times in a row; 0 for never.

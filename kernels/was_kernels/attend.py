@@ -200,7 +200,8 @@ def attend(
         qkv: [B, (query_heads + 2 * heads) * head size], float16 or bfloat16: queries, keys and values side by side.
         keys: [B, heads, longest, head size] with unit last stride; the new key is written at ``length``.
         values: likewise.
-        length: int64 scalar tensor, positions filled so far; one more afterwards.
+        length: int64 scalar tensor, positions filled so far, fewer than longest; one more afterwards. A full cache
+            ends the GPU's context with a trap: the length is never read on the host.
         cos: [B or 1, head size], rows contiguous, of the new position, in qkv's dtype.
         sin: likewise.
         arrived: from :func:`counters`.

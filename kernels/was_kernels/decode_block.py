@@ -13,6 +13,7 @@ from torch import Tensor
 
 from was_kernels.attend import HEAD_SIZES, attend, attend_in_parts
 from was_kernels.attention_parts import AttentionParts
+from was_kernels.fused_forward import is_hooked
 from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, MAX_ROWS_ROUNDED, gather_gemv, launch_gather
 from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
 from was_kernels.positions import DensePrefix
@@ -60,6 +61,7 @@ class DecodeBlock:
             mlp.down_proj,
         )
         self._layer = layer
+        self._modules = tuple(layer.modules())
         self._prefix = prefix
         self._arrived = arrived
         self._index: int = attention.layer_idx
@@ -78,7 +80,7 @@ class DecodeBlock:
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > self.max_rows:
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or not 1 <= hidden.shape[0] <= self.max_rows:
             return False
         if hidden.dtype != self._projections[0].dtype or given.get("output_attentions"):
             return False
@@ -86,6 +88,8 @@ class DecodeBlock:
             return False
         layer, angles, mask = self._cache_layer(given), given.get("position_embeddings"), given.get("attention_mask")
         if layer is None or angles is None or layer.keys.dtype != hidden.dtype:
+            return False
+        if layer.keys.device != hidden.device or self._arrived.device != hidden.device or is_hooked(self._modules):
             return False
         if layer.keys.shape[0] != hidden.shape[0]:
             return False
@@ -103,7 +107,7 @@ class DecodeBlock:
 
     def run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
         """The block's output for hidden states [B, 1, d]; the cache's layer is one position longer afterwards."""
-        x = hidden.reshape(hidden.shape[0], -1)
+        x = hidden.reshape(hidden.shape[0], -1).contiguous()
         dense = None if self._prefix is None else self._prefix.dense(x)
         return self.step(x, given, dense)[0].view(hidden.shape)
 
@@ -186,16 +190,17 @@ class DecodeBlock:
         cache = given.get("cache")
         cache = given.get("past_key_values") if cache is None else cache
         layers = getattr(cache, "layers", None)
-        if layers is None or self._index >= len(layers):
+        if layers is None or self._index >= len(layers) or getattr(cache, "offloading", False):
             return None
         layer = layers[self._index]
         return layer if type(layer).__name__ == "StaticLayer" and layer.is_initialized else None
 
 
-def _is_row_of_flags(mask: Tensor, longest: int) -> bool:
+def _is_row_of_flags(mask: Any, longest: int) -> bool:
     """Whether a mask says of every position of the cache whether the new token may see it: bool [B or 1, 1, 1, n]."""
-    shaped = mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] >= longest
-    return shaped and mask.dtype == torch.bool and mask.stride(3) == 1
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
+        return False
+    return mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] >= longest and mask.stride(3) == 1
 
 
 def fits(layer: Any) -> bool:

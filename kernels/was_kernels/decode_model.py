@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from was_kernels.decode_block import DecodeBlock
+from was_kernels.fused_forward import is_hooked
 from was_kernels.gather_gemv import HALF, MAX_ROWS
 from was_kernels.positions import DensePrefix
 from was_kernels.step_ends import begin_step, rms_norm
@@ -46,6 +48,7 @@ class DecodeModel:
     def __init__(self, decoder: Any, steps: list[DecodeBlock], prefix: DensePrefix | None) -> None:
         self._decoder = decoder
         self._steps = steps
+        self._ends = (decoder.embed_tokens, decoder.rotary_emb, decoder.norm)
         self._prefix = prefix
         self._frequencies: Tensor = decoder.rotary_emb.inv_freq.float().contiguous()
         self._scaling: float = float(decoder.rotary_emb.attention_scaling)
@@ -54,7 +57,9 @@ class DecodeModel:
     def takes(self, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
         tokens, config = given.get("input_ids"), self._decoder.config
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or tokens.shape[0] > MAX_ROWS:
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or not 1 <= tokens.shape[0] <= MAX_ROWS:
+            return False
+        if tokens.dtype != torch.int64 or tokens.device != self._frequencies.device:
             return False
         if any(value is not None and value is not False for name, value in given.items() if name not in _TAKEN):
             return False
@@ -65,11 +70,11 @@ class DecodeModel:
         if not (config.use_cache if use_cache is None else use_cache):
             return False
         positions, mask = given.get("position_ids"), _mask_of(given)
-        if positions is not None and (positions.dim() != 2 or positions.shape[1] != 1):
+        if positions is not None and (positions.shape[1:] != (1,) or positions.dtype != torch.int64):
             return False
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
             return False
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._decoder.layers):
+        if given.get("return_dict") is False or is_hooked(self._ends):
             return False
         like = self._decoder.embed_tokens.weight
         hidden = like.new_empty((tokens.shape[0], 1, like.shape[1]))

@@ -171,6 +171,8 @@ class DecodeStep:
         layers: list[Any] = self._cache.layers
         for layer in layers:
             layer.cumulative_length.fill_(to)
+            if hasattr(layer, "cumulative_length_int"):  # a sliding window counts on the host too
+                layer.cumulative_length_int = to
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -16,6 +17,20 @@ class FusedForward(Protocol):
         """The module's output for ``args`` and ``given``; ``plain`` is the class's own forward, which takes the module
         first."""
         ...
+
+
+_CAPTURING = "transformers.utils.output_capturing"
+"""Puts hooks on blocks and attentions when outputs of theirs are first wanted, for good; they do nothing otherwise."""
+
+
+def is_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody's hooks are on the forward of any of ``modules``, which a fused forward would not call."""
+    return any(
+        getattr(hook, "__module__", "") != _CAPTURING
+        for module in modules
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 def fuse(module: nn.Module, step: FusedForward) -> None:

@@ -174,6 +174,11 @@ def launch_gather(
     cut = choose_cut(d_in, widths, rows, processors, bits, one_list)
     out = torch.empty((rows, widths[0] if gated else sum(widths)), dtype=x.dtype, device=x.device)
     n_blocks = sum(cut.blocks)
+    if arrived.device != x.device:
+        raise ValueError(
+            f"arrived: must be on {x.device} with x, got {arrived.device}; a model that runs a plan must not be moved: "
+            "restore() it first"
+        )
     if n_blocks > len(arrived):
         raise ValueError(f"arrived: {n_blocks} counters needed, got {len(arrived)}")
     columns = cut.lanes * cut.per_lane

@@ -80,6 +80,7 @@ class CudaKernel:
         )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         with torch.cuda.device(self._device):
+            _require_context(self._device)  # this may be the thread's first call
             _driver_call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 
 

@@ -26,6 +26,7 @@ from was_search.plan import Plan
 from was_search.quantised import QuantisedLinear
 from was_search.shape import N_PROJECTIONS, ModelShape
 from was_search.structure import Projection, Structure, device_of, find_structure
+from was_search.weight_format import AS_STORED, describe
 
 Backend = Literal["auto", "cuda", "triton", "reference"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -131,9 +132,10 @@ def sparsify(
 
     Tokens outside the plan's dense prefix have their inputs masked, those of a prompt unless the plan leaves prompts
     dense; one-token steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any
-    batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to 16 rows (8
-    of rounded weights) over a static cache in five launches. Restore before saving the model or moving its layers to
-    other dtypes.
+    batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to
+    ``dense_above`` rows (at most 16, 8 of rounded weights) over a static cache in five launches. Restore before saving
+    the model or moving it to other dtypes or devices. Where somebody's hooks are on a block's modules, or the cache is
+    offloaded, that block runs unfused.
 
     Args:
         model: a transformers causal language model, or its decoder.
@@ -154,7 +156,7 @@ def sparsify(
         ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
         ResourceError: ``cuda`` or ``triton`` was asked for and is not there.
         ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype; or ``one_list`` for another
-            backend or separate masks; or ``dense_above`` is under 1.
+            backend, separate masks or rounded weights; or ``dense_above`` is under 1.
     """
     if dense_above is not None and dense_above < 1:
         raise ConfigError(f"dense_above: must be at least 1, or None, got {dense_above}")
@@ -167,9 +169,10 @@ def sparsify(
     plan.require_shape(structure.shape)
     _require_own_weights(structure)
     chosen = _choose_backend(backend, structure)
-    if one_list and (chosen != "cuda" or plan.shape.masks != "shared"):
+    if one_list and (chosen != "cuda" or plan.shape.masks != "shared" or structure.weights != AS_STORED):
         raise ConfigError(
-            f"one_list: needs the cuda backend and a plan of shared masks, got {chosen} and {plan.shape.masks} masks"
+            "one_list: needs the cuda backend, a plan of shared masks and weights as stored, got "
+            f"{chosen}, {plan.shape.masks} masks and {describe(structure.weights)}"
         )
     prefix = DensePrefix(plan.dense_prefix) if plan.dense_prefix > 0 else None
     handle = SparseModel(model, plan, structure.shape, chosen)

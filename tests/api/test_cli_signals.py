@@ -16,7 +16,7 @@ from was_search.api.notify import failure_words
 from was_search.termination import Terminated
 from was_storage.file_lock import LockedFile
 
-pytestmark = pytest.mark.postgres
+pytestmark = [pytest.mark.postgres, pytest.mark.usefixtures("hang_ups_count")]
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
 

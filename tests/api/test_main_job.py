@@ -214,6 +214,29 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
         assert results[0].value == 1.0  # "import os" is far likelier than "import +", sparse or not
 
 
+def test_tasks_are_of_masked_text_whatever_a_plan_does_with_prompts(made, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, result = made
+    ids = torch.tensor([[5, 9, 11, 7]] * 9)
+
+    def logits(model, *_, **__) -> torch.Tensor:
+        with torch.inference_mode():
+            prompt = model(ids[:, :3], use_cache=True)
+            step = model(ids[:, 3:], past_key_values=prompt.past_key_values)
+        return torch.cat([prompt.logits, step.logits], dim=1)
+
+    monkeypatch.setattr("was_search.tasks.evaluate_tasks", logits)
+    monkeypatch.setattr(sys.modules["was_search.api.evaluate"], "_show_tasks", lambda *_: None)
+    found = {}
+    for prefill in ("masked", "dense"):
+        plan = dataclasses.replace(Plan.load(result.plan), prefill=prefill)
+        with Context(small_settings(storage="embedded")) as context:
+            found[prefill] = evaluate_on_tasks(context, plan, ["any"], limit=None, include_path=None)
+    assert torch.equal(found["masked"]["plan"], found["dense"]["plan"])
+    changed = (found["dense"]["plan"] - found["dense"]["dense"]).abs().amax(dim=(0, 2))
+    assert changed[0] == 0.0  # the dense prefix
+    assert (changed[1:] > 1e-3).all()  # prompt and step of nine rows
+
+
 def test_another_seed_is_another_study_with_its_own_prices(made) -> None:
     settings, result = made
     with Context(settings) as context, Context(dataclasses.replace(settings, seed=1)) as other:

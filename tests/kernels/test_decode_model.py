@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -69,8 +72,11 @@ def test_scaled_angles_and_generate(op_device, dtype, runs):  # noqa: F811
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["hidden states", "embeddings", "no cache", "a hook on a block"])
-def test_what_transformers_keeps(op_device, dtype, kind, runs):  # noqa: F811
+KEPT = ("hidden states", "embeddings", "no cache", "a hook on a block", "a hook inside a block", "int32", "offloaded")
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):  # noqa: F811
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 9).to(op_device)
     with sparsify(model, tiny_plan(model), backend="cuda") as sparse, torch.inference_mode():
@@ -84,9 +90,16 @@ def test_what_transformers_keeps(op_device, dtype, kind, runs):  # noqa: F811
             given["inputs_embeds"] = model.model.embed_tokens(given.pop("input_ids"))
         elif kind == "no cache":
             given = {"input_ids": tokens[:, 8:]}
-        elif kind == "a hook on a block":
+        elif kind == "int32":
+            given["input_ids"] = given["input_ids"].int()
+        elif kind == "offloaded":
+            cache.offloading = True  # as if: this one's layers stay where they are
+            monkeypatch.setattr(cache, "update", lambda k, v, layer, *_, **__: cache.layers[layer].update(k, v))
+        elif kind.startswith("a hook"):
             seen: list[Any] = []
-            handle = model.model.layers[1].register_forward_hook(lambda *args: seen.append(args))
+            block = model.model.layers[1]
+            hooked = block.mlp.down_proj if "inside" in kind else block
+            handle = hooked.register_forward_hook(lambda *args: seen.append(args))
         found = sparse(**given)
         if handle is not None:
             handle.remove()
@@ -95,6 +108,76 @@ def test_what_transformers_keeps(op_device, dtype, kind, runs):  # noqa: F811
     assert found.logits.isfinite().all()
     if kind == "hidden states":
         assert len(found.hidden_states) == 3
+
+
+def test_outputs_that_were_wanted_once_do_not_end_the_decoders_own_steps(op_device, dtype, runs):  # noqa: F811
+    """transformers leaves hooks behind that capture them."""
+    model = model_of("llama", op_device, dtype)
+    tokens = tokens_of(1, 12).to(op_device)
+    with sparsify(model, tiny_plan(model), backend="cuda") as sparse:
+        with torch.inference_mode():
+            assert len(sparse(tokens, output_hidden_states=True).hidden_states) == 3
+        assert any(module._forward_hooks for module in model.modules())
+        logits_of_steps(sparse, tokens, 8)
+    assert runs == [1] * 4
+
+
+def test_a_tuple_where_one_is_asked_for(op_device, dtype, runs):  # noqa: F811
+    model = model_of("llama", op_device, dtype)
+    tokens = tokens_of(1, 9).to(op_device)
+    with sparsify(model, tiny_plan(model), backend="cuda"), torch.inference_mode():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model.model(tokens[:, :8], past_key_values=cache, use_cache=True)
+        found = model.model(tokens[:, 8:], past_key_values=cache, use_cache=True, return_dict=False)
+    assert isinstance(found, tuple) and found[0].shape == (1, 1, model.config.hidden_size)
+    assert not runs
+
+
+@pytest.mark.parametrize("kind", ["a slice", "expanded"])
+def test_embeddings_that_are_views(op_device, dtype, kind):  # noqa: F811
+    """Rows of a view lie apart, or on one another; a launch wants them side by side."""
+    model = model_of("llama", op_device, dtype)
+    tokens = tokens_of(2, 12).to(op_device)
+    if kind == "expanded":
+        tokens = tokens[:1].expand(2, 12)
+    found = []
+    with sparsify(model, tiny_plan(model), backend="cuda") as sparse, torch.inference_mode():
+        embedded = model.model.embed_tokens(tokens[:1] if kind == "expanded" else tokens)
+        for copied in (False, True):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
+            for at in range(8, 12):
+                step = embedded[:, at : at + 1].expand(2, 1, embedded.shape[2])
+                step = step.contiguous() if copied else step
+                found.append(sparse(inputs_embeds=step, past_key_values=cache, use_cache=True).logits)
+    assert not (kind == "a slice" and torch.equal(found[0][0], found[0][1]))
+    assert torch.equal(torch.stack(found[:4]), torch.stack(found[4:]))
+
+
+@pytest.mark.gpu
+def test_a_step_beyond_a_full_cache_ends_in_an_error_not_in_anothers_memory(cuda):
+    program = """
+        import torch
+        from transformers import StaticCache
+        from tests.kernels.test_decode_block import logits_of_steps, model_of, tokens_of
+        from tests.kernels.tiny_models import tiny_plan
+        from was_kernels.runtime import sparsify
+        model = model_of("llama", "cuda", torch.float16)
+        tokens = tokens_of(1, 18).cuda()
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with sparsify(model, tiny_plan(model), backend="cuda"), torch.inference_mode():
+            model(tokens[:, :15], past_key_values=cache, use_cache=True)
+            model(tokens[:, 15:16], past_key_values=cache, use_cache=True)
+            torch.cuda.synchronize()
+            print("full")
+            model(tokens[:, 16:17], past_key_values=cache, use_cache=True)
+            torch.cuda.synchronize()
+            print("beyond")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout.split() == ["full"]
+    assert "CUDA error" in done.stderr or "cuda" in done.stderr
 
 
 def test_sequences_whose_angles_change_are_left_to_transformers():

@@ -17,7 +17,7 @@ from was_kernels import decode_block, decode_model, runtime
 from was_kernels.decode_timing import projection_bytes
 from was_kernels.runtime import sparsify
 from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
-from was_search.errors import PlanError
+from was_search.errors import ConfigError, PlanError
 from was_search.quantised import QuantisedLinear, quantise_projections
 from was_search.structure import find_structure
 from was_search.weight_format import WeightFormat
@@ -152,6 +152,12 @@ def test_fused_steps_equal_the_plain_path(op_device, dtype, family, batch, bits)
     if op_device == "cpu":
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_as_exact(found, expected, exact_steps(model, plan, tokens, 8))
+
+
+def test_one_list_is_for_weights_as_stored(op_device, dtype):
+    model = rounded(model_of("llama", op_device, dtype, intermediate_size=352), WeightFormat(8, 32))
+    with pytest.raises(ConfigError, match=r"one_list: .*, got cuda, shared masks and int8 weights in groups of 32"):
+        sparsify(model, tiny_plan(model, masks="shared"), backend="cuda", one_list=True)
 
 
 def test_odd_widths_stay_unfused(op_device, dtype):

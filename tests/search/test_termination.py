@@ -11,6 +11,8 @@ import pytest
 from was_search import termination
 from was_search.termination import SIGNALS, Terminated, terminable
 
+pytestmark = pytest.mark.usefixtures("hang_ups_count")
+
 
 def _ended_by_a_hang_up(clean_up: Callable[[], object]) -> None:
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,12 @@ def evaluate_on_tasks(
     with context.reporter.phase(f"dense model on {', '.join(tasks)}"):
         results = {"dense": evaluate_tasks(model, tokenizer, tasks, **options)}
     if plan is not None:
-        with context.reporter.phase(f"plan on {', '.join(tasks)}"), sparsify(model, plan, dense_above=None) as sparse:
+        # Likelihoods are of whole texts: a plan that leaves prompts dense would be the dense model there.
+        everywhere = replace(plan, prefill="masked")
+        with (
+            context.reporter.phase(f"plan on {', '.join(tasks)}"),
+            sparsify(model, everywhere, dense_above=None) as sparse,
+        ):
             results["plan"] = evaluate_tasks(sparse, tokenizer, tasks, **options)
     _show_tasks(context, results, limit)
     return results

@@ -119,6 +119,7 @@ attend(const u16* __restrict__ q,       // [rows, key heads * QUERIES * HEAD], r
         }
     }
     const int last = (int)*length;
+    if (last < 0 || last >= longest) asm volatile("trap;");  // the cache is full: the next position is another head's
     float cos[8], sin[8], query[QUERIES][8], key[8], value[8];
     unpack(cosines + row * angle_stride + lane * 8, cos);
     unpack(sines + row * angle_stride + lane * 8, sin);

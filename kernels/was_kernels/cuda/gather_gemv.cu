@@ -32,6 +32,7 @@
 #define SUMS (GATED ? 2 : 1)
 #define OUTPUTS (ONE_LIST ? COLUMNS / 2 : COLUMNS)
 #define STRIPE 16
+#define THERE(r) (ROWS == 1 || (r) < rows)
 // What a thread of the last block reads at once: partial sums one after the other cost a trip to L2 each.
 #define MOST_AT_ONCE (16 / SUMS)
 #define AT_ONCE (SHARES < MOST_AT_ONCE ? SHARES : MOST_AT_ONCE)  // partial sums of a result
@@ -234,6 +235,16 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     if (blockIdx.x == 0 && share == 0 && thread == 0) *length += 1;
 #endif
 
+    u32 whole = 0;  // rows that keep every channel
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) whole |= (dense != nullptr && THERE(r) && dense[r] ? 1u : 0u) << r;
+#if NORMED == 2 && ROWS <= 2
+    // Of few rows every warp adds all squares, which costs no meeting of the block.
+    float scales_of_rows[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        scales_of_rows[r] = THERE(r) && lane < n_squares ? __ldcg(squares_of_x + r * n_squares + lane) : 0.0f;
+#endif
     float input[ROWS][PASSES];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -241,7 +252,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         for (int pass = 0; pass < PASSES; pass++) {
             const int place = pass * THREADS + thread;
             const int channel = channel_of(place, share);
-            const bool there = place < capacity && channel < d_in && r < rows;
+            const bool there = place < capacity && channel < d_in && THERE(r);
 #ifdef SPLITS
             input[r][pass] = there ? merged_attention(attended, r, channel, d_in) : 0.0f;
 #else
@@ -282,19 +293,15 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             input[r][pass] = rounded(norm_weights[pass] * rounded(input[r][pass] * scale));
     }
 #elif NORMED == 2
-    // Of few rows every warp adds all, which costs no meeting of the block.
-    constexpr int apart = ROWS > 2 ? WARPS : 1;
-#if ROWS <= 2
-    float scales_of_rows[ROWS];
-#endif
 #pragma unroll
-    for (int r = ROWS > 2 ? warp : 0; r < ROWS; r += apart) {
-        float total = 0.0f;
-        if (r < rows)
-            for (int i = lane; i < n_squares; i += 32) total += __ldcg(squares_of_x + r * n_squares + i);
+    for (int r = ROWS > 2 ? warp : 0; r < ROWS; r += ROWS > 2 ? WARPS : 1) {
+        float total = ROWS > 2 ? 0.0f : scales_of_rows[r];
+        if (THERE(r))
+            for (int i = ROWS > 2 ? lane : lane + 32; i < n_squares; i += 32)
+                total += __ldcg(squares_of_x + r * n_squares + i);
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-        if (ROWS <= 2 || lane == 0) scales_of_rows[r] = r < rows ? rsqrtf(total / d_in + epsilon) : 0.0f;
+        if (ROWS <= 2 || lane == 0) scales_of_rows[r] = THERE(r) ? rsqrtf(total / d_in + epsilon) : 0.0f;
     }
 #if ROWS > 2
     __syncthreads();
@@ -319,9 +326,8 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         if (place < capacity && channel < d_in) {
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                const bool all = own.threshold <= 0.0f || (dense != nullptr && r < rows && dense[r]);
                 const bool scored = fabsf(input[r][pass]) * norms[pass] >= own.threshold;
-                if (r < rows && (all || scored)) keep |= 1u << r;
+                if (THERE(r) && (scored || (whole >> r) & 1u || own.threshold <= 0.0f)) keep |= 1u << r;
             }
         }
         kept[pass] = keep;
