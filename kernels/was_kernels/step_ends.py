@@ -29,14 +29,21 @@ def _kernel(name: str, dtype: torch.dtype, device: torch.device, early: bool) ->
 def _begin_step_op(
     tokens: Tensor, table: Tensor, positions: Tensor, frequencies: Tensor, scaling: float, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, (vocabulary, d), (angle_rows,) = len(tokens), table.shape, positions.shape
     if not tokens.is_cuda:
+        rows = len(tokens)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = ((wave * scaling).to(table.dtype) for wave in (angles.cos(), angles.sin()))
         hidden = F.embedding(tokens, table)
         squares = hidden.float().square().sum(1, keepdim=True)
         return hidden, cos, sin, (positions < prefix).expand(rows).contiguous(), squares
+    return _begin_on_gpu(tokens, table, positions, frequencies, scaling, prefix)
+
+
+def _begin_on_gpu(
+    tokens: Tensor, table: Tensor, positions: Tensor, frequencies: Tensor, scaling: float, prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, (vocabulary, d), (angle_rows,) = len(tokens), table.shape, positions.shape
     hidden = torch.empty((rows, d), dtype=table.dtype, device=tokens.device)
     cos = torch.empty((angle_rows, 2 * len(frequencies)), dtype=table.dtype, device=tokens.device)
     sin, dense = torch.empty_like(cos), torch.empty(rows, dtype=torch.bool, device=tokens.device)
@@ -106,7 +113,10 @@ def begin_step(
 def _rms_norm_op(x: Tensor, weight: Tensor, epsilon: float, early: bool = False) -> Tensor:
     if not x.is_cuda:
         return reference.rms_norm(x, weight, epsilon)
-    x = x.contiguous()
+    return _norm_on_gpu(x.contiguous(), weight, epsilon, early)
+
+
+def _norm_on_gpu(x: Tensor, weight: Tensor, epsilon: float, early: bool) -> Tensor:
     out = torch.empty_like(x)
     kernel, early = _kernel("rms_norm", x.dtype, x.device, early)
     arguments = [address(x), address(weight), address(out), ctypes.c_float(epsilon), ctypes.c_int(x.shape[1])]

@@ -1,0 +1,258 @@
+"""The CUDA sources themselves, run on a CPU: against the plain ops, with the launches' own code.
+
+This shows that they compute the right thing, read at multiples of what they read, and give the same bits in whatever
+order blocks run. Overlap of kernels, memory models and speed show on a GPU only.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.emulated_gpu import COMPILER, EmulatedGpu, translated
+from tests.kernels.test_attend import copied, inputs
+from was_kernels import attend as attend_module
+from was_kernels import gather_gemv as gather_module
+from was_kernels import step_ends
+from was_kernels.attend import attend, attend_in_parts
+from was_kernels.attention_parts import AttentionParts
+from was_kernels.gather_gemv import counters, gather_gemv_reference, launch_gather
+from was_kernels.gather_gemv_quantised import gather_gemv_quantised
+from was_kernels.nvrtc import SOURCES
+from was_kernels.quantised_weight import QuantisedWeight
+from was_kernels.reference import rms_norm
+from was_search.rounding import quantise
+from was_search.weight_format import WeightFormat
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not there to compile the CUDA sources for a CPU")
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> EmulatedGpu:
+    return EmulatedGpu(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def processors() -> int:
+    """Of the emulated GPU: with more of them a launch is cut into more shares."""
+    return 6
+
+
+@pytest.fixture
+def gpu(built: EmulatedGpu, processors: int, monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
+    """Launches go to the emulated GPU."""
+    for module in (gather_module, attend_module, step_ends):
+        monkeypatch.setattr(module, "cuda_kernel", built.kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    built.launches.clear()
+    return built
+
+
+class Launch:
+    """Inputs of a launch, and what it should give."""
+
+    def __init__(self, rows: int, d_in: int, widths: list[int], dtype: torch.dtype, **options: Any) -> None:
+        made = torch.Generator().manual_seed(rows * d_in)
+        self.options = options
+        self.x = torch.randn(rows, d_in, generator=made).to(dtype)
+        self.weights = [(torch.randn(d_in, n, generator=made) * d_in**-0.5).to(dtype) for n in widths]
+        self.norms = [torch.rand(d_in, generator=made) + 0.5 for _ in widths]
+        if options.get("one_list"):
+            self.norms = [self.norms[0]] * len(widths)
+        self.thresholds = [0.6 if options.get("one_list") else 0.9 * (i + 1) / len(widths) for i in range(len(widths))]
+        self.biases = [torch.randn(n, generator=made).to(dtype) if options.get("bias") else None for n in widths]
+        self.norm_weight = (torch.rand(d_in, generator=made) + 0.5).to(dtype)
+        width = widths[0] if options.get("gated") else sum(widths)
+        self.residual = torch.randn(rows, width, generator=made).to(dtype)
+        self.dense = torch.arange(rows) % 2 == 1
+        self.arrived = counters(CPU)
+
+    def how(self) -> dict[str, Any]:
+        given = self.options
+        return {
+            "gated": given.get("gated", False),
+            "norm_weight": self.norm_weight if "norm" in given else None,
+            "epsilon": 1e-5,
+            "residual": self.residual if given.get("residual") else None,
+            "dense": self.dense if given.get("dense") else None,
+        }
+
+    def squares(self) -> Tensor | None:
+        """Of the parts of x, more parts than lanes of a warp."""
+        if self.options.get("norm") != "by squares":
+            return None
+        parts = torch.arange(self.x.shape[1]) % 40
+        return torch.zeros(len(self.x), 40).index_add_(1, parts, self.x.float().square())
+
+    def run(self, x: Tensor | AttentionParts | None = None) -> tuple[Tensor, Tensor | None]:
+        found = launch_gather(
+            self.x if x is None else x,
+            self.weights,
+            self.norms,
+            self.thresholds,
+            self.biases,
+            self.arrived,
+            **self.how(),
+            squares=self.squares(),
+            want_squares=self.options.get("residual", False),
+            one_list=self.options.get("one_list", False),
+        )
+        assert not self.arrived.any()
+        return found
+
+    def expected(self) -> Tensor:
+        how = self.how()
+        # The norm rounds x to its dtype: double precision would keep other channels.
+        dtype = torch.float64 if how["norm_weight"] is None else self.x.dtype
+        return gather_gemv_reference(
+            self.x.to(dtype),
+            [weight.to(dtype) for weight in self.weights],
+            self.norms,
+            self.thresholds,
+            [None if bias is None else bias.to(dtype) for bias in self.biases],
+            how["gated"],
+            how["norm_weight"],
+            how["epsilon"],
+            how["residual"],
+            how["dense"],
+        )
+
+
+def close(found: Tensor, exact: Tensor) -> None:
+    """A few roundings to the dtype of sums of order one; a channel more or less would be 0.02 and more."""
+    unit = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.double(), exact.double(), rtol=4 * unit, atol=4 * unit)
+
+
+LAUNCHES = [
+    (296, [136, 40], {}),
+    (1544, [264, 64, 64], {"norm": "by squares", "bias": True, "dense": True}),
+    (520, [264, 64, 64], {"norm": "by itself", "bias": True}),
+    (1544, [344, 344], {"norm": "by squares", "gated": True, "dense": True}),
+    (1048, [72, 72], {"norm": "by squares", "gated": True, "one_list": True}),
+    (5000, [136], {"residual": True, "dense": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "processors"), [(1, HALF, 6), (1, BRAIN, 2), (2, BRAIN, 6), (5, HALF, 6), (13, BRAIN, 2)]
+)
+@pytest.mark.parametrize(("d_in", "widths", "options"), LAUNCHES)
+def test_gather_gemv(gpu, rows, dtype, d_in, widths, options):
+    launch = Launch(rows, d_in, widths, dtype, **options)
+    found, squares = launch.run()
+    close(found, launch.expected())
+    if squares is not None:
+        torch.testing.assert_close(squares.sum(1), found.float().square().sum(1), rtol=1e-5, atol=1e-5)
+    gpu.seed += 1
+    again, _ = launch.run()
+    assert torch.equal(again, found)  # whoever comes last
+    (_, macros, grid), _ = gpu.launches
+    assert macros["MMA"] == (rows > 2)
+    assert grid[1] == macros["SHARES"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_gather_gemv_of_rounded_weights(gpu, bits, rows):
+    launch = Launch(rows, 1544, [288, 96], HALF, bias=True)
+    form = WeightFormat(bits, 32)
+    rounded = []
+    for weight in launch.weights:
+        packed, scales = quantise(weight.t().contiguous(), form)
+        rounded.append(QuantisedWeight(packed, scales, bits, 32, weight.shape[1]))
+    given = (launch.x, rounded, launch.norms, launch.thresholds, launch.biases, launch.arrived)
+    expected = gather_gemv_quantised(*given)
+    launch.weights = rounded
+    found, _ = launch.run()
+    torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
+
+
+CASES = [
+    # rows, key heads, queries each, head size, longest, filled
+    (1, 4, 1, 128, 300, 256),
+    (2, 2, 3, 128, 40, 0),
+    (3, 2, 2, 64, 77, 50),
+    (1, 1, 4, 256, 200, 199),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("normed_and_masked", [False, True])
+def test_attend(gpu, case, normed_and_masked):
+    rows, heads, _, head, longest, filled = case
+    given = inputs(*case, HALF, "cpu")
+    if normed_and_masked:
+        given["q_norm"] = 1.0 + torch.linspace(-0.5, 0.5, head).to(HALF)
+        given["k_norm"] = 1.0 + torch.linspace(0.5, -0.5, head).to(HALF)
+        given["epsilon"] = 1e-6
+        given["mask"] = torch.ones(rows, longest, dtype=torch.bool)
+        given["mask"][-1, : filled // 3] = False
+    exact = copied(given, "cpu", torch.float64)
+    for half in ("keys", "values"):
+        exact[half][:, :, filled:] = 0.0
+    expected = attend(**exact)
+    close_to = {"rtol": 2e-3, "atol": 2e-4}
+    parts = attend_in_parts(**{name: value for name, value in copied(given).items() if name != "arrived"})
+    torch.testing.assert_close(parts.merged().double(), expected, **close_to)
+    assert int(parts.length) == filled
+    for seed in range(2):
+        gpu.seed = seed
+        own = copied(given)
+        options = {name: own.pop(name, None) for name in ("q_norm", "k_norm", "epsilon", "mask")}
+        options["epsilon"] = options["epsilon"] or 0.0
+        found, _ = attend_module._launch_attend(**own, **options, advance=True)
+        torch.testing.assert_close(found.double(), expected, **close_to)
+        assert int(own["length"]) == filled + 1
+        assert not own["arrived"].any()
+        key = own["keys"][:, :, filled].double()
+        torch.testing.assert_close(key, exact["keys"][:, :, filled], rtol=2e-3, atol=2e-3)
+        assert torch.equal(own["values"][:, :, filled], given["qkv"].view(rows, -1, head)[:, -heads:])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_the_reader_of_attention_merges_its_parts(gpu, rows):
+    launch = Launch(rows, 1536, [136], HALF, residual=True, dense=True)
+    parts = torch.randn(rows, 6, 3, 2, 130, generator=torch.Generator().manual_seed(rows))
+    parts[..., -1] = parts[..., -1].abs() + 0.1
+    attended = AttentionParts(parts, torch.tensor(5), HALF)
+    launch.x = attended.merged()
+    found, _ = launch.run(attended)
+    close(found, launch.expected())
+    assert int(attended.length) == 6
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_the_ends_of_a_step(gpu, dtype):
+    made = torch.Generator().manual_seed(0)
+    table = torch.randn(97, 4104, generator=made).to(dtype)
+    tokens, frequencies = torch.tensor([[5, 0], [96, 0], [0, 0]])[:, 0], torch.rand(32, generator=made)
+    for positions in (torch.tensor([7, 0, 400]), torch.tensor([12])):
+        x, cos, sin, dense, squares = step_ends._begin_on_gpu(tokens, table, positions, frequencies, 1.5, 12)
+        plain = step_ends.begin_step(tokens, table, positions, frequencies, scaling=1.5, prefix=12)
+        assert torch.equal(x, table[tokens])
+        torch.testing.assert_close(cos, plain[1], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(sin, plain[2], rtol=1e-2, atol=1e-2)
+        assert torch.equal(dense, plain[3])
+        torch.testing.assert_close(squares.sum(1), x.float().square().sum(1))
+    weight = torch.rand(4104, generator=made).to(dtype)
+    found = step_ends._norm_on_gpu(table[:3], weight, 1e-5, True)
+    close(found, rms_norm(table[:3], weight, 1e-5))
+
+
+def test_no_assembly_is_left_out_of_sight():
+    """Every function with assembly has a stand-in; what stays is the trap."""
+    kernels = {"gather_gemv.cu": "gather_gemv", "attend.cu": "attend", "step_ends.cu": "begin_step"}
+    assert {path.name for path in SOURCES.glob("*.cu")} == set(kernels)
+    for file, name in kernels.items():
+        assert not re.search(r"\basm\b", translated(SOURCES / file, name))
