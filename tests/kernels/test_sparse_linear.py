@@ -33,7 +33,7 @@ def test_equals_the_masked_linear(device, dtype, shape):
     x = torch.randn(*shape, 65).to(device, dtype)
     with torch.no_grad():
         expected = linear(masked(x, norms, 0.3)).double()
-        found = SparseLinear(linear, norms, 0.3, prefix=None, triton=True)(x)
+        found = SparseLinear(linear, norms, 0.3, prefix=None, triton=True, dense_above=None)(x)
     assert found.shape == expected.shape and found.dtype == dtype
     # Two sums of up to 65 products of order 1, in different orders and each rounded once to the dtype.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
