@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -53,6 +55,26 @@ def evaluated(health: Health, paces: dict[int, float], times: int = 3, tokens: i
     for _ in range(times):
         for worker, seconds in paces.items():
             health.answered(worker, seconds, Work("evaluate", tokens))
+
+
+@pytest.mark.parametrize("n_workers", range(1, 8))
+def test_what_is_kept_ready_of_all_paces_is_what_they_say_one_by_one(n_workers: int) -> None:
+    """Among equal paces too; and a new call or a worker that has gone counts at once."""
+    rng = random.Random(n_workers)
+    paces = quarantine._Paces()
+    recent: dict[int, list[float]] = {}
+    for _ in range(60):
+        worker, seconds = rng.randrange(n_workers), float(rng.choice([1, 2, 2, 3]) + rng.choice([0, 0.25]))
+        if rng.random() < 0.1:
+            paces.forget(worker)
+            recent.pop(worker, None)
+        else:
+            paces.add(worker, seconds, 1.0)
+            recent[worker] = [*recent.get(worker, []), seconds][-5:]
+        assert paces.slowest_seconds(2.0) == (2.0 * max(max(r) for r in recent.values()) if recent else None)
+        for own in range(n_workers + 1):
+            others = [median(r) for other, r in recent.items() if other != own]
+            assert paces.usual_seconds(own, 2.0) == (2.0 * median(others) if others else None)
 
 
 def test_a_worker_far_behind_its_peers_is_slow() -> None:

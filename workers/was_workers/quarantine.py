@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple, Protocol
@@ -187,11 +188,13 @@ class _Paces:
         self._longest = 0.0  # tokens of a call; one in flight whose tokens are not known is taken for such a one
         self._recent: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_CALLS))
         self._first: dict[int, float] = {}
+        self._summary: _Summary | None = None  # of _recent as it stands; hundreds of calls in flight ask for it at once
 
     def add(self, worker: int, seconds: float, tokens: float) -> None:
         self._longest = max(self._longest, tokens)
         self._first.setdefault(worker, seconds)
         self._recent[worker].append(seconds / tokens)
+        self._summary = None
 
     def restarted(self, worker: int) -> None:
         """Its next call is a process's first again."""
@@ -200,15 +203,16 @@ class _Paces:
     def forget(self, worker: int) -> None:
         self._first.pop(worker, None)
         self._recent.pop(worker, None)
+        self._summary = None
 
-    def of(self, worker: int, enough: int = _ENOUGH) -> float | None:
+    def of(self, worker: int) -> float | None:
         """The worker's pace, None where it has had too few calls."""
         found = self._recent.get(worker, ())
-        return median(found) if len(found) >= enough else None
+        return median(found) if len(found) >= _ENOUGH else None
 
-    def peers(self, worker: int, enough: int = _ENOUGH) -> float | None:
+    def peers(self, worker: int) -> float | None:
         """The median of the other workers' paces, None where none is known."""
-        others = [self.of(other, enough) for other in self._recent if other != worker]
+        others = [self.of(other) for other in self._recent if other != worker]
         paces = [pace for pace in others if pace is not None]
         return median(paces) if paces else None
 
@@ -217,14 +221,51 @@ class _Paces:
 
         One call of theirs is enough: it was slower than those that follow, and one that hangs holds everything up.
         """
-        peers = self.peers(worker, enough=1)
+        peers = self._now.median_without(worker)
         return None if peers is None else (tokens or self._longest) * peers
 
     def slowest_seconds(self, tokens: float) -> float | None:
         """What a call takes at the slowest recent pace of any worker, first calls included; None if there was none."""
-        paces = [pace for recent in self._recent.values() for pace in recent]
-        return (tokens or self._longest) * max(paces) if paces else None
+        slowest = self._now.slowest
+        return None if slowest is None else (tokens or self._longest) * slowest
+
+    @property
+    def _now(self) -> _Summary:
+        if self._summary is None:
+            self._summary = _Summary.of(self._recent)
+        return self._summary
 
     def first_seconds(self, worker: int) -> float:
         """The longest that a process's first call has taken, where the worker is at its own first; else 0."""
         return 0.0 if worker in self._first else max(self._first.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """Of the recent seconds a token of all workers, one call of a worker's being enough.
+
+    Attributes:
+        of_worker: the median of each.
+        rising: the same, in their order.
+        slowest: of all calls; None where there are none.
+    """
+
+    of_worker: Mapping[int, float]
+    rising: list[float]
+    slowest: float | None
+
+    @classmethod
+    def of(cls, recent: Mapping[int, Iterable[float]]) -> _Summary:
+        of_worker = {worker: median(paces) for worker, paces in recent.items()}
+        slowest = max((pace for paces in recent.values() for pace in paces), default=None)
+        return cls(of_worker, sorted(of_worker.values()), slowest)
+
+    def median_without(self, worker: int) -> float | None:
+        """The median over the other workers, None where there are none."""
+        n, own = len(self.rising), len(self.rising)
+        if worker in self.of_worker:
+            n, own = n - 1, bisect_left(self.rising, self.of_worker[worker])
+        if n == 0:
+            return None
+        low, high = (self.rising[i if i < own else i + 1] for i in ((n - 1) // 2, n // 2))
+        return (low + high) / 2
