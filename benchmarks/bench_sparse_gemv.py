@@ -15,7 +15,6 @@ the one before it ends.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from benchmarks.rows import commit
+from benchmarks.rows import append_row, commit
 from was_kernels.decode_timing import read_bandwidth
 from was_kernels.gather_gemv import counters, gather_gemv
 from was_kernels.sparse_gemv import sparse_gemv
@@ -212,14 +211,13 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s")
     rows: list[Row] = []
     sparsities = [float(s) for s in options.sparsities.split(",")]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for dtype in options.dtypes.split(","):
         for batch in (int(b) for b in options.batches.split(",")):
             for shape in options.shapes.split(","):
                 d_in, d_out = (int(n) for n in shape.split("x"))
                 found = measure(options.kernel, d_in, d_out, batch, dtype, sparsities, options.replays, bandwidth)
-                with options.output.open("a") as file:
-                    file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
+                for row in found:
+                    append_row(options.output, asdict(row))
                 rows.extend(found)
                 torch.cuda.empty_cache()
     print(table(rows))

@@ -12,7 +12,6 @@ benchmarks/results/decode_profile.jsonl: the profile, how long it took, and ever
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench_sparse_gemv import commit
 from benchmarks.decode_step import DTYPES, build, versions
+from benchmarks.rows import append_row, commit
 from scripts.make_random_model import SHAPES
 from was_kernels.decode_profile import StepClock, typical_seconds
 from was_kernels.decode_timing import DecodeStep
@@ -89,8 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     row = measure(options)
-    with options.output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(options.output, row)
     print(f"{row['model']}: profiled in {row['seconds']:.1f} s, spread {100 * row['profile']['spread']:.2f} %")
     for name, summary in row["summary"].items():
         print(

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench_sparse_gemv import commit
 from benchmarks.problem import SEED_DESCENT, SEED_SEQUENCES, Engine, Problem, Setup, fisher_prices
+from benchmarks.rows import commit
 from was_search.budget import Target, budget_of
 from was_search.descent import DescentOptions
 from was_search.latency import LatencyProfile, LaunchCurve

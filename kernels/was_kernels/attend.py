@@ -245,7 +245,7 @@ def attend_in_parts(
 ) -> AttentionParts:
     """:func:`attend` on a GPU, but that its blocks' parts are left to be merged, and the length to be moved on.
 
-    That is the work of the next launch (:func:`was_kernels.gather_gemv.gather_attended`), which reads every part once
+    That is the work of the next launch (:func:`was_kernels.gather_gemv.launch_gather`), which reads every part once
     and waits for no block but its own. Not for graphs that are compiled.
     """
     inputs = (qkv, keys, values, length, cos, sin, None, query_heads, scaling, q_norm, k_norm, epsilon, mask)

@@ -69,7 +69,7 @@ class DecodeBlock:
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
         most = MAX_ROWS_ROUNDED if isinstance(attention.q_proj, SparseQuantisedLinear) else MAX_ROWS
-        self.max_rows = most if dense_above is None else min(most, dense_above)
+        self._max_rows = most if dense_above is None else min(most, dense_above)
         self._one_list = one_list
         self._together: tuple[Tensor, Tensor | None] | None = None
         if one_list:
@@ -80,7 +80,7 @@ class DecodeBlock:
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or not 1 <= hidden.shape[0] <= self.max_rows:
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or not 1 <= hidden.shape[0] <= self._max_rows:
             return False
         if hidden.dtype != self._projections[0].dtype or given.get("output_attentions"):
             return False

@@ -284,8 +284,7 @@ class Context:
     def tokens_uncached(self, split: str) -> TokenSet:
         """The same token ids without the database, for steps that need no other part of it."""
         n = getattr(self.settings, f"{split}_sequences")
-        text = self._text(split)
-        return _tokenise(self.source, text, self._token_options(n, self.placement_here.dtype))
+        return _tokenise(self.source, self._text(split), self._token_options(n, self.placement_here.dtype))
 
     def _text(self, split: str) -> SplitText:
         from was_search.text import load_text
