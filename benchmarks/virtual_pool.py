@@ -58,7 +58,7 @@ class VirtualPool:
         self._rng = np.random.default_rng(seed)
         self._noise = self._rng.normal(0.0, 0.3, SEQUENCES)
         self._idle = deque((name, float("nan")) for name in (f"virtual-{i}" for i in range(n_workers)))
-        self._running: list[tuple[float, int, str, Any]] = []
+        self._running: list[tuple[float, int, str, Any, float]] = []  # end, ticket, worker, sparsities, start
         self._ended: deque[tuple[str, float]] = deque()
 
     @cached_property
@@ -75,7 +75,8 @@ class VirtualPool:
 
     @property
     def running(self) -> list[tuple[int, int, float]]:
-        return []
+        now = time.monotonic()
+        return [(ticket, _number(name), now - start) for _, ticket, name, _, start in self._running]
 
     def need(self, n: int) -> None:
         pass
@@ -109,7 +110,7 @@ class VirtualPool:
         ticket = self.n_submitted
         self.n_submitted += 1
         takes = self._seconds * self._rng.uniform(0.8, 1.2)
-        heapq.heappush(self._running, (now + takes, ticket, name, args[3]))
+        heapq.heappush(self._running, (now + takes, ticket, name, args[3], now))
         return ticket
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
@@ -121,11 +122,11 @@ class VirtualPool:
             time.sleep(min(timeout_seconds, 0.01))
         outcomes = []
         while self._running and self._running[0][0] <= now:
-            end, ticket, name, sparsities = heapq.heappop(self._running)
+            end, ticket, name, sparsities, _ = heapq.heappop(self._running)
             self._idle.append((name, end))
             if self.window is not None:
                 self.window.ended += 1
-            outcomes.append(Outcome(ticket, name, value=self._evaluation(ticket, sparsities)))
+            outcomes.append(Outcome(ticket, name, value=self._evaluation(ticket, sparsities), index=_number(name)))
         return outcomes
 
     def close_window(self) -> Window:
@@ -137,7 +138,7 @@ class VirtualPool:
             if since == since:
                 self.window.idle += max(0.0, now - max(since, self.window.start))
         window, self.window = self.window, None
-        self._running = [(now, ticket, name, args) for _, ticket, name, args in self._running]
+        self._running = [(now, *others) for _, *others in self._running]
         return window
 
     def _evaluation(self, ticket: int, sparsities: Any) -> Evaluation:
@@ -146,3 +147,7 @@ class VirtualPool:
         stopped = ticket % 3 == 2
         seen = SEQUENCES // 2 if stopped else SEQUENCES
         return Evaluation(losses[:seen], TOKENS * seen // SEQUENCES, self._seconds, stopped, sparsities)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("virtual-"))
