@@ -1,24 +1,28 @@
-"""Descents with other first steps and another candidate, to choose the search's defaults on the demo checkpoint."""
+"""Descents with other steps, epochs and candidates, to choose the search's defaults on the demo checkpoint.
+
+All spend the tokens of 110 to 120 full evaluations.
+"""
 
 from __future__ import annotations
 
-from benchmarks.methods import CHAIN_STEPS, DESCENT, Method, descent, register
+from benchmarks.methods import Descents, register
+from was_search.descent import DescentOptions
 
-for _name, _steps, _half_way in (
-    ("descent-0.03", (0.03, 0.03), False),
-    ("descent-0.02", (0.02, 0.02), False),
-    ("descent-0.01", (0.01, 0.01), False),
-    ("descent-mixed", (0.04, 0.015), False),
-    ("descent-half", CHAIN_STEPS, True),
-    ("descent-0.02-half", (0.02, 0.02), True),
-):
-    register(
-        Method(
-            _name,
-            descent(_steps, half_way=_half_way),
-            spaces=("-",),
-            settings={**DESCENT, "step": list(_steps), "half_way": _half_way},
-            most_evaluations=120,
-            seconds=1.0,
-        )
-    )
+THREE = DescentOptions(rounds=16)
+"""Three epochs of these are two of the default's 24."""
+
+VARIANTS = {
+    "0.03": Descents((0.03, 0.03)),
+    "0.02": Descents((0.02, 0.02)),
+    "0.01": Descents((0.01, 0.01)),
+    "mixed": Descents((0.04, 0.015)),
+    "half": Descents(half_way=True),
+    "0.02-half": Descents((0.02, 0.02), half_way=True),
+    "quarter": Descents(decay=0.25),
+    "three": Descents(epochs=3, options=THREE),
+    "three-0.03": Descents((0.03, 0.03), epochs=3, options=THREE),
+    "fine": Descents(options=DescentOptions(rounds=24, last_step=0.1)),
+}
+
+for _name, _descents in VARIANTS.items():
+    register(_descents.method(f"descent-{_name}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -176,41 +176,64 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
 
 
 EPOCHS, CHAINS, PER_ROUND, KL_TOP_K = 2, 2, 24, 64
+CHAIN = DescentOptions(rounds=24)
 """Those of ``was_search.settings.Settings``."""
-CHAIN_STEPS = (DescentOptions.step,) * CHAINS
 
 
-def descent(steps: tuple[float, ...] = CHAIN_STEPS, *, half_way: bool = False) -> Run:
-    def run(task: Task, ledger: Ledger) -> None:
-        descents(task, ledger, steps, half_way=half_way)
+@dataclass(frozen=True)
+class Descents:
+    """A search's descents: each epoch goes from the best vector so far, with shorter steps than the one before.
 
-    return run
-
-
-def descents(task: Task, ledger: Ledger, steps: tuple[float, ...] = CHAIN_STEPS, *, half_way: bool = False) -> Score:
-    """The search's descents: from the best seed, then from the best of what they gave, with half the steps.
-
-    Args:
-        steps: of each chain's first round in the first epoch.
+    Attributes:
+        steps: of the first round of each chain in the first epoch.
+        epochs: how many.
+        decay: an epoch's steps, as a share of the last one's.
+        options: of a chain but its step.
         half_way: evaluate the point between start and mean of the ends as well.
     """
-    scores, best = start(task, ledger)
-    incumbent = scores[best]
-    per_round = min(PER_ROUND, len(task.engine.data["slope"].tokens))
-    for epoch in range(EPOCHS):
-        before, found = incumbent.sparsities, []
-        for chain, step in enumerate(steps):
-            options = DescentOptions(rounds=24, step=step * 0.5**epoch)
-            ledger.spend(3 * options.rounds * per_round * ledger.tokens_per_sequence)
-            seed = int(np.random.SeedSequence([task.seed, epoch, chain]).generate_state(1)[0])
-            end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)
-            found.append(ledger.evaluate(end))
-        mean = np.mean([score.sparsities for score in found], axis=0)
-        found.append(ledger.evaluate(onto_budget(mean, task.shape, task.target)))
-        if half_way:
-            found.append(ledger.evaluate(onto_budget((before + mean) / 2.0, task.shape, task.target)))
-        incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
-    return incumbent
+
+    steps: tuple[float, ...] = (DescentOptions.step,) * CHAINS
+    epochs: int = EPOCHS
+    decay: float = 0.5
+    options: DescentOptions = CHAIN
+    half_way: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What rows say."""
+        own = {"epochs": self.epochs, "chains": len(self.steps), "per_round": PER_ROUND, **vars(self.options)}
+        if self.steps != Descents.steps:
+            own["step"] = list(self.steps)
+        unusual = {"decay": self.decay, "half_way": self.half_way}
+        return own | {name: value for name, value in unusual.items() if value != getattr(Descents, name)}
+
+    def run(self, task: Task, ledger: Ledger) -> Score:
+        """The best of the seeds, the chains' ends and their means."""
+        scores, best = start(task, ledger)
+        incumbent = scores[best]
+        per_round = min(PER_ROUND, len(task.engine.data["slope"].tokens))
+        for epoch in range(self.epochs):
+            before, found = incumbent.sparsities, []
+            for chain, step in enumerate(self.steps):
+                options = replace(self.options, step=step * self.decay**epoch)
+                ledger.spend(3 * options.rounds * per_round * ledger.tokens_per_sequence)
+                seed = int(np.random.SeedSequence([task.seed, epoch, chain]).generate_state(1)[0])
+                end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)
+                found.append(ledger.evaluate(end))
+            mean = np.mean([score.sparsities for score in found], axis=0)
+            found.append(ledger.evaluate(onto_budget(mean, task.shape, task.target)))
+            if self.half_way:
+                found.append(ledger.evaluate(onto_budget((before + mean) / 2.0, task.shape, task.target)))
+            incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
+        return incumbent
+
+    def method(self, name: str, fitness: FitnessName = "nll") -> Method:
+        """Under ``name``, to be registered."""
+        settings = self.settings() | ({"fitness": fitness, "top_k": KL_TOP_K} if fitness == "kl" else {})
+
+        def run(task: Task, ledger: Ledger) -> None:
+            self.run(task, ledger)
+
+        return Method(name, run, spaces=("-",), settings=settings, most_evaluations=120, seconds=1.0, fitness=fitness)
 
 
 def _state(score: Score) -> SlotState:
@@ -285,16 +308,5 @@ register(
     )
 )
 register(Method("evolution", _evolution, spaces=("levels", "full"), settings=EvolutionSettings().to_json()))
-DESCENT = {"epochs": EPOCHS, "chains": CHAINS, "per_round": PER_ROUND, **vars(DescentOptions(rounds=24))}
-register(Method("descent", descent(), spaces=("-",), settings=DESCENT, most_evaluations=120, seconds=1.0))
-register(
-    Method(
-        "descent-kl",
-        descent(),
-        spaces=("-",),
-        settings={**DESCENT, "fitness": "kl", "top_k": KL_TOP_K},
-        most_evaluations=120,
-        seconds=1.0,
-        fitness="kl",
-    )
-)
+register(Descents().method("descent"))
+register(Descents().method("descent-kl", "kl"))

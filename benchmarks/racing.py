@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ledger import Ledger, Score
-from benchmarks.methods import Method, Run, Task, descents, register, start
+from benchmarks.methods import Descents, Method, Run, Task, register, start
 from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import point_seed
@@ -75,7 +75,7 @@ def _trials(**rule: float) -> Run:
 
 def _behind_descents(sampler: SamplerName, trials: int | None = None, **rule: float) -> Run:
     def run(task: Task, ledger: Ledger) -> None:
-        best = descents(task, ledger)
+        best = Descents().run(task, ledger)
         space = task.space_around(point_seed("descent", best.sparsities, task.shape))
         suggester = Suggester(sampler, space, seed=task.seed)
         _know_centre(suggester, space, best)
