@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -13,7 +13,7 @@ import optuna
 
 from benchmarks.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
 from benchmarks.ledger import Exhausted, Ledger, Score
-from was_search.descent import DescentOptions, onto_budget
+from was_search.descent import DescentOptions, chain_steps, onto_budget
 from was_search.errors import ConfigError
 from was_search.fitness import FitnessName
 from was_search.sampling import SamplerName, Suggester
@@ -192,7 +192,7 @@ class Descents:
         half_way: evaluate the point between start and mean of the ends as well.
     """
 
-    steps: tuple[float, ...] = (DescentOptions.step,) * CHAINS
+    steps: tuple[float, ...] = chain_steps(CHAINS)
     epochs: int = EPOCHS
     decay: float = 0.5
     options: DescentOptions = CHAIN
@@ -201,8 +201,7 @@ class Descents:
     def settings(self) -> dict[str, Any]:
         """What rows say."""
         own = {"epochs": self.epochs, "chains": len(self.steps), "per_round": PER_ROUND, **vars(self.options)}
-        if self.steps != Descents.steps:
-            own["step"] = list(self.steps)
+        own["step"] = list(self.steps)
         unusual = {"decay": self.decay, "half_way": self.half_way}
         return own | {name: value for name, value in unusual.items() if value != getattr(Descents, name)}
 
@@ -214,7 +213,7 @@ class Descents:
         for epoch in range(self.epochs):
             before, found = incumbent.sparsities, []
             for chain, step in enumerate(self.steps):
-                options = replace(self.options, step=step * self.decay**epoch)
+                options = self.options.in_epoch(epoch, step, self.decay)
                 ledger.spend(3 * options.rounds * per_round * ledger.tokens_per_sequence)
                 seed = int(np.random.SeedSequence([task.seed, epoch, chain]).generate_state(1)[0])
                 end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)

@@ -108,7 +108,7 @@ for _sampler in ("tpe", "cmaes"):
         Method(
             f"descent-{_sampler}",
             _behind_descents(_sampler, **RULE),  # type: ignore[arg-type]
-            settings={"descents": "as descent", **RULE},
+            settings={"descents": Descents().settings(), **RULE},
             most_evaluations=250,
             seconds=0.5,
         )
@@ -118,7 +118,7 @@ for _name, _rule in {"trials": {}, "rungs": RULE}.items():
         Method(
             f"descent-tpe-{_name}",
             _behind_descents("tpe", TRIALS, **_rule),
-            settings={"descents": "as descent", "trials": TRIALS, **(_rule or {"racing": "none"})},
+            settings={"descents": Descents().settings(), "trials": TRIALS, **(_rule or {"racing": "none"})},
             most_evaluations=250,
             seconds=0.5,
         )

@@ -10,7 +10,7 @@ Juditsky, SIAM J. Control Optim. 1992) take their noise out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from was_search.shape import FloatArray, ModelShape
 
 HIGHEST = 0.98
 """No projection goes above this sparsity."""
+
+CHAIN_STEPS = (0.04, 0.015)
+"""First steps of chains side by side, by turns: the long one gets further from a start that is far off, the short one
+has less noise at its end, and so finds something where little is left to find."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class DescentOptions:
     momentum: float = 0.7
     clip: float = 2.0
     average: float = 1 / 3
+
+    def in_epoch(self, epoch: int, step: float, decay: float = 0.5) -> DescentOptions:
+        """Those of a chain that begins the first epoch with ``step``, and each further one with ``decay`` of the last."""
+        return replace(self, step=step * decay**epoch)
 
     def __post_init__(self) -> None:
         rules = {
@@ -95,6 +103,11 @@ def descend(
         if number >= first_kept:
             kept.append(point)
     return budget.onto(np.mean(kept, axis=0), HIGHEST)
+
+
+def chain_steps(chains: int) -> tuple[float, ...]:
+    """The first step of each of so many chains of an epoch."""
+    return tuple(CHAIN_STEPS[chain % len(CHAIN_STEPS)] for chain in range(chains))
 
 
 def onto_budget(sparsities: FloatArray, shape: ModelShape, target: Target, highest: float = HIGHEST) -> FloatArray:

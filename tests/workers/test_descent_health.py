@@ -99,7 +99,7 @@ def search(pool: Numbered, monkeypatch: pytest.MonkeyPatch) -> list[Slot]:
         rung_keep=0.5,
         trial_timeout=60.0,
         max_attempts=3,
-        descents=DescentPlan(2, 2, DescentOptions(rounds=12), 4, DATA),
+        descents=DescentPlan(2, (0.04, 0.015), DescentOptions(rounds=12), 4, DATA),
     )
     return SearchLoop(
         Book(10), pool, DATA, None, "key", shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event()

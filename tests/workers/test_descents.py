@@ -14,7 +14,7 @@ import ray
 from tests.workers.loop_doubles import SHAPE, Book, evaluation, seeds
 from tests.workers.steady_pool import SteadyPool
 from was_search.control import Limits
-from was_search.descent import DescentOptions, descend
+from was_search.descent import DescentOptions, chain_steps, descend
 from was_search.errors import ModelError, TransientError
 from was_search.slots import SlotState
 from was_workers.descents import DescentPlan
@@ -77,7 +77,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray, "put", lambda value: value)
 
     def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more):
-        plan = DescentPlan(epochs, chains, DescentOptions(rounds=12), 4, DATA)
+        plan = DescentPlan(epochs, chain_steps(chains), DescentOptions(rounds=12), 4, DATA)
         options = SearchOptions(
             target=0.6,
             sampler="tpe",
@@ -120,7 +120,7 @@ def test_epochs_come_between_seeds_and_sampled_trials_each_from_the_best(run):
     seeds_best = min(slots[:3], key=lambda s: s.loss_nats).sparsities
     np.testing.assert_array_equal(starts[0], seeds_best)
     np.testing.assert_array_equal(starts[2], min(slots[:6], key=lambda s: s.loss_nats).sparsities)
-    assert [options.step for options in steps] == [0.04, 0.04, 0.02, 0.02]
+    assert [options.step for options in steps] == [0.04, 0.015, 0.02, 0.0075]
     assert len(set(chain_seeds)) == 4
     assert min(s.loss_nats for s in slots[3:9]) < min(s.loss_nats for s in slots[:3])
     assert all(SHAPE.sparsity(slot.sparsities) == pytest.approx(0.6, abs=1e-12) for slot in slots)
@@ -145,7 +145,7 @@ def test_a_restarted_search_does_not_repeat_its_descents(run):
     book.finish = finish
     second = Pool()
     slots = run(book, second)
-    assert [step.step for _, step, _ in second.descents] == [0.02, 0.02]
+    assert [step.step for _, step, _ in second.descents] == [0.02, 0.0075]
     undisturbed = run(Book(14), Pool())
     for ours, theirs in zip(slots[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)

@@ -29,7 +29,7 @@ from was_search.api.seed import descent_words, seed, seed_identity
 from was_search.api.steered import elsewhere, over_already, written_down
 from was_search.api.warm import warm_seeds
 from was_search.control import LAST_SLOT, TOGETHER, Ending, EndingKind, limits_of
-from was_search.descent import DescentOptions
+from was_search.descent import DescentOptions, chain_steps
 from was_search.fitness import fitness_identity
 from was_search.metrics import served
 from was_search.page import tally
@@ -184,7 +184,7 @@ def descent_plan(context: Context) -> DescentPlan | None:
         return None
     return DescentPlan(
         epochs=settings.descent_epochs,
-        chains=settings.descent_chains,
+        steps=chain_steps(settings.descent_chains),
         options=_descent_options(settings),
         per_round=settings.descent_sequences,
         data=context.slope_tokens,
@@ -217,7 +217,8 @@ def _descents_words(settings: Settings) -> str:
     if not settings.descent_epochs:
         return "none"
     one = descent_words(_descent_options(settings), settings.descent_sequences)
-    return f"epochs {settings.descent_epochs}, chains {settings.descent_chains}, {one}"
+    steps = ", ".join(f"{step:g}" for step in chain_steps(settings.descent_chains))
+    return f"epochs {settings.descent_epochs}, chains of first steps {steps}, {one}"
 
 
 def _descent_options(settings: Settings) -> DescentOptions:

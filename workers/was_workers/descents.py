@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -35,14 +34,14 @@ class DescentPlan:
 
     Attributes:
         epochs: each starts at the best vector of those before it, with half their step.
-        chains: descents of an epoch; they differ in the sequences that their slopes come from.
-        options: of a chain in the first epoch.
+        steps: of an epoch's chains in the first epoch; they also differ in the sequences that their slopes come from.
+        options: of a chain but its step.
         per_round: sequences of one round.
         data: where they are drawn from.
     """
 
     epochs: int
-    chains: int
+    steps: tuple[float, ...]
     options: DescentOptions
     per_round: int
     data: TokenSet
@@ -112,7 +111,7 @@ class Descents:
     def describe(self) -> str:
         return (
             f"descent {self._epoch + 1} of {self._plan.epochs}, "
-            f"{self._plan.chains} chain(s) of {self._plan.options.rounds} rounds"
+            f"{len(self._plan.steps)} chain(s) of {self._plan.options.rounds} rounds"
         )
 
     def finished(self, slots: Iterable[Slot]) -> bool:
@@ -129,7 +128,7 @@ class Descents:
                 return True
             self._epoch, self._start = epoch, best.sparsities
             self._ends, self._attempts, self._losses = {}, Counter(), Losses(self._pool, self._max_attempts)
-            self._waiting = deque(range(self._plan.chains))
+            self._waiting = deque(range(len(self._plan.steps)))
         return False
 
     def hand_out(self) -> bool:
@@ -141,7 +140,7 @@ class Descents:
             if self._tokens is None:
                 self._tokens = ray.put(self._plan.data.tokens)
             assert self._start is not None
-            options = dataclasses.replace(self._plan.options, step=self._plan.options.step * 0.5**self._epoch)
+            options = self._plan.options.in_epoch(self._epoch, self._plan.steps[chain])
             seed = int(np.random.SeedSequence([self._seed, self._epoch, chain]).generate_state(1)[0])
             call = descent_call(
                 self._plan.data,
@@ -184,7 +183,7 @@ class Descents:
             event(_logger, "descent ended", **self._ids(chain), worker=outcome.worker, seconds=outcome.seconds)
             self._pool.health.answered(outcome.index, outcome.seconds, self._work)
             self._ends[chain] = outcome.value
-            if len(self._ends) == self._plan.chains:
+            if len(self._ends) == len(self._plan.steps):
                 self._conclude()
             return None
         if not outcome.lost and not isinstance(error, TransientError):
@@ -209,7 +208,7 @@ class Descents:
         return self._proposals.popleft() if self._proposals else None
 
     def _conclude(self) -> None:
-        ends = [self._ends[chain] for chain in range(self._plan.chains)]
+        ends = [self._ends[chain] for chain in range(len(self._plan.steps))]
         if len(ends) > 1:
             # First: with fewer slots than vectors it is the one to keep.
             mean = onto_budget(np.mean(ends, axis=0), self._shape, self._target)
