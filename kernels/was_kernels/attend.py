@@ -16,7 +16,7 @@ from was_kernels.attention_parts import AttentionParts
 from was_kernels.nvrtc import SOURCES, address, ceil_div, cuda_kernel
 from was_kernels.reference import rms_norm
 
-HEAD_SIZES = (64, 128, 256)
+HEAD_SIZES = (32, 64, 128, 256)
 
 
 class _Strides(ctypes.Structure):

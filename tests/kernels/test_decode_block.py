@@ -33,6 +33,7 @@ from was_search.errors import ConfigError
 
 FAMILIES = {
     "llama": lambda size: LlamaForCausalLM(LlamaConfig(**size)),
+    "llama-32": lambda size: LlamaForCausalLM(LlamaConfig(**size, head_dim=32)),
     "llama-bias": lambda size: LlamaForCausalLM(LlamaConfig(**size, attention_bias=True, mlp_bias=True)),
     "mistral": lambda size: MistralForCausalLM(MistralConfig(**size, head_dim=128, sliding_window=None)),
     "qwen2": lambda size: Qwen2ForCausalLM(Qwen2Config(**size)),

@@ -5,7 +5,7 @@
 // the launch that reads the result merges them (`merged_attention` in parts.cuh), and makes the sequence one longer.
 // Positions behind the end of the sequence are never read, so the cache's length costs nothing.
 //
-// Compiled by NVRTC with these macros: BF16, HEAD (64, 128 or 256), QUERIES (query heads of a key head), WARPS,
+// Compiled by NVRTC with these macros: BF16, HEAD (32, 64, 128 or 256), QUERIES (query heads of a key head), WARPS,
 // UNROLL (positions of a stream in flight), NORMED (RMSNorm of each head of q and k first), IN_PARTS, PDL.
 
 #include "common.cuh"
