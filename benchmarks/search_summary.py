@@ -137,8 +137,8 @@ def summarise(rows: Rows, plot: Path) -> None:
 def _plots(conditions: str, targets: dict[float, list[Curve]], path: Path) -> list[Path]:
     written = []
     if importlib.util.find_spec("plotly"):
-        _html(conditions, targets, path)
-        written.append(path)
+        _html(conditions, targets, path.with_suffix(".html"))
+        written.append(path.with_suffix(".html"))
     if importlib.util.find_spec("matplotlib"):
         _png(conditions, targets, path.with_suffix(".png"))
         written.append(path.with_suffix(".png"))
@@ -198,8 +198,9 @@ def _png(conditions: str, targets: dict[float, list[Curve]], path: Path) -> None
         for curve in curves:
             cells = list(curve.cells.values())
             style = "--" if len({cell.median for cell in cells}) == 1 else "-"
-            colour = colours(names.index(curve.name) % colours.N)
-            width = 3.0 if curve.name == "descent" else 1.2  # what the product does
+            # What the product does stands out.
+            ours = curve.name == "descent"
+            colour, width = ("black", 3.0) if ours else (colours(names.index(curve.name) % colours.N), 1.2)
             axis.plot(
                 list(curve.cells),
                 [c.median for c in cells],
