@@ -47,7 +47,7 @@ class DescentOptions:
     average: float = 1 / 3
 
     def in_epoch(self, epoch: int, step: float, decay: float = 0.5) -> DescentOptions:
-        """Those of a chain that begins the first epoch with ``step``, and each further one with ``decay`` of the last."""
+        """Those of a chain that begins its first epoch with ``step``, and a further one with ``decay`` of the last."""
         return replace(self, step=step * decay**epoch)
 
     def __post_init__(self) -> None:
