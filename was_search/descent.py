@@ -46,10 +46,6 @@ class DescentOptions:
     clip: float = 2.0
     average: float = 1 / 3
 
-    def in_epoch(self, epoch: int, step: float, decay: float = 0.5) -> DescentOptions:
-        """Those of a chain that begins its first epoch with ``step``, and a further one with ``decay`` of the last."""
-        return replace(self, step=step * decay**epoch)
-
     def __post_init__(self) -> None:
         rules = {
             "rounds": (self.rounds >= 1, "must be at least 1"),
@@ -62,6 +58,10 @@ class DescentOptions:
         for name, (good, rule) in rules.items():
             if not good:
                 raise InfeasibleError(f"{name}: {rule}, got {getattr(self, name)}")
+
+    def in_epoch(self, epoch: int, step: float, decay: float = 0.5) -> DescentOptions:
+        """Those of a chain that begins its first epoch with ``step``, and a further one with ``decay`` of the last."""
+        return replace(self, step=step * decay**epoch)
 
 
 def descend(
