@@ -39,6 +39,33 @@ class TaskResult:
     n: int
 
 
+def check_tasks(
+    tasks: list[str], *, limit: int | None = None, batch_size: int = 8, include_path: Path | None = None
+) -> None:
+    """Refuse what :func:`evaluate_tasks` would refuse, before a model is loaded for it.
+
+    Raises:
+        ResourceError: see there.
+        ConfigError: likewise.
+    """
+    if not tasks:
+        raise ConfigError("tasks: must name at least one task, got none")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: must be at least 1, got {limit}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: must be at least 1, got {batch_size}")
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"include_path: must be a folder with lm-eval's YAML files, got {str(include_path)!r}")
+    try:
+        import lm_eval.models.huggingface  # noqa: F401 - what it needs may be missing
+    except ImportError as error:
+        raise ResourceError(
+            f"tasks: lm-eval or a package that it needs is not installed ({error}); pip install was-search[tasks]"
+        ) from error
+    with _quiet():
+        _check_names(tasks, list(_manager(include_path).all_tasks))
+
+
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -70,29 +97,16 @@ def evaluate_tasks(
         DataError: a task's data cannot be loaded.
         torch.OutOfMemoryError: the GPU is too full.
     """
-    if not tasks:
-        raise ConfigError("tasks: must name at least one task, got none")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: must be at least 1, got {limit}")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: must be at least 1, got {batch_size}")
-    if include_path is not None and not include_path.is_dir():
-        raise ConfigError(f"include_path: must be a folder with lm-eval's YAML files, got {str(include_path)!r}")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ResourceError(
-            f"tasks: lm-eval or a package that it needs is not installed ({error}); pip install was-search[tasks]"
-        ) from error
+    check_tasks(tasks, limit=limit, batch_size=batch_size, include_path=include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     with _quiet():
-        manager = _manager(include_path)
-        _check_names(tasks, list(manager.all_tasks))
         found = simple_evaluate(
             # lm-eval sets a padding token: not on the caller's tokenizer.
             model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
             tasks=list(dict.fromkeys(tasks)),
-            task_manager=manager,
+            task_manager=_manager(include_path),
             limit=limit,
             log_samples=False,
             random_seed=seed,

@@ -21,7 +21,7 @@ from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, expo
 from was_search.api.demo import DEMO_FOLDER
 from was_search.api.search import study_name
 from was_search.cli_command import load_plan
-from was_search.errors import StudyError
+from was_search.errors import ConfigError, StudyError
 from was_search.masking import Masking, structure_norms
 from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
@@ -214,6 +214,15 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
         assert results[0].value == 1.0  # "import os" is far likelier than "import +", sparse or not
 
 
+def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(sys.modules["was_search.api.evaluate"], "load_for", lambda *_: pytest.fail("loaded"))
+    with (
+        Context(small_settings(storage="embedded")) as context,
+        pytest.raises(ConfigError, match="no task, group or tag 'nosuch'"),
+    ):
+        evaluate_on_tasks(context, None, ["nosuch"], limit=None, include_path=tmp_path)
+
+
 def test_tasks_are_of_masked_text_whatever_a_plan_does_with_prompts(made, monkeypatch: pytest.MonkeyPatch) -> None:
     _, result = made
     ids = torch.tensor([[5, 9, 11, 7]] * 9)
@@ -225,6 +234,7 @@ def test_tasks_are_of_masked_text_whatever_a_plan_does_with_prompts(made, monkey
         return torch.cat([prompt.logits, step.logits], dim=1)
 
     monkeypatch.setattr("was_search.tasks.evaluate_tasks", logits)
+    monkeypatch.setattr("was_search.tasks.check_tasks", lambda *_, **__: None)
     monkeypatch.setattr(sys.modules["was_search.api.evaluate"], "_show_tasks", lambda *_: None)
     found = {}
     for prefill in ("masked", "dense"):

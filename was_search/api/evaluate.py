@@ -110,16 +110,17 @@ def evaluate_on_tasks(
     """lm-eval ``tasks`` for the dense model and for ``plan``, side by side: results by ``dense`` and ``plan``."""
     from was_kernels import sparsify
     from was_search.model import load_tokenizer
-    from was_search.tasks import evaluate_tasks
+    from was_search.tasks import check_tasks, evaluate_tasks
 
-    model, _ = load_for(context, plan, gpus)
-    tokenizer = load_tokenizer(context.source)
     options: dict[str, Any] = {
         "limit": limit,
         "batch_size": context.settings.batch_size,
         "include_path": include_path,
-        "seed": context.settings.seed,
     }
+    check_tasks(tasks, **options)
+    model, _ = load_for(context, plan, gpus)
+    tokenizer = load_tokenizer(context.source)
+    options["seed"] = context.settings.seed
     with context.reporter.phase(f"dense model on {', '.join(tasks)}"):
         results = {"dense": evaluate_tasks(model, tokenizer, tasks, **options)}
     if plan is not None:
