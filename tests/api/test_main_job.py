@@ -19,7 +19,7 @@ from tests.workers.small_run import assert_each_finished_once, environment, smal
 from was_kernels import sparsify
 from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, export, run, search, sensitivity
 from was_search.api.demo import DEMO_FOLDER
-from was_search.api.search import study_name
+from was_search.api.search import identity, study_name
 from was_search.cli_command import load_plan
 from was_search.errors import ConfigError, StudyError
 from was_search.masking import Masking, structure_norms
@@ -254,6 +254,16 @@ def test_another_seed_is_another_study_with_its_own_prices(made) -> None:
         assert ours.tokens_hash != theirs.tokens_hash  # the same sequences in another order
         assert study_name(other) != result.search.study
         assert content_hash(ours) != content_hash(theirs)
+
+
+def test_a_study_says_with_which_steps_it_descends() -> None:
+    words = {}
+    for chains in (1, 2, 3):
+        with Context(small_settings(storage="embedded", descent_epochs=2, descent_chains=chains)) as context:
+            words[chains] = identity(context)["descents"]
+    assert words[1].startswith("epochs 2, ") and words[1].endswith(", step 0.04")
+    assert words[2].endswith(", step 0.04 and 0.015")
+    assert words[3].endswith(", step 0.04 and 0.015 and 0.04")
 
 
 @pytest.mark.parametrize("change", [{"target": 0.5}, {"score": "l1"}])

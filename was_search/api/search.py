@@ -216,9 +216,9 @@ def identity(context: Context) -> dict[str, Any]:
 def _descents_words(settings: Settings) -> str:
     if not settings.descent_epochs:
         return "none"
-    one = descent_words(_descent_options(settings), settings.descent_sequences)
-    steps = ", ".join(f"{step:g}" for step in chain_steps(settings.descent_chains))
-    return f"epochs {settings.descent_epochs}, chains of first steps {steps}, {one}"
+    steps = chain_steps(settings.descent_chains)
+    chains = descent_words(_descent_options(settings), settings.descent_sequences, steps)
+    return f"epochs {settings.descent_epochs}, {chains}"
 
 
 def _descent_options(settings: Settings) -> DescentOptions:
