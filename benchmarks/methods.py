@@ -13,7 +13,7 @@ import optuna
 
 from benchmarks.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
 from benchmarks.ledger import Exhausted, Ledger, Score
-from was_search.descent import DescentOptions, chain_steps, onto_budget
+from was_search.descent import DescentOptions, chain_seed, chain_steps, onto_budget
 from was_search.errors import ConfigError
 from was_search.fitness import FitnessName
 from was_search.sampling import SamplerName, Suggester
@@ -215,7 +215,7 @@ class Descents:
             for chain, step in enumerate(self.steps):
                 options = self.options.in_epoch(epoch, step, self.decay)
                 ledger.spend(3 * options.rounds * per_round * ledger.tokens_per_sequence)
-                seed = int(np.random.SeedSequence([task.seed, epoch, chain]).generate_state(1)[0])
+                seed = chain_seed(task.seed, epoch, chain)
                 end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)
                 found.append(ledger.evaluate(end))
             mean = np.mean([score.sparsities for score in found], axis=0)

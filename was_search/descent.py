@@ -110,6 +110,11 @@ def chain_steps(chains: int) -> tuple[float, ...]:
     return tuple(CHAIN_STEPS[chain % len(CHAIN_STEPS)] for chain in range(chains))
 
 
+def chain_seed(seed: int, epoch: int, chain: int) -> int:
+    """Of the sequences that a chain draws, from the search's ``seed``."""
+    return int(np.random.SeedSequence([seed, epoch, chain]).generate_state(1)[0])
+
+
 def onto_budget(sparsities: FloatArray, shape: ModelShape, target: Target, highest: float = HIGHEST) -> FloatArray:
     """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm.
 

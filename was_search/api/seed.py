@@ -72,8 +72,9 @@ def seed_identity(settings: Settings) -> dict[str, Any]:
 
 def descent_words(options: DescentOptions, sequences: int, steps: tuple[float, ...] = ()) -> str:
     """Every number of a descent, for a study's identity; ``steps`` are those of chains side by side."""
-    values = {**vars(options), "sequences": sequences, "step": steps or (options.step,)}
-    shown = {name: " and ".join(f"{v:g}" for v in np.atleast_1d(value)) for name, value in values.items()}
+    shown = {name: f"{value:g}" for name, value in {**vars(options), "sequences": sequences}.items()}
+    if steps:
+        shown["step"] = " and ".join(f"{step:g}" for step in steps)
     return ", ".join(f"{name} {value}" for name, value in sorted(shown.items()))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from was_search.budget import Target
-from was_search.descent import DescentOptions, onto_budget
+from was_search.descent import DescentOptions, chain_seed, onto_budget
 from was_search.errors import TransientError
 from was_search.logs import bound_fields, event
 from was_search.protocol import TokenSet
@@ -141,7 +141,7 @@ class Descents:
                 self._tokens = ray.put(self._plan.data.tokens)
             assert self._start is not None
             options = self._plan.options.in_epoch(self._epoch, self._plan.steps[chain])
-            seed = int(np.random.SeedSequence([self._seed, self._epoch, chain]).generate_state(1)[0])
+            seed = chain_seed(self._seed, self._epoch, chain)
             call = descent_call(
                 self._plan.data,
                 self._tokens,
