@@ -24,12 +24,19 @@ _CAPTURING = "transformers.utils.output_capturing"
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody's hooks are on the forward of any of ``modules``, which a fused forward would not call."""
+    """Whether somebody's code is on the forward of any of ``modules``, which a fused forward would not call.
+
+    That is hooks, or a forward of the module's own in the place of its class's, as accelerate gives to the modules of a
+    model that it spreads over devices.
+    """
     return any(
-        getattr(hook, "__module__", "") != _CAPTURING
+        "forward" in vars(module)
+        or any(
+            getattr(hook, "__module__", "") != _CAPTURING
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
         for module in modules
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
     )
 
 

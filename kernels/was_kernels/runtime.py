@@ -134,8 +134,8 @@ def sparsify(
     dense; one-token steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any
     batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to
     ``dense_above`` rows (at most 16, 8 of rounded weights) over a static cache in five launches. Restore before saving
-    the model or moving it to other dtypes or devices. Where somebody's hooks are on a block's modules, or the cache is
-    offloaded, that block runs unfused.
+    the model or moving it to other dtypes or devices. Where somebody's hooks are on a block's modules (accelerate's on
+    a model that is spread over devices), or the cache is offloaded, that block runs unfused.
 
     Args:
         model: a transformers causal language model, or its decoder.

@@ -72,7 +72,17 @@ def test_scaled_angles_and_generate(op_device, dtype, runs):  # noqa: F811
         assert torch.equal(found, expected)
 
 
-KEPT = ("hidden states", "embeddings", "no cache", "a hook on a block", "a hook inside a block", "int32", "offloaded")
+KEPT = (
+    "hidden states",
+    "embeddings",
+    "no cache",
+    "a hook on a block",
+    "a hook inside a block",
+    "an own forward on a block",
+    "an own forward inside a block",
+    "int32",
+    "offloaded",
+)
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -83,7 +93,9 @@ def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):  # 
         cache = StaticCache(config=model.config, max_cache_len=16)
         sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
         given: dict[str, Any] = {"input_ids": tokens[:, 8:], "past_key_values": cache, "use_cache": True}
-        handle = None
+        seen: list[Any] = []
+        block = model.model.layers[1]
+        within = block.mlp.down_proj if "inside" in kind else block
         if kind == "hidden states":
             given["output_hidden_states"] = True
         elif kind == "embeddings":
@@ -96,14 +108,17 @@ def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):  # 
             cache.offloading = True  # as if: this one's layers stay where they are
             monkeypatch.setattr(cache, "update", lambda k, v, layer, *_, **__: cache.layers[layer].update(k, v))
         elif kind.startswith("a hook"):
-            seen: list[Any] = []
-            block = model.model.layers[1]
-            hooked = block.mlp.down_proj if "inside" in kind else block
-            handle = hooked.register_forward_hook(lambda *args: seen.append(args))
+            within.register_forward_hook(lambda *args: seen.append(args))
+        elif kind.startswith("an own"):
+            before = within.forward
+
+            def own(*args: Any, **kwargs: Any) -> Any:
+                seen.append(args)
+                return before(*args, **kwargs)
+
+            within.forward = own
         found = sparse(**given)
-        if handle is not None:
-            handle.remove()
-            assert len(seen) == 1
+    assert len(seen) == ("block" in kind)
     assert not runs
     assert found.logits.isfinite().all()
     if kind == "hidden states":

@@ -52,7 +52,7 @@ def test_decodes_as_on_one(backend: str, batch: int, static: bool) -> None:
     two = logits(spread(model_of("llama", "cpu", torch.bfloat16), 0, 1), plan, backend, batch, static)
     assert one.isfinite().all()
     assert torch.equal(one, two)
-    if not static:  # a static cache lets a model without hooks take fused steps, which round otherwise
+    if not static:  # over a static cache a model on one GPU takes fused steps, which round otherwise
         assert torch.equal(one, logits(model_of("llama", "cuda:0", torch.bfloat16), plan, backend, batch, static))
 
 
