@@ -17,7 +17,7 @@ from rich.markup import escape
 from was_search.column_layout import COLUMNS_NAME
 from was_search.logs import configure
 from was_search.plan import Plan
-from was_search.progress import JsonReporter, Reporter, RichReporter
+from was_search.progress import JsonReporter, QuietReporter, Reporter, RichReporter
 from was_search.settings import Settings, load_settings
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
 
 SHARED: dict[str, Any] = {
     "config": option(Path | None, "TOML file with options by their long names.", rich_help_panel="General"),
-    "quiet": option(bool, "Show errors and asked-for output only.", "--quiet", "-q", rich_help_panel="General"),
+    "quiet": option(bool, "Show results and errors only, no progress.", "--quiet", "-q", rich_help_panel="General"),
     "log_format": option(
         str | None,
         "Write events and warnings as text or json lines to standard error.",
@@ -122,7 +122,7 @@ def command(*groups: dict[str, Any], panel: str | None = None) -> Callable[[Call
             mine = {parameter.name: options.pop(parameter.name) for parameter in own}
             as_json, quiet = options.pop("as_json"), options.pop("quiet")
             configure(options.pop("log_format") or "")
-            reporter = JsonReporter() if as_json else Reporter() if quiet else RichReporter()
+            reporter = JsonReporter() if as_json else QuietReporter() if quiet else RichReporter()
             try:
                 function(Call(options.pop("config"), reporter, options), **mine)
             except KeyboardInterrupt:

@@ -58,7 +58,7 @@ class StudyProgress(Protocol):
 
 
 class Reporter:
-    """Shows nothing but what is asked for with :meth:`result`; the base of the other two (``--quiet``)."""
+    """Shows only texts that were asked for: what a program that uses the library gets; the base of the others."""
 
     @contextmanager
     def phase(
@@ -173,14 +173,24 @@ _MARKS = {"ok": "green", "missing": "red", "none": "yellow"}
 """Colours of cells that hold just one of these words."""
 
 
-class RichReporter(Reporter):
+class QuietReporter(Reporter):
+    """What a command was asked for and nothing of the way there: its tables and texts (``--quiet``)."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        self.console.print(_table(title, columns, rows, caption))
+
+    def text(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+class RichReporter(QuietReporter):
     """Bars, notes and tables on a terminal; plain lines where standard output is none.
 
     Names, protocols and notes hold square brackets (``[search]``), which rich would take for its markup.
     """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
 
     @contextmanager
     def phase(
@@ -236,12 +246,6 @@ class RichReporter(Reporter):
             return
         with Live(console=self.console, auto_refresh=False) as live:
             yield lambda title, rows, line: live.update(_table(title, ["", ""], rows), refresh=True)
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-        self.console.print(_table(title, columns, rows, caption))
-
-    def text(self, text: str) -> None:
-        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def _bar(self, *extra: ProgressColumn) -> Progress:
         return Progress(

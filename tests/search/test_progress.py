@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from was_search.pool_state import PoolState, Quarantined
-from was_search.progress import JsonReporter, Reporter, RichReporter, _Quarantined
+from was_search.progress import JsonReporter, QuietReporter, Reporter, RichReporter, _Quarantined
 from was_search.slots import Slot, SlotState
 
 PROTOCOL = "a.txt [search] sha256:01234567, 10 x 128 tokens"
@@ -186,6 +186,14 @@ def test_json_is_one_object_a_line(capsys):
     assert events[8]["text"] == "generated [search] :dog:"
 
 
-def test_quiet_shows_only_the_text_asked_for(capsys):
+def test_a_program_sees_only_the_text_asked_for(capsys):
     use(Reporter())
     assert capsys.readouterr().out == "generated [search] :dog:\n"
+
+
+def test_quiet_shows_tables_and_texts_and_nothing_of_the_way(capsys):
+    use(QuietReporter())
+    found = capsys.readouterr().out
+    assert found.endswith("generated [search] :dog:\n")
+    assert found.lstrip().startswith("Title [t]")
+    assert not any(words in found for words in ("calibrate", "price", "plan:", "trials", "✓"))
