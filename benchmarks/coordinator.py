@@ -272,45 +272,48 @@ class Monitor:
         self.most = max(self.most, int(found[0]) if found else 0)
 
 
-def run_stock(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
-    """Stock Optuna in every worker: processes that ask, wait and tell, all at once."""
+def _ask_and_tell(index: int, case: Case, url: str, ready: Any, queue: Any) -> None:
+    """One worker of :func:`run_stock`."""
     import optuna
 
     from benchmarks.coordinator_study import STUDY, space
 
-    context = multiprocessing.get_context("fork")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    distributions = space().distributions
+    rng = np.random.default_rng(index)
+    sampler = optuna.samplers.TPESampler(seed=index, multivariate=True, constant_liar=True, n_startup_trials=0)
+    try:
+        study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(url), sampler=sampler)
+        study.get_trials(deepcopy=False)  # the workers' start is not measured
+    except Exception:
+        ready.abort()
+        raise
+    ready.wait()
+    start = time.monotonic()
+    time.sleep(rng.uniform(0.0, max(case.seconds, 0.001)))  # out of step, as in a study that has run for a while
+    busy = asked = 0.0
+    trials = 0
+    begun = time.monotonic()
+    while time.monotonic() - start < case.window:
+        before = time.monotonic()
+        trial = study.ask(distributions)
+        asked += time.monotonic() - before
+        takes = case.seconds * rng.uniform(0.8, 1.2)
+        time.sleep(takes)
+        busy += takes
+        study.tell(trial, float(np.square(np.array(list(trial.params.values())) - 0.6).sum()))
+        trials += 1
+    queue.put((busy, time.monotonic() - begun, asked, trials))
+
+
+def run_stock(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
+    """Stock Optuna in every worker: processes that ask, wait and tell, all at once."""
+    context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     ready = context.Barrier(case.workers + 1)
-    distributions = space().distributions
-
-    def work(index: int) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        rng = np.random.default_rng(index)
-        sampler = optuna.samplers.TPESampler(seed=index, multivariate=True, constant_liar=True, n_startup_trials=0)
-        try:
-            study = optuna.load_study(study_name=STUDY, storage=optuna.storages.RDBStorage(url), sampler=sampler)
-            study.get_trials(deepcopy=False)  # the workers' start is not measured
-        except Exception:
-            ready.abort()
-            raise
-        ready.wait()
-        start = time.monotonic()
-        time.sleep(rng.uniform(0.0, max(case.seconds, 0.001)))  # out of step, as in a study that has run for a while
-        busy = asked = 0.0
-        trials = 0
-        begun = time.monotonic()
-        while time.monotonic() - start < case.window:
-            before = time.monotonic()
-            trial = study.ask(distributions)
-            asked += time.monotonic() - before
-            takes = case.seconds * rng.uniform(0.8, 1.2)
-            time.sleep(takes)
-            busy += takes
-            study.tell(trial, float(np.square(np.array(list(trial.params.values())) - 0.6).sum()))
-            trials += 1
-        queue.put((busy, time.monotonic() - begun, asked, trials))
-
-    processes = [context.Process(target=work, args=(index,)) for index in range(case.workers)]
+    processes = [
+        context.Process(target=_ask_and_tell, args=(index, case, url, ready, queue)) for index in range(case.workers)
+    ]
     for process in processes:
         process.start()
     with Monitor(url) as monitor:

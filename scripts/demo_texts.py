@@ -29,6 +29,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -177,6 +178,11 @@ def examine(path: Path, is_stdlib: bool, held_out: HeldOutShingles) -> SourceFil
 _held_out: HeldOutShingles | None = None
 
 
+def _begin_worker(texts: Sequence[bytes]) -> None:
+    global _held_out
+    _held_out = HeldOutShingles(texts)
+
+
 def _examine_in_worker(job: tuple[Path, bool]) -> SourceFile:
     assert _held_out is not None
     return examine(*job, _held_out)
@@ -204,11 +210,10 @@ def select(
     stdlib_roots: Sequence[Path], package_roots: Sequence[Path], texts: Sequence[bytes], processes: int
 ) -> list[SourceFile]:
     """Every `.py` file below the roots with the rule that dropped it, in the order of the walk."""
-    global _held_out
-    _held_out = HeldOutShingles(texts)
     jobs = list(python_files(stdlib_roots, package_roots))
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        files = pool.map(_examine_in_worker, jobs, chunksize=64)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _begin_worker, (texts,)) as pool:
+        files = list(pool.map(_examine_in_worker, jobs, chunksize=64))
     return _without_duplicates(_without_copies(files))
 
 

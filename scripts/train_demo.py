@@ -37,6 +37,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,13 @@ def train_tokenizer(files: Sequence[SourceFile], seed: int) -> tokenizers.Tokeni
 _tokenizer: tokenizers.Tokenizer | None = None
 
 
+def _begin_worker(tokenizer: tokenizers.Tokenizer) -> None:
+    """Take the tokenizer; a literal `<s>` in a file is ordinary text to it."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    _tokenizer.encode_special_tokens = True
+
+
 def _encode_in_worker(path: str) -> NDArray[np.uint16]:
     assert _tokenizer is not None
     text = Path(path).read_bytes().decode("utf-8")
@@ -147,14 +155,10 @@ def encode_files(
     tokenizer: tokenizers.Tokenizer, files: Sequence[SourceFile], processes: int
 ) -> list[NDArray[np.uint16]]:
     """Token ids of each file, `<s>` first; a literal `<s>` in a file is encoded as ordinary text."""
-    global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = tokenizer
-    tokenizer.encode_special_tokens = True
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        documents = pool.map(_encode_in_worker, [file.path for file in files], chunksize=32)
-    tokenizer.encode_special_tokens = False
-    return documents
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _begin_worker, (tokenizer,)) as pool:
+        return list(pool.map(_encode_in_worker, [file.path for file in files], chunksize=32))
 
 
 def training_batches(stream: Tensor, batch: int, sequence: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
