@@ -24,16 +24,16 @@ def forks(tree: ast.AST) -> Iterator[str]:
                 yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom) and node.module in {"multiprocessing", "torch.multiprocessing"}:
             yield from (alias.name for alias in node.names if alias.name in DEFAULT_START)
-        elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func).rsplit(".", 1)[-1]
-            if name in {"get_context", "set_start_method"} and [ast.unparse(each) for each in node.args] != ["'spawn'"]:
-                yield ast.unparse(node)
-            elif name == "ProcessPoolExecutor" and not _has_context(node):
-                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and _chooses_otherwise(node):
+            yield ast.unparse(node)
 
 
-def _has_context(pool: ast.Call) -> bool:
-    return len(pool.args) > 1 or any(keyword.arg == "mp_context" for keyword in pool.keywords)
+def _chooses_otherwise(call: ast.Call) -> bool:
+    name = ast.unparse(call.func).rsplit(".", 1)[-1]
+    if name in {"get_context", "set_start_method"}:
+        return [ast.unparse(each) for each in call.args] != ["'spawn'"]
+    given = len(call.args) > 1 or any(keyword.arg == "mp_context" for keyword in call.keywords)
+    return name == "ProcessPoolExecutor" and not given
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
