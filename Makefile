@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev,tasks
 
+JOBS ?= 3
 FAULTS ?= 200
 SEED ?= 0
 
@@ -13,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/was-search demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
+from tests.stuck import (  # noqa: F401  hooks of pytest
+    pytest_itemcollected,
+    pytest_runtest_makereport,
+    pytest_timeout_cancel_timer,
+    pytest_timeout_set_timer,
+)
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
+
+SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
+"""Whether this is one of several processes that run tests at once, on processors that they share."""
+
+if SIDE_BY_SIDE:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says something about the machine, not about the code.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, the files with the most slow tests begin, so that the short ones fill up the end."""
+    if SIDE_BY_SIDE:
+        marks = {"slow": 100, "ray": 10, "postgres": 1}
+        weights: Counter[Path] = Counter()
+        for item in items:
+            weights[item.path] += sum(weight for mark, weight in marks.items() if item.get_closest_marker(mark))
+        items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture
