@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from was_kernels.decode_timing import read_bandwidth
 from was_kernels.gather_gemv import counters, gather_gemv
 from was_kernels.sparse_gemv import sparse_gemv

@@ -4,7 +4,7 @@
     python -m benchmarks.coordinator --summary
 
 A case WORKERSxSECONDS:FINISHED is a study of 32 levels with so many finished trials, taken up by a new process that
-drives virtual workers (:mod:`benchmarks.virtual_pool`) for a while; 0 seconds measure how many trials a second
+drives virtual workers (:mod:`benchmarks.harness.virtual_pool`) for a while; 0 seconds measure how many trials a second
 pass through. Each case has its own copy of the database. ``stock`` in front (``stock:8x10:1000``) runs stock Optuna in
 every worker instead: a process each with its own TPE and RDBStorage, which asks, waits and tells.
 
@@ -39,7 +39,7 @@ import numpy as np
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool
 
-from benchmarks.rows import append_row, commit, read_rows
+from benchmarks.harness.rows import append_row, commit, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "coordinator.jsonl"
 VERSIONS = ("optuna", "sqlalchemy", "psycopg2-binary", "numpy")
@@ -106,7 +106,7 @@ def measure(server: Any, case: Case) -> dict[str, Any]:
     with _autocommit(url) as connection:
         known = connection.execute(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name}).scalar()
     if known is None:
-        from benchmarks.coordinator_study import make_history
+        from benchmarks.harness.coordinator_study import make_history
         from was_storage.database import Database
 
         with Database.open(server.url(f"{name}_new")) as database:
@@ -131,8 +131,8 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     """The coordinator with virtual workers, in this process."""
     import ray
 
-    from benchmarks.coordinator_study import RADIUS, SHAPE, STUDY, TARGET, open_study, page, seed
-    from benchmarks.virtual_pool import VirtualPool, Window
+    from benchmarks.harness.coordinator_study import RADIUS, SHAPE, STUDY, TARGET, open_study, page, seed
+    from benchmarks.harness.virtual_pool import VirtualPool, Window
     from was_search.api.page import LivePage
     from was_search.refresher import Refresher
     from was_search.sampling import Suggester
@@ -276,7 +276,7 @@ def _ask_and_tell(index: int, case: Case, url: str, ready: Any, queue: Any) -> N
     """One worker of :func:`run_stock`."""
     import optuna
 
-    from benchmarks.coordinator_study import STUDY, space
+    from benchmarks.harness.coordinator_study import STUDY, space
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = space().distributions

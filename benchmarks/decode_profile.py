@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.decode_step import DTYPES, build, versions
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from scripts.make_random_model import SHAPES
 from was_kernels.decode_profile import StepClock, typical_seconds
 from was_kernels.decode_timing import DecodeStep

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from scripts.make_random_model import SHAPES, draw
 from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
 from was_kernels.runtime import sparsify

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.problem import Engine, Setup
+from benchmarks.harness.problem import Engine, Setup
 from was_search.calibration import operating_point
 from was_search.shape import N_PROJECTIONS, FloatArray
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from was_search.calibration import operating_point
 from was_search.descent import DescentOptions
 from was_search.histogram import Histograms

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode_step import DTYPES, build, plan_at, versions
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from scripts.make_random_model import SHAPES
 from was_kernels.ops import ops_for
 from was_kernels.runtime import sparsify

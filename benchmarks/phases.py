@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import commit
+from benchmarks.harness.rows import commit
 from was_search.api import Context, calibrate, search, seed
 from was_search.progress import RichReporter
 from was_search.settings import Settings, load_settings

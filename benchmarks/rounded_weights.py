@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.problem import SEED_DESCENT, SEED_SEQUENCES, Setup
-from benchmarks.rows import append_row
+from benchmarks.harness.problem import SEED_DESCENT, SEED_SEQUENCES, Setup
+from benchmarks.harness.rows import append_row
 from was_search.calibration import histogram_pass, operating_point
 from was_search.histogram import Histograms
 from was_search.masking import structure_norms

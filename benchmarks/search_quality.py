@@ -23,10 +23,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_type_hints
 
-from benchmarks.methods import METHODS
-from benchmarks.problem import Engine, Setup, prepare
-from benchmarks.rows import append_row, commit, read_rows
-from benchmarks.runs import jobs, pairs, results
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.problem import Engine, Setup, prepare
+from benchmarks.harness.rows import append_row, commit, read_rows
+from benchmarks.harness.runs import jobs, pairs, results
 from was_search.errors import ConfigError, WasError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "search_quality.jsonl"
@@ -41,7 +41,9 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
     protocols = {split: tokens.protocol.to_json() for split, tokens in data.items()}
     identity = {"model": fingerprint, "protocols": protocols, "setup": setup.identity()}
     checkpoints = (*(c for c in CHECKPOINTS if c < options.evaluations), options.evaluations)
-    every = jobs(pairs(options.methods), options.targets, options.seeds, options.radius, checkpoints, identity)
+    every = jobs(
+        pairs(options.methods or list(METHODS)), options.targets, options.seeds, options.radius, checkpoints, identity
+    )
     there = {row.get("key") for row in read_rows(options.output)}
     todo = [job for job in every if job.key not in there]
     print(f"{len(every)} runs, {len(every) - len(todo)} of them done", flush=True)
@@ -104,7 +106,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), metavar="METHOD[:SPACE]", help=", ".join(METHODS)
+        "--methods", nargs="+", metavar="METHOD[:SPACE]", help=f"all if not given: {', '.join(METHODS)}"
     )
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seeds", type=int, default=5, help="runs of each random method, seeds 0, 1, ...")
@@ -143,10 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
         if options.summary or options.markdown:
-            from benchmarks.search_summary import groups, markdown, summarise
+            from benchmarks.harness.search_summary import groups, markdown, summarise
 
-            names = {name.partition(":")[0] for name in options.methods}
-            rows = [row for row in read_rows(options.output) if row["method"] in names]
+            rows = read_rows(options.output)
+            if options.methods:  # the file also holds rows of methods that are gone from the code
+                names = {name.partition(":")[0] for name in options.methods}
+                rows = [row for row in rows if row["method"] in names]
             if options.markdown:
                 for conditions, targets in groups(rows).items():
                     print(f"{conditions}\n\n{markdown(targets)}\n")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from benchmarks.search_quality import versions
 from was_search.descent import DescentOptions
 from was_search.evaluation import sequence_nats

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rows import append_row, commit
+from benchmarks.harness.rows import append_row, commit
 from scripts import make_random_model as maker
 from was_search.column_layout import save_columns
 from was_search.fingerprint import fingerprint

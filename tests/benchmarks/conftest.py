@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.ledger import Ledger
-from benchmarks.methods import Task
+from benchmarks.harness.ledger import Ledger
+from benchmarks.harness.methods import Task
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, Bowl, seeds
 from was_search.protocol import EvaluationProtocol, TokenSet
 

@@ -11,9 +11,9 @@ import optuna
 import pytest
 
 from benchmarks.coordinator import Case, main, measure, summary
-from benchmarks.coordinator_study import STUDY, make_history
-from benchmarks.rows import read_rows
-from benchmarks.virtual_pool import VirtualPool, Window
+from benchmarks.harness.coordinator_study import STUDY, make_history
+from benchmarks.harness.rows import read_rows
+from benchmarks.harness.virtual_pool import VirtualPool, Window
 from was_search.slots import SlotState
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer

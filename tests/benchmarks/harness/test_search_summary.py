@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.search_summary import groups, markdown, summarise, table
+from benchmarks.harness.search_summary import groups, markdown, summarise, table
 
 PROTOCOL = {"data": "text", "dtype": "float32", "n_sequences": 4, "sequence_length": 8, "tokens_hash": "abcdef0123"}
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cache import ArrayCache, Arrays
-from benchmarks.fast_evaluator import FastEvaluator
-from benchmarks.fast_passes import FastPasses
-from benchmarks.methods import KL_TOP_K
+from benchmarks.harness.cache import ArrayCache, Arrays
+from benchmarks.harness.fast_evaluator import FastEvaluator
+from benchmarks.harness.fast_passes import FastPasses
+from benchmarks.harness.methods import KL_TOP_K
 from was_search.calibration import operating_point
 from was_search.descent import DescentOptions
 from was_search.errors import ConfigError
@@ -37,7 +37,7 @@ from was_search.text import load_text
 from was_search.tokens import tokenise
 from was_workers.worker import Worker, WorkerSpec
 
-DEMO = Path(__file__).resolve().parents[1] / "was_search" / "demo_data"
+DEMO = Path(__file__).resolve().parents[2] / "was_search" / "demo_data"
 
 GREEDY_STEP = 0.0125
 SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.fast_mask import device_mask
+from benchmarks.harness.fast_mask import device_mask
 from was_search.score import masked
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 9, 128), (5, 33, 24)]
@@ -42,7 +42,7 @@ def test_the_kernel_in_the_interpreter():
     """A process of its own: Triton reads the variable when it is first imported."""
     code = (
         "import torch; from triton.runtime.jit import JITFunction\n"
-        "from benchmarks import fast_mask; from tests.benchmarks.test_fast_mask import SHAPES, check\n"
+        "from benchmarks.harness import fast_mask; from tests.benchmarks.harness.test_fast_mask import SHAPES, check\n"
         "assert not isinstance(fast_mask._device_mask_kernel, JITFunction)\n"
         "for shape in SHAPES:\n"
         "    for dtype in (torch.float32, torch.float16):\n"

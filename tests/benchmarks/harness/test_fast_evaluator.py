@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fast_evaluator import FastEvaluator
+from benchmarks.harness.fast_evaluator import FastEvaluator
 from was_search.divergence import DenseTop
 from was_search.evaluation import dense_top, evaluate_thresholds
 from was_search.masking import structure_norms

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fast_passes import FastPasses
+from benchmarks.harness.fast_passes import FastPasses
 from was_search.calibration import histogram_pass
 from was_search.masking import structure_norms
 from was_search.structure import find_structure

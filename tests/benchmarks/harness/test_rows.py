@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.rows import append_row, read_rows
+from benchmarks.harness.rows import append_row, read_rows
 
 
 def test_rows_come_back(tmp_path):

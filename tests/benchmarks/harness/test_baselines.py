@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp, mutate, ramp_levels
-from benchmarks.ledger import Exhausted
+from benchmarks.harness.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp, mutate, ramp_levels
+from benchmarks.harness.ledger import Exhausted
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
 from was_search.errors import ConfigError
 

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import benchmarks.descent_steps
-import benchmarks.racing  # noqa: F401 - likewise
-from benchmarks.ledger import Ledger, OutOfTime
-from benchmarks.methods import METHODS, Task, run_method
-from benchmarks.problem import Engine, Problem, Setup
+import benchmarks.harness.racing  # noqa: F401 - its methods are registered by importing it
+from benchmarks.harness.ledger import Ledger, OutOfTime
+from benchmarks.harness.methods import METHODS, Task, run_method
+from benchmarks.harness.problem import Engine, Problem, Setup
 from was_search.errors import ConfigError
 from was_search.protocol import content_hash
 from was_search.space import SPACES

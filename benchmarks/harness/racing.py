@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ledger import Ledger, Score
-from benchmarks.methods import Descents, Method, Run, Task, register, start
+from benchmarks.harness.ledger import Ledger, Score
+from benchmarks.harness.methods import Descents, Method, Run, Task, register, start
 from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import point_seed

@@ -5,11 +5,11 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import runs
-from benchmarks.ledger import Ledger
-from benchmarks.methods import METHODS
-from benchmarks.problem import Problem
-from benchmarks.runs import jobs, pairs, results, run_job
+from benchmarks.harness import runs
+from benchmarks.harness.ledger import Ledger
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.problem import Problem
+from benchmarks.harness.runs import jobs, pairs, results, run_job
 from tests.benchmarks.bowl import SHAPE, TARGET, seeds
 from was_search.errors import ConfigError
 from was_search.protocol import EvaluationProtocol, TokenSet

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import racing
-from benchmarks.methods import METHODS, Method, register, run_method, start
+from benchmarks.harness import racing
+from benchmarks.harness.methods import METHODS, Method, register, run_method, start
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
 from was_search import descent
 from was_search.errors import ConfigError

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fast_mask import masks
-from benchmarks.replays import CHUNKS, Replays
+from benchmarks.harness.fast_mask import masks
+from benchmarks.harness.replays import CHUNKS, Replays
 from was_search.divergence import DenseTop, bucket_log_probs, divergence
 from was_search.evaluation import sequence_nats
 from was_search.protocol import TokenSet

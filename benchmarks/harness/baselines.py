@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from benchmarks.ledger import Ledger, Score
+from benchmarks.harness.ledger import Ledger, Score
 from was_search.budget import project
 from was_search.errors import ConfigError
 from was_search.shape import FloatArray, ModelShape

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fast_evaluator import use_causal_attention
-from benchmarks.fast_mask import masks
-from benchmarks.replays import CHUNKS, Replays
+from benchmarks.harness.fast_evaluator import use_causal_attention
+from benchmarks.harness.fast_mask import masks
+from benchmarks.harness.replays import CHUNKS, Replays
 from was_search.histogram import N_BINS, CountOp, Histograms, bin_counts
 from was_search.protocol import TokenSet
 from was_search.shape import N_PROJECTIONS, FloatArray
@@ -22,7 +22,7 @@ from was_search.structure import Structure
 class FastPasses:
     """Passes over ``data``; what :data:`was_search.calibration.PassRunner` describes. Not thread-safe.
 
-    Changes the model's attention implementation as :class:`benchmarks.fast_evaluator.FastEvaluator` does.
+    Changes the model's attention implementation as :class:`benchmarks.harness.fast_evaluator.FastEvaluator` does.
     """
 
     def __init__(

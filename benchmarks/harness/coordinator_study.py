@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.virtual_pool import SEQUENCES, TOKENS
+from benchmarks.harness.virtual_pool import SEQUENCES, TOKENS
 from was_search.page import StudyPage
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape

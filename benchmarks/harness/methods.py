@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import optuna
 
-from benchmarks.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
-from benchmarks.ledger import Exhausted, Ledger, Score
+from benchmarks.harness.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
+from benchmarks.harness.ledger import Exhausted, Ledger, Score
 from was_search.descent import DescentOptions, chain_seed, chain_steps, onto_budget
 from was_search.errors import ConfigError
 from was_search.fitness import FitnessName
@@ -34,7 +34,7 @@ class Task:
         space: the space's name, "-" for methods that have none.
         radius: of the space.
         seed: of random numbers.
-        engine: the model at hand, :class:`benchmarks.problem.Engine`; for methods that do more than evaluate.
+        engine: the model at hand, :class:`benchmarks.harness.problem.Engine`; for methods that do more than evaluate.
         histograms: those that thresholds are read from, for such methods.
     """
 

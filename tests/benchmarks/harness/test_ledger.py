@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.ledger import Exhausted, OutOfTime
+from benchmarks.harness.ledger import Exhausted, OutOfTime
 from tests.benchmarks.bowl import N_SEQUENCES, TOKENS, L
 from was_search.early_stop import Cut, StopRule
 

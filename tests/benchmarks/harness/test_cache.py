@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.cache import ArrayCache
+from benchmarks.harness.cache import ArrayCache
 
 
 @pytest.fixture
