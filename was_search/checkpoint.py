@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from was_search.checkpoint_limits import check_values
 from was_search.close_names import did_you_mean_path
 from was_search.column_layout import COLUMNS_NAME, ColumnLayout
 from was_search.errors import ModelError
@@ -96,10 +97,12 @@ class ModelSource:
 def resolve_model(name: str, revision: str = "") -> ModelSource:
     """The source called ``name``: an existing folder, else a hub id, fetched into the local cache if it is not there.
 
-    ``revision`` is the hub's; a folder has none. Checks that the files are whole, without reading the weights.
+    ``revision`` is the hub's; a folder has none. Checks that the files are whole, without reading the weights, and that
+    the configuration holds nothing that :func:`check_values` refuses.
 
     Raises:
-        ModelError: no such folder or hub id, the hub cannot be reached, or files are missing or truncated.
+        ModelError: no such folder or hub id, the hub cannot be reached, files are missing or truncated, or the
+            configuration is refused.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -160,7 +163,7 @@ def _checked(source: ModelSource) -> ModelSource:
         raise ModelError(
             f"model: {folder} has no config.json; {hint or 'give the folder of a transformers checkpoint'}"
         )
-    read_config(source)
+    check_values(folder, read_config(source))
     if (folder / COLUMNS_NAME).is_file():
         source = dataclasses.replace(source, columns=_columns(folder / COLUMNS_NAME))
     files = source.weight_files()

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from was_search.checkpoint import ModelSource, read_config, reason, resolve_model
-from was_search.checkpoint_limits import check_size, check_values
+from was_search.checkpoint import ModelSource, reason, resolve_model
 from was_search.column_layout import column_state
+from was_search.empty_model import empty_model
 from was_search.errors import ConfigError, ModelError, ResourceError
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -97,7 +97,7 @@ def load_model(
             f"{sys.executable}; pip install 'accelerate>=1.1'"
         )
     form = WeightFormat.parse(weights)
-    _check_architecture(source)
+    empty_model(source)  # refuses what must not be loaded
     placement = device_map
     if placement is None and device != "cpu" and form is None and _has_accelerate():
         placement = {"": device}  # straight to the GPU, not by way of main memory
@@ -161,41 +161,6 @@ def _require_no_offload(placed: dict[str, Any]) -> None:
             f"the model does not fit its GPUs: {len(left)} part(s) are left over, as {left[0]}; give it more of them "
             "(--gpus-per-worker, or --gpus), or a smaller --dtype"
         )
-
-
-def _check_architecture(source: ModelSource) -> None:
-    import transformers
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    values = read_config(source)
-    check_values(source, values)
-    kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        if "auto_map" in values:
-            raise ModelError(
-                f"model: {source.folder} (model_type {kind!r}) needs code of its own, which is never run; "
-                "use a model whose architecture transformers holds"
-            )
-        raise ModelError(
-            f"model: transformers {transformers.__version__} knows no model_type {kind!r} ({source.folder}); "
-            "a newer transformers may"
-        )
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"model: {source.folder / 'config.json'} is not valid ({reason(error)})") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model: {source.folder} is a {kind} model, not a causal language model")
-    try:
-        check_size(source, config)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"model: {source.folder}: no model can be made of its configuration ({reason(error)})"
-        ) from error
 
 
 def gpu_memory(gpus: int, device: str) -> dict[int, int]:

@@ -106,20 +106,10 @@ def model_shape(context: Context) -> ModelShape:
 
 
 def _model_shape(context: Context) -> ModelShape:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from was_search.errors import ModelError
+    from was_search.empty_model import empty_model
     from was_search.structure import find_structure
 
-    folder = context.source.folder
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise ModelError(f"model: no model can be made of the configuration in {folder} ({error})") from error
-    return find_structure(model, context.settings.masks).shape
+    return find_structure(empty_model(context.source), context.settings.masks).shape
 
 
 def target_of(context: Context, shape: ModelShape | None = None) -> Target:
