@@ -8,7 +8,7 @@ JOBS ?= 3
 FAULTS ?= 200
 SEED ?= 0
 
-.PHONY: demo test lint chaos clean
+.PHONY: demo test lint docs chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/was-search demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The page of all options, from the table that they are made of.
+docs: $(VENV)/.installed
+	$(BIN)/python -m was_search.cli_options_page docs/options.md
 
 # The long chaos run; a short one is among the tests.
 chaos: $(VENV)/.installed

@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.harness.rows import commit
 from was_search.api import Context, calibrate, search, seed
 from was_search.progress import RichReporter
-from was_search.settings import Settings, load_settings
+from was_search.settings import Settings
+from was_search.settings_file import load_settings
 
 RESULTS = Path(__file__).resolve().parent / "results" / "phases.jsonl"
 

@@ -1,4 +1,4 @@
-"""Commands that decode with a plan: text, and how fast; and the profile that predicts it."""
+"""Commands that use a plan: how good it is, text, and how fast; and the profile that predicts a step's time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,66 @@ from typing import Annotated, Any
 
 import typer
 
-from was_search.cli_command import MODEL, STORAGE, Call, Gpus, PlanIn, command, load_plan, option
+from was_search.cli_command import Call, Commands
+from was_search.column_layout import COLUMNS_NAME
+from was_search.errors import ConfigError
+from was_search.options import Group
+from was_search.plan import Plan
+from was_search.settings import Settings
+from was_search.settings_file import load_settings
 
-_PLACE = {name: MODEL[name] for name in ("model", "revision", "device", "dtype", "weights")}
-_PROFILE = {"profile": option(str | None, "File of 'was-search profile': print what it predicts too.")}
-_TEXT = {name: MODEL[name] for name in ("data", "test_sequences")}
+commands = Commands("Use a plan")
+
+Gpus = Annotated[int, typer.Option("--gpus", help="GPUs that the model is spread over, whole blocks on each.")]
+PlanIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="Folder of a plan, alone or with its weights; the settings it was made with are the defaults."
+    ),
+]
 
 
-@command(_PLACE)
+@commands.command(Group.MODEL, Group.TEXT, Group.CALIBRATION, "search_sequences")
+def evaluate(
+    call: Call,
+    *,
+    plan: PlanIn = None,
+    split: Annotated[str, typer.Option(help="calibration, search or test.")] = "test",
+    tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = "",
+    limit: Annotated[int | None, typer.Option(help="First items of each task only.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Formats to compare, such as none,int8,int4; without it the plan's, and none beside it. "
+            "Tasks take one."
+        ),
+    ] = "",
+    gpus: Gpus = 1,
+) -> None:
+    """Perplexity or tasks of a plan and of the dense model."""
+    from was_search import api
+    from was_search.protocol import SPLITS
+
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
+    loaded, base = load_plan(plan)
+    formats = [form.strip() for form in weights.split(",") if form.strip()]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if len(formats) == 1:
+        call.flags.update(weights=formats[0])
+
+    def step(context: Any) -> Any:
+        if not names:
+            return api.evaluate(context, loaded, split, formats, gpus=gpus)
+        if len(formats) > 1:
+            raise ConfigError(f"weights: tasks take one format, got {weights!r}")
+        return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
+
+    call.run(step, base)
+
+
+@commands.command(Group.MODEL)
 def generate(
     call: Call,
     *,
@@ -31,7 +83,7 @@ def generate(
     call.run(lambda context: api.generate(context, loaded, prompt, **options), base)
 
 
-@command(_PLACE, _TEXT, _PROFILE)
+@commands.command(Group.MODEL, "data", "test_sequences")
 def bench(
     call: Call,
     *,
@@ -40,18 +92,22 @@ def bench(
     kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps timed for each row of the table.")] = 50,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile's dense step too.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="File of 'was-search profile': print what it predicts too.")
+    ] = None,
 ) -> None:
     """Time one decode step, dense beside a plan, and what it reads."""
     from was_search import api
 
     loaded, base = load_plan(plan)
+    call.flags.update(profile=profile)
     call.run(
         lambda context: api.bench(context, loaded, batch=batch, kv_length=kv_length, steps=steps, compiled=compiled),
         base,
     )
 
 
-@command(_PLACE, STORAGE)
+@commands.command(Group.MODEL, Group.STORAGE)
 def profile(
     call: Call,
     *,
@@ -83,3 +139,23 @@ def profile(
             again=again,
         )
     )
+
+
+def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
+    """A plan and the settings that it was made with."""
+    if folder is None:
+        return None, None
+    plan = Plan.load(folder)
+    recorded = plan.provenance.get("settings")
+    made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    if (folder / COLUMNS_NAME).is_file():
+        made_with |= {"model": str(folder), "dtype": "auto"}
+        return plan, load_settings(None, made_with)
+    return plan, load_settings(None, {**made_with, "revision": plan.revision, "weights": plan.weights})
+
+
+_OF_A_PLAN = (
+    *("model", "data", "device", "dtype", "score", "masks", "seed", "sequence_length", "stride", "batch_size"),
+    *("dense_prefix", "calibration_sequences", "search_sequences", "test_sequences"),
+)
+"""Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""

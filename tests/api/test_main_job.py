@@ -20,7 +20,7 @@ from was_kernels import sparsify
 from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, export, run, search, sensitivity
 from was_search.api.demo import DEMO_FOLDER
 from was_search.api.search import identity, study_name
-from was_search.cli_command import load_plan
+from was_search.cli_decode import load_plan
 from was_search.errors import ConfigError, StudyError
 from was_search.masking import Masking, structure_norms
 from was_search.model import load_model, load_tokenizer, resolve_model

@@ -18,7 +18,7 @@ from was_kernels import load_sparse, sparsify
 from was_search.api import Context, add_weights, bench, evaluate, generate
 from was_search.api.demo import DEMO_FOLDER
 from was_search.checkpoint import resolve_model
-from was_search.cli_command import load_plan
+from was_search.cli_decode import load_plan
 from was_search.column_layout import COLUMNS_NAME, save_columns
 from was_search.errors import ConfigError, ModelError, PlanError
 from was_search.fingerprint import fingerprint

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from was_search.errors import ConfigError
-from was_search.settings import Settings, load_settings
+from was_search.settings import OPTIONS, Settings
+from was_search.settings_file import load_settings
 
 
 @pytest.fixture
@@ -177,6 +178,7 @@ def test_json_leaves_the_password_out(url):
 
 def test_every_option_is_documented():
     for field in dataclasses.fields(Settings):
+        assert OPTIONS[field.name].help.endswith("."), field.name
         assert re.search(rf"^        {field.name}: \S", Settings.__doc__ or "", re.MULTILINE), field.name
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.security.bounded import bounded
-from was_search.cli_command import load_plan
+from was_search.cli_decode import load_plan
 from was_search.errors import PlanError
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan, _document_hash
 from was_search.shape import ModelShape

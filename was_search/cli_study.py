@@ -1,0 +1,128 @@
+"""Commands that look at studies and steer them, from any machine that reaches their database."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from was_search.cli_command import Call, Commands
+from was_search.control import Overrides, Wish
+from was_search.errors import ConfigError
+from was_search.options import Group
+
+commands = Commands("Watch and steer studies")
+Study = Annotated[str, typer.Argument(help="Name of the study.", metavar="STUDY")]
+
+
+@commands.command(Group.STORAGE)
+def studies(call: Call) -> None:
+    """List the studies of a database."""
+    from was_search import api
+
+    call.run(api.studies)
+
+
+@commands.command(Group.STORAGE)
+def status(
+    call: Call,
+    *,
+    name: Annotated[str, typer.Argument(help="Name of the study; the newest one if not given.", metavar="STUDY")] = "",
+    study: Annotated[str, typer.Option(help="The same name, as an option.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks with --watch.")] = 2.0,
+    gpu_price: Annotated[
+        float | None, typer.Option(help="Price of a GPU hour, to show what the search has cost.")
+    ] = None,
+) -> None:
+    """Show where a study stands."""
+    from was_search import api
+
+    if name and study and name != study:
+        raise ConfigError(f"study: given twice, as {name!r} and as {study!r}; give one of them")
+    wanted = name or study
+    if watch:
+        call.run(lambda context: api.watch(context, wanted, seconds=every, gpu_price=gpu_price))
+    else:
+        call.run(lambda context: api.status(context, wanted, gpu_price=gpu_price))
+
+
+@commands.command(Group.STORAGE)
+def dashboard(
+    call: Call,
+    *,
+    study: Annotated[str, typer.Option(help="Study to point to.")] = "",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a proxy, or DNS, makes the page known; may be given again."),
+    ] = None,
+    allow_edits: Annotated[
+        bool, typer.Option("--allow-edits", help="Let the page change and delete studies; it has no login.")
+    ] = False,
+) -> None:
+    """Serve optuna-dashboard on the studies; the page can only look."""
+    from was_search import api
+
+    names = allow_host or []
+    call.run(
+        lambda context: api.dashboard(
+            context, study=study, host=host, port=port, allow_hosts=names, allow_edits=allow_edits
+        )
+    )
+
+
+@commands.command(Group.STORAGE)
+def pause(call: Call, *, study: Study) -> None:
+    """Hand nothing out any more; what is in flight ends, and the coordinator stays."""
+    _ask(call, study, Wish.PAUSE)
+
+
+@commands.command(Group.STORAGE)
+def resume(call: Call, *, study: Study) -> None:
+    """Let a paused study go on."""
+    _ask(call, study, Wish.RUN)
+
+
+@commands.command(Group.STORAGE)
+def drain(call: Call, *, study: Study) -> None:
+    """Let what is in flight end, then end the run, as ctrl-C does; the same command goes on with it."""
+    _ask(call, study, Wish.DRAIN)
+
+
+@commands.command(Group.STORAGE)
+def cancel(call: Call, *, study: Study) -> None:
+    """End the run at once; what is in flight waits for the next run."""
+    _ask(call, study, Wish.CANCEL)
+
+
+@commands.command(Group.STORAGE)
+def set_(
+    call: Call,
+    *,
+    study: Study,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials of the study; a lower number drops those not begun.")
+    ] = None,
+    workers: Annotated[str | None, typer.Option(help="Size of the pool of workers, or a range such as 2:64.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Limit in seconds of searching, all runs of this study; 0 lifts it.")
+    ] = None,
+    max_gpu_seconds: Annotated[float | None, typer.Option(help="Limit in seconds of GPUs held; 0 lifts it.")] = None,
+    max_failures: Annotated[int | None, typer.Option(help="Limit of failed trials; 0 lifts it.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Limit of finished trials without a better loss; 0 lifts it.")
+    ] = None,
+) -> None:
+    """Change a study's trials, workers or limits, while it runs or before its next run."""
+    from was_search import api
+
+    overrides = Overrides(trials, workers, max_seconds, max_gpu_seconds, max_failures, patience)
+    call.run(lambda context: api.change(context, study, overrides))
+
+
+def _ask(call: Call, study: str, wish: Wish) -> None:
+    from was_search import api
+
+    call.run(lambda context: api.ask(context, study, wish))
