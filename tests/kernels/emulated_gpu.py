@@ -37,11 +37,11 @@ STAND_INS = {
 #endif""",
     "wait_for_input": "",
     "let_next_start": "",
-    "arrives_last": "return std::atomic_ref<int>(*counter).fetch_add(1) == total - 1;",
+    "arrives_last": "return __atomic_fetch_add(counter, 1, __ATOMIC_SEQ_CST) == total - 1;",
     "read_once": "return 0;",
     "stream": "return aligned_read(p);",
     "stream_words": """
-    if ((std::uintptr_t)p % sizeof(Words)) __builtin_trap();
+    if ((uintptr_t)p % sizeof(Words)) __builtin_trap();
     return *reinterpret_cast<const Words*>(p);""",
     "half_low": "return (float)same_bits<_Float16>((u16)v);",
     "half_high": "return (float)same_bits<_Float16>((u16)(v >> 16));",
@@ -73,7 +73,7 @@ class EmulatedGpu:
             source, library = self._folder / f"{key}.cpp", self._folder / f"{key}.so"
             source.write_text(text)
             given = [f"-D{macro}={value}" for macro, value in macros.items()]
-            options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", "-include", str(HEADER)]
+            options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-w", "-include", str(HEADER)]
             assert COMPILER is not None
             subprocess.run([COMPILER, *options, *given, str(source), "-o", str(library)], check=True)
             self._libraries[key] = ctypes.CDLL(str(library))

@@ -6,6 +6,7 @@ order blocks run. Overlap of kernels, memory models and speed show on a GPU only
 
 from __future__ import annotations
 
+import ctypes
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -257,3 +258,23 @@ def test_no_assembly_is_left_out_of_sight():
     assert {path.name for path in SOURCES.glob("*.cu")} == set(kernels)
     for file, name in kernels.items():
         assert not re.search(r"\basm\b", translated(SOURCES / file, name))
+
+
+@pytest.mark.parametrize("barrier", ["__syncthreads();", ""])
+def test_a_missing_barrier_is_found(gpu, tmp_path, barrier):
+    """Threads take turns one way in one block and the other way in the next: in one of them the value is stale."""
+    source = tmp_path / "reverse.cu"
+    source.write_text(f"""
+extern "C" __global__ void reverse(int* out) {{
+    __shared__ int of_threads[64];
+    of_threads[threadIdx.x] = 0;
+    __syncthreads();
+    of_threads[threadIdx.x] = threadIdx.x;
+    {barrier}
+    out[blockIdx.x * 64 + threadIdx.x] = of_threads[threadIdx.x < 63 ? threadIdx.x + 1 : 0];
+}}
+""")
+    out = torch.full((2, 64), -1, dtype=torch.int32)
+    gpu.kernel(source, "reverse", {}, 0).launch((2, 1), 64, [ctypes.c_void_p(out.data_ptr())])
+    right = bool((out == torch.arange(1, 65) % 64).all())
+    assert right == bool(barrier)
