@@ -131,7 +131,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     """The coordinator with virtual workers, in this process."""
     import ray
 
-    from benchmarks.harness.coordinator_study import RADIUS, SHAPE, STUDY, TARGET, open_study, page, seed
+    from benchmarks.harness.coordinator_study import BUDGET, RADIUS, SHAPE, STUDY, open_study, page, seed
     from benchmarks.harness.virtual_pool import VirtualPool, Window
     from was_search.api.page import LivePage
     from was_search.refresher import Refresher
@@ -190,7 +190,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         marks["opened"] = time.time() - spawned_at
         with store.coordinate(STUDY) as book:
             marks["coordinating"] = time.time() - spawned_at
-            options = SearchOptions(TARGET, "tpe", RADIUS, 0, True, 0.1, 0.5, 3600.0, 3)
+            options = SearchOptions(BUDGET, "tpe", RADIUS, 0, True, 0.1, 0.5, 3600.0, 3)
             live = LivePage(book, page(), book.slots(), {})
 
             def write() -> None:

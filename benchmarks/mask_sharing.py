@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.rows import append_row, commit
+from was_search.budget import SparsityBudget
 from was_search.calibration import operating_point
 from was_search.descent import DescentOptions
 from was_search.histogram import Histograms
@@ -76,7 +77,7 @@ class Side:
             data.tokens,
             self.dense,
             start,
-            target,
+            SparsityBudget(self.shape, target),
             options,
             per_round,
             protocol.batch_size,
@@ -87,7 +88,7 @@ class Side:
 
     def vectors(self, target: float, descend: bool) -> dict[str, FloatArray]:
         """The seed [L, 7], and where a search's descent takes it."""
-        priced = fisher_seed(self.prices, DEFAULT_GRID, self.shape, target).sparsities
+        priced = fisher_seed(self.prices, DEFAULT_GRID, SparsityBudget(self.shape, target)).sparsities
         found = {"seed": self.descend(priced, target, SEED_DESCENT, SEED_SEQUENCES)}
         if descend:
             found["descended"] = self.descend(found["seed"], target, SEARCH_DESCENT, SEARCH_SEQUENCES)

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.harness.problem import SEED_DESCENT, SEED_SEQUENCES, Setup
 from benchmarks.harness.rows import append_row
+from was_search.budget import SparsityBudget
 from was_search.calibration import histogram_pass, operating_point
 from was_search.histogram import Histograms
 from was_search.masking import structure_norms
@@ -82,13 +83,14 @@ class Rounded:
             protocol.dense_prefix,
             protocol.predicted_per_sequence,
         )
-        start = fisher_seed(np.asarray(sums / n, np.float64), DEFAULT_GRID, self.shape, target).sparsities
+        budget = SparsityBudget(self.shape, target)
+        start = fisher_seed(np.asarray(sums / n, np.float64), DEFAULT_GRID, budget).sparsities
         protocol = self.data["slope"].protocol
         end = self.worker.descend(
             self.data["slope"].tokens,
             dense,
             start,
-            target,
+            budget,
             SEED_DESCENT,
             SEED_SEQUENCES,
             protocol.batch_size,

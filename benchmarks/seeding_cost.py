@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.harness.rows import append_row, commit
 from benchmarks.search_quality import versions
+from was_search.budget import SparsityBudget
 from was_search.descent import DescentOptions
 from was_search.evaluation import sequence_nats
 from was_search.pricing import DEFAULT_GRID
@@ -69,10 +70,10 @@ def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) ->
     step("dense forward", lambda: worker.evaluate_thresholds(data, None), EVALUATED / n)
     step("evaluation", lambda: worker.evaluate_thresholds(data, thresholds), EVALUATED / n)
     step("prices", lambda: worker.prices(tokens, levels, batch_size, 1, predicted), PRICED / n)
-    options = DescentOptions(rounds=1)
+    options, budget = DescentOptions(rounds=1), SparsityBudget(shape, target)
     step(
         "descent",
-        lambda: worker.descend(tokens, dense, uniform, target, options, n, batch_size, 1, predicted, 0),
+        lambda: worker.descend(tokens, dense, uniform, budget, options, n, batch_size, 1, predicted, 0),
         ROUNDS * PER_ROUND / n,
     )
     step("forward and backward of one batch", lambda: _backward(loaded.model, tokens[:batch_size], predicted), 1.0)

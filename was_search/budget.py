@@ -41,6 +41,10 @@ class Budget(Protocol):
         """The one sparsity that costs as much as ``sparsities`` [L, 7] do."""
         ...
 
+    def nominal(self, sparsities: FloatArray) -> float:
+        """The parameter-weighted mean of ``sparsities`` [L, 7] that meet the budget; exact where it is the budget."""
+        ...
+
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
         """``sparsities`` [L, 7] moved by one shift, clipped to [0, highest], so that they meet the budget.
 
@@ -64,10 +68,6 @@ class Budget(Protocol):
         ...
 
 
-Target = float | Budget
-"""A budget, or for short the sparsity of one."""
-
-
 @dataclass(frozen=True)
 class SparsityBudget:
     """A share of the seven projections' weights to skip: ``target``, the parameter-weighted mean sparsity."""
@@ -86,6 +86,9 @@ class SparsityBudget:
     def flat_of(self, sparsities: FloatArray) -> float:
         return self.shape.sparsity(sparsities)
 
+    def nominal(self, sparsities: FloatArray) -> float:
+        return self.target
+
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
         tied = self.shape.tie(sparsities)
         flat = project(tied.ravel(), self.shape.params.ravel(), self.target, 0.0, highest)
@@ -100,11 +103,6 @@ class SparsityBudget:
 
     def spend(self, prices: FloatArray, grid: FloatArray) -> FloatArray:
         return spend(prices, grid, self.shape.params, self.target, groups=self.shape.groups)
-
-
-def budget_of(target: Target, shape: ModelShape) -> Budget:
-    """``target`` itself if it is a budget, else a :class:`SparsityBudget` of it."""
-    return SparsityBudget(shape, target) if isinstance(target, float | int) else target
 
 
 def project(

@@ -62,7 +62,7 @@ def calibrate(call: Call) -> None:
 def seed(call: Call) -> None:
     """Make the seed vectors and show what each projection costs."""
     from was_search import api
-    from was_search.api.latency import flat_target
+    from was_search.api.latency import budget_of
     from was_search.shape import PROJECTIONS
 
     def step(context: Any) -> None:
@@ -71,7 +71,7 @@ def seed(call: Call) -> None:
         columns = ["seed", *(str(b) for b in range(len(seeds[0].levels)))]
         context.reporter.table("Levels by block, %", columns, rows)
         costs = api.sensitivity(context, api.calibrate(context))
-        share = round(flat_target(context, api.calibrate(context).shape), 4)
+        share = round(budget_of(context, api.calibrate(context).shape).flat, 4)
         context.reporter.table(
             f"Price of dropping {100 * share:g} % of a projection's inputs, and what the seed drops",
             ["block", *PROJECTIONS],

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from was_search.budget import Target, budget_of
+from was_search.budget import Budget
 from was_search.errors import InfeasibleError
-from was_search.shape import FloatArray, ModelShape
+from was_search.shape import FloatArray
 
 HIGHEST = 0.98
 """No projection goes above this sparsity."""
@@ -67,24 +67,21 @@ class DescentOptions:
 def descend(
     slopes: Callable[[FloatArray], FloatArray],
     start: FloatArray,
-    shape: ModelShape,
-    target: Target,
+    budget: Budget,
     options: DescentOptions,
 ) -> FloatArray:
-    """The average of the last points of a descent from ``start`` [L, 7]; meets ``target`` exactly.
+    """The average of the last points of a descent from ``start`` [L, 7]; meets ``budget`` exactly.
 
     Args:
         slopes: sparsities [L, 7] -> slopes of the loss [L, 7], nats per token and unit of sparsity; may be noisy.
         start: any point; it is projected onto the budget first.
-        shape: weighs the projections.
-        target: the budget of every point, or its parameter-weighted mean sparsity.
-        options: see there.
+        budget: of every point; its shape weighs the projections.
+        options: of the descent.
 
     Raises:
-        InfeasibleError: slopes that are not finite, or a target that cannot be reached.
+        InfeasibleError: slopes that are not finite, or a budget that cannot be reached.
     """
-    share = shape.params / shape.params.sum()
-    budget = budget_of(target, shape)
+    share = budget.shape.params / budget.shape.params.sum()
     point = budget.onto(start, HIGHEST)
     direction: FloatArray | None = None
     kept: list[FloatArray] = []
@@ -113,14 +110,6 @@ def chain_steps(chains: int) -> tuple[float, ...]:
 def chain_seed(seed: int, epoch: int, chain: int) -> int:
     """Of the sequences that a chain draws, from the search's ``seed``."""
     return int(np.random.SeedSequence([seed, epoch, chain]).generate_state(1)[0])
-
-
-def onto_budget(sparsities: FloatArray, shape: ModelShape, target: Target, highest: float = HIGHEST) -> FloatArray:
-    """The nearest point [L, 7] of the budget within [0, highest], in the parameter-weighted square norm.
-
-    Projections that share a mask get one sparsity.
-    """
-    return budget_of(target, shape).onto(sparsities, highest)
 
 
 def _step(number: int, options: DescentOptions) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from was_search.budget import Target, budget_of
+from was_search.budget import Budget
 from was_search.descent import HIGHEST
 from was_search.errors import InfeasibleError
 from was_search.greedy import path
@@ -24,7 +24,7 @@ class Seed:
     sparsities: FloatArray
 
 
-def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target: Target) -> Seed:
+def fisher_seed(prices: FloatArray, grid: FloatArray, budget: Budget) -> Seed:
     """The Fisher-priced greedy over all projections, with its table.
 
     The table holds the seed: restricted to a block, the greedy passes through the block's share of it. Where another
@@ -33,10 +33,10 @@ def fisher_seed(prices: FloatArray, grid: FloatArray, shape: ModelShape, target:
     Args:
         prices: [L, 7, G], nats per token.
         grid: [G] sparsities.
-        shape: the model's.
-        target: the budget, met exactly.
+        budget: met exactly.
     """
-    sparsities = budget_of(target, shape).spend(prices, grid)
+    shape = budget.shape
+    sparsities = budget.spend(prices, grid)
     levels = shape.levels(sparsities)
     table = Table(
         "fisher", tuple(path(prices[b], grid, shape.params[b], groups=shape.groups) for b in range(shape.n_blocks))
@@ -59,11 +59,10 @@ def point_seed(name: str, sparsities: FloatArray, shape: ModelShape) -> Seed:
     return Seed(name, Table(name, tuple(blocks)), shape.levels(sparsities), sparsities)
 
 
-def baseline_seeds(shape: ModelShape, target: Target, greedy: Table | None) -> list[Seed]:
+def baseline_seeds(budget: Budget, greedy: Table | None) -> list[Seed]:
     """The uniform vector, and uniform levels on the greedy table if there is one."""
-    budget = budget_of(target, shape)
-    uniform = uniform_table(shape)
-    flat = np.full(shape.n_blocks, budget.flat)
+    uniform = uniform_table(budget.shape)
+    flat = np.full(budget.shape.n_blocks, budget.flat)
     seeds = [Seed("uniform", uniform, flat, uniform.sparsities(flat))]
     if greedy is not None:
         levels = budget.onto_levels(flat, greedy, greedy.max_levels)
@@ -71,8 +70,8 @@ def baseline_seeds(shape: ModelShape, target: Target, greedy: Table | None) -> l
     return seeds
 
 
-def retarget(sparsities: FloatArray, shape: ModelShape, target: Target) -> FloatArray:
-    """``sparsities`` [L, 7] of another budget moved onto ``target``; float64 [L, 7].
+def retarget(sparsities: FloatArray, budget: Budget) -> FloatArray:
+    """``sparsities`` [L, 7] of another budget moved onto ``budget``; float64 [L, 7].
 
     Up, every projection keeps the same fraction of what it kept: ``s' = 1 - (1 - s) (1 - target) / (1 - mean)``, so
     that what is densest stays so, and little meets the upper bound; for a budget of time, target and mean are the
@@ -82,10 +81,9 @@ def retarget(sparsities: FloatArray, shape: ModelShape, target: Target) -> Float
     Raises:
         InfeasibleError: another shape than the model's, values that are not finite, or a target out of reach.
     """
-    moved = np.asarray(sparsities, np.float64)
-    if moved.shape != shape.params.shape:
-        raise InfeasibleError(f"sparsities: shape must be {shape.params.shape}, got {moved.shape}")
-    budget = budget_of(target, shape)
+    moved, wanted = np.asarray(sparsities, np.float64), budget.shape.params.shape
+    if moved.shape != wanted:
+        raise InfeasibleError(f"sparsities: shape must be {wanted}, got {moved.shape}")
     mean = budget.flat_of(moved)
     if mean < budget.flat:
         moved = 1.0 - (1.0 - moved) * (1.0 - budget.flat) / (1.0 - mean)

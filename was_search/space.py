@@ -8,7 +8,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
-from was_search.budget import Target, budget_of, project
+from was_search.budget import Budget, project
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.seeds import Seed
 from was_search.shape import PROJECTIONS, FloatArray, ModelShape
@@ -22,10 +22,7 @@ HIGHEST = 0.99
 
 
 class Space(Protocol):
-    """Maps Optuna parameters to sparsities that meet the budget exactly. Pure: no state changes.
-
-    A space's ``target`` is a :class:`was_search.budget.Budget`, or for short the sparsity of one.
-    """
+    """Maps Optuna parameters to sparsities that meet the budget exactly. Pure: no state changes."""
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]: ...
@@ -56,10 +53,9 @@ class LevelSpace:
     them onto the budget. Nothing ties a block to its neighbours.
     """
 
-    shape: ModelShape
+    budget: Budget
     table: Table
     seed_levels: FloatArray
-    target: Target
     radius: float = 0.05
 
     def __post_init__(self) -> None:
@@ -80,7 +76,7 @@ class LevelSpace:
     def levels(self, params: dict[str, float]) -> FloatArray:
         n = len(self.seed_levels)
         raw = np.array([params[level_name(b, n)] for b in range(n)])
-        return budget_of(self.target, self.shape).onto_levels(raw, self.table, self.table.max_levels)
+        return self.budget.onto_levels(raw, self.table, self.table.max_levels)
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         return self.table.sparsities(self.levels(params))
@@ -102,10 +98,9 @@ class TemperatureSpace:
     them moves the loss by little.
     """
 
-    shape: ModelShape
+    budget: Budget
     table: Table
     seed_levels: FloatArray
-    target: Target
     radius: float = 0.05
     hottest: float = 2.0
 
@@ -116,7 +111,7 @@ class TemperatureSpace:
 
     @property
     def _levels(self) -> LevelSpace:
-        return LevelSpace(self.shape, self.table, self.seed_levels, self.target, self.radius)
+        return LevelSpace(self.budget, self.table, self.seed_levels, self.radius)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -127,7 +122,7 @@ class TemperatureSpace:
         return {**level_params(self.seed_levels), "temperature": 1.0}
 
     def levels(self, params: dict[str, float]) -> FloatArray:
-        return self.shape.levels(self.sparsities(params))
+        return self.budget.shape.levels(self.sparsities(params))
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         levels = self._levels.levels(params)
@@ -135,10 +130,10 @@ class TemperatureSpace:
         raw = levels[:, None] + params["temperature"] * split
         rows = [
             project(row, count, float(level), 0.0, HIGHEST)
-            for row, count, level in zip(raw, self.shape.params, levels, strict=True)
+            for row, count, level in zip(raw, self.budget.shape.params, levels, strict=True)
         ]
         # Another split of the same levels may take another time.
-        return budget_of(self.target, self.shape).onto(np.stack(rows), HIGHEST)
+        return self.budget.onto(np.stack(rows), HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         if seed.table.name == self.table.name:
@@ -158,14 +153,13 @@ class AdditiveSpace:
     projection takes it away.
     """
 
-    shape: ModelShape
+    budget: Budget
     seed: Seed
-    target: Target
     radius: float = 0.05
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
-        _check_sparsities(self.shape, self.seed)
+        _check_sparsities(self.budget.shape, self.seed)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -177,19 +171,19 @@ class AdditiveSpace:
 
     @property
     def _names(self) -> list[str]:
-        n = self.shape.n_blocks
-        return [*(block_name(b, n) for b in range(n)), *(f"kind_{group_name(group)}" for group in self.shape.groups)]
+        n, groups = self.budget.shape.n_blocks, self.budget.shape.groups
+        return [*(block_name(b, n) for b in range(n)), *(f"kind_{group_name(group)}" for group in groups)]
 
     def levels(self, params: dict[str, float]) -> FloatArray:
-        return self.shape.levels(self.sparsities(params))
+        return self.budget.shape.levels(self.sparsities(params))
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         offsets = np.array([params[name] for name in self._names])
-        n = self.shape.n_blocks
+        n = self.budget.shape.n_blocks
         raw = self.seed.sparsities + offsets[:n, None]
-        for group, offset in zip(self.shape.groups, offsets[n:], strict=True):
+        for group, offset in zip(self.budget.shape.groups, offsets[n:], strict=True):
             raw[:, list(group)] += offset
-        return budget_of(self.target, self.shape).onto(raw, HIGHEST)
+        return self.budget.onto(raw, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self.centre if seed.name == self.seed.name else None
@@ -199,14 +193,13 @@ class AdditiveSpace:
 class FullSpace:
     """All 7 L projection sparsities, each within ``radius`` around the seed's; one for those that share a mask."""
 
-    shape: ModelShape
+    budget: Budget
     seed: Seed
-    target: Target
     radius: float = 0.05
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
-        _check_sparsities(self.shape, self.seed)
+        _check_sparsities(self.budget.shape, self.seed)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -217,24 +210,24 @@ class FullSpace:
         return self._params(self.seed.sparsities)
 
     def levels(self, params: dict[str, float]) -> FloatArray:
-        return self.shape.levels(self.sparsities(params))
+        return self.budget.shape.levels(self.sparsities(params))
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
-        raw = np.empty(self.shape.params.shape)
+        raw = np.empty(self.budget.shape.params.shape)
         for b, group in self._inputs:
-            raw[b, list(group)] = params[f"{block_name(b, self.shape.n_blocks)}_{group_name(group)}"]
-        return budget_of(self.target, self.shape).onto(raw, HIGHEST)
+            raw[b, list(group)] = params[f"{block_name(b, self.budget.shape.n_blocks)}_{group_name(group)}"]
+        return self.budget.onto(raw, HIGHEST)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self._params(seed.sparsities)
 
     def _params(self, sparsities: FloatArray) -> dict[str, float]:
-        n, tied = self.shape.n_blocks, self.shape.tie(sparsities)
+        n, tied = self.budget.shape.n_blocks, self.budget.shape.tie(sparsities)
         return {f"{block_name(b, n)}_{group_name(group)}": float(tied[b, group[0]]) for b, group in self._inputs}
 
     @property
     def _inputs(self) -> list[tuple[int, tuple[int, ...]]]:
-        return [(b, group) for b in range(self.shape.n_blocks) for group in self.shape.groups]
+        return [(b, group) for b in range(self.budget.shape.n_blocks) for group in self.budget.shape.groups]
 
 
 @dataclass(frozen=True)
@@ -245,14 +238,13 @@ class MonotoneSpace:
     keeps the order.
     """
 
-    shape: ModelShape
+    budget: Budget
     table: Table
-    target: Target
     largest_rise: float = 0.05
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        n = self.shape.n_blocks
+        n = self.budget.shape.n_blocks
         rises: dict[str, BaseDistribution] = {
             f"rise_{b:0{len(str(n - 1))}d}": FloatDistribution(0.0, self.largest_rise) for b in range(1, n)
         }
@@ -264,12 +256,12 @@ class MonotoneSpace:
 
     @property
     def _flat(self) -> float:
-        return budget_of(self.target, self.shape).flat
+        return self.budget.flat
 
     def levels(self, params: dict[str, float]) -> FloatArray:
         raw = np.cumsum([params[name] for name in self.distributions])
         highest = float(self.table.max_levels.min())
-        return budget_of(self.target, self.shape).onto_levels(raw, self.table, highest)
+        return self.budget.onto_levels(raw, self.table, highest)
 
     def sparsities(self, params: dict[str, float]) -> FloatArray:
         return self.table.sparsities(self.levels(params))
@@ -279,7 +271,7 @@ class MonotoneSpace:
         return None
 
 
-def make_space(name: SpaceName, shape: ModelShape, seed: Seed, target: Target, radius: float) -> Space:
+def make_space(name: SpaceName, seed: Seed, budget: Budget, radius: float) -> Space:
     """The space called ``name`` around ``seed``.
 
     Raises:
@@ -288,13 +280,13 @@ def make_space(name: SpaceName, shape: ModelShape, seed: Seed, target: Target, r
     """
     match name:
         case "levels":
-            return LevelSpace(shape, seed.table, seed.levels, target, radius)
+            return LevelSpace(budget, seed.table, seed.levels, radius)
         case "temperature":
-            return TemperatureSpace(shape, seed.table, seed.levels, target, radius)
+            return TemperatureSpace(budget, seed.table, seed.levels, radius)
         case "additive":
-            return AdditiveSpace(shape, seed, target, radius)
+            return AdditiveSpace(budget, seed, radius)
         case "full":
-            return FullSpace(shape, seed, target, radius)
+            return FullSpace(budget, seed, radius)
     raise ConfigError(f"space: must be one of {', '.join(SPACES)}, got {name!r}")
 
 

@@ -71,6 +71,9 @@ class TimeBudget:
     def flat_of(self, sparsities: FloatArray) -> float:
         return self._flat_at(self.profile.seconds(sparsities))
 
+    def nominal(self, sparsities: FloatArray) -> float:
+        return self.shape.sparsity(sparsities)
+
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
         raw = self.shape.tie(sparsities)
         return self._shifted(raw, lambda point: point, np.broadcast_to(highest, raw.shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.harness.virtual_pool import SEQUENCES, TOKENS
+from was_search.budget import SparsityBudget
 from was_search.page import StudyPage
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
@@ -19,6 +20,7 @@ BLOCKS = 32
 TARGET = 0.6
 RADIUS = 0.05
 SHAPE = ModelShape(((4096,) * 6 + (11008,),) * BLOCKS, ((4096,) * 4 + (11008, 11008, 4096),) * BLOCKS)
+BUDGET = SparsityBudget(SHAPE, TARGET)
 IDENTITY = {"model": "virtual", "blocks": BLOCKS}
 _AT_ONCE = 200
 
@@ -30,7 +32,7 @@ def seed() -> Seed:
 
 
 def space() -> LevelSpace:
-    return LevelSpace(SHAPE, uniform_table(SHAPE), np.full(BLOCKS, TARGET), TARGET, RADIUS)
+    return LevelSpace(BUDGET, uniform_table(SHAPE), np.full(BLOCKS, TARGET), RADIUS)
 
 
 def page() -> StudyPage:

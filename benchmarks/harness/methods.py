@@ -13,7 +13,9 @@ import optuna
 
 from benchmarks.harness.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
 from benchmarks.harness.ledger import Exhausted, Ledger, Score
-from was_search.descent import DescentOptions, chain_seed, chain_steps, onto_budget
+from was_search.budget import SparsityBudget
+from was_search.descent import HIGHEST as DESCENT_HIGHEST
+from was_search.descent import DescentOptions, chain_seed, chain_steps
 from was_search.errors import ConfigError
 from was_search.fitness import FitnessName
 from was_search.sampling import SamplerName, Suggester
@@ -47,11 +49,15 @@ class Task:
     engine: Any = None
     histograms: Any = None
 
+    @property
+    def budget(self) -> SparsityBudget:
+        return SparsityBudget(self.shape, self.target)
+
     def seed_called(self, name: str) -> Seed:
         return next(seed for seed in self.seeds if seed.name == name)
 
     def space_around(self, seed: Seed) -> Space:
-        return make_space(self.space, self.shape, seed, self.target, self.radius)  # type: ignore[arg-type]
+        return make_space(self.space, seed, self.budget, self.radius)  # type: ignore[arg-type]
 
 
 Run = Callable[[Task, Ledger], None]
@@ -153,7 +159,7 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
         scores: list[Score] = []
         if name == "was-monotone":
             # The published method knows no seeds.
-            space: Space = MonotoneSpace(task.shape, task.seed_called("greedy-uniform").table, task.target)
+            space: Space = MonotoneSpace(task.budget, task.seed_called("greedy-uniform").table)
         else:
             scores, centre = start(task, ledger)
             space = task.space_around(task.seeds[centre])
@@ -219,9 +225,9 @@ class Descents:
                 end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)
                 found.append(ledger.evaluate(end))
             mean = np.mean([score.sparsities for score in found], axis=0)
-            found.append(ledger.evaluate(onto_budget(mean, task.shape, task.target)))
+            found.append(ledger.evaluate(task.budget.onto(mean, DESCENT_HIGHEST)))
             if self.half_way:
-                found.append(ledger.evaluate(onto_budget((before + mean) / 2.0, task.shape, task.target)))
+                found.append(ledger.evaluate(task.budget.onto((before + mean) / 2.0, DESCENT_HIGHEST)))
             incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
         return incumbent
 

@@ -18,6 +18,7 @@ from benchmarks.harness.cache import ArrayCache, Arrays
 from benchmarks.harness.fast_evaluator import FastEvaluator
 from benchmarks.harness.fast_passes import FastPasses
 from benchmarks.harness.methods import KL_TOP_K
+from was_search.budget import SparsityBudget
 from was_search.calibration import operating_point
 from was_search.descent import DescentOptions
 from was_search.errors import ConfigError
@@ -207,7 +208,7 @@ class Engine:
                 data.tokens,
                 histograms,
                 start,
-                target,
+                SparsityBudget(self.shape, target),
                 options,
                 per_round,
                 data.protocol.batch_size,
@@ -271,11 +272,12 @@ def prepare(engine: Engine, targets: list[float]) -> list[Problem]:
     dense_prices = fisher_prices(engine, dense)
     problems = []
     for target in targets:
-        fisher = fisher_seed(dense_prices, DEFAULT_GRID, shape, target)
+        budget = SparsityBudget(shape, target)
+        fisher = fisher_seed(dense_prices, DEFAULT_GRID, budget)
         end = engine.descend(dense, fisher.sparsities, target, SEED_DESCENT, SEED_SEQUENCES, setup.order_seed)
         fisher = point_seed("fisher", end, shape)
         histograms, _, _, _ = operating_point(engine.run_pass, dense, fisher.sparsities, shape)
-        seeds = [*baseline_seeds(shape, target, greedy), fisher]
+        seeds = [*baseline_seeds(budget, greedy), fisher]
         problems.append(Problem(target, shape, seeds, histograms.to_bytes()))
     return problems
 

@@ -18,6 +18,7 @@ from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from tests.workers.test_search_loop import SHAPE, Pool, evaluation, seeds
 from was_search.api.page import LivePage, kept_fresh
 from was_search.api.steered import Run
+from was_search.budget import SparsityBudget
 from was_search.control import LAST_SLOT, EndingKind
 from was_search.errors import ModelError, StudyError
 from was_search.page import StudyPage
@@ -90,7 +91,7 @@ def search(
             "key",
             shape=SHAPE,
             seeds=seeds(),
-            options=SearchOptions(0.6, "random", 0.1, 0, False, 0.1, 0.5, 60.0, 3),
+            options=SearchOptions(SparsityBudget(SHAPE, 0.6), "random", 0.1, 0, False, 0.1, 0.5, 60.0, 3),
             drain=drain or threading.Event(),
             progress=lambda state: live.update(state) and refresher.changed(),
         )

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from tests.search.profiles import synthetic_profile, vars_of
 from was_search.api import Context, demo_settings, profile
-from was_search.api.latency import model_shape, profile_of, shape_key, target_of
+from was_search.api.latency import budget_of, model_shape, profile_of, shape_key
+from was_search.budget import SparsityBudget
 from was_search.cli import app
 from was_search.errors import ConfigError
 from was_search.latency import LatencyProfile
@@ -134,20 +135,20 @@ def test_the_newest_profile_of_the_models_shape_is_known(database, postgres_url)
     cache.replace("profile", "of another", b"{}", {"shape": "another", "conditions": "third"})
     with Context(demo_settings(storage=postgres_url)) as context:
         assert profile_of(context, shape).device == "second"
-        assert target_of(context) == 0.6
+        assert budget_of(context, shape) == SparsityBudget(shape, 0.6)
     settings = demo_settings(storage=postgres_url, target_speedup=1.5)
     with Context(settings) as context, pytest.raises(ConfigError, match=r"holds profiles of .* kinds .*say which one"):
-        target_of(context)
+        budget_of(context, shape)
     for row in cache.list("profile"):
         if row.key != "second":
             cache.delete("profile", row.key)
     with Context(settings) as context:
-        target = target_of(context)
+        target = budget_of(context, shape)
         assert isinstance(target, TimeBudget)
         assert (target.profile.device, target.speedup) == ("second", 1.5)
     cache.replace("profile", "second", b"{", {"shape": shape_key(shape), "conditions": "second"})
     with Context(settings) as context, pytest.raises(ConfigError, match="no profile of this model's shape is known"):
-        target_of(context)
+        budget_of(context, shape)
 
 
 def test_bench_prints_the_prediction_beside_the_measurement(tmp_path):

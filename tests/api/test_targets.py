@@ -13,6 +13,7 @@ from was_search.api import Context, change, export, interpolate, may_interpolate
 from was_search.api.calibrate import calibrate
 from was_search.api.search import search
 from was_search.bracket import Ending
+from was_search.budget import SparsityBudget
 from was_search.control import Overrides
 from was_search.errors import StudyError
 from was_search.overview import overview
@@ -95,7 +96,7 @@ def test_the_second_study_starts_from_the_firsts_winner(made, database) -> None:
     assert store.get(second.study).identity["warm start"] == first.study
     (warm,) = (slot for slot in store.slots(second.study) if slot.origin == "seed:warm")
     plan = Plan.load(first.result.plan)
-    expected = retarget(plan.sparsities, plan.shape, 0.6)
+    expected = retarget(plan.sparsities, SparsityBudget(plan.shape, 0.6))
     np.testing.assert_allclose(warm.sparsities, expected, atol=1e-12)
     assert [row.name for row in second.result.rows[:5]] == [
         "dense",

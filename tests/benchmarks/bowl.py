@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from was_search.budget import project
+from was_search.budget import SparsityBudget, project
 from was_search.seeds import Seed, baseline_seeds, fisher_seed
 from was_search.shape import ModelShape
 from was_search.table import BlockTable, Table
@@ -43,4 +43,7 @@ def seeds() -> list[Seed]:
     greedy = Table("greedy", (BlockTable(np.array([0.0, 0.4, 0.8, 0.95]), rows),) * L)
     grid = np.linspace(0.0, 0.95, 20)
     prices = np.random.default_rng(1).uniform(0.8, 1.2, (L, 7, 1)) * SHAPE.params[..., None] * grid**2
-    return [*baseline_seeds(SHAPE, TARGET, greedy), fisher_seed(prices, grid, SHAPE, TARGET)]
+    return [
+        *baseline_seeds(SparsityBudget(SHAPE, TARGET), greedy),
+        fisher_seed(prices, grid, SparsityBudget(SHAPE, TARGET)),
+    ]

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy.optimize import LinearConstraint, minimize
 
-from was_search.descent import HIGHEST, DescentOptions, descend, onto_budget
+from was_search.budget import SparsityBudget
+from was_search.descent import HIGHEST, DescentOptions, descend
 from was_search.errors import InfeasibleError
 from was_search.shape import ModelShape
 
 SHAPE = ModelShape(((8, 8, 8, 8, 8, 8, 16),) * 4, ((8, 4, 4, 8, 16, 16, 8),) * 4)
+BUDGET = SparsityBudget(SHAPE, 0.6)
 SHARE = SHAPE.params / SHAPE.params.sum()
 RNG = np.random.default_rng(0)
 CENTRE = RNG.uniform(0.3, 0.9, (4, 7))
@@ -45,7 +47,7 @@ def best(target):
 def test_a_descent_nears_the_optimum(target):
     wanted = best(target)
     options = DescentOptions(rounds=200, step=0.02, last_step=0.02)
-    found = descend(slopes, np.full((4, 7), target), SHAPE, target, options)
+    found = descend(slopes, np.full((4, 7), target), SparsityBudget(SHAPE, target), options)
     assert SHAPE.sparsity(found) == pytest.approx(target, abs=1e-12)
     start = loss(np.full((4, 7), target))
     # Steps have a fixed length, so a descent ends about its last step (0.0004) from the optimum, not on it.
@@ -62,7 +64,7 @@ def test_noise_in_the_slopes_is_averaged_out():
     averaged = DescentOptions(rounds=60)
     last = DescentOptions(rounds=60, average=1e-9)
     off = [
-        np.mean([loss(descend(noisy, np.full((4, 7), 0.6), SHAPE, 0.6, options)) - wanted for _ in range(20)])
+        np.mean([loss(descend(noisy, np.full((4, 7), 0.6), BUDGET, options)) - wanted for _ in range(20)])
         for options in (averaged, last)
     ]
     assert off[0] < off[1]
@@ -76,7 +78,7 @@ def test_every_point_that_slopes_are_asked_for_meets_the_budget_and_the_step():
         return slopes(point)
 
     options = DescentOptions(rounds=5, step=0.03, clip=2.0)
-    descend(recorded, RNG.uniform(0, 1, (4, 7)), SHAPE, 0.7, options)
+    descend(recorded, RNG.uniform(0, 1, (4, 7)), SparsityBudget(SHAPE, 0.7), options)
     assert len(asked) == 5
     for point in asked:
         assert SHAPE.sparsity(point) == pytest.approx(0.7, abs=1e-12)
@@ -87,14 +89,14 @@ def test_every_point_that_slopes_are_asked_for_meets_the_budget_and_the_step():
 
 
 def test_equal_slopes_per_parameter_move_nothing():
-    start = onto_budget(CENTRE, SHAPE, 0.6)
-    found = descend(lambda _: SHARE, start, SHAPE, 0.6, DescentOptions(rounds=3))
+    start = BUDGET.onto(CENTRE, HIGHEST)
+    found = descend(lambda _: SHARE, start, BUDGET, DescentOptions(rounds=3))
     np.testing.assert_allclose(found, start, atol=1e-12)
 
 
 def test_the_scale_of_the_loss_does_not_matter():
     one, thousand = (
-        descend(lambda p, c=c: c * slopes(p), np.full((4, 7), 0.6), SHAPE, 0.6, DescentOptions(rounds=9))
+        descend(lambda p, c=c: c * slopes(p), np.full((4, 7), 0.6), BUDGET, DescentOptions(rounds=9))
         for c in (1.0, 1e3)
     )
     np.testing.assert_allclose(one, thousand, atol=1e-12)
@@ -102,7 +104,7 @@ def test_the_scale_of_the_loss_does_not_matter():
 
 def test_slopes_that_are_not_finite_are_refused():
     with pytest.raises(InfeasibleError, match="slopes: must be finite"):
-        descend(lambda p: p * np.nan, CENTRE, SHAPE, 0.6, DescentOptions())
+        descend(lambda p: p * np.nan, CENTRE, BUDGET, DescentOptions())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
+from was_search.budget import SparsityBudget
 from was_search.errors import ConfigError
 from was_search.sampling import SAMPLERS, Suggester, make_sampler
 from was_search.shape import ModelShape
@@ -24,8 +25,8 @@ STUDY = {
 
 def space_of(name: str):
     if name == "was-monotone":
-        return MonotoneSpace(SHAPE, uniform_table(SHAPE), 0.6)
-    return LevelSpace(SHAPE, uniform_table(SHAPE), CENTRE, 0.6)
+        return MonotoneSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE))
+    return LevelSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE), CENTRE)
 
 
 def loss(space, params) -> float:
@@ -116,7 +117,7 @@ def test_startup_steps_are_gaussian_around_the_centre():
 def test_cmaes_starts_with_the_same_step():
     """Optuna takes its sigma on the unit cube, whatever the radius."""
     for radius in (0.05, 0.2):
-        space = LevelSpace(SHAPE, uniform_table(SHAPE), np.full(L, 0.6), 0.6, radius)
+        space = LevelSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE), np.full(L, 0.6), radius)
         first = []
         for seed in range(60):
             suggester = Suggester("cmaes", space, seed=seed)
@@ -253,7 +254,7 @@ def test_waiting_suggestions_are_known_to_the_sampler():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_one_block(name):
     shape = ModelShape(((8,) * 7,), ((8,) * 7,))
-    space = LevelSpace(shape, uniform_table(shape), np.array([0.6]), 0.6)
+    space = LevelSpace(SparsityBudget(shape, 0.6), uniform_table(shape), np.array([0.6]))
     suggester = Suggester(name, space, seed=0)
     suggester.restore([Slot(0, SlotState.COMPLETE, origin="seed:fisher", params=dict(space.centre), loss_nats=1.0)])
     for number in range(1, 12):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from was_search.block_error import block_error, capture_inputs
+from was_search.budget import SparsityBudget
 from was_search.calibration import histogram_pass
 from was_search.descent import DescentOptions, descend
 from was_search.errors import ModelError, PlanError
@@ -33,6 +34,7 @@ SHAPE = ModelShape(
     ((8, 2, 2, 8, 20, 20, 8), (12, 3, 3, 12, 30, 30, 12)),
     "shared",
 )
+BUDGET = SparsityBudget(SHAPE, 0.6)
 
 
 def is_tied(sparsities: np.ndarray) -> bool:
@@ -383,10 +385,10 @@ def test_a_shape_says_its_masks_only_where_they_are_shared():
 
 def seeds(target: float) -> list[Seed]:
     prices = np.random.default_rng(0).exponential(1, (2, 7, 1)) * DEFAULT_GRID**2
-    fisher = fisher_seed(SHAPE.divided(prices), DEFAULT_GRID, SHAPE, target)
+    fisher = fisher_seed(SHAPE.divided(prices), DEFAULT_GRID, SparsityBudget(SHAPE, target))
     other = np.random.default_rng(1).uniform(0.1, 0.9, (2, 7))  # of a study with separate masks
-    warm = point_seed("warm", retarget(other, SHAPE, target), SHAPE)
-    return [*baseline_seeds(SHAPE, target, fisher.table), warm, fisher]
+    warm = point_seed("warm", retarget(other, SparsityBudget(SHAPE, target)), SHAPE)
+    return [*baseline_seeds(SparsityBudget(SHAPE, target), fisher.table), warm, fisher]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
@@ -397,7 +399,7 @@ def test_every_seed_and_every_vector_of_every_space_is_tied_and_meets_the_budget
     seed = seeds(target)[-1]
     rng = np.random.default_rng(0)
     for name in SPACES:
-        space = make_space(name, SHAPE, seed, target, 0.1)
+        space = make_space(name, seed, SparsityBudget(SHAPE, target), 0.1)
         for _ in range(20):
             params = {key: float(rng.uniform(d.low, d.high)) for key, d in space.distributions.items()}
             sparsities = space.sparsities(params)
@@ -409,9 +411,9 @@ def test_every_seed_and_every_vector_of_every_space_is_tied_and_meets_the_budget
 
 def test_groups_have_one_parameter():
     seed = seeds(0.6)[-1]
-    full = make_space("full", SHAPE, seed, 0.6, 0.1)
+    full = make_space("full", seed, BUDGET, 0.1)
     assert list(full.distributions)[:4] == ["block_0_0_q_k_v", "block_0_3_o", "block_0_4_gate_up", "block_0_6_down"]
-    kinds = [name for name in make_space("additive", SHAPE, seed, 0.6, 0.1).distributions if "kind" in name]
+    kinds = [name for name in make_space("additive", seed, BUDGET, 0.1).distributions if "kind" in name]
     assert kinds == ["kind_0_q_k_v", "kind_3_o", "kind_4_gate_up", "kind_6_down"]
 
 
@@ -427,7 +429,7 @@ def test_a_descent_stays_tied_and_ends_where_a_parameter_of_any_group_costs_the_
         return SHAPE.divided(firsts)
 
     options = DescentOptions(rounds=300, step=0.02, last_step=0.01)
-    found = descend(slopes, np.full((2, 7), 0.5), SHAPE, 0.5, options)
+    found = descend(slopes, np.full((2, 7), 0.5), SparsityBudget(SHAPE, 0.5), options)
     assert is_tied(found)
     assert SHAPE.sparsity(found) == pytest.approx(0.5, abs=1e-12)
     cost = curvature * found[:, [0, 3, 4, 6]]  # the slope of one parameter: the same everywhere but at a bound

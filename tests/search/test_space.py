@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from was_search.budget import SparsityBudget
 from was_search.errors import ConfigError, InfeasibleError
 from was_search.pricing import DEFAULT_GRID
 from was_search.seeds import Seed, baseline_seeds, fisher_seed
@@ -36,18 +37,18 @@ SHAPE = ModelShape(
 def seed_of(target: float = 0.6) -> Seed:
     rng = np.random.default_rng(0)
     prices = rng.exponential(1, (L, 7, 1)) * DEFAULT_GRID**2
-    return fisher_seed(prices, DEFAULT_GRID, SHAPE, target)
+    return fisher_seed(prices, DEFAULT_GRID, SparsityBudget(SHAPE, target))
 
 
 @functools.cache
 def fisher_space(target: float = 0.6, radius: float = 0.2) -> LevelSpace:
     seed = seed_of(target)
-    return LevelSpace(SHAPE, seed.table, seed.levels, target, radius)
+    return LevelSpace(SparsityBudget(SHAPE, target), seed.table, seed.levels, radius)
 
 
 @functools.cache
 def space_of(name: str, target: float = 0.6, radius: float = 0.1):
-    return make_space(name, SHAPE, seed_of(target), target, radius)
+    return make_space(name, seed_of(target), SparsityBudget(SHAPE, target), radius)
 
 
 def draw(space, seed: int) -> dict[str, float]:
@@ -58,7 +59,7 @@ def draw(space, seed: int) -> dict[str, float]:
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.1, 0.6, 0.9, 0.94]))
 def test_every_vector_meets_the_budget(seed, target):
-    for space in (fisher_space(target), MonotoneSpace(SHAPE, uniform_table(SHAPE), target)):
+    for space in (fisher_space(target), MonotoneSpace(SparsityBudget(SHAPE, target), uniform_table(SHAPE))):
         levels = space.levels(draw(space, seed))
         # Sums of 12 blocks of 7 projections in float64.
         assert SHAPE.sparsity(space.table.sparsities(levels)) == pytest.approx(target, abs=1e-12)
@@ -66,7 +67,7 @@ def test_every_vector_meets_the_budget(seed, target):
 
 @given(st.integers(0, 10**6))
 def test_monotone_levels_rise_with_depth(seed):
-    space = MonotoneSpace(SHAPE, uniform_table(SHAPE), 0.6)
+    space = MonotoneSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE))
     assert np.all(np.diff(space.levels(draw(space, seed))) >= 0.0)
 
 
@@ -80,7 +81,7 @@ def test_the_centre_is_the_seed(target):
 
 
 def test_the_monotone_centre_is_uniform():
-    space = MonotoneSpace(SHAPE, uniform_table(SHAPE), 0.6)
+    space = MonotoneSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE))
     np.testing.assert_allclose(space.levels(space.centre), 0.6, atol=1e-15)
     assert all(space.distributions[name]._contains(value) for name, value in space.centre.items())
 
@@ -104,8 +105,8 @@ def test_raw_levels_shift_together():
 def test_one_block():
     shape = ModelShape(((8,) * 7,), ((8,) * 7,))
     for space in (
-        LevelSpace(shape, uniform_table(shape), np.array([0.6]), 0.6),
-        MonotoneSpace(shape, uniform_table(shape), 0.6),
+        LevelSpace(SparsityBudget(shape, 0.6), uniform_table(shape), np.array([0.6])),
+        MonotoneSpace(SparsityBudget(shape, 0.6), uniform_table(shape)),
     ):
         assert list(space.distributions) == ["level_0"]
         np.testing.assert_allclose(space.levels({"level_0": 0.45}), [0.6], atol=1e-15)
@@ -117,7 +118,7 @@ def test_names_sort_by_depth():
     assert names[7] == "level_007"
     assert list(open_distributions(3)) == ["level_0", "level_1", "level_2"]
     assert all((d.low, d.high) == (0.0, 1.0) for d in open_distributions(3).values())
-    names = list(MonotoneSpace(SHAPE, uniform_table(SHAPE), 0.6).distributions)
+    names = list(MonotoneSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE)).distributions)
     assert names == ["level_00", *(f"rise_{b:02d}" for b in range(1, L))]
 
 
@@ -128,7 +129,7 @@ def test_refuses_a_radius_that_is_not_positive(radius):
 
 
 def test_refuses_a_target_above_the_table():
-    space = MonotoneSpace(SHAPE, uniform_table(SHAPE, highest=0.5), 0.6)
+    space = MonotoneSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE, highest=0.5))
     with pytest.raises(InfeasibleError, match="target: must be reachable"):
         space.levels(space.centre)
 
@@ -173,7 +174,7 @@ def test_names_say_block_and_projection():
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
 def test_temperature_scales_a_blocks_contrasts(temperature):
     """Where no projection meets a bound, by the definition; the levels stay as they are."""
-    space = TemperatureSpace(SHAPE, gentle_table(), np.full(L, 0.5), 0.5)
+    space = TemperatureSpace(SparsityBudget(SHAPE, 0.5), gentle_table(), np.full(L, 0.5))
     params = {**level_params(np.linspace(0.47, 0.53, L)), "temperature": temperature}
     levels = space.levels(params)
     found = space.sparsities(params)
@@ -203,7 +204,7 @@ def test_a_high_temperature_stays_within_the_bounds():
 def test_additive_offsets_add_up():
     """Without a bound in reach: seed + block + kind, less one shift of all."""
     seed = inner_seed()
-    space = AdditiveSpace(SHAPE, seed, 0.6, 0.05)
+    space = AdditiveSpace(SparsityBudget(SHAPE, 0.6), seed, 0.05)
     params = draw(space, 3)
     offsets = np.array(list(params.values()))
     moved = space.sparsities(params) - seed.sparsities - offsets[:L, None] - offsets[None, L:]
@@ -211,7 +212,7 @@ def test_additive_offsets_add_up():
 
 
 def test_an_offset_of_all_blocks_or_of_all_kinds_does_nothing():
-    space = AdditiveSpace(SHAPE, inner_seed(), 0.6, 0.05)
+    space = AdditiveSpace(SparsityBudget(SHAPE, 0.6), inner_seed(), 0.05)
     params = draw(space, 4)
     for prefix in ("block", "kind"):
         shifted = {name: value + 0.01 * name.startswith(prefix) for name, value in params.items()}
@@ -219,7 +220,7 @@ def test_an_offset_of_all_blocks_or_of_all_kinds_does_nothing():
 
 
 def test_a_common_shift_of_all_projections_does_nothing():
-    space = FullSpace(SHAPE, inner_seed(), 0.6, 0.05)
+    space = FullSpace(SparsityBudget(SHAPE, 0.6), inner_seed(), 0.05)
     params = draw(space, 5)
     shifted = {name: value + 0.01 for name, value in params.items()}
     np.testing.assert_allclose(space.sparsities(shifted), space.sparsities(params), atol=1e-14)
@@ -241,22 +242,22 @@ def test_the_full_box_is_the_seed_and_the_radius():
 
 
 def test_seeds_are_located_where_a_space_holds_them():
-    uniform, greedy = baseline_seeds(SHAPE, 0.6, Table("greedy", uniform_table(SHAPE).blocks))
+    uniform, greedy = baseline_seeds(SparsityBudget(SHAPE, 0.6), Table("greedy", uniform_table(SHAPE).blocks))
     assert space_of("levels").locate(uniform) is None
-    assert MonotoneSpace(SHAPE, uniform_table(SHAPE), 0.6).locate(uniform) is None
+    assert MonotoneSpace(SparsityBudget(SHAPE, 0.6), uniform_table(SHAPE)).locate(uniform) is None
     assert space_of("temperature").locate(greedy) is None
     assert space_of("additive").locate(uniform) is None
     for name in ("temperature", "full"):
         params = space_of(name).locate(uniform)
         np.testing.assert_allclose(space_of(name).sparsities(params), 0.6, atol=1e-12)
-    around_uniform = make_space("levels", SHAPE, uniform, 0.6, 0.05)
+    around_uniform = make_space("levels", uniform, SparsityBudget(SHAPE, 0.6), 0.05)
     assert around_uniform.locate(uniform) == around_uniform.centre
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_space_refuses_a_radius_that_is_not_positive(name):
     with pytest.raises(InfeasibleError, match=r"radius: must be positive, got 0\.0"):
-        make_space(name, SHAPE, seed_of(), 0.6, 0.0)
+        make_space(name, seed_of(), SparsityBudget(SHAPE, 0.6), 0.0)
 
 
 @pytest.mark.parametrize("kind", [AdditiveSpace, FullSpace])
@@ -268,12 +269,12 @@ def test_refuses_a_seed_of_another_shape(kind):
 
 def test_refuses_a_temperature_range_without_the_centre():
     with pytest.raises(InfeasibleError, match=r"hottest: must be at least 1, the table's own split, got 0\.5"):
-        TemperatureSpace(SHAPE, seed_of().table, seed_of().levels, 0.6, hottest=0.5)
+        TemperatureSpace(SparsityBudget(SHAPE, 0.6), seed_of().table, seed_of().levels, hottest=0.5)
 
 
 def test_refuses_an_unknown_space():
     with pytest.raises(ConfigError, match="space: must be one of levels, temperature, additive, full, got 'blocks'"):
-        make_space("blocks", SHAPE, seed_of(), 0.6, 0.05)
+        make_space("blocks", seed_of(), SparsityBudget(SHAPE, 0.6), 0.05)
 
 
 def test_numbers_of_projections_follow_their_order():

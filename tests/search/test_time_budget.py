@@ -159,8 +159,8 @@ def test_the_greedy_passes_over_a_launch_that_saves_nothing_at_first():
 @pytest.mark.parametrize("speedup", [1.3, 2.0])
 def test_seeds_meet_the_budget_and_lie_on_their_tables(speedup):
     budget = TimeBudget(PROFILE, speedup)
-    greedy = Table("greedy", fisher_seed(PRICES, DEFAULT_GRID, SHAPE, 0.5).table.blocks)
-    seeds = [*baseline_seeds(SHAPE, budget, greedy), fisher_seed(PRICES, DEFAULT_GRID, SHAPE, budget)]
+    greedy = Table("greedy", fisher_seed(PRICES, DEFAULT_GRID, SparsityBudget(SHAPE, 0.5)).table.blocks)
+    seeds = [*baseline_seeds(budget, greedy), fisher_seed(PRICES, DEFAULT_GRID, budget)]
     assert [seed.name for seed in seeds] == ["uniform", "greedy-uniform", "fisher"]
     for seed in seeds:
         assert off(budget, seed.sparsities) < EXACT
@@ -172,7 +172,7 @@ def test_seeds_meet_the_budget_and_lie_on_their_tables(speedup):
 @pytest.mark.parametrize("target", [0.2, 0.9])
 def test_a_vector_of_another_budget_is_moved_onto_it(target):
     budget = TimeBudget(PROFILE, 1.8)
-    moved = retarget(fisher_seed(PRICES, DEFAULT_GRID, SHAPE, target).sparsities, SHAPE, budget)
+    moved = retarget(fisher_seed(PRICES, DEFAULT_GRID, SparsityBudget(SHAPE, target)).sparsities, budget)
     assert off(budget, moved) < EXACT
     assert moved.max() <= 0.98
 
@@ -181,8 +181,8 @@ def test_a_vector_of_another_budget_is_moved_onto_it(target):
 @pytest.mark.parametrize("speedup", [1.3, 2.0])
 def test_sampled_points_of_every_space_meet_the_budget(name, speedup):
     budget = TimeBudget(PROFILE, speedup)
-    seed = point_seed("fisher", fisher_seed(PRICES, DEFAULT_GRID, SHAPE, budget).sparsities, SHAPE)
-    space = make_space(name, SHAPE, seed, budget, 0.05)
+    seed = point_seed("fisher", fisher_seed(PRICES, DEFAULT_GRID, budget).sparsities, SHAPE)
+    space = make_space(name, seed, budget, 0.05)
     rng = np.random.default_rng(3)
     for _ in range(10):
         params = {key: rng.uniform(kind.low, kind.high) for key, kind in space.distributions.items()}
@@ -194,7 +194,7 @@ def test_sampled_points_of_every_space_meet_the_budget(name, speedup):
 
 def test_the_monotone_baseline_meets_it_too():
     budget = TimeBudget(PROFILE, 1.8)
-    space = MonotoneSpace(SHAPE, uniform_table(SHAPE), budget)
+    space = MonotoneSpace(budget, uniform_table(SHAPE))
     params = {key: kind.high for key, kind in space.distributions.items()}
     assert off(budget, space.sparsities(params)) < EXACT
     assert np.all(np.diff(space.levels(params)) >= 0.0)
@@ -217,7 +217,7 @@ def test_a_descent_ends_on_the_budget_near_the_optimum_there():
         return 2 * weights * (point - centre)
 
     options = DescentOptions(rounds=200, step=0.02, last_step=0.02)
-    found = descend(slopes, start, SHAPE, budget, options)
+    found = descend(slopes, start, budget, options)
     assert all(off(budget, point) < EXACT for point in [*points, found])
     solved = minimize(
         lambda x: loss(x.reshape(4, 7)),
@@ -232,7 +232,7 @@ def test_a_descent_ends_on_the_budget_near_the_optimum_there():
     best = loss(np.clip(solved.x, 0, 1).reshape(4, 7))
     # Steps have a fixed length, so a descent ends about its last step (0.0004) from the optimum.
     assert loss(found) - best < 0.02 * (loss(start) - best)
-    parameters = descend(slopes, start, SHAPE, SHAPE.sparsity(found), options)
+    parameters = descend(slopes, start, SparsityBudget(SHAPE, SHAPE.sparsity(found)), options)
     assert loss(parameters) < loss(found)  # less sparsity where it costs: another point, not this budget's
     assert off(budget, parameters) > 1e-4
 

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, Pool, seeds
+from was_search.budget import SparsityBudget
 from was_search.slots import Slot
 from was_workers.search import SearchLoop, SearchOptions
 
@@ -22,7 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
         book: Book, answer, *, drain: threading.Event | None = None, progress=None, pool=Pool, **options: Any
     ) -> list[Slot]:
         wanted = {
-            "target": 0.6,
+            "budget": SparsityBudget(SHAPE, 0.6),
             "sampler": "tpe",
             "radius": 0.1,
             "seed": 0,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tests.workers.steady_pool import SteadyPool
+from was_search.budget import SparsityBudget
 from was_search.early_stop import StopRule
 from was_search.hand_out import HandOut, Result
 from was_search.protocol import Evaluation
@@ -135,7 +136,7 @@ def divergence(sparsities: np.ndarray) -> Evaluation:
 
 def seeds():
     greedy = Table("greedy", uniform_table(SHAPE).blocks)
-    return [*baseline_seeds(SHAPE, 0.6, greedy), fisher_seed(PRICES, GRID, SHAPE, 0.6)]
+    return [*baseline_seeds(SparsityBudget(SHAPE, 0.6), greedy), fisher_seed(PRICES, GRID, SparsityBudget(SHAPE, 0.6))]
 
 
 class ManyWorkers(Pool):

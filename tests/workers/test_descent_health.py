@@ -13,6 +13,7 @@ import ray
 from tests.workers.loop_doubles import SHAPE, Book, seeds
 from tests.workers.test_descents import DATA
 from tests.workers.test_descents import Pool as DescendingPool
+from was_search.budget import SparsityBudget
 from was_search.descent import DescentOptions
 from was_search.errors import TransientError
 from was_search.logs import bound
@@ -90,7 +91,7 @@ class Numbered(DescendingPool):
 def search(pool: Numbered, monkeypatch: pytest.MonkeyPatch) -> list[Slot]:
     monkeypatch.setattr(ray, "put", lambda value: value)
     options = SearchOptions(
-        target=0.6,
+        budget=SparsityBudget(SHAPE, 0.6),
         sampler="qmc",
         radius=0.05,
         seed=0,

@@ -13,6 +13,7 @@ import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, evaluation, seeds
 from tests.workers.steady_pool import SteadyPool
+from was_search.budget import SparsityBudget
 from was_search.control import Limits
 from was_search.descent import DescentOptions, chain_steps, descend
 from was_search.errors import ModelError, TransientError
@@ -61,7 +62,7 @@ class Pool(SteadyPool):
         if method == "evaluate":
             loss = 2.0 + float(np.square(args[3] - BEST).sum())
             return [Outcome(ticket, "worker", value=evaluation(args[3], loss))]
-        _, _, start, target, options, *_, seed = args
+        _, _, start, budget, options, *_, seed = args
         if self.broken is not None:
             return [Outcome(ticket, "worker", error=self.broken)]
         if self.lose:
@@ -69,7 +70,13 @@ class Pool(SteadyPool):
             return [Outcome(ticket, "worker", error=ConnectionError("gone"), lost=True)]
         self.descents.append((start, options, seed))
         noise = np.random.default_rng(seed).normal(0, 0.02, (3, 7))
-        return [Outcome(ticket, "worker", value=descend(lambda p: p - BEST + noise, start, SHAPE, target, options))]
+        return [
+            Outcome(
+                ticket,
+                "worker",
+                value=descend(lambda p: p - BEST + noise, start, budget, options),
+            )
+        ]
 
 
 @pytest.fixture
@@ -79,7 +86,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
     def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more):
         plan = DescentPlan(epochs, chain_steps(chains), DescentOptions(rounds=12), 4, DATA)
         options = SearchOptions(
-            target=0.6,
+            budget=SparsityBudget(SHAPE, 0.6),
             sampler="tpe",
             radius=0.05,
             seed=0,

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster as Nodes
 import was_workers.pool as pool_module
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from tests.workers.loop_doubles import SHAPE, Book, seeds
+from was_search.budget import SparsityBudget
 from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.slots import SlotState
@@ -257,7 +258,7 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
             held[0].unlink(missing_ok=True)
 
     book = Book(60)
-    options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
+    options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
     loop = SearchLoop(
         book, pool, "data", "histograms", "key",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,

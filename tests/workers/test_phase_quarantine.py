@@ -13,6 +13,7 @@ import pytest
 import was_workers.pool as pool_module
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from tests.workers.loop_doubles import SHAPE, Book, seeds
+from was_search.budget import SparsityBudget
 from was_search.errors import TransientError
 from was_search.logs import bound
 from was_search.pool_state import PoolState
@@ -142,7 +143,7 @@ def test_the_search_begins_with_what_the_phases_found(start, tmp_path: Path) -> 
     map_until_quarantine(pool, 10, phase="price")
     loop = SearchLoop(
         Book(8), pool, "data", "histograms", "key", shape=SHAPE, seeds=seeds(), drain=threading.Event(),
-        options=SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3),
+        options=SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3),
         progress=lambda progress: shown.append(progress.pool),
     )  # fmt: skip
     assert all(slot.state is SlotState.COMPLETE for slot in loop.run())

@@ -15,6 +15,7 @@ import pytest
 import was_workers.pool as pool_module
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from tests.workers.loop_doubles import SHAPE, Book, seeds
+from was_search.budget import SparsityBudget
 from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
@@ -329,7 +330,7 @@ def search(
             if enough(state):
                 drain.set()
 
-        options = SearchOptions(0.6, "qmc", 0.05, 0, False, 0.1, 1.0, trial_timeout, 3)
+        options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, trial_timeout, 3)
         loop = SearchLoop(
             Book(n_trials), pool, "data", "histograms", "key",
             shape=SHAPE, seeds=seeds(), options=options, drain=drain, progress=progress,

@@ -7,6 +7,7 @@ import pytest
 
 from tests.workers.small_run import small_settings
 from was_search.api import Context
+from was_search.budget import SparsityBudget
 from was_search.descent import DescentOptions
 from was_search.histogram import Histograms
 from was_workers.worker import Worker, WorkerSpec
@@ -56,7 +57,9 @@ def test_prices_and_a_descent_go_through_rounded_weights(worker, data, dense):
     assert n == 4 * predicted
     assert np.all(sums > 0) and (sums[..., 1] > sums[..., 0]).mean() > 0.9
     start = np.full(shape.params.shape, 0.6)
-    end = worker.descend(data.tokens, dense, start, 0.6, DescentOptions(rounds=4), 8, 4, 1, predicted, 0)
+    end = worker.descend(
+        data.tokens, dense, start, SparsityBudget(shape, 0.6), DescentOptions(rounds=4), 8, 4, 1, predicted, 0
+    )
     assert shape.sparsity(end) == pytest.approx(0.6, abs=1e-6)
     losses = [worker.evaluate(data, "key", dense, vector, None).loss_nats for vector in (start, end)]
     assert losses[1] < losses[0]

@@ -11,6 +11,7 @@ import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
 from tests.workers.loop_doubles import Pool as AnsweringPool
+from was_search.budget import SparsityBudget
 from was_search.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
 from was_search.errors import ResourceError, TransientError
 from was_search.pool_state import PoolState
@@ -254,7 +255,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
 
     def make(book: Book, desk: Desk, each: Callable[[int], object] = lambda turn: None, **limits: Any) -> SearchLoop:
         options = SearchOptions(
-            target=0.6,
+            budget=SparsityBudget(SHAPE, 0.6),
             sampler="random",
             radius=0.1,
             seed=0,

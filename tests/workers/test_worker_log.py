@@ -11,6 +11,7 @@ import pytest
 
 from scripts.make_random_model import make_random_model
 from tests.search.conftest import make_data as data_of  # noqa: F401 - a fixture
+from was_search.budget import SparsityBudget
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet
 from was_workers.worker import Worker, WorkerSpec
@@ -33,13 +34,27 @@ def half(worker: Worker) -> Any:
     return np.full((worker.prepare().shape.n_blocks, 7), 0.5)
 
 
+def budget(w: Worker) -> SparsityBudget:
+    return SparsityBudget(w.prepare().shape, 0.5)
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "calibration pass": lambda w, data, **more: w.histograms(TOKENS, None, 4, 1, **more),
     "pricing": lambda w, data, **more: w.prices(
         TOKENS, np.full((*half(w).shape, 3), 0.1, np.float32), 4, 1, 16, **more
     ),
     "descent": lambda w, data, **more: w.descend(
-        TOKENS, histograms(w), half(w), 0.5, DescentOptions(rounds=2), 4, 4, 1, 16, 0, **more
+        TOKENS,
+        histograms(w),
+        half(w),
+        SparsityBudget(w.prepare().shape, 0.5),
+        DescentOptions(rounds=2),
+        4,
+        4,
+        1,
+        16,
+        0,
+        **more,
     ),
     "greedy table": lambda w, data, **more: w.block_table(0, TOKENS, histograms(w), 4, 1, 0.25, **more),
     "dense top": lambda w, data, **more: w.dense_top(TOKENS, 4, 16, 4, **more),

@@ -16,7 +16,7 @@ from was_search import __version__, logs
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context, pack_array, unpack_array
 from was_search.api.divergence import dense_top, dense_top_key
-from was_search.api.latency import nominal_target, predictions
+from was_search.api.latency import budget_of, predictions
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult
 from was_search.errors import ConfigError, StorageError, StudyError
@@ -295,7 +295,7 @@ def make_plan(
         shape=calibration.shape,
         weights=context.settings.weights,
         score=context.settings.score,
-        budget=nominal_target(context, calibration.shape, sparsities),
+        budget=budget_of(context, calibration.shape).nominal(sparsities),
         dense_prefix=context.settings.dense_prefix,
         prefill=context.settings.prefill,
         sparsities=sparsities,

@@ -11,7 +11,8 @@ from was_search.api.context import Context
 from was_search.api.export import Request, make_plan, measure, plan_gap_nats
 from was_search.api.search import identity, model_label, study_name
 from was_search.api.warm import winner
-from was_search.descent import onto_budget
+from was_search.budget import SparsityBudget
+from was_search.descent import HIGHEST
 from was_search.errors import ConfigError, StudyError
 from was_search.plan import Plan, require_writable
 from was_search.protocol import content_hash
@@ -115,7 +116,7 @@ def between(below: Neighbour, above: Neighbour, shape: ModelShape, target: float
     """Sparsities [L, 7] on the straight line between two winners at ``target``, exactly on the budget."""
     share = (target - below.target) / (above.target - below.target)
     line: FloatArray = (1.0 - share) * below.sparsities + share * above.sparsities
-    return onto_budget(line, shape, target)
+    return SparsityBudget(shape, target).onto(line, HIGHEST)
 
 
 def _alike(context: Context) -> list[StudyRecord]:

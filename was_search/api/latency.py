@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from was_search.api.context import Context
-from was_search.budget import Target, budget_of
+from was_search.budget import Budget, SparsityBudget
 from was_search.errors import ConfigError
 from was_search.latency import LatencyProfile
 from was_search.protocol import content_hash
@@ -112,19 +112,19 @@ def _model_shape(context: Context) -> ModelShape:
     return find_structure(empty_model(context.source), context.settings.masks).shape
 
 
-def target_of(context: Context, shape: ModelShape | None = None) -> Target:
-    """The settings' budget: a sparsity, or a :class:`TimeBudget` where a speed-up is asked for.
+def budget_of(context: Context, shape: ModelShape) -> Budget:
+    """The settings' budget: of sparsity, or a :class:`TimeBudget` where a speed-up is asked for.
 
     Args:
-        context: see there.
-        shape: the model's, which a profile must have; None: not known yet.
+        context: its settings and the profile at hand decide.
+        shape: the model's, which a profile must have.
 
     Raises:
         ConfigError: no profile is known, it is of another shape, or the speed-up is out of its reach.
     """
     speedup = context.settings.target_speedup
     if not speedup:
-        return context.settings.target
+        return SparsityBudget(shape, context.settings.target)
     profile = profile_of(context, shape)
     if profile is None:
         raise ConfigError(
@@ -135,7 +135,7 @@ def target_of(context: Context, shape: ModelShape | None = None) -> Target:
 
 
 def check_target(context: Context) -> None:
-    """Refuse at once what :func:`target_of` and :func:`profile_of` would refuse once the shape is known.
+    """Refuse at once what :func:`budget_of` and :func:`profile_of` would refuse once the shape is known.
 
     Raises:
         ConfigError: as they do.
@@ -143,7 +143,7 @@ def check_target(context: Context) -> None:
     if context.settings.profile or context.settings.target_speedup:
         shape = model_shape(context)
         profile = profile_of(context, shape)
-        target_of(context, shape)
+        budget_of(context, shape)
         if profile is not None and profile.spread > SPREAD_WARNED:
             context.reporter.note(
                 f"profile: one and the same step varied by {100 * profile.spread:.0f} % while it was measured; its "
@@ -151,20 +151,11 @@ def check_target(context: Context) -> None:
             )
 
 
-def flat_target(context: Context, shape: ModelShape) -> float:
-    """The budget as one sparsity of all projections."""
-    return budget_of(target_of(context, shape), shape).flat
-
-
-def nominal_target(context: Context, shape: ModelShape, sparsities: FloatArray) -> float:
-    """The parameter-weighted sparsity of a vector on the budget, free of rounding where that is the budget."""
-    return shape.sparsity(sparsities) if context.settings.target_speedup else context.settings.target
-
-
 def target_identity(context: Context) -> dict[str, Any]:
     """The budget's part of a study's identity."""
-    target = target_of(context)
-    return {"target": target} if isinstance(target, float) else target.identity
+    if not context.settings.target_speedup:
+        return {"target": context.settings.target}
+    return budget_of(context, model_shape(context)).identity
 
 
 def target_label(settings: Settings) -> str:

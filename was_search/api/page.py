@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from was_search.api.calibrate import Calibration
 from was_search.api.context import Context
-from was_search.api.latency import flat_target, profile_of
+from was_search.api.latency import budget_of, profile_of
 from was_search.api.notify import failure_words
 from was_search.api.seed import sensitivity
 from was_search.api.steered import Run
@@ -36,7 +36,7 @@ def study_page(context: Context, study: str, seeds: list[Seed], calibration: Cal
     settings = context.settings
     return StudyPage(
         study=study,
-        target=flat_target(context, calibration.shape),
+        target=budget_of(context, calibration.shape).flat,
         fitness=settings.fitness,
         kl_top_k=settings.kl_top_k,
         protocol=context.tokens("search").protocol.describe(),

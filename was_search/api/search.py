@@ -17,11 +17,11 @@ from was_search.api.calibrate import calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.latency import (
+    budget_of,
     check_target,
     profile_of,
     target_identity,
     target_label,
-    target_of,
 )
 from was_search.api.notify import announced
 from was_search.api.page import LivePage, kept_fresh, study_page
@@ -122,7 +122,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
         from was_workers.search import SearchLoop, SearchOptions
 
         options = SearchOptions(
-            target=target_of(context, calibration.shape),
+            budget=budget_of(context, calibration.shape),
             latency=profile_of(context, calibration.shape),
             sampler=settings.sampler,
             space=settings.space,

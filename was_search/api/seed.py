@@ -9,7 +9,7 @@ import numpy as np
 
 from was_search.api.calibrate import Calibration, calibrate
 from was_search.api.context import Context, pack_array, unpack_array
-from was_search.api.latency import flat_target, target_of
+from was_search.api.latency import budget_of
 from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
@@ -50,11 +50,11 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
     calibration = calibration or calibrate(context)
     shape = calibration.shape
     greedy = greedy_table(context, calibration) if settings.greedy_sequences else None
-    target = target_of(context, shape)
-    fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, shape, target)
+    budget = budget_of(context, shape)
+    fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, budget)
     if settings.seed_rounds:
         fisher = point_seed("fisher", seed_descent(context, calibration, fisher.sparsities), shape)
-    return [*baseline_seeds(shape, target, greedy), *warm, fisher]
+    return [*baseline_seeds(budget, greedy), *warm, fisher]
 
 
 def seed_identity(settings: Settings) -> dict[str, Any]:
@@ -87,10 +87,9 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
     started = time.perf_counter()
     settings, data = context.settings, context.slope_tokens
     options = _descent_options(settings)
-    target = target_of(context, calibration.shape)
-    spent = target if isinstance(target, float) else target.identity
-    parts = (calibration.key, data.protocol, start, spent, vars(options), SEED_SEQUENCES, settings.seed)
-    key = content_hash("seed-descent", 2, *parts)
+    budget = budget_of(context, calibration.shape)
+    parts = (calibration.key, data.protocol, start, budget.identity, vars(options), SEED_SEQUENCES, settings.seed)
+    key = content_hash("seed-descent", 3, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
     wanted = calibration.shape.params.shape
     found = context.cache.get("descent", key, lambda row: unpack_array(row.payload, wanted, np.float64))
@@ -107,7 +106,7 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
             data.tokens,
             calibration.histograms,
             start,
-            target,
+            budget,
             options,
             SEED_SEQUENCES,
             settings.seed,
@@ -153,7 +152,7 @@ def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
     from was_search.pricing import DEFAULT_GRID as GRID
 
     shape = calibration.shape
-    target = flat_target(context, shape)
+    target = budget_of(context, shape).flat
     prices = fisher_prices(context, calibration, GRID)
     at_target = np.apply_along_axis(lambda curve: np.interp(target, GRID, curve), -1, prices)
     percent_dropped = 100.0 * target * shape.params / shape.params.sum()

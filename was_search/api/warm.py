@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from was_search.api.context import Context
-from was_search.api.latency import target_label, target_of
+from was_search.api.latency import budget_of, target_label
 from was_search.errors import StudyError
 from was_search.seeds import Seed, point_seed, retarget
 from was_search.shape import ModelShape
@@ -58,7 +58,7 @@ def _warm_seed(context: Context, study: str) -> Seed:
     if found is None or found.sparsities is None:
         raise StudyError(f"warm_start: study {record.name!r} has no complete trial yet; run it first")
     shape = ModelShape.from_json(record.shape).with_masks(settings.masks)
-    return point_seed(WARM, retarget(found.sparsities, shape, target_of(context, shape)), shape)
+    return point_seed(WARM, retarget(found.sparsities, budget_of(context, shape)), shape)
 
 
 def winner(record: StudyRecord, slots: list[Slot]) -> Slot | None:

@@ -159,9 +159,9 @@ class Chooser:
     def _make_space(self) -> Space:
         if self._options.sampler == "was-monotone":
             greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
-            return MonotoneSpace(self._shape, greedy.table, self._options.target)
+            return MonotoneSpace(self._options.budget, greedy.table)
         options = self._options
-        return make_space(options.space, self._shape, self._centre(), options.target, options.radius)
+        return make_space(options.space, self._centre(), options.budget, options.radius)
 
     def _centre(self) -> Seed:
         """The best of the seeds and of the descents' vectors; those have a table made through them."""

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from was_search.budget import Target
-from was_search.descent import DescentOptions, chain_seed, onto_budget
+from was_search.budget import Budget
+from was_search.descent import HIGHEST, DescentOptions, chain_seed
 from was_search.errors import TransientError
 from was_search.logs import bound_fields, event
 from was_search.protocol import TokenSet
-from was_search.shape import FloatArray, ModelShape
+from was_search.shape import FloatArray
 from was_search.slots import Slot, best_slot
 from was_workers.losses import Losses
 from was_workers.phases import descent_call
@@ -65,8 +65,7 @@ class Descents:
         plan: see there.
         pool: workers.
         histograms: a reference to histograms taken near the seeds.
-        shape: the model's.
-        target: the budget.
+        budget: of every vector.
         seed: of the chains' sequences.
         seconds_per_token: the slowest a worker may be before a chain is taken for lost; 0: by measure.
         max_attempts: of one chain; see :class:`was_workers.losses.Losses`.
@@ -78,8 +77,7 @@ class Descents:
         pool: Pool,
         histograms: Any,
         *,
-        shape: ModelShape,
-        target: Target,
+        budget: Budget,
         seed: int,
         seconds_per_token: float,
         max_attempts: int,
@@ -88,8 +86,7 @@ class Descents:
         self._pool = pool
         self._histograms = histograms
         self._tokens: Any = None
-        self._shape = shape
-        self._target = target
+        self._budget = budget
         self._seed = seed
         self._deadline = max(60.0, plan.tokens * seconds_per_token) if seconds_per_token else LONGEST_CALL_SECONDS
         self._max_attempts = max_attempts
@@ -147,7 +144,7 @@ class Descents:
                 self._tokens,
                 self._histograms,
                 self._start,
-                self._target,
+                self._budget,
                 options,
                 self._plan.per_round,
                 seed,
@@ -211,6 +208,6 @@ class Descents:
         ends = [self._ends[chain] for chain in range(len(self._plan.steps))]
         if len(ends) > 1:
             # First: with fewer slots than vectors it is the one to keep.
-            mean = onto_budget(np.mean(ends, axis=0), self._shape, self._target)
+            mean = self._budget.onto(np.mean(ends, axis=0), HIGHEST)
             self._proposals.append((f"{ORIGIN}{self._epoch}:mean", mean))
         self._proposals.extend((f"{ORIGIN}{self._epoch}:{chain}", end) for chain, end in enumerate(ends))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from was_search.budget import Target
+from was_search.budget import Budget
 from was_search.control import NO_LIMITS, Limits, Spent
 from was_search.latency import LatencyProfile
 from was_search.pool_state import PoolState
@@ -19,11 +19,11 @@ from was_workers.quarantine import LONGEST_CALL_SECONDS
 class SearchOptions:
     """How a search runs; see :class:`was_search.settings.Settings` for each.
 
-    ``target`` is the budget, or the sparsity of one; ``latency`` predicts what trials record of their decoding step;
+    ``budget`` is what every vector spends; ``latency`` predicts what trials record of their decoding step;
     ``elsewhere`` is what other studies of the same command have spent of its limits on time.
     """
 
-    target: Target
+    budget: Budget
     sampler: SamplerName
     radius: float
     seed: int

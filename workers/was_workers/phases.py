@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from was_search.budget import Target
+from was_search.budget import Budget
 from was_search.calibration import PassRunner
 from was_search.descent import DescentOptions
 from was_search.divergence import DenseTop, concatenate
@@ -92,7 +92,7 @@ def descent_call(
     tokens: Any,
     histograms: Any,
     start: FloatArray,
-    target: Target,
+    budget: Budget,
     options: DescentOptions,
     per_round: int,
     seed: int,
@@ -104,7 +104,7 @@ def descent_call(
         tokens,
         histograms,
         start,
-        target,
+        budget,
         options,
         per_round,
         protocol.batch_size,

@@ -114,8 +114,7 @@ class SearchLoop:
                 options.descents,
                 pool,
                 self._histograms,
-                shape=shape,
-                target=options.target,
+                budget=options.budget,
                 seed=options.seed,
                 # An evaluation may take trial_timeout; a backward pass keeps fewer tokens a second.
                 seconds_per_token=2.0 * options.trial_timeout / data.protocol.predicted_tokens,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from was_kernels.ops import Ops
-    from was_search.budget import Target
+    from was_search.budget import Budget
     from was_search.descent import DescentOptions
     from was_search.structure import Structure
 
@@ -212,7 +212,7 @@ class Worker:
         tokens: IntArray,
         histograms: Histograms,
         start: FloatArray,
-        target: Target,
+        budget: Budget,
         options: DescentOptions,
         per_round: int,
         batch_size: int,
@@ -246,7 +246,7 @@ class Worker:
             op=loaded.ops.slope,
         )
         with _logged("descent", about, rounds=options.rounds), _transient_memory():
-            return descend(slopes, start, loaded.structure.shape, target, options)
+            return descend(slopes, start, budget, options)
 
     def block_table(
         self,

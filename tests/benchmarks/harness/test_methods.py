@@ -10,6 +10,7 @@ from benchmarks.harness import racing
 from benchmarks.harness.methods import METHODS, Method, register, run_method, start
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
 from was_search import descent
+from was_search.budget import SparsityBudget
 from was_search.errors import ConfigError
 from was_search.space import SPACES
 
@@ -147,7 +148,9 @@ class Slopes:
         self.bowl = bowl
 
     def descend(self, histograms, start, target, options, per_round, seed):
-        return descent.descend(lambda point: 2 * (point - self.bowl.best), start, SHAPE, target, options)
+        return descent.descend(
+            lambda point: 2 * (point - self.bowl.best), start, SparsityBudget(SHAPE, target), options
+        )
 
 
 @pytest.mark.parametrize(("name", "dense"), [("descent", 0), ("descent-kl", 1)])
