@@ -14,7 +14,7 @@ from was_search import __version__, cli_cluster, cli_decode, cli_run, cli_study
 from was_search.cli_command import EXIT_ERROR, stderr
 from was_search.errors import WasError
 from was_search.redaction import hide_arguments, redacted
-from was_search.termination import Terminated, terminable
+from was_search.signals import Terminated, terminable
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -2,6 +2,16 @@
 
 Nothing is shown below warnings until :func:`configure` is called. Every line passes through
 :func:`was_search.redaction.redacted`.
+
+State of the whole process that our packages change, beyond what a block puts back at its end:
+
+- Logging: :func:`configure` sets the handlers of our packages' loggers and what :func:`configured` gives. Optuna's
+  logger shows warnings and above once ``was_search.sampling`` is imported, those of Ray's job client once a
+  ``was_workers.jobs.Jobs`` is made. ``was_workers.draining`` remembers that it has given its warning.
+- The environment: ``was_workers.cluster.connect`` sets ``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO`` where it is not set.
+- In a worker's own process, the number of torch's threads.
+
+Signals have their handlers inside the blocks of ``was_search.signals`` only.
 """
 
 from __future__ import annotations

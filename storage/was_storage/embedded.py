@@ -18,11 +18,11 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from was_search.errors import StorageError
+from was_search.signals import undisturbed
 from was_storage import postgres_binaries
 from was_storage.file_lock import LockedFile
 from was_storage.socket_folder import HOME_VARIABLE, choose_socket_folder, remove_stale_pid, running_socket
 from was_storage.translation import translated
-from was_storage.undisturbed import undisturbed
 from was_storage.urls import DRIVER, display_url
 
 DATABASE = "was"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from was_search.api.notify import failure_words
-from was_search.termination import Terminated
+from was_search.signals import Terminated
 from was_storage.file_lock import LockedFile
 
 pytestmark = [pytest.mark.postgres, pytest.mark.usefixtures("hang_ups_count")]

@@ -13,8 +13,8 @@ from was_search.control import LAST_SLOT, Ending, EndingKind
 from was_search.errors import WasError
 from was_search.protocol import perplexity
 from was_search.redaction import redacted
+from was_search.signals import Terminated
 from was_search.slots import Slot, SlotState, best_slot
-from was_search.termination import Terminated
 from was_search.webhook import post
 
 

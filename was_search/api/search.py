@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from was_search import logs
@@ -37,6 +32,7 @@ from was_search.progress import StudyProgress
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.settings import Settings
+from was_search.signals import draining
 from was_search.slots import Slot, SlotState, best_slot
 from was_search.weight_format import AS_STORED
 
@@ -110,7 +106,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
     point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
     data = context.tokens("search")
     started = time.perf_counter()
-    with store.coordinate(name) as book, _drain_on_interrupt() as drain:
+    with store.coordinate(name) as book, draining() as drain:
         slots = book.slots()
         ending = over_already(context, book, slots)
         if ending is not None:
@@ -250,24 +246,3 @@ def require_name(context: Context) -> str:
 def model_label(context: Context) -> str:
     """The model's name as it may stand in a study's name and a folder's."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
-
-
-@contextmanager
-def _drain_on_interrupt() -> Iterator[threading.Event]:
-    """An event set by the first ctrl-C (or SIGTERM); the second one interrupts at once."""
-    drain = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield drain
-        return
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if drain.is_set():
-            raise KeyboardInterrupt
-        drain.set()
-
-    before = {sig: signal.signal(sig, handle) for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield drain
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)

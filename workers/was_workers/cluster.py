@@ -7,15 +7,14 @@ import logging
 import os
 import signal
 import socket
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from was_search.errors import ResourceError
 from was_search.redaction import SECRET_VARIABLES
-from was_search.termination import Terminated
+from was_search.signals import Terminated, handler_kept
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it where it starts a job."""
@@ -51,31 +50,11 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
 
     address = resolve_address(ray_option)
     local = address == "local"
-    before = signal.getsignal(signal.SIGTERM)
     if not local and address != "auto":
         _probe(address)
     try:
-        if local:
-            # An inherited address would win over "local" in child processes, which find our packages as this one does.
-            os.environ.pop("RAY_ADDRESS", None)
-            folders = dict.fromkeys(str(Path(module).parent) for module in package_folders())
-            os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-            with _without_secrets():
-                ray.init(
-                    address="local",
-                    num_cpus=max(workers, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                )
-        else:
-            ray.init(
-                address=address,
-                # Inside a Ray job they are there already, and Ray takes a runtime environment but once.
-                runtime_env=None if _IN_A_JOB in os.environ else {"py_modules": package_folders()},
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+        with handler_kept(signal.SIGTERM):  # Ray puts its own in its place: nothing would be drained or closed
+            _start(address, workers)
     except SystemExit as error:  # of Ray's own handler, while it starts
         raise Terminated(signal.SIGTERM) from error
     except AuthenticationError as error:
@@ -90,8 +69,6 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
             f"ray: no cluster could be reached at {address!r} ({reason}); start one with 'ray start --head', "
             "check that RAY_AUTH_MODE and the token are the head's, or use --ray local"
         ) from error
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place: nothing would be drained or closed
     try:
         offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
@@ -99,14 +76,49 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         ray.shutdown()
 
 
+def _start(address: str, workers: int) -> None:
+    import ray
+
+    if address != "local":
+        ray.init(
+            address=address,
+            # Inside a Ray job they are there already, and Ray takes a runtime environment but once.
+            runtime_env=None if _IN_A_JOB in os.environ else {"py_modules": package_folders()},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        return
+    folders = dict.fromkeys(str(Path(module).parent) for module in package_folders())
+    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Ray's processes find our packages as this one does and inherit no password: workers never touch the database. An
+    # inherited address would win over "local" in them.
+    with _environment({"PYTHONPATH": path, "RAY_ADDRESS": None, **dict.fromkeys(SECRET_VARIABLES)}):
+        ray.init(
+            address="local",
+            num_cpus=max(workers, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+
+
 @contextmanager
-def _without_secrets() -> Iterator[None]:
-    """Processes that are started inside the block inherit no password: workers never touch the database."""
-    taken = {name: os.environ.pop(name) for name in SECRET_VARIABLES if name in os.environ}
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Processes that are started inside the block inherit the ``changes``; None takes a variable away."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set_environment(changes)
     try:
         yield
     finally:
-        os.environ.update(taken)
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def package_folders() -> list[str]:
