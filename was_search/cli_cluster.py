@@ -23,7 +23,7 @@ def doctor(
     *,
     services: Annotated[bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")] = True,
 ) -> None:
-    """Tell what this machine has and what to do about what is missing."""
+    """Check what this machine has, and say what to do about what is missing."""
     from was_search import api
 
     checks = call.run(lambda context: api.doctor(context, start_services=services))
@@ -80,7 +80,7 @@ def submit(
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray's dashboard on the head.")
     ] = "http://127.0.0.1:8265",
-    name: Annotated[str, typer.Option(help="The job's; Ray makes one up if it is not given.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the job; Ray makes one up if it is not given.")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Return at once, without the job's output.")] = False,
 ) -> None:
     """Run a command on a Ray cluster as a job: was-search submit -- run --model ... --workers 8.

@@ -57,7 +57,7 @@ def _flag(option: Option) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """What the shared options of a command were."""
+    """What a command was called with, besides its own options."""
 
     config: Path | None
     reporter: Reporter

@@ -31,20 +31,19 @@ def evaluate(
     call: Call,
     *,
     plan: PlanIn = None,
-    split: Annotated[str, typer.Option(help="calibration, search or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to evaluate on: calibration, search or test.")] = "test",
     tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = "",
-    limit: Annotated[int | None, typer.Option(help="First items of each task only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
     weights: Annotated[
         str,
         typer.Option(
-            help="Formats to compare, such as none,int8,int4; without it the plan's, and none beside it. "
-            "Tasks take one."
+            help="Formats to compare, such as none,int8,int4; if not given, the plan's and none. Tasks take one."
         ),
     ] = "",
     gpus: Gpus = 1,
 ) -> None:
-    """Perplexity or tasks of a plan and of the dense model."""
+    """Measure the perplexity, or tasks, of a plan and of the dense model."""
     from was_search import api
     from was_search.protocol import SPLITS
 
@@ -96,7 +95,7 @@ def bench(
         str | None, typer.Option(help="File of 'was-search profile': print what it predicts too.")
     ] = None,
 ) -> None:
-    """Time one decode step, dense beside a plan, and what it reads."""
+    """Time one decode step, dense and with a plan, and show how much it reads."""
     from was_search import api
 
     loaded, base = load_plan(plan)
@@ -114,14 +113,16 @@ def profile(
     rows: Annotated[int, typer.Option(help="Rows that decode together, at most 8.")] = 1,
     kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps timed for each point.")] = 20,
-    rounds: Annotated[int, typer.Option(help="Rounds over all points, of which the medians count.")] = 3,
-    check: Annotated[int, typer.Option(help="Random vectors to time and to compare with their predictions.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Rounds over all points; a point's time is their median.")] = 3,
+    check: Annotated[
+        int, typer.Option(help="Number of random vectors to time and to compare with their predictions.")
+    ] = 0,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Time torch.compile's dense step too; on a GPU it is the default."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write the profile to, for --profile.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure even where the database has it.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure even if the database has a profile.")] = False,
 ) -> None:
     """Measure how a decode step's time depends on sparsity on this device, to predict it for any vector."""
     from was_search import api

@@ -29,7 +29,7 @@ def status(
     *,
     name: Annotated[str, typer.Argument(help="Name of the study; the newest one if not given.", metavar="STUDY")] = "",
     study: Annotated[str, typer.Option(help="The same name, as an option.")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until ctrl-C.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks with --watch.")] = 2.0,
     gpu_price: Annotated[
         float | None, typer.Option(help="Price of a GPU hour, to show what the search has cost.")
@@ -56,13 +56,13 @@ def dashboard(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="Name under which a proxy, or DNS, makes the page known; may be given again."),
+        typer.Option(help="Name under which a proxy, or DNS, makes the page known; may be repeated."),
     ] = None,
     allow_edits: Annotated[
         bool, typer.Option("--allow-edits", help="Let the page change and delete studies; it has no login.")
     ] = False,
 ) -> None:
-    """Serve optuna-dashboard on the studies; the page can only look."""
+    """Serve optuna-dashboard on the studies, read-only unless --allow-edits is given."""
     from was_search import api
 
     names = allow_host or []
@@ -75,7 +75,7 @@ def dashboard(
 
 @commands.command(Group.STORAGE)
 def pause(call: Call, *, study: Study) -> None:
-    """Hand nothing out any more; what is in flight ends, and the coordinator stays."""
+    """Hand out no more trials; those in flight finish, and the coordinator keeps running."""
     _ask(call, study, Wish.PAUSE)
 
 
@@ -87,13 +87,13 @@ def resume(call: Call, *, study: Study) -> None:
 
 @commands.command(Group.STORAGE)
 def drain(call: Call, *, study: Study) -> None:
-    """Let what is in flight end, then end the run, as ctrl-C does; the same command goes on with it."""
+    """Let the trials in flight finish, then end the run, as ctrl-C does; the same command continues it."""
     _ask(call, study, Wish.DRAIN)
 
 
 @commands.command(Group.STORAGE)
 def cancel(call: Call, *, study: Study) -> None:
-    """End the run at once; what is in flight waits for the next run."""
+    """End the run at once; the trials in flight wait for the next run."""
     _ask(call, study, Wish.CANCEL)
 
 
