@@ -21,7 +21,7 @@ PACKAGES = {
 ALLOWED = {
     "was_search": {"was_search"},
     "was_storage": {"was_storage", "was_search"},
-    "was_workers": {"was_workers", "was_storage", "was_search", "was_kernels"},
+    "was_workers": {"was_workers", "was_search", "was_kernels"},
     "was_kernels": {"was_kernels", "was_search"},
 }
 OUTER = ("storage", "workers", "kernels", "deploy", "benchmarks", "scripts", "tests")

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from was_search.errors import StudyError
-from was_search.hand_out import HandOut, Proposal
+from was_search.hand_out import HandOut
 from was_search.slots import Slot, SlotState
 from was_storage import optuna_rows, trials
 from was_storage.proposal import vector_columns
@@ -98,7 +98,7 @@ def begin(
         row = found.get(hand_out.number)
         if row is None:
             raise StudyError(f"the study has no slot {hand_out.number}")
-        vector = None if hand_out.proposal is None else _vector(hand_out.number, hand_out.proposal)
+        vector = None if hand_out.proposal is None else vector_columns(hand_out.number, hand_out.proposal)
         if vector is not None and row.params is not None and not _same(row, vector):
             raise StudyError(f"slot {row.number} has another vector already; it never changes")
         if row.state == SlotState.RUNNING and row.epoch == epoch and row.worker == hand_out.worker:
@@ -113,7 +113,7 @@ def begin(
             assert vector is not None
             values |= vector
         if row.trial_id is None:
-            new.append((values, _new_trial(row, vector)))
+            new.append((values, trials.new_trial(row.number, row._asdict() | values)))
         rows.append(values)
     kinds.check(connection, optuna_study_id, [(values["number"], trial.distributions) for values, trial in new])
     made = optuna_rows.create(connection, optuna_study_id, [trial for _, trial in new])
@@ -150,10 +150,7 @@ def finish(
     ended = []
     for slot, attrs in results:
         if slot.number in booked:
-            state, values, steps = trials.outcome(slot)
-            value = None if values is None else values[0]
-            all_attrs = {**trials.result_attrs(slot), **attrs}
-            ended.append(optuna_rows.EndedTrial(booked[slot.number], state, value, steps, all_attrs))
+            ended.append(trials.ended_trial(booked[slot.number], slot, attrs))
     optuna_rows.end(connection, ended)
     late = [slot.number for slot, _ in results if slot.number not in booked and slot.number in unsure]
     before: dict[int, Row[Any]] = {}
@@ -168,28 +165,6 @@ def _same(row: Row[Any], vector: dict[str, Any]) -> bool:
 
 def _is_finished(row: Row[Any] | None, attempt: int) -> bool:
     return row is not None and SlotState(row.state).finished and bool(row.attempt == attempt)
-
-
-def _vector(number: int, proposal: Proposal) -> dict[str, Any]:
-    return vector_columns(
-        number,
-        proposal.origin,
-        proposal.params,
-        proposal.distributions,
-        proposal.levels,
-        proposal.sparsities,
-        proposal.attrs,
-    )
-
-
-def _new_trial(row: Row[Any], vector: dict[str, Any] | None) -> optuna_rows.NewTrial:
-    """Of a slot's vector, the stored one if there is one."""
-    stored = row._mapping if row.params is not None else vector
-    assert stored is not None
-    attrs = trials.proposal_attrs(row.number, stored["origin"], stored["levels"], stored["attrs"] or {})
-    distributions = trials.distributions_from_json(stored["distributions"])
-    params = {name: distributions[name].to_internal_repr(value) for name, value in stored["params"].items()}
-    return optuna_rows.NewTrial(params, stored["distributions"], attrs)
 
 
 def _result_row(slot: Slot, attrs: dict[str, Any]) -> dict[str, Any]:

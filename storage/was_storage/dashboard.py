@@ -1,51 +1,26 @@
-"""optuna-dashboard on our database: the study's note and plots, and the web server."""
+"""optuna-dashboard's web server on our database."""
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
-from optuna.storages import BaseStorage
 
-from was_search.errors import ResourceError, StudyError
+from was_search.errors import ResourceError
 from was_storage.database import Database
 from was_storage.host_check import answered_names, only_for
-from was_storage.study_page import write_by_api
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from plotly.graph_objects import Figure
-
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8080
 _logger = logging.getLogger(__name__)
-
-
-def annotate(storage: BaseStorage, study: str, *, note: str | None, figures: Mapping[str, Figure]) -> None:
-    """Show ``note`` (Markdown) and ``figures`` on the study's page in the dashboard.
-
-    Idempotent: a figure's name is its id, and saving it again replaces it; what is unchanged is not written.
-
-    Args:
-        storage: Optuna's, as :meth:`was_storage.database.Database.optuna_storage` gives it.
-        study: the study's name.
-        note: replaces the study's note; None leaves it.
-        figures: plotly figures by id: letters, digits, ``-``, ``_`` and ``.``.
-
-    Raises:
-        StudyError: there is no such study, or a figure's id has other characters.
-    """
-    try:
-        study_id = storage.get_study_id_from_name(study)
-    except KeyError as error:
-        raise StudyError(f"study {study!r} has no Optuna study in this database") from error
-    write_by_api(storage, study_id, note, {name: figure.to_json() for name, figure in figures.items()})
 
 
 class DashboardServer(ThreadingMixIn, WSGIServer):

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from was_search.errors import StorageError
 from was_storage.embedded import EmbeddedServer, default_home
 from was_storage.migrate import migrate, setup_lock
+from was_storage.optuna_tables import require_known
 from was_storage.translation import translated
 from was_storage.urls import display_url, normalise_url, parse_url
 
@@ -123,9 +124,16 @@ class Database:
 
         with self.translated(), setup_lock(self.engine):
             try:
-                return RDBStorage(self._url, engine_kwargs=_engine_arguments(self._url, self._read_only))
+                storage = RDBStorage(self._url, engine_kwargs=_engine_arguments(self._url, self._read_only))
             except RuntimeError as error:
                 raise StorageError(f"database {self.display_url}: {error}") from error
+            try:
+                with self.engine.connect() as connection:
+                    require_known(connection)
+            except BaseException:
+                _end(storage)
+                raise
+            return storage
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -144,8 +152,7 @@ class Database:
         with self._lock:
             optuna, self._optuna = self._optuna, None
         if optuna is not None:
-            optuna.remove_session()
-            optuna.engine.dispose()
+            _end(optuna)
         self.engine.dispose()
         if self._server is not None:
             self._server.close()
@@ -158,6 +165,11 @@ class Database:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _end(storage: RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def _engine_arguments(url: str, read_only: bool = False) -> dict[str, Any]:

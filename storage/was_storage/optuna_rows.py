@@ -2,8 +2,8 @@
 
 Through Optuna's API a trial of 32 parameters takes some 75 statements and a commit of its own beside ours. Here it
 takes none of its own: slot and trial are committed together, so that a crash can leave neither without the other.
-What is written is what the API writes; ``tests/storage/test_optuna_rows.py`` reads both with Optuna's own reader.
-The tables must be of the revision that was checked (:func:`known`); else the API is used.
+What is written is what the API writes; ``tests/storage/test_batches.py`` reads both with Optuna's own reader. The
+tables must be of the revision that :mod:`was_storage.optuna_tables` knows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from sqlalchemy import Connection, text
 
 from was_search.errors import StudyError
 
-REVISION = "v3.2.0.a"
-"""Of Optuna's schema, by its own Alembic table; the newest of Optuna 5.0."""
-
-_REVISION = text("SELECT version_num FROM alembic_version")
 # Optuna locks the same row while it numbers a trial.
 _LOCK = text("SELECT study_id FROM studies WHERE study_id = :study_id FOR NO KEY UPDATE")
 _COUNT = text("SELECT count(*) FROM trials WHERE study_id = :study_id")
@@ -94,11 +90,6 @@ class EndedTrial:
     value: float | None
     steps: Mapping[int, float]
     attrs: Mapping[str, Any]
-
-
-def known(connection: Connection) -> bool:
-    """Whether Optuna's tables are of the revision that this module writes."""
-    return list(connection.execute(_REVISION).scalars()) == [REVISION]
 
 
 def kinds(connection: Connection, study_id: int, names: Sequence[str]) -> dict[str, str]:

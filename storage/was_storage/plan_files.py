@@ -16,16 +16,14 @@ from typing import BinaryIO
 
 from optuna.artifacts import ArtifactMeta
 from optuna.artifacts.exceptions import ArtifactNotFound
-from sqlalchemy import Connection, delete
 
 from was_search.errors import StudyError
 from was_search.plan import JSON_NAME, TENSORS_NAME
 from was_search.study_names import folder_name
 from was_storage.cache import Artifact, ArtifactCache
 from was_storage.database import Database
-from was_storage.schema import artifact
+from was_storage.studies import PLAN_KIND
 
-KIND = "plan"
 _ATTRIBUTE = "artifacts:"
 """Before an artifact's id, where Optuna keeps what it knows of it; compared with Optuna's own reader in the tests."""
 
@@ -40,18 +38,18 @@ class PlanFiles:
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """The bytes; raises Optuna's ArtifactNotFound where there are none."""
-        found = self._cache.get(KIND, artifact_id, _whole)
+        found = self._cache.get(PLAN_KIND, artifact_id, _whole)
         if found is None:
             raise ArtifactNotFound(f"no artifact {artifact_id}")
         return io.BytesIO(found.payload)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Store the bytes under ``artifact_id``."""
-        self._cache.put(KIND, artifact_id, content_body.read())
+        self._cache.put(PLAN_KIND, artifact_id, content_body.read())
 
     def remove(self, artifact_id: str) -> None:
         """Remove them; raises Optuna's ArtifactNotFound where there are none."""
-        if not self._cache.delete(KIND, artifact_id):
+        if not self._cache.delete(PLAN_KIND, artifact_id):
             raise ArtifactNotFound(f"no artifact {artifact_id}")
 
 
@@ -73,7 +71,7 @@ def attach_plan(database: Database, study: str, folder: Path) -> str:
     name = f"{folder_name(study)}-plan.zip"
     # Always the same id: what Optuna knows of an artifact can be replaced, but not removed.
     artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"was-search/{study}"))
-    ArtifactCache(database).replace(KIND, artifact_id, archive(folder), {"study": study})
+    ArtifactCache(database).replace(PLAN_KIND, artifact_id, archive(folder), {"study": study})
     known = json.dumps(asdict(ArtifactMeta(artifact_id, name, "application/zip", None)))
     if storage.get_study_system_attrs(study_id).get(_ATTRIBUTE + artifact_id) != known:
         storage.set_study_system_attr(study_id, _ATTRIBUTE + artifact_id, known)
@@ -90,11 +88,6 @@ def archive(folder: Path) -> bytes:
             entry.external_attr = 0o644 << 16
             packed.writestr(entry, (folder / name).read_bytes())
     return buffer.getvalue()
-
-
-def drop_plans(connection: Connection, study: str) -> None:
-    """Remove the study's plans, in the caller's transaction."""
-    connection.execute(delete(artifact).where(artifact.c.kind == KIND, artifact.c.meta["study"].astext == study))
 
 
 def _whole(found: Artifact) -> Artifact:

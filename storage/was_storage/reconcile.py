@@ -1,54 +1,43 @@
-"""Repairs what a crash left between our slots, which are the truth, and Optuna's trials.
-
-Two steps, each committed: first every slot with a vector gets its one trial, then the finished ones are
-told. A trial is so never told before it is linked, and an unlinked one is always among the unfinished,
-which are few to read.
-"""
+"""Repairs differences between our slots, which are the truth, and Optuna's trials: one may be changed by others."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from sqlalchemy import Connection
 
 from was_storage import optuna_rows, slot_rows, trials
 
 
-def link_trials(connection: Connection, storage: BaseStorage, study_id: int, optuna_study_id: int) -> int:
-    """Link every slot that has a vector to a trial, made where there is none; returns the number of repairs.
+def repair(connection: Connection, study_id: int, optuna_study_id: int) -> int:
+    """Give every slot that has a vector its one trial, and tell the finished ones; returns the number of repairs.
 
-    Trials that carry a slot's number but cannot be linked are told FAIL. Trials without one were put there
-    by hand and are left alone.
+    Trials that carry a slot's number but are not that slot's are told FAIL. Trials without one were put there by
+    hand and are left alone.
     """
-    repairs = 0
+    surplus = _fail_surplus(connection, study_id, optuna_study_id)
+    made = _make_missing(connection, study_id, optuna_study_id)
+    return surplus + made + _tell_finished(connection, study_id, optuna_study_id)
+
+
+def _fail_surplus(connection: Connection, study_id: int, optuna_study_id: int) -> int:
     linked = slot_rows.trial_ids(connection, study_id)
-    for trial_id, number in _unfinished(connection, storage, optuna_study_id):
-        if not isinstance(number, int) or linked.get(number) == trial_id:
-            continue
-        if number in linked and linked[number] is None:
-            slot_rows.write(connection, study_id, number, trial_id=trial_id)
-            linked[number] = trial_id
-        else:
-            trials.fail_surplus(storage, trial_id, f"surplus trial of slot {number}")
-        repairs += 1
-    missing = [number for number, trial_id in linked.items() if trial_id is None]
-    for number in missing:
-        made = trials.create(storage, optuna_study_id, slot_rows.read(connection, study_id, number))
-        slot_rows.write(connection, study_id, number, trial_id=made)
-    return repairs + len(missing)
+    surplus = [
+        optuna_rows.EndedTrial(trial_id, TrialState.FAIL, None, {}, {"error": f"surplus trial of slot {number}"})
+        for trial_id, number in optuna_rows.unfinished(connection, optuna_study_id, trials.SLOT_ATTR)
+        if isinstance(number, int) and linked.get(number) != trial_id
+    ]
+    return optuna_rows.end(connection, surplus)
 
 
-def tell_finished(connection: Connection, storage: BaseStorage, study_id: int, optuna_study_id: int) -> int:
-    """Tell Optuna of the finished slots that it does not know of; returns how many. All must be linked."""
-    unfinished = [trial_id for trial_id, _ in _unfinished(connection, storage, optuna_study_id)]
+def _make_missing(connection: Connection, study_id: int, optuna_study_id: int) -> int:
+    rows = slot_rows.read_without_trial(connection, study_id)
+    made = optuna_rows.create(connection, optuna_study_id, [trials.new_trial(r.number, r._asdict()) for r in rows])
+    slot_rows.link_trials(connection, study_id, {row.number: i for row, i in zip(rows, made, strict=True)})
+    return len(made)
+
+
+def _tell_finished(connection: Connection, study_id: int, optuna_study_id: int) -> int:
+    unfinished = [trial_id for trial_id, _ in optuna_rows.unfinished(connection, optuna_study_id, trials.SLOT_ATTR)]
     untold = slot_rows.read_finished(connection, study_id, unfinished)
-    return sum(trials.tell(storage, trials.slot_from_row(row), row.attrs or {}) for row in untold)
-
-
-def _unfinished(connection: Connection, storage: BaseStorage, optuna_study_id: int) -> list[tuple[int, Any]]:
-    """(trial id, its slot's number if it has one) of the trials not told yet, oldest first."""
-    if optuna_rows.known(connection):
-        return optuna_rows.unfinished(connection, optuna_study_id, trials.SLOT_ATTR)
-    found = trials.unfinished(storage, optuna_study_id)
-    return [(trial._trial_id, trial.user_attrs.get(trials.SLOT_ATTR)) for trial in found]
+    ended = [trials.ended_trial(row.trial_id, trials.slot_from_row(row), row.attrs or {}) for row in untold]
+    return optuna_rows.end(connection, ended)

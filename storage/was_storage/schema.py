@@ -24,7 +24,7 @@ from was_search.control import Wish
 from was_search.slots import SlotState
 
 SCHEMA = "was"
-HEAD = "0004"
+HEAD = "0001"
 """The newest revision in ``migrations/versions``."""
 
 STATES = tuple(str(state) for state in SlotState)

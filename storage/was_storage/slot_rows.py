@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,9 +13,10 @@ from was_search.slots import Slot, SlotState
 from was_storage.schema import slot
 from was_storage.trials import slot_from_row
 
-VECTOR = ("params", "distributions", "attrs", "levels", "sparsities")
-"""The columns that a proposal fills."""
-
+_LINK = text(
+    "UPDATE was.slot AS s SET trial_id = r.id FROM unnest(CAST(:numbers AS integer[]), CAST(:ids AS integer[])) "
+    "AS r(number, id) WHERE s.study_id = :study_id AND s.number = r.number"
+)
 _ARRAYS = ("levels", "sparsities", "losses")
 
 
@@ -46,14 +47,6 @@ def drop_slots(connection: Connection, study_id: int, n_slots: int) -> int:
     return int(connection.execute(select(func.count()).where(slot.c.study_id == study_id)).scalar_one())
 
 
-def read_all(connection: Connection, study_id: int, *, proposed: bool = False) -> Sequence[Row[Any]]:
-    """The study's rows by number; with ``proposed`` only those that have a vector."""
-    query = select(slot).where(slot.c.study_id == study_id).order_by(slot.c.number)
-    if proposed:
-        query = query.where(slot.c.params.is_not(None))
-    return connection.execute(query).all()
-
-
 def read_slots(
     connection: Connection, study_id: int, *, finished: bool = False, finished_since: datetime | None = None
 ) -> list[Slot]:
@@ -81,6 +74,18 @@ def read(connection: Connection, study_id: int, number: int) -> Row[Any]:
     if row is None:
         raise StudyError(f"the study has no slot {number}")
     return row
+
+
+def read_without_trial(connection: Connection, study_id: int) -> Sequence[Row[Any]]:
+    """The rows that have a vector and no trial, by number."""
+    missing = (slot.c.study_id == study_id) & slot.c.params.is_not(None) & slot.c.trial_id.is_(None)
+    return connection.execute(select(slot).where(missing).order_by(slot.c.number)).all()
+
+
+def link_trials(connection: Connection, study_id: int, trial_ids: Mapping[int, int]) -> None:
+    """Note each slot's trial; ``trial_ids`` are by slot's number."""
+    given = {"study_id": study_id, "numbers": list(trial_ids), "ids": list(trial_ids.values())}
+    connection.execute(_LINK, given)
 
 
 def trial_ids(connection: Connection, study_id: int) -> dict[int, int | None]:

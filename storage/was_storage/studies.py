@@ -15,14 +15,18 @@ from was_search.close_names import did_you_mean
 from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
 from was_search.study_names import check_name
-from was_storage import control_rows, optuna_study, plan_files
+from was_storage import control_rows, optuna_study
 from was_storage.coordinator_lock import COORDINATOR_LOCK
 from was_storage.database import Database
 from was_storage.plain import plain
+from was_storage.schema import artifact
 from was_storage.schema import slot as slot_table
 from was_storage.schema import study as study_table
 from was_storage.session import CoordinatorSession
 from was_storage.slot_rows import add_slots, read_slots
+
+PLAN_KIND = "plan"
+"""Kind of the artifacts that are a study's exported plans; their meta names the study."""
 
 _VERSIONED = ("was-search", "optuna", "torch", "transformers", "triton")
 _COUNTS = (
@@ -201,7 +205,8 @@ class StudyStore:
                 raise StudyError(f"study {name!r} is being run by a coordinator; stop it before deleting the study")
             query = select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
             optuna_study.drop(storage, connection.execute(query).scalar())
-            plan_files.drop_plans(connection, name)
+            plans = (artifact.c.kind == PLAN_KIND) & (artifact.c.meta["study"].astext == name)
+            connection.execute(delete(artifact).where(plans))
             connection.execute(delete(study_table).where(study_table.c.id == record.id))
 
     def coordinate(self, name: str) -> CoordinatorSession:

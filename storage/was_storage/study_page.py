@@ -1,46 +1,21 @@
-"""A study's page in optuna-dashboard: its note, and plots as plotly's JSON, in the attributes of the Optuna study.
-
-optuna-dashboard's own functions take a commit for every 2,045 characters, hundreds for one page, and importing it takes
-more than a second. Here a page is three statements of the caller's transaction where Optuna's tables are of the
-revision that :mod:`was_storage.optuna_rows` knows; elsewhere Optuna's API is used. What is unchanged is not written.
-What is written is what they write; ``tests/storage/test_study_page.py`` reads it with them.
-"""
+"""Shows a note and plots on a study's page in optuna-dashboard, from outside of its coordinator."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from optuna.storages import BaseStorage
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, select
 
 from was_search.errors import StudyError
-from was_storage import optuna_rows
+from was_storage import page_rows
 from was_storage.coordinator_lock import held
 from was_storage.database import Database
+from was_storage.optuna_tables import require_known
 from was_storage.schema import study
 
-_LONGEST = 2045
-"""Characters of one attribute, as optuna-dashboard cuts them."""
-
-_NOTE, _NOTE_VERSION, _PLOT = "dashboard:note_str:", "dashboard:note_ver", "dashboard:plot_data:"
-_FIGURE_ID = re.compile(r"[A-Za-z0-9_.-]+")
-"""optuna-dashboard permits colons too, and then takes one figure's pieces for another's."""
-
-_STORED = text(
-    "SELECT a.key, md5(a.value_json) AS digest FROM study_system_attributes a WHERE a.study_id = :study_id "
-    "AND EXISTS (SELECT 1 FROM unnest(CAST(:prefixes AS text[])) AS p(prefix) WHERE starts_with(a.key, p.prefix))"
-)
-_VERSION = text("SELECT value_json FROM study_system_attributes WHERE study_id = :study_id AND key = :key")
-_WRITE = text(
-    "INSERT INTO study_system_attributes (study_id, key, value_json) "
-    "SELECT :study_id, k, v FROM unnest(CAST(:keys AS text[]), CAST(:values AS text[])) AS r(k, v) "
-    "ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json"
-)
-_REMOVE = text("DELETE FROM study_system_attributes WHERE study_id = :study_id AND key = ANY(:keys)")
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 def show_idle(database: Database, name: str, note: str, figures: Mapping[str, str]) -> bool:
@@ -50,97 +25,44 @@ def show_idle(database: Database, name: str, note: str, figures: Mapping[str, st
 
     Raises:
         StudyError: there is no such study, or a figure's id is none.
+        StorageError: Optuna's tables are of another version.
         TransientError: the connection was lost.
     """
     with database.begin() as connection:
-        # Shared: nobody can take the study over meanwhile.
-        query = select(study.c.id, study.c.optuna_study_id).where(study.c.name == name).with_for_update(read=True)
-        row = connection.execute(query).one_or_none()
-        if row is None or row.optuna_study_id is None:
-            raise StudyError(f"study {name!r} has no Optuna study in this database")
-        if held(connection, row.id):
+        study_id, optuna_study_id = _ids(connection, name)
+        if held(connection, study_id):
             return False
-        show(connection, database, row.optuna_study_id, note, figures)
+        page_rows.write(connection, optuna_study_id, note, figures)
         return True
 
 
-def show(
-    connection: Connection, database: Database, optuna_study_id: int, note: str | None, figures: Mapping[str, str]
-) -> None:
-    """Show ``note`` (Markdown; None leaves it) and ``figures`` (plotly's JSON by id) on the study's page.
+def annotate(database: Database, name: str, *, note: str | None, figures: Mapping[str, Figure]) -> None:
+    """Show ``note`` (Markdown) and ``figures`` on the study's page, whether a coordinator runs it or not.
 
-    Figures that are not named stay.
+    Idempotent: a figure's name is its id, and saving it again replaces it; what is unchanged is not written.
+
+    Args:
+        database: that of the study.
+        name: the study's name.
+        note: replaces the study's note; None leaves it.
+        figures: plotly figures by id: letters, digits, ``-``, ``_`` and ``.``.
 
     Raises:
-        StudyError: a figure's id has other characters than letters, digits, ``-``, ``_`` and ``.``.
+        StudyError: there is no such study, or a figure's id has other characters.
+        StorageError: Optuna's tables are of another version.
+        TransientError: the connection was lost.
     """
-    if optuna_rows.known(connection):
-        write(connection, optuna_study_id, note, figures)
-    else:
-        write_by_api(database.optuna_storage(), optuna_study_id, note, figures)
+    with database.begin() as connection:
+        _, optuna_study_id = _ids(connection, name)
+        shown = {figure_id: figure.to_json() for figure_id, figure in figures.items()}
+        page_rows.write(connection, optuna_study_id, note, shown)
 
 
-def write(connection: Connection, optuna_study_id: int, note: str | None, figures: Mapping[str, str]) -> int:
-    """:func:`show` in the caller's transaction; returns how many attributes were written or removed."""
-    texts = _texts(note, figures)
-    wanted = {key: json.dumps(words) for key, words in _pieces(texts).items()}
-    rows = connection.execute(_STORED, {"study_id": optuna_study_id, "prefixes": list(texts)})
-    stored = {row.key: row.digest for row in rows}
-    changed = {key: value for key, value in wanted.items() if stored.get(key) != _md5(value)}
-    removed = [key for key in stored if key not in wanted]
-    if _has_note((*changed, *removed)):
-        version = connection.execute(_VERSION, {"study_id": optuna_study_id, "key": _NOTE_VERSION}).scalar()
-        changed[_NOTE_VERSION] = json.dumps(_next_version(None if version is None else json.loads(version)))
-    if changed:
-        values: dict[str, Any] = {"keys": list(changed), "values": list(changed.values())}
-        connection.execute(_WRITE, {"study_id": optuna_study_id, **values})
-    if removed:
-        connection.execute(_REMOVE, {"study_id": optuna_study_id, "keys": removed})
-    return len(changed) + len(removed)
-
-
-def write_by_api(storage: BaseStorage, optuna_study_id: int, note: str | None, figures: Mapping[str, str]) -> None:
-    """:func:`show` through Optuna's API, with a commit for every attribute."""
-    texts = _texts(note, figures)
-    wanted = _pieces(texts)
-    attributes = storage.get_study_system_attrs(optuna_study_id)
-    stored = {key: value for key, value in attributes.items() if key.startswith(tuple(texts))}
-    changed = {key: value for key, value in wanted.items() if stored.get(key) != value}
-    # The API cannot remove; optuna-dashboard takes empty pieces at the end for nothing.
-    changed |= {key: "" for key, value in stored.items() if key not in wanted and value != ""}
-    for key, value in changed.items():
-        storage.set_study_system_attr(optuna_study_id, key, value)
-    if _has_note(changed):
-        version = _next_version(attributes.get(_NOTE_VERSION))
-        storage.set_study_system_attr(optuna_study_id, _NOTE_VERSION, version)
-
-
-def _texts(note: str | None, figures: Mapping[str, str]) -> dict[str, str]:
-    """What is to be stored, by the prefix of its attributes' keys."""
-    texts = {} if note is None else {_NOTE: note}
-    for name, figure in figures.items():
-        if not _FIGURE_ID.fullmatch(name):
-            raise StudyError(f"figure {name!r}: an id has letters, digits, '-', '_' and '.' only")
-        texts[f"{_PLOT}{name}:"] = figure
-    return texts
-
-
-def _pieces(texts: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{prefix}{i}": words[i * _LONGEST : (i + 1) * _LONGEST]
-        for prefix, words in texts.items()
-        for i in range(-(-len(words) // _LONGEST))
-    }
-
-
-def _has_note(keys: Iterable[str]) -> bool:
-    return any(key.startswith(_NOTE) for key in keys)
-
-
-def _next_version(version: Any) -> int:
-    """The page compares versions before it saves an edit of the note."""
-    return 1 + int(version or 0)
-
-
-def _md5(value: str) -> str:
-    return hashlib.md5(value.encode(), usedforsecurity=False).hexdigest()
+def _ids(connection: Connection, name: str) -> tuple[int, int]:
+    """The ids of a study and its Optuna study; nobody can take it over or delete it in this transaction."""
+    query = select(study.c.id, study.c.optuna_study_id).where(study.c.name == name).with_for_update(read=True)
+    row = connection.execute(query).one_or_none()
+    if row is None or row.optuna_study_id is None:
+        raise StudyError(f"study {name!r} has no Optuna study in this database")
+    require_known(connection)
+    return row.id, row.optuna_study_id

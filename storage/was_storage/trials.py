@@ -1,28 +1,25 @@
-"""A slot as an Optuna trial: created RUNNING, told once, found again by the slot's number it carries."""
+"""A slot as an Optuna trial: made RUNNING, told once; it carries the slot's number."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState
 from sqlalchemy import Row
 
-from was_search.errors import StudyError
 from was_search.shape import N_PROJECTIONS
 from was_search.slots import Slot, SlotState
+from was_storage.optuna_rows import EndedTrial, NewTrial
 from was_storage.plain import plain
 
 SLOT_ATTR = "slot"
-"""User attribute holding the slot's number: the link that survives a crash between creating and linking."""
+"""User attribute holding the slot's number."""
 
 _TOLD_AS = {
     SlotState.COMPLETE: TrialState.COMPLETE,
@@ -65,49 +62,25 @@ def distributions_from_json(value: Mapping[str, str] | None) -> dict[str, BaseDi
     return {name: _distribution(text) for name, text in (value or {}).items()}
 
 
-def running_template(slot: Slot, distributions: Distributions, attrs: Mapping[str, Any]) -> FrozenTrial:
-    """The RUNNING trial to be created for a slot that has a vector.
-
-    Raises:
-        StudyError: parameters and distributions do not fit; the message says which.
-    """
-    assert slot.params is not None and slot.levels is not None
-    user_attrs = proposal_attrs(slot.number, slot.origin, slot.levels, plain(dict(attrs)))
-    try:
-        return create_trial(
-            state=TrialState.RUNNING,
-            params=dict(slot.params),
-            distributions=dict(distributions),
-            user_attrs=user_attrs,
-        )
-    except ValueError as error:
-        raise StudyError(f"slot {slot.number}: {error}") from error
-
-
 def proposal_attrs(number: int, origin: str, levels: Iterable[float], attrs: Mapping[str, Any]) -> dict[str, Any]:
     """The user attributes of a slot that has a vector, in JSON's types as ``attrs`` is."""
     rounded = [round(float(level), _LEVEL_DECIMALS) for level in levels]
     return {"origin": origin, "levels": rounded, **attrs, SLOT_ATTR: number}
 
 
-def finished_trial(slot: Slot, distributions: Distributions) -> FrozenTrial:
-    """The finished trial of a finished slot, for an in-memory study; its number is the slot's."""
-    state, values, intermediate = outcome(slot)
-    started = slot.started_at or slot.finished_at or datetime.now()
-    return FrozenTrial(
-        number=slot.number,
-        state=state,
-        value=None,
-        values=values,
-        datetime_start=_naive(started),
-        datetime_complete=_naive(slot.finished_at or started),
-        params=dict(slot.params or {}),
-        distributions=dict(distributions),
-        user_attrs={SLOT_ATTR: slot.number, "origin": slot.origin},
-        system_attrs={},
-        intermediate_values=intermediate,
-        trial_id=slot.number,
-    )
+def new_trial(number: int, columns: Mapping[str, Any]) -> NewTrial:
+    """The RUNNING trial of a slot with a vector: ``columns`` of the slot table by name."""
+    attrs = proposal_attrs(number, columns["origin"], columns["levels"], columns["attrs"] or {})
+    distributions = distributions_from_json(columns["distributions"])
+    params = {name: distributions[name].to_internal_repr(value) for name, value in columns["params"].items()}
+    return NewTrial(params, columns["distributions"], attrs)
+
+
+def ended_trial(trial_id: int, slot: Slot, attrs: Mapping[str, Any]) -> EndedTrial:
+    """What Optuna is told of a finished slot; ``attrs`` are further ones of the trial, in JSON's types."""
+    state, values, steps = outcome(slot)
+    value = None if values is None else values[0]
+    return EndedTrial(trial_id, state, value, steps, {**result_attrs(slot), **attrs})
 
 
 def outcome(slot: Slot) -> tuple[TrialState, list[float] | None, dict[int, float]]:
@@ -123,52 +96,6 @@ def outcome(slot: Slot) -> tuple[TrialState, list[float] | None, dict[int, float
     if slot.state is SlotState.STOPPED and slot.loss_nats is not None and slot.losses is not None:
         return state, None, {len(slot.losses): slot.loss_nats}
     return state, None, {}
-
-
-def create(storage: BaseStorage, optuna_study_id: int, row: Row[Any]) -> int:
-    """Create the RUNNING trial of a row that has a vector; returns its id, to be linked.
-
-    Raises:
-        StudyError: Optuna refuses its parameters (the study has others of the same name).
-    """
-    template = running_template(slot_from_row(row), distributions_from_json(row.distributions), row.attrs or {})
-    try:
-        return storage.create_new_trial(optuna_study_id, template_trial=template)
-    except ValueError as error:
-        raise StudyError(f"slot {row.number}: {error}") from error
-
-
-def unfinished(storage: BaseStorage, optuna_study_id: int) -> list[FrozenTrial]:
-    """Trials that were not told yet, oldest first."""
-    states = (TrialState.RUNNING, TrialState.WAITING)
-    found = storage.get_all_trials(optuna_study_id, deepcopy=False, states=states)
-    return sorted(found, key=lambda trial: trial._trial_id)
-
-
-def tell(storage: BaseStorage, slot: Slot, attrs: Mapping[str, Any]) -> bool:
-    """Tell Optuna a finished slot's result, attributes first; False where it was told before.
-
-    Idempotent: a crash in between is mended by calling it again.
-    """
-    assert slot.trial_id is not None
-    state, values, intermediate = outcome(slot)
-    try:
-        for step, value in intermediate.items():
-            storage.set_trial_intermediate_value(slot.trial_id, step, value)
-        for key, item in {**result_attrs(slot), **plain(dict(attrs))}.items():
-            storage.set_trial_user_attr(slot.trial_id, key, item)
-        return storage.set_trial_state_values(slot.trial_id, state, values)
-    except UpdateFinishedTrialError:
-        return False
-
-
-def fail_surplus(storage: BaseStorage, trial_id: int, reason: str) -> None:
-    """Tell Optuna that a trial without a slot of its own has failed."""
-    try:
-        storage.set_trial_user_attr(trial_id, "error", reason)
-        storage.set_trial_state_values(trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return
 
 
 def result_attrs(slot: Slot) -> dict[str, Any]:
@@ -237,7 +164,3 @@ def _distribution(text: str) -> BaseDistribution:
 @lru_cache(maxsize=4096)
 def _distribution_json(distribution: BaseDistribution) -> str:
     return str(distribution_to_json(distribution))
-
-
-def _naive(moment: datetime) -> datetime:
-    return moment.astimezone().replace(tzinfo=None)

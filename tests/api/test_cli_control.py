@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.storage.small_study import new_study, vector
+from tests.storage.small_study import finish, hand_out, new_study, propose
 from was_search import cli
 from was_search.api.notify import Announcement, announced, payload
 from was_search.control import Ending, EndingKind, Wish
@@ -29,8 +29,7 @@ def name(database: Database) -> str:
     """A study of six slots, one of them complete."""
     name = new_study(database, 6, f"cli-{uuid.uuid4().hex[:6]}").name
     with StudyStore(database).coordinate(name) as session:
-        session.propose(0, **vector(0))
-        session.finish(0, session.start(0, "w", 60), SlotState.COMPLETE, losses=[2.0, 2.2], nll_nats=2.1)
+        finish(session, 0, hand_out(session, 0), SlotState.COMPLETE, losses=[2.0, 2.2], nll_nats=2.1)
     return name
 
 
@@ -105,7 +104,7 @@ def test_numbers_that_cannot_be_set(typed, database: Database, name: str, words,
 
 def test_fewer_trials_than_have_finished(typed, database: Database, name: str) -> None:
     with StudyStore(database).coordinate(name) as session:
-        session.propose(1, **vector(1))
+        propose(session, 1)
     code, _, err = typed("set", name, "--trials", "1")
     assert code == 1
     assert "trials: must be at least 2 by now, got 1: so many slots have a vector already (1 have finished)" in err

@@ -24,10 +24,10 @@ from was_search.errors import ModelError, StudyError
 from was_search.page import StudyPage
 from was_search.slots import SlotState
 from was_storage.control import ControlDesk
-from was_storage.dashboard import annotate
 from was_storage.database import Database
 from was_storage.session import CoordinatorSession
 from was_storage.studies import StudyRecord, StudyStore
+from was_storage.study_page import annotate
 from was_workers.search import SearchLoop, SearchOptions
 
 pytestmark = pytest.mark.postgres
@@ -152,7 +152,7 @@ def test_a_coordinator_that_was_replaced_leaves_the_page_alone(monkeypatch, data
             until(lambda: shown()[1] >= 3)
             with database.begin() as connection:  # a successor, from whom the lock was lost
                 connection.exec_driver_sql("UPDATE was.study SET epoch = epoch + 1 WHERE id = %s", (record.id,))
-            annotate(database.optuna_storage(), record.name, note="the successor's", figures={})
+            annotate(database, record.name, note="the successor's", figures={})
 
     with (
         StudyStore(database).coordinate(record.name) as book,

@@ -12,7 +12,6 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState, create_trial
 
-from was_search import tpe
 from was_search.tpe import make_tpe
 
 SPACE = {f"level_{i}": FloatDistribution(0.5 - 0.01 * i, 0.6) for i in range(7)}
@@ -59,9 +58,3 @@ def test_suggestions_are_the_stock_samplers(finished: int, in_flight: int) -> No
     kept = suggestions(make_tpe(5), finished=finished, in_flight=in_flight, asked=60)
     assert kept == suggestions(stock(5), finished=finished, in_flight=in_flight, asked=60)
     assert len({tuple(params.values()) for params in kept}) == 60
-
-
-def test_an_unknown_optuna_gets_the_stock_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(make_tpe(0)) is not TPESampler
-    monkeypatch.setattr(tpe.optuna, "__version__", "5.9.0")
-    assert type(make_tpe(0)) is TPESampler

@@ -23,13 +23,14 @@ from sqlalchemy import text
 
 from tests.security.conftest import Logins
 from tests.security.tcp_server import password_of
-from tests.storage.small_study import new_study, vector
+from tests.storage.small_study import finish, hand_out, new_study, propose
 from tests.storage.test_plan_files import plan_in
 from was_search.slots import SlotState
-from was_storage.dashboard import annotate, open_dashboard
+from was_storage.dashboard import open_dashboard
 from was_storage.database import Database
 from was_storage.plan_files import archive, attach_plan
 from was_storage.studies import StudyRecord, StudyStore
+from was_storage.study_page import annotate
 
 pytestmark = pytest.mark.postgres
 
@@ -42,11 +43,11 @@ def record(coordinator: Database, tmp_path_factory: pytest.TempPathFactory) -> S
     record = new_study(coordinator, 4, "attacked")
     with StudyStore(coordinator).coordinate(record.name) as session:
         for number in range(3):
-            session.propose(number, **vector(number))
-        attempt = session.start(0, "worker", 60)
-        session.finish(0, attempt, SlotState.COMPLETE, losses=np.array([2.0]), worker="worker")
-        session.start(1, "worker", 60)
-    annotate(coordinator.optuna_storage(), record.name, note="the note", figures={})
+            propose(session, number)
+        attempt = hand_out(session, 0, "worker")
+        finish(session, 0, attempt, SlotState.COMPLETE, losses=np.array([2.0]), worker="worker")
+        hand_out(session, 1, "worker")
+    annotate(coordinator, record.name, note="the note", figures={})
     attach_plan(coordinator, record.name, plan_in(tmp_path_factory.mktemp("plans") / "plan"))
     return StudyStore(coordinator).get(record.name)
 

@@ -18,7 +18,7 @@ from tests.security.conftest import Logins
 from tests.security.tcp_server import OWNER, GuardedServer, password_of, programs_with_tls
 from tests.servers.postgres import Tls
 from tests.servers.ray_head import START_SECONDS, jobs_at
-from tests.storage.small_study import new_study, vector
+from tests.storage.small_study import finish, hand_out, new_study
 from tests.workers.test_jobs import head  # noqa: F401 - a fixture
 from was_search.api import Context
 from was_search.api.doctor import _postgres
@@ -106,9 +106,8 @@ def test_the_right_authority_is_believed_by_coordinator_dashboard_and_optuna(pla
         assert str(encryption(database)).startswith("TLSv1.")
         record = new_study(database, 1)
         with StudyStore(database).coordinate(record.name) as session:
-            session.propose(0, **vector(0))
-            attempt = session.start(0, "worker", 60)
-            session.finish(0, attempt, SlotState.FAILED, error="x", worker="worker")
+            attempt = hand_out(session, 0, "worker")
+            finish(session, 0, attempt, SlotState.FAILED, error="x", worker="worker")
             held = "SELECT count(*) FROM pg_stat_activity a JOIN pg_stat_ssl s USING (pid) WHERE a.usename = :me AND {}"
             with database.begin() as connection:
                 plain = connection.execute(text(held.format("NOT s.ssl")), {"me": OWNER}).scalar()

@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 from sqlalchemy import text
 
+from was_search.hand_out import HandOut, Proposal, Result
 from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
 from was_storage.cache import Artifact
@@ -54,6 +55,23 @@ def vector(number: int) -> dict[str, Any]:
         "levels": levels,
         "sparsities": np.repeat(levels[:, None], 7, axis=1),
     }
+
+
+def hand_out(session: CoordinatorSession, number: int, worker: str = "w", **changes: Any) -> int:
+    """Give a slot its vector, with ``changes``, and hand it to ``worker``; returns the attempt."""
+    proposal = Proposal(**{**vector(number), **changes})
+    return session.begin([HandOut(number, worker, proposal)], 60)[0]
+
+
+def propose(session: CoordinatorSession, number: int, **changes: Any) -> None:
+    """Leave a slot waiting with a vector, as one whose worker was lost."""
+    hand_out(session, number, **changes)
+    assert session.requeue(number, "")
+
+
+def finish(session: CoordinatorSession, number: int, attempt: int, state: SlotState, **result: Any) -> bool:
+    """Whether it became the slot's result."""
+    return session.finish_all([Result(number, attempt, state, **result)])[0]
 
 
 def assert_one_to_one(database: Database, session: CoordinatorSession, surplus: int = 0) -> None:

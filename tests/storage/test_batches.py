@@ -1,4 +1,4 @@
-"""Slots handed out and finished several at a time: what the one-by-one calls leave, with and without crashes."""
+"""Slots handed out and finished several at a time: what Optuna's API would leave, with and without crashes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import numpy as np
 import psycopg2
 import pytest
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from tests.storage.small_study import assert_one_to_one, new_study, vector
+from tests.storage.small_study import DISTRIBUTIONS, TOLD, assert_one_to_one, new_study, propose, vector
 from tests.storage.test_reconcile import Crash, Victim
 from was_search.errors import StudyError, TransientError
 from was_search.hand_out import HandOut, Proposal, Result
 from was_search.slots import Slot, SlotState
-from was_storage import optuna_rows
 from was_storage.database import Database
 from was_storage.session import CoordinatorSession
 from was_storage.studies import StudyStore
@@ -54,54 +55,86 @@ def session(database: Database) -> Iterator[CoordinatorSession]:
         yield opened
 
 
-@pytest.fixture
-def one_by_one(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[CoordinatorSession]:
-    """A session that takes Optuna's tables for unknown."""
-    with monkeypatch.context() as patch:
-        patch.setattr(optuna_rows, "REVISION", "v9.9.9")
-        with StudyStore(database).coordinate(new_study(database, 8).name) as opened:
-            yield opened
-
-
-def live(session: CoordinatorSession) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A study of finished, running and untouched slots; its slots and trials without ids and times."""
+def live(session: CoordinatorSession) -> None:
+    """A study of finished, running and untouched slots."""
     assert session.begin(hand_outs(range(6)), 60) == [1] * 6
     assert session.finish_all([result(number) for number in range(4)]) == [True] * 4
     odd = result(4, losses=np.array([1.0, np.inf, np.nan]), loss_nats=None, error="x\0y")
     assert session.finish_all([odd]) == [True]
-    slots = [vars(slot) for slot in session.slots()]
-    trials = [vars(trial) for trial in session._storage().get_all_trials(session.optuna_study_id)]
-    return slots, trials
 
 
-def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    times = ("trial_id", "_trial_id", "started_at", "finished_at", "datetime_start", "_datetime_start")
-    kept = [{k: v for k, v in one.items() if k not in times and "datetime" not in k} for one in found]
-    return [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in one.items()} for one in kept]
+def live_through_the_api(storage: BaseStorage, study_id: int) -> None:
+    """The trials of :func:`live`, made and told one by one."""
+    for number in range(6):
+        levels = [round(0.5 - number / 1000, 4), round(0.7 - number / 1000, 4)]
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=vector(number)["params"],
+            distributions=DISTRIBUTIONS,
+            user_attrs={"slot": number, "origin": "sampler:tpe", "levels": levels, **ATTRS, "why": None},
+        )
+        assert storage.get_trial_number_from_id(storage.create_new_trial(study_id, template_trial=template)) == number
+    for number, trial in enumerate(storage.get_all_trials(study_id)[:5]):
+        losses = [1.0, 1 / 3, 2.0 + number] if number < 4 else [1.0]
+        found = {
+            "n": 3,
+            "not_finite": 3 - len(losses),
+            "mean_nats": float(np.mean(losses)),
+            "std_nats": float(np.std(losses, ddof=1)) if number < 4 else None,
+        }
+        state = STATES[number % 3] if number < 4 else SlotState.FAILED
+        attrs = {
+            "attempt": 1, "worker": f"w{number}", "seconds": 1.25, "tokens": 2**40, "losses": found,
+            "achieved_sparsity": 0.6012345678901234, "stopped_early": state is SlotState.STOPPED,
+            "perplexity": 7.1 / 3, **({"error": "xy"} if number == 4 else {}),
+        }  # fmt: skip
+        for key, value in attrs.items():
+            storage.set_trial_user_attr(trial._trial_id, key, value)
+        if state is SlotState.STOPPED:
+            storage.set_trial_intermediate_value(trial._trial_id, 3, found["mean_nats"])
+        values = [found["mean_nats"]] if state is SlotState.COMPLETE else None
+        storage.set_trial_state_values(trial._trial_id, TOLD[state], values)
 
 
-def test_slots_and_trials_are_those_of_optunas_api(
-    database: Database, session: CoordinatorSession, one_by_one: CoordinatorSession
-) -> None:
+def comparable(trial: FrozenTrial) -> dict[str, Any]:
+    return {key: value for key, value in vars(trial).items() if "trial_id" not in key and "datetime" not in key}
+
+
+def test_trials_are_those_of_optunas_api(database: Database, session: CoordinatorSession) -> None:
     """Read with Optuna's own reader; only ids and times differ."""
-    ours, stock = live(session), live(one_by_one)
-    np.testing.assert_equal([comparable(found) for found in ours], [comparable(found) for found in stock])
-    assert [trial["_number"] for trial in ours[1]] == list(range(6))
-    seconds = [
-        abs((a["_datetime_start"] - b["_datetime_start"]).total_seconds())
-        for a, b in zip(ours[1], stock[1], strict=True)
-    ]
-    assert max(seconds) < 600  # the same time zone, not the same moment
-    for opened in (session, one_by_one):
-        assert_one_to_one(database, opened)
-        assert opened.reconcile() == 0
-    assert isinstance(ours[0][5]["state"], SlotState)
+    storage = database.optuna_storage()
+    stock_study = storage.create_new_study([StudyDirection.MINIMIZE])
+    live(session)
+    live_through_the_api(storage, stock_study)
+    ours, stock = (storage.get_all_trials(study_id) for study_id in (session.optuna_study_id, stock_study))
+    assert [comparable(trial) for trial in ours] == [comparable(trial) for trial in stock]
+    for a, b in zip(ours, stock, strict=True):
+        for name in ("datetime_start", "datetime_complete"):
+            mine, other = getattr(a, name), getattr(b, name)
+            assert (mine is None) == (other is None)
+            # The same time zone, not the same moment.
+            assert mine is None or abs((mine - other).total_seconds()) < 600
+    assert_one_to_one(database, session)
+    assert session.reconcile() == 0
 
 
-def test_the_tables_are_those_that_were_verified(database: Database, session: CoordinatorSession) -> None:
-    with database.begin() as connection:
-        assert optuna_rows.known(connection)
-    assert session._direct
+def test_slots_hold_what_was_proposed_and_found(session: CoordinatorSession) -> None:
+    live(session)
+    slots = session.slots()
+    states = [SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED, SlotState.COMPLETE, SlotState.FAILED]
+    assert [slot.state for slot in slots] == [*states, SlotState.RUNNING, SlotState.WAITING, SlotState.WAITING]
+    assert all(type(slot.state) is SlotState for slot in slots)
+    for number, slot in enumerate(slots[:6]):
+        assert (slot.origin, slot.params, slot.attempt) == ("sampler:tpe", vector(number)["params"], 1)
+        np.testing.assert_array_equal(slot.levels, vector(number)["levels"])
+        np.testing.assert_array_equal(slot.sparsities, vector(number)["sparsities"])
+        assert slot.worker == f"w{number}"
+    for number, slot in enumerate(slots[:5]):
+        given = result(number)
+        assert (slot.tokens, slot.seconds, slot.achieved) == (given.tokens, given.seconds, given.achieved)
+        np.testing.assert_array_equal(slot.losses, given.losses if number < 4 else [1.0, np.inf, np.nan])
+        assert (slot.loss_nats, slot.nll_nats) == ((given.loss_nats, 0.1) if number < 4 else (None, None))
+        assert slot.error == ("xy" if number == 4 else "")
 
 
 def test_few_statements_whatever_the_number(database: Database, session: CoordinatorSession) -> None:
@@ -151,13 +184,17 @@ def test_only_the_attempt_that_runs_counts(database: Database, session: Coordina
     assert_one_to_one(database, session)
 
 
-def test_a_vector_proposed_before_is_handed_out(database: Database, session: CoordinatorSession) -> None:
-    session.propose(0, **vector(0))
-    session._store_vector(1, {"params": {"level_0": 0.5}, "levels": [0.5, 0.6], "attrs": {}, "origin": "o"}
-                          | {"distributions": {"level_0": '{"name": "FloatDistribution", "attributes": {"step": null, '
-                             '"low": 0.0, "high": 1.0, "log": false}}'}, "sparsities": [0.5] * 14})  # fmt: skip
-    assert session.begin([HandOut(0, "w"), HandOut(1, "w")], 60) == [1, 1]
-    assert_one_to_one(database, session)
+def test_a_vector_without_its_trial_gets_one(database: Database, session: CoordinatorSession) -> None:
+    propose(session, 0)
+    propose(session, 1)
+    trial_id = session.slots()[1].trial_id
+    assert trial_id is not None
+    database.optuna_storage().set_trial_state_values(trial_id, TrialState.FAIL)
+    with database.begin() as connection:
+        forget = text("UPDATE was.slot SET trial_id = NULL WHERE study_id = :id AND number = 1")
+        connection.execute(forget, {"id": session.study_id})
+    assert session.begin([HandOut(0, "w"), HandOut(1, "w")], 60) == [2, 2]
+    assert_one_to_one(database, session, surplus=1)
 
 
 def test_what_is_refused_leaves_all_as_it_was(database: Database, session: CoordinatorSession) -> None:

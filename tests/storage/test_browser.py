@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.storage.small_study import new_study, vector
+from tests.storage.small_study import finish, hand_out, new_study
 from tests.storage.test_plan_files import plan_in
 from was_search.plots import levels_figure, progress_figure, savings_figure, timeline_figure
 from was_search.slots import SlotState
-from was_storage.dashboard import annotate, open_dashboard
+from was_storage.dashboard import open_dashboard
 from was_storage.database import Database
 from was_storage.plan_files import attach_plan
 from was_storage.studies import StudyRecord, StudyStore
+from was_storage.study_page import annotate
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BUILD = Path(__file__).parents[2] / "build"
@@ -47,16 +48,15 @@ def record(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Stud
                 (SlotState.COMPLETE, 2.75),
             ]
         ):
-            session.propose(number, **vector(number))
             worker = f"worker-{number % 2}@node:{100 + number % 2}"
-            attempt = session.start(number, worker, 60)
+            attempt = hand_out(session, number, worker)
             time.sleep(0.2)
             losses = None if loss is None else np.full(8 if state is SlotState.COMPLETE else 3, loss)
-            session.finish(number, attempt, state, losses=losses, tokens=100, seconds=1.5, worker=worker)
+            finish(session, number, attempt, state, losses=losses, tokens=100, seconds=1.5, worker=worker)
         slots = session.slots()
     levels = np.array([0.5, 0.7])
     annotate(
-        database.optuna_storage(),
+        database,
         found.name,
         note="# The study's note\n\nBest: slot 1, perplexity 9.49.",
         figures={
@@ -148,9 +148,7 @@ def test_a_studys_name_and_note_are_text_and_no_markup(database: Database, tmp_p
     found = new_study(database, 1, name=attack)
     note = f"# {attack}\n\n{attack}\n\n[link](javascript:document.title='owned')\n"
     levels = np.array([0.5, 0.7])
-    annotate(
-        database.optuna_storage(), found.name, note=note, figures={"levels": levels_figure(levels, {attack: levels}, 1)}
-    )
+    annotate(database, found.name, note=note, figures={"levels": levels_figure(levels, {attack: levels}, 1)})
     with database.read_only() as reading, open_dashboard(reading, port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import text
 
-from tests.storage.small_study import IDENTITY, SHAPE, new_study, terminate_connections, vector
+from tests.storage.small_study import IDENTITY, SHAPE, finish, hand_out, new_study, propose, terminate_connections
 from was_search.control import TOGETHER, Control, Ending, EndingKind, Overrides, Spent, Usage, Wish
 from was_search.errors import StudyError, TransientError
 from was_search.overview import overview
@@ -68,9 +68,9 @@ def test_trials_are_added_at_once_and_dropped_where_nothing_is_known_of_them(
     assert numbers(database, name) == list(range(9))
     with StudyStore(database).coordinate(name) as session:
         for number in (0, 1, 2):
-            session.propose(number, **vector(number))
-        session.finish(0, session.start(0, "w", 60), SlotState.COMPLETE, losses=[1.0])
-        session.start(1, "w", 60)
+            propose(session, number)
+        finish(session, 0, hand_out(session, 0), SlotState.COMPLETE, losses=[1.0])
+        hand_out(session, 1)
     with pytest.raises(StudyError, match=r"trials: must be at least 3 by now, got 2: .* \(1 have finished\)"):
         store.set(name, Overrides(trials=2, workers=7))
     assert numbers(database, name) == list(range(9))
@@ -84,7 +84,7 @@ def test_beside_a_coordinator_fewer_trials_are_left_to_it(database: Database, st
     with StudyStore(database).coordinate(name) as session:
         assert store.set(name, Overrides(trials=2)) is True
         assert store.read(name) == Control(Wish.RUN, Overrides(trials=2), 8)
-        session.propose(4, **vector(4))  # chosen before it has read what is asked
+        propose(session, 4)  # chosen before it has read what is asked
         assert session.shrink(2) == 5
         assert session.shrink(2) == 5
         assert numbers(database, name) == list(range(5))
@@ -238,10 +238,8 @@ def test_lost_connections_are_transient(database: Database, store: ControlStore)
 def test_a_snapshot_counts_sequences_and_reads_no_arrays(database: Database) -> None:
     name = new_study(database, 3).name
     with StudyStore(database).coordinate(name) as session:
-        session.propose(0, **vector(0))
-        session.finish(0, session.start(0, "w", 60), SlotState.COMPLETE, losses=[2.0, 4.0], nll_nats=3.0)
-        session.propose(1, **vector(1))
-        session.finish(1, session.start(1, "w", 60), SlotState.FAILED, error="CUDA")
+        finish(session, 0, hand_out(session, 0), SlotState.COMPLETE, losses=[2.0, 4.0], nll_nats=3.0)
+        finish(session, 1, hand_out(session, 1), SlotState.FAILED, error="CUDA")
         snapshot = read_snapshot(database, name)
     assert [slot.sequences for slot in snapshot.slots] == [2, 0, 0]
     found = overview(snapshot)

@@ -15,12 +15,13 @@ import pytest
 from optuna_dashboard import get_note
 from sqlalchemy import event
 
-from tests.storage.small_study import new_study, vector
+from tests.storage.small_study import new_study, propose
 from was_search.errors import ResourceError, StorageError, StudyError
 from was_storage import dashboard
-from was_storage.dashboard import annotate, open_dashboard, serve
+from was_storage.dashboard import open_dashboard, serve
 from was_storage.database import Database
 from was_storage.studies import StudyStore
+from was_storage.study_page import annotate
 
 pytestmark = pytest.mark.postgres
 
@@ -29,40 +30,39 @@ def test_annotating_twice_writes_once(database: Database) -> None:
     storage = database.optuna_storage()
     name = new_study(database).name
     figures = {"levels": go.Figure(go.Bar(y=list(range(2000)))), "history": go.Figure()}
-    annotate(storage, name, note="# Note\n" * 1000, figures=figures)
+    annotate(database, name, note="# Note\n" * 1000, figures=figures)
     study = optuna.load_study(study_name=name, storage=storage)
     assert get_note(study) == "# Note\n" * 1000
     writes: list[str] = []
-    event.listen(storage.engine, "before_cursor_execute", lambda *a: writes.append(str(a[2])))
-    annotate(storage, name, note="# Note\n" * 1000, figures=figures)
+    event.listen(database.engine, "before_cursor_execute", lambda *a: writes.append(str(a[2])))
+    annotate(database, name, note="# Note\n" * 1000, figures=figures)
     assert not [statement for statement in writes if not statement.startswith("SELECT")]
-    annotate(storage, name, note="short", figures={"levels": go.Figure()})
+    annotate(database, name, note="short", figures={"levels": go.Figure()})
     assert get_note(study) == "short"
 
 
 def test_a_figure_without_a_note_leaves_the_note(database: Database) -> None:
     storage = database.optuna_storage()
     name = new_study(database).name
-    annotate(storage, name, note="kept", figures={})
-    annotate(storage, name, note=None, figures={"pareto": go.Figure()})
+    annotate(database, name, note="kept", figures={})
+    annotate(database, name, note=None, figures={"pareto": go.Figure()})
     study = optuna.load_study(study_name=name, storage=storage)
     assert get_note(study) == "kept"
     assert any("pareto" in key for key in storage.get_study_system_attrs(study._study_id))
 
 
 def test_bad_annotations_are_refused(database: Database) -> None:
-    storage = database.optuna_storage()
     with pytest.raises(StudyError, match="study 'nope' has no Optuna study"):
-        annotate(storage, "nope", note="", figures={})
+        annotate(database, "nope", note="", figures={})
     with pytest.raises(StudyError, match=r"figure 'a b': an id has letters"):
-        annotate(storage, new_study(database).name, note="", figures={"a b": go.Figure()})
+        annotate(database, new_study(database).name, note="", figures={"a b": go.Figure()})
 
 
 def test_the_server_shows_study_trials_note_and_plots(database: Database) -> None:
     record = new_study(database)
     with StudyStore(database).coordinate(record.name) as session:
-        session.propose(0, **vector(0))
-    annotate(database.optuna_storage(), record.name, note="hello", figures={"levels": go.Figure()})
+        propose(session, 0)
+    annotate(database, record.name, note="hello", figures={"levels": go.Figure()})
     with open_dashboard(database, port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

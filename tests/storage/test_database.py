@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import optuna
 import pytest
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import inspect, text
+from sqlalchemy.event import listen
 
-from was_search.control import Control, Wish
+from tests.storage.small_study import new_study
 from was_search.errors import StorageError, TransientError
 from was_storage import migrate as migrations
-from was_storage.control import ControlStore
+from was_storage import optuna_tables
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 from was_storage.schema import HEAD, SCHEMA, metadata
@@ -89,43 +88,16 @@ def test_two_may_open_a_fresh_database_at_once(fresh_url: str) -> None:
     assert failures == []
 
 
-def test_studies_from_before_there_was_control_have_one_row_of_it(fresh_url: str) -> None:
-    with at_revision(fresh_url, "0002") as connection:
-        for number, name in enumerate("st", 1):
-            connection.execute(text(f"INSERT INTO was.study VALUES ({number}, '{name}', 1, '{{}}', '{{}}', '{{}}')"))
-        connection.execute(text("INSERT INTO was.slot (study_id, number) VALUES (2, 0), (2, 1)"))
-    with Database.open(fresh_url) as database:
-        store = ControlStore(database)
-        assert store.read("s") == Control(n_slots=0)
-        assert store.read("t") == Control(n_slots=2)
-        assert store.wish("t", Wish.PAUSE) is False
-        assert store.read("t").wish is Wish.PAUSE
-
-
-def test_losses_from_before_there_were_other_fitnesses_are_nll(fresh_url: str) -> None:
-    with at_revision(fresh_url, "0001") as connection:
-        connection.execute(text("INSERT INTO was.study VALUES (1, 's', 1, '{}', '{}', '{}')"))
-        connection.execute(text("INSERT INTO was.slot (study_id, number, loss_nats) VALUES (1, 0, 2.5), (1, 1, NULL)"))
+def test_opening_again_migrates_nothing(fresh_url: str) -> None:
     with Database.open(fresh_url) as database, database.begin() as connection:
-        assert migrations.revision(connection) == HEAD
-        rows = connection.execute(text("SELECT loss_nats, nll_nats FROM was.slot ORDER BY number")).all()
-    assert [tuple(row) for row in rows] == [(2.5, 2.5), (None, None)]
-
-
-@contextmanager
-def at_revision(url: str, revision: str) -> Iterator[Connection]:
-    """A transaction on a database whose tables are those of ``revision``, as an older was-search made them."""
-    from alembic import command
-    from alembic.config import Config
-
-    with Database.open(url) as database, database.begin() as connection:
-        connection.execute(text("DROP SCHEMA was CASCADE"))
-        connection.execute(text("CREATE SCHEMA was"))
-        config = Config()
-        config.set_main_option("script_location", str(migrations.MIGRATIONS).replace("%", "%%"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
-        yield connection
+        connection.execute(text("INSERT INTO was.study VALUES (1, 's', 1, '{}', '{}', '{}')"))
+    statements: list[str] = []
+    with Database.open(fresh_url) as database:
+        listen(database.engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
+        migrations.migrate(database.engine)
+        with database.begin() as connection:
+            assert connection.execute(text("SELECT name FROM was.study")).scalars().all() == ["s"]
+    assert all(statement.startswith("SELECT") for statement in statements), statements
 
 
 def test_a_newer_schema_is_refused(fresh_url: str) -> None:
@@ -142,6 +114,24 @@ def test_a_newer_optuna_schema_is_refused(fresh_url: str) -> None:
             connection.execute(text("UPDATE alembic_version SET version_num = 'v99'"))
     with Database.open(fresh_url) as database, pytest.raises(StorageError, match="updating optuna"):
         database.optuna_storage()
+
+
+def test_an_optuna_whose_tables_we_do_not_write_is_refused(fresh_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was installed over the pinned release, and takes its own tables for right."""
+    monkeypatch.setattr(optuna_tables, "REVISION", "v9.9.9")
+    words = r"tables in this database are of revision v3\.\S+, was-search knows v9\.9\.9: install the Optuna"
+    with Database.open(fresh_url) as database:
+        for _ in range(2):
+            with pytest.raises(StorageError, match=words):
+                database.optuna_storage()
+        with pytest.raises(StorageError, match=words):
+            new_study(database)
+
+
+def test_optunas_tables_are_those_that_we_write(database: Database) -> None:
+    database.optuna_storage()
+    with database.begin() as connection:
+        optuna_tables.require_known(connection)
 
 
 def test_a_server_that_is_too_old_is_refused(fresh_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

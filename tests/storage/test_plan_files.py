@@ -17,8 +17,8 @@ from was_search.errors import StorageError, StudyError
 from was_search.plan import Plan
 from was_storage.cache import ArtifactCache
 from was_storage.database import Database
-from was_storage.plan_files import KIND, PlanFiles, archive, attach_plan
-from was_storage.studies import StudyStore
+from was_storage.plan_files import PlanFiles, archive, attach_plan
+from was_storage.studies import PLAN_KIND, StudyStore
 
 pytestmark = pytest.mark.postgres
 
@@ -69,9 +69,9 @@ def test_the_same_plan_again_changes_nothing_and_another_takes_its_place(databas
     other = new_study(database)
     assert attach_plan(database, other.name, tmp_path / "plan") != first
     StudyStore(database).delete(record.name)
-    assert len(ArtifactCache(database).list(KIND)) == 1  # the other's
+    assert len(ArtifactCache(database).list(PLAN_KIND)) == 1  # the other's
     StudyStore(database).delete(other.name)
-    assert ArtifactCache(database).list(KIND) == []
+    assert ArtifactCache(database).list(PLAN_KIND) == []
 
 
 def test_a_plan_that_was_deleted_in_the_dashboard_comes_back(database: Database, tmp_path: Path) -> None:

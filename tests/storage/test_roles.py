@@ -10,7 +10,7 @@ import optuna
 import pytest
 from sqlalchemy import make_url, text
 
-from tests.storage.small_study import assert_one_to_one, new_study, vector
+from tests.storage.small_study import assert_one_to_one, finish, hand_out, new_study
 from was_search.errors import ConfigError, StorageError
 from was_search.slots import SlotState
 from was_storage.database import Database
@@ -56,9 +56,8 @@ def test_a_coordinator_runs_a_study_and_changes_no_table(database: Database, log
         record = new_study(mine, 2)
         with StudyStore(mine).coordinate(record.name) as session:
             for number in range(2):
-                session.propose(number, **vector(number))
-                attempt = session.start(number, "worker", 60)
-                session.finish(number, attempt, SlotState.COMPLETE, losses=np.array([2.0]), worker="worker")
+                attempt = hand_out(session, number, "worker")
+                finish(session, number, attempt, SlotState.COMPLETE, losses=np.array([2.0]), worker="worker")
             assert_one_to_one(mine, session)
         for statement in (
             "DROP TABLE was.slot CASCADE",

@@ -1,24 +1,29 @@
-"""The coordinator's session: propose, start, finish; one coordinator at a time."""
+"""The coordinator's session: slots handed out and finished; one coordinator at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from tests.storage.small_study import (
     DISTRIBUTIONS,
     assert_one_to_one,
+    finish,
+    hand_out,
     new_study,
+    propose,
     terminate_connections,
     vector,
 )
 from was_search.errors import StudyError, TransientError
+from was_search.hand_out import HandOut
 from was_search.slots import SlotState
 from was_storage.database import Database
 from was_storage.session import CoordinatorSession
@@ -40,19 +45,17 @@ def _trial(database: Database, session: CoordinatorSession, number: int) -> Froz
 
 
 def test_a_slots_life(database: Database, session: CoordinatorSession) -> None:
-    proposed = session.propose(2, **vector(2), attrs={"ppl": np.float32(2), "why": float("nan")})
-    assert proposed.state is SlotState.WAITING
+    assert hand_out(session, 2, "node1:gpu0", attrs={"ppl": np.float32(2), "why": float("nan")}) == 1
+    assert session.slots()[2].state is SlotState.RUNNING
     trial = _trial(database, session, 2)
     assert trial.state == TrialState.RUNNING
     assert trial.distributions == DISTRIBUTIONS
     assert trial.user_attrs == {
         "slot": 2, "origin": "sampler:tpe", "levels": [0.498, 0.698], "ppl": 2.0, "why": None,
     }  # fmt: skip
-    assert session.start(2, "node1:gpu0", 60) == 1
-    assert session.slots()[2].state is SlotState.RUNNING
     losses = np.array([2.0, 3.0, 4.0])
-    assert session.finish(
-        2, 1, SlotState.COMPLETE, losses=losses, nll_nats=5.0, tokens=300, seconds=1.5, achieved=0.61,
+    assert finish(
+        session, 2, 1, SlotState.COMPLETE, losses=losses, nll_nats=5.0, tokens=300, seconds=1.5, achieved=0.61,
         worker="node1:gpu0", attrs={"ppl": 20.1},
     )  # fmt: skip
     slot = session.slots()[2]
@@ -82,17 +85,16 @@ def test_a_slots_life(database: Database, session: CoordinatorSession) -> None:
 
 def test_stopped_and_failed_slots(database: Database, session: CoordinatorSession) -> None:
     for number in (0, 1, 2):
-        session.propose(number, **vector(number))
-        session.start(number, "w", 60)
-    assert session.finish(0, 1, SlotState.STOPPED, losses=[1.0, 2.0], loss_nats=1.5, worker="w")
-    assert session.finish(1, 1, SlotState.FAILED, error="CUDA\0 out of memory", worker="w")
-    assert session.finish(2, 1, SlotState.STOPPED, worker="w") is True  # stopped before its first batch
+        hand_out(session, number)
+    assert finish(session, 0, 1, SlotState.STOPPED, losses=[1.0, 2.0], loss_nats=1.5, worker="w")
+    assert finish(session, 1, 1, SlotState.FAILED, error="CUDA\0 out of memory", worker="w")
+    assert finish(session, 2, 1, SlotState.STOPPED, worker="w") is True  # stopped before its first batch
     assert _trial(database, session, 0).intermediate_values == {2: 1.5}
     assert _trial(database, session, 0).user_attrs["stopped_early"] is True
     assert _trial(database, session, 1).user_attrs["error"] == "CUDA out of memory"
     assert _trial(database, session, 2).state == TrialState.PRUNED
     with pytest.raises(StudyError, match="complete, stopped or failed, got running"):
-        session.finish(0, 1, SlotState.RUNNING)
+        finish(session, 0, 1, SlotState.RUNNING)
 
 
 @pytest.mark.parametrize(
@@ -111,50 +113,52 @@ def test_a_loss_that_is_no_number_fails_the_slot(
     loss_nats: float | None,
     words: str,
 ) -> None:
-    session.propose(0, **vector(0))
-    attempt = session.start(0, "w", 60)
-    assert session.finish(0, attempt, SlotState.COMPLETE, losses=losses, loss_nats=loss_nats, worker="w")
+    attempt = hand_out(session, 0)
+    assert finish(session, 0, attempt, SlotState.COMPLETE, losses=losses, loss_nats=loss_nats, worker="w")
     slot = session.slots()[0]
     assert (slot.state, slot.error, slot.loss_nats) == (SlotState.FAILED, words, None)
     assert _trial(database, session, 0).user_attrs["error"] == words
     assert_one_to_one(database, session)
-    assert session.finished_trials()[0].state == TrialState.FAIL
+    assert _trial(database, session, 0).state == TrialState.FAIL
 
 
 def test_a_result_counts_once(database: Database, session: CoordinatorSession) -> None:
-    session.propose(0, **vector(0))
-    assert session.finish(0, 0, SlotState.FAILED) is False  # not handed out yet
-    session.start(0, "w", 60)
+    assert finish(session, 0, 0, SlotState.FAILED) is False  # not handed out yet
+    hand_out(session, 0)
     assert session.requeue(0, "worker lost") is True
     assert session.slots()[0].error == "worker lost"
     assert session.requeue(0, "again") is False
-    assert session.start(0, "v", 60) == 2
-    assert session.finish(0, 1, SlotState.COMPLETE, losses=[9.0]) is False  # the lost worker's late answer
-    assert session.finish(0, 2, SlotState.COMPLETE, losses=[2.0], worker="v") is True
-    assert session.finish(0, 2, SlotState.COMPLETE, losses=[1.0]) is False
+    assert hand_out(session, 0, "v") == 2
+    assert finish(session, 0, 1, SlotState.COMPLETE, losses=[9.0]) is False  # the lost worker's late answer
+    assert finish(session, 0, 2, SlotState.COMPLETE, losses=[2.0], worker="v") is True
+    assert finish(session, 0, 2, SlotState.COMPLETE, losses=[1.0]) is False
     assert session.requeue(0, "late") is False
     assert session.slots()[0].loss_nats == 2.0
     assert len(database.optuna_storage().get_all_trials(session.optuna_study_id)) == 1
     assert_one_to_one(database, session)
 
 
-def test_what_cannot_be_started_is_refused(session: CoordinatorSession) -> None:
+def test_what_cannot_be_handed_out_is_refused(session: CoordinatorSession) -> None:
     with pytest.raises(StudyError, match="no slot 99"):
-        session.start(99, "w", 60)
+        hand_out(session, 99)
     with pytest.raises(StudyError, match=r"slot 0: only a proposed, waiting slot .* it is without a vector"):
-        session.start(0, "w", 60)
-    session.propose(0, **vector(0))
-    assert session.start(0, "w", 60) == session.start(0, "w", 60) == 1  # repeated after a lost answer
+        session.begin([HandOut(0, "w")], 60)
+    assert hand_out(session, 0) == hand_out(session, 0) == 1  # repeated after a lost answer
     with pytest.raises(StudyError, match=r"slot 0: only a proposed, waiting slot .* it is running"):
-        session.start(0, "v", 60)
+        hand_out(session, 0, "v")
+    finish(session, 0, 1, SlotState.FAILED)
+    with pytest.raises(StudyError, match=r"slot 0: only a proposed, waiting slot .* it is failed"):
+        hand_out(session, 0)
 
 
 def test_a_vector_never_changes(session: CoordinatorSession) -> None:
-    first = session.propose(0, **vector(0))
-    again = session.propose(0, **vector(0))
-    assert again.trial_id == first.trial_id
+    propose(session, 0)
+    first = session.slots()[0]
     with pytest.raises(StudyError, match="slot 0 has another vector already"):
-        session.propose(0, **vector(1))
+        hand_out(session, 0, **vector(1))
+    hand_out(session, 0)
+    again = session.slots()[0]
+    assert (again.trial_id, again.params) == (first.trial_id, first.params)
 
 
 @pytest.mark.parametrize(
@@ -171,39 +175,19 @@ def test_vectors_that_do_not_fit_are_refused(
     session: CoordinatorSession, change: dict[str, object], words: str
 ) -> None:
     with pytest.raises(StudyError, match=words):
-        session.propose(0, **{**vector(0), **change})
+        hand_out(session, 0, **change)
     assert session.slots()[0].params is None
-    session.propose(0, **vector(0))
+    assert hand_out(session, 0) == 1
 
 
 def test_a_parameter_of_another_kind_is_refused_and_the_slot_stays_free(session: CoordinatorSession) -> None:
-    session.propose(0, **vector(0))
+    hand_out(session, 0)
     odd = {"params": {"level_0": 0.5}, "distributions": {"level_0": CategoricalDistribution((0.5,))}}
     with pytest.raises(StudyError, match="slot 1: Cannot set different distribution kind"):
-        session.propose(1, **{**vector(1), **odd})
+        hand_out(session, 1, **odd)
     assert session.slots()[1].params is None
-    assert session.propose(1, **vector(1)).trial_id is not None
-
-
-def test_finished_trials_feed_a_sampler(session: CoordinatorSession) -> None:
-    for number, state in ((3, SlotState.COMPLETE), (1, SlotState.STOPPED), (0, SlotState.FAILED)):
-        session.propose(number, **vector(number))
-        session.finish(number, session.start(number, "w", 60), state, losses=[1.0, 2.0])
-    session.propose(2, **vector(2))
-    trials = session.finished_trials()
-    assert [trial.number for trial in trials] == [3, 1, 0]
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(n_startup_trials=1, seed=0))
-    study.add_trials(trials)
-    assert study.best_value == 1.5
-    assert study.trials[1].intermediate_values == {2: 1.5}
-    assert study.ask({"level_0": FloatDistribution(0, 1)}).params["level_0"] <= 1
-
-
-def test_extending(session: CoordinatorSession) -> None:
-    assert session.extend(8) == 8
-    assert session.extend(2) == 8
-    assert [slot.number for slot in session.slots()] == list(range(8))
+    assert hand_out(session, 1) == 1
+    assert session.slots()[1].trial_id is not None
 
 
 def test_a_second_coordinator_is_refused(database: Database, session: CoordinatorSession) -> None:
@@ -212,33 +196,32 @@ def test_a_second_coordinator_is_refused(database: Database, session: Coordinato
         StudyError, match=r"another coordinator is running it \(was-search coordinator .* since .*wait for it"
     ):
         other.__enter__()
-    session.propose(0, **vector(0))  # the first is not disturbed
+    hand_out(session, 0)  # the first is not disturbed
     session.close()
     with pytest.raises(StudyError, match="session is closed"):
-        session.propose(1, **vector(1))
+        hand_out(session, 1)
     with other:
         assert other.epoch == session.epoch + 1
 
 
 def test_a_replaced_coordinator_writes_nothing_more(database: Database, session: CoordinatorSession) -> None:
-    session.propose(0, **vector(0))
-    session.propose(1, **vector(1))
-    attempt = session.start(0, "w", 60)
+    propose(session, 1)
+    attempt = hand_out(session, 0)
     terminate_connections(database)
     with StudyStore(database).coordinate(session.name) as newer:
         assert newer.slots()[0].state is SlotState.WAITING  # requeued, attempt kept
         assert newer.slots()[0].attempt == attempt
         with pytest.raises(StudyError, match="another coordinator is running it"):
-            session.finish(0, attempt, SlotState.COMPLETE, losses=[1.0])
+            finish(session, 0, attempt, SlotState.COMPLETE, losses=[1.0])
         with pytest.raises(StudyError, match="another coordinator is running it"):
-            session.propose(2, **vector(2))
-        newer.finish(0, newer.start(0, "v", 60), SlotState.COMPLETE, losses=[2.0], worker="v")
+            hand_out(session, 2)
+        finish(newer, 0, hand_out(newer, 0, "v"), SlotState.COMPLETE, losses=[2.0], worker="v")
     for write in (
-        lambda: session.finish(1, 1, SlotState.FAILED),
-        lambda: session.start(1, "w", 60),
+        lambda: finish(session, 1, 1, SlotState.FAILED),
+        lambda: session.begin([HandOut(1, "w")], 60),
         lambda: session.requeue(1, ""),
-        lambda: session.propose(2, **vector(2)),
-        lambda: session.extend(50),
+        lambda: hand_out(session, 2),
+        lambda: session.shrink(3),
         session.reconcile,
     ):
         with pytest.raises(StudyError, match="another coordinator has taken over"):
@@ -247,49 +230,51 @@ def test_a_replaced_coordinator_writes_nothing_more(database: Database, session:
 
 
 def test_the_epoch_alone_refuses_too(database: Database, session: CoordinatorSession) -> None:
-    session.propose(0, **vector(0))
+    propose(session, 0)
     with database.begin() as connection:
         connection.execute(text("UPDATE was.study SET epoch = epoch + 1 WHERE name = :n"), {"n": session.name})
     with pytest.raises(StudyError, match=r"taken over \(epoch 2, ours was 1\)"):
-        session.start(0, "w", 60)
+        hand_out(session, 0)
 
 
 def test_a_coordinator_that_was_not_replaced_goes_on(database: Database, session: CoordinatorSession) -> None:
-    session.propose(0, **vector(0))
+    propose(session, 0)
     terminate_connections(database)
-    assert session.start(0, "w", 60) == 1
+    assert hand_out(session, 0) == 2
     with pytest.raises(StudyError, match="another coordinator is running it"):  # it has its lock again
         StudyStore(database).coordinate(session.name).__enter__()
 
 
+@contextmanager
+def restart_before(database: Database, statement: str) -> Iterator[None]:
+    """All connections end once, before a statement that begins so."""
+    left = [statement]
+
+    def strike(connection: Any, cursor: Any, sql: str, *_: Any) -> None:
+        if left and sql.startswith(left[0]):
+            left.clear()
+            terminate_connections(database)
+
+    event.listen(database.engine, "before_cursor_execute", strike)
+    try:
+        yield
+    finally:
+        event.remove(database.engine, "before_cursor_execute", strike)
+    assert not left, f"nothing began with {statement!r}"
+
+
 def test_a_restart_during_a_write_is_transient_and_repeating_mends_it(
-    database: Database, session: CoordinatorSession, monkeypatch: pytest.MonkeyPatch
+    database: Database, session: CoordinatorSession
 ) -> None:
-    storage = database.optuna_storage()
-    create = storage.create_new_trial
-
-    def restart_after(*args: object, **kwargs: object) -> int:
-        created = create(*args, **kwargs)  # type: ignore[arg-type]
-        terminate_connections(database)
-        return created
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "create_new_trial", restart_after)
-        with pytest.raises(TransientError, match="connection was lost"):
-            session.propose(0, **vector(0))
-    assert session.propose(0, **vector(0)).trial_id is not None
-    attempt = session.start(0, "w", 60)
-    tell = storage.set_trial_state_values
-
-    def restart_before(*args: object, **kwargs: object) -> bool:
-        terminate_connections(database)
-        return tell(*args, **kwargs)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "set_trial_state_values", restart_before)
-        with pytest.raises(TransientError, match="connection was lost"):
-            session.finish(0, attempt, SlotState.COMPLETE, losses=[1.0], worker="w")
-    assert session.finish(0, attempt, SlotState.COMPLETE, losses=[1.0], worker="w") is True
+    for statement in ("INSERT INTO trials ", "UPDATE was.slot "):
+        with restart_before(database, statement), pytest.raises(TransientError, match="connection was lost"):
+            hand_out(session, 0)
+    attempt = hand_out(session, 0)
+    assert attempt == 1
+    for statement in ("UPDATE was.slot ", "UPDATE trials "):
+        with restart_before(database, statement), pytest.raises(TransientError, match="connection was lost"):
+            finish(session, 0, attempt, SlotState.COMPLETE, losses=[1.0], worker="w")
+    assert finish(session, 0, attempt, SlotState.COMPLETE, losses=[1.0], worker="w") is True
     assert len(database.optuna_storage().get_all_trials(session.optuna_study_id)) == 1
     assert_one_to_one(database, session)
 

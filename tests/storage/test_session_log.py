@@ -17,14 +17,10 @@ from was_storage.studies import StudyStore
 pytestmark = pytest.mark.postgres
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["tables", "api"])
-def test_every_step_of_a_slot_is_an_event_with_its_ids(
-    database: Database, caplog: pytest.LogCaptureFixture, direct: bool
-) -> None:
+def test_every_step_of_a_slot_is_an_event_with_its_ids(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="was_storage")
     record = new_study(database, 2)
     with StudyStore(database).coordinate(record.name) as session:
-        session._direct = session._direct and direct
         (first,) = session.begin([HandOut(0, "worker-0@h:1", Proposal(**vector(0)))], 60)
         session.requeue(0, "it died")
         (second,) = session.begin([HandOut(0, "worker-1@h:2")], 60)

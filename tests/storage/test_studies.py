@@ -9,7 +9,7 @@ import optuna
 import pytest
 from sqlalchemy import text
 
-from tests.storage.small_study import IDENTITY, SHAPE, assert_one_to_one, new_study, vector
+from tests.storage.small_study import IDENTITY, SHAPE, assert_one_to_one, finish, hand_out, new_study, propose, vector
 from was_search.errors import StudyError
 from was_search.slots import SlotState
 from was_storage.database import Database
@@ -156,8 +156,7 @@ def test_counts_and_best_loss(database: Database, store: StudyStore) -> None:
         for number, (state, losses) in enumerate(
             [(SlotState.COMPLETE, [2.0, 4.0]), (SlotState.COMPLETE, [2.5]), (SlotState.STOPPED, [1.0])]
         ):
-            session.propose(number, **vector(number))
-            session.finish(number, session.start(number, "w", 60), state, losses=losses)
+            finish(session, number, hand_out(session, number), state, losses=losses)
     record = store.get(name)
     assert record.best_loss_nats == 2.5
     assert record.counts == {
@@ -179,7 +178,7 @@ def test_reports_are_kept(database: Database, store: StudyStore) -> None:
 def test_deleting_removes_everything(database: Database, store: StudyStore) -> None:
     record = new_study(database)
     with store.coordinate(record.name) as session:
-        session.propose(0, **vector(0))
+        propose(session, 0)
         with pytest.raises(StudyError, match="being run by a coordinator; stop it before"):
             store.delete(record.name)
     store.delete(record.name)
@@ -194,8 +193,8 @@ def test_a_study_deleted_in_the_dashboard_is_made_anew_from_the_slots(database: 
     name = new_study(database, 4).name
     with store.coordinate(name) as session:
         for number, state in enumerate((SlotState.COMPLETE, SlotState.STOPPED, SlotState.FAILED)):
-            session.propose(number, **vector(number), attrs={"note": "kept"})
-            session.finish(number, session.start(number, "w", 60), state, losses=[1.0, 3.0], error="x")
+            attempt = hand_out(session, number, attrs={"note": "kept"})
+            finish(session, number, attempt, state, losses=[1.0, 3.0], error="x")
         gone = session.optuna_study_id
     database.optuna_storage().delete_study(gone)
     with store.coordinate(name) as session:
@@ -210,7 +209,7 @@ def test_a_study_deleted_in_the_dashboard_is_made_anew_from_the_slots(database: 
 def test_slots_are_read_without_the_coordinators_lock(database: Database, store: StudyStore) -> None:
     name = new_study(database, 2).name
     with store.coordinate(name) as session:
-        session.propose(1, **vector(1))
+        propose(session, 1)
         assert [slot.params for slot in store.slots(name)] == [None, vector(1)["params"]]
     with pytest.raises(StudyError, match="'nope' does not exist"):
         store.slots("nope")

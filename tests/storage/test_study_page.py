@@ -10,7 +10,7 @@ from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
 from tests.storage.small_study import new_study
 from was_search.errors import StudyError
-from was_storage import optuna_rows, study_page
+from was_storage import page_rows, study_page
 from was_storage.database import Database
 from was_storage.studies import StudyRecord, StudyStore
 
@@ -27,12 +27,10 @@ def shown(database: Database, record: StudyRecord) -> tuple[str, dict[str, str]]
 
 def write(database: Database, record: StudyRecord, note: str | None, figures: dict[str, str]) -> int:
     with database.begin() as connection:
-        return study_page.write(connection, record.optuna_study_id, note, figures)
+        return page_rows.write(connection, record.optuna_study_id, note, figures)
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_the_dashboard_reads_what_was_written(database: Database, monkeypatch, direct: bool) -> None:
-    monkeypatch.setattr(optuna_rows, "known", lambda _: direct)
+def test_the_dashboard_reads_what_was_written(database: Database) -> None:
     record = new_study(database)
     for note, figures in [
         ("# Note\n" * 1000, {"progress": FIGURE, "progress-time": "{}", "empty": ""}),

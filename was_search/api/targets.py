@@ -184,7 +184,7 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
 
     The ``unsearched`` targets, which have no plan, are named below the table.
     """
-    from was_storage.dashboard import annotate
+    from was_storage.study_page import annotate
 
     runs = sorted(runs, key=lambda run: run.target)
     points = [_point("best", run, run.best) for run in runs]
@@ -201,7 +201,7 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
     except OSError as error:
         raise ConfigError(f"plan: cannot write {path} ({error.strerror}); choose another folder") from error
     for each in runs:
-        annotate(context.database.optuna_storage(), each.study, note=None, figures={"pareto": figure})
+        annotate(context.database, each.study, note=None, figures={"pareto": figure})
     context.reporter.note(f"plot: {path}")
     context.reporter.result(
         {
