@@ -26,10 +26,10 @@ def fitness_words(fitness: FitnessName, loss_nats: float, nll_nats: float | None
 
 
 def fitness_identity(fitness: FitnessName, top_k: int) -> dict[str, Any]:
-    """What a fitness adds to a study's identity: nothing for NLL, which was there first."""
-    return {} if fitness == "nll" else {"fitness": f"{fitness}, dense top {top_k}"}
+    """The fitness in a study's identity; ``top_k`` decides that of ``kl`` alone."""
+    return {"fitness": fitness if fitness == "nll" else f"{fitness}, dense top {top_k}"}
 
 
 def fitness_of(identity: Mapping[str, Any]) -> FitnessName:
     """The fitness of a study with this ``identity``."""
-    return "kl" if str(identity.get("fitness", "")).startswith("kl") else "nll"
+    return "kl" if str(identity.get("fitness")).startswith("kl") else "nll"

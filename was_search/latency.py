@@ -147,9 +147,8 @@ class LatencyProfile:
     def hash(self) -> str:
         """Of all that decides a prediction, 64 hexadecimal digits."""
         value = self.to_json()
-        rounded = [] if self.weights == AS_STORED else [self.weights]
-        names = ("shape", "launches", "rest_seconds", "dense", *_CONDITIONS)
-        return content_hash(*(value[name] for name in names), *rounded)
+        names = ("shape", "launches", "rest_seconds", "dense", *_CONDITIONS, "weights")
+        return content_hash(*(value[name] for name in names))
 
     @cached_property
     def members(self) -> tuple[tuple[IntArray, IntArray, FloatArray], ...]:
@@ -320,7 +319,7 @@ class LatencyProfile:
                 source=str(value["source"]),
                 check=dict(value["check"]),
                 spread=float(value["spread"]),
-                weights=str(value.get("weights", AS_STORED)),
+                weights=str(value["weights"]),
             )
         except ConfigError:
             raise

@@ -22,9 +22,7 @@ from was_search.score import SCORE_KINDS, ScoreKind
 from was_search.shape import PROJECTIONS, FloatArray, ModelShape
 from was_search.weight_format import AS_STORED, WeightFormat, describe
 
-SCHEMA_VERSION = 2
-_READABLE = (1, SCHEMA_VERSION)
-"""A plan of version 1 knows no rounded weights."""
+SCHEMA_VERSION = 1
 
 Prefill = Literal["masked", "dense"]
 PREFILLS: tuple[Prefill, ...] = ("masked", "dense")
@@ -253,8 +251,8 @@ class Plan:
                 achieved=dict(document["achieved"]),
                 metrics=dict(document["metrics"]),
                 provenance=dict(document["provenance"]),
-                prefill=str(document.get("prefill", "masked")),  # type: ignore[arg-type]  # checked there
-                weights=str(document.get("weights", AS_STORED)),
+                prefill=str(document["prefill"]),  # type: ignore[arg-type]  # checked there
+                weights=str(document["weights"]),
             )
         except PlanError:
             raise
@@ -299,11 +297,9 @@ def _read_document(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
-    if not isinstance(document, dict) or document.get("schema_version") not in _READABLE:
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         version = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(
-            f"{path}: schema_version must be at most {SCHEMA_VERSION}, got {version!r}; export the plan again"
-        )
+        raise PlanError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again")
     if document.get("sha256") != _document_hash(document):
         raise PlanError(f"{path}: sha256 does not match its content; the plan was changed, export it again")
     return document

@@ -91,11 +91,7 @@ class EvaluationProtocol:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Without the weights where they are as stored: so what was cached and stored before is found again."""
-        value = asdict(self)
-        if self.weights == AS_STORED:
-            del value["weights"]
-        return value
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> EvaluationProtocol:

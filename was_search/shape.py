@@ -125,7 +125,7 @@ class ModelShape:
         return {
             "in_features": [list(r) for r in self.in_features],
             "out_features": [list(r) for r in self.out_features],
-            **({} if self.masks == "separate" else {"masks": self.masks}),
+            "masks": self.masks,
         }
 
     @classmethod
@@ -133,5 +133,5 @@ class ModelShape:
         return cls(
             tuple(tuple(int(v) for v in row) for row in value["in_features"]),
             tuple(tuple(int(v) for v in row) for row in value["out_features"]),
-            value.get("masks", "separate"),
+            value["masks"],
         )

@@ -22,9 +22,6 @@ MAX_PAYLOAD_BYTES = 400 * 2**20
 """Postgres takes values of 1 GB, and a payload travels as hexadecimal text."""
 
 T = TypeVar("T")
-_WITH_META = "2:"
-"""Before the hash of a row whose meta is hashed too. Older rows hash the payload alone, and are still read."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -76,7 +73,7 @@ class ArtifactCache:
             return None
         found = Artifact(dict(row.meta), bytes(row.payload))
         try:
-            if row.sha256 != (_hash(found) if row.sha256.startswith(_WITH_META) else _payload_hash(found.payload)):
+            if row.sha256 != _hash(found):
                 raise StorageError(f"its {len(found.payload)} bytes do not match their sha256")
             return read(found)
         except Exception as error:  # whatever a reader raises on what it was not made for
@@ -145,13 +142,9 @@ def _row(kind: str, key: str, payload: bytes, meta: Mapping[str, Any] | None) ->
     return {"kind": kind, "key": key, "meta": stored.meta, "payload": payload, "sha256": _hash(stored)}
 
 
-def _payload_hash(payload: bytes) -> str:
-    return hashlib.sha256(payload).hexdigest()
-
-
 def _hash(found: Artifact) -> str:
     meta = json.dumps(_canonical(found.meta), sort_keys=True).encode()
-    return _WITH_META + hashlib.sha256(meta + b"\0" + found.payload).hexdigest()
+    return hashlib.sha256(meta + b"\0" + found.payload).hexdigest()
 
 
 def _canonical(value: Any) -> Any:

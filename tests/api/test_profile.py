@@ -130,7 +130,7 @@ def test_the_newest_profile_of_the_models_shape_is_known(database, postgres_url)
         shape = model_shape(context)
     for name in ("first", "second"):
         made = LatencyProfile(**{**vars_of(synthetic_profile(shape)), "device": name})
-        meta = {"shape": shape_key(shape), "conditions": name, "hash": made.hash}
+        meta = {"shape": shape_key(shape), "conditions": name, "hash": made.hash, "weights": made.weights}
         cache.replace("profile", name, json.dumps(made.to_json()).encode(), meta)
     cache.replace("profile", "of another", b"{}", {"shape": "another", "conditions": "third"})
     with Context(demo_settings(storage=postgres_url)) as context:

@@ -16,6 +16,6 @@ def test_the_identity_names_the_fitness(fitness):
     assert fitness_of({"target": 0.6, **fitness_identity(fitness, 64)}) == fitness
 
 
-def test_an_nll_study_is_called_as_before_and_top_k_is_part_of_a_kl_study():
-    assert fitness_identity("nll", 64) == fitness_identity("nll", 16) == {}
+def test_top_k_is_part_of_a_kl_study_alone():
+    assert fitness_identity("nll", 64) == fitness_identity("nll", 16) == {"fitness": "nll"}
     assert fitness_identity("kl", 64) == {"fitness": "kl, dense top 64"}

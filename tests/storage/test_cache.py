@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 
 import numpy as np
@@ -90,17 +89,6 @@ def test_a_row_that_cannot_be_read_is_removed(cache: ArtifactCache, caplog: pyte
     assert cache.get("prices", "k", lambda row: np.frombuffer(row.payload, np.float64)) is None
     assert "ValueError: buffer size must be a multiple of element size" in caplog.text
     assert cache.list() == []
-
-
-def test_rows_that_were_put_before_meta_was_hashed(cache: ArtifactCache, database: Database) -> None:
-    cache.put("prices", "k", b"12345", {"x": 1})
-    bare = hashlib.sha256(b"12345").hexdigest()
-    with database.begin() as connection:
-        connection.execute(text("UPDATE was.artifact SET sha256 = :bare"), {"bare": bare})
-    assert cache.get("prices", "k", whole) == Artifact({"x": 1}, b"12345")
-    with database.begin() as connection:
-        connection.execute(text("UPDATE was.artifact SET payload = '1234'"))
-    assert cache.get("prices", "k", whole) is None
 
 
 def test_a_login_that_may_only_read_uses_no_damaged_row(cache: ArtifactCache, database: Database) -> None:

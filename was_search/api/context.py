@@ -24,7 +24,6 @@ from was_search.progress import Advance, Reporter
 from was_search.protocol import EvaluationProtocol, TokenSet, content_hash
 from was_search.settings import Settings
 from was_search.study_names import folder_name
-from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_search.api.notify import Announcement
@@ -155,9 +154,8 @@ class Context:
 
     @property
     def model_key(self) -> str:
-        """The model's part of a cache key: the checkpoint's fingerprint, with the format of rounded weights."""
-        weights = self.settings.weights
-        return self.fingerprint if weights == AS_STORED else content_hash("rounded", 1, self.fingerprint, weights)
+        """The model's part of a cache key: the checkpoint's fingerprint and the format of its weights."""
+        return content_hash("model", 1, self.fingerprint, self.settings.weights)
 
     @_shared
     def cluster(self) -> Cluster:
@@ -296,9 +294,8 @@ class Context:
 
     def _token_options(self, n: int, dtype: str) -> dict[str, Any]:
         settings = self.settings
-        rounded = {} if settings.weights == AS_STORED else {"weights": settings.weights}
         return {
-            **rounded,
+            "weights": settings.weights,
             "sequence_length": settings.sequence_length,
             "stride": settings.stride or settings.sequence_length,
             "n_sequences": n,

@@ -15,7 +15,6 @@ from was_search.protocol import content_hash
 from was_search.settings import Settings
 from was_search.shape import FloatArray, ModelShape
 from was_search.time_budget import TimeBudget
-from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_search.api.calibrate import OperatingPoint
@@ -65,7 +64,7 @@ def _profile_at_hand(context: Context, shape: ModelShape | None) -> LatencyProfi
         return None
     wanted = shape_key(shape or model_shape(context))
     weights = context.settings.weights
-    mine = [row for row in rows if row.meta.get("shape") == wanted and row.meta.get("weights", AS_STORED) == weights]
+    mine = [row for row in rows if row.meta.get("shape") == wanted and row.meta.get("weights") == weights]
     if not mine:
         return None
     if context.settings.target_speedup:

@@ -98,9 +98,8 @@ def _key(context: Context, rows: int, kv_length: int, compiled: bool) -> str:
 
     config = read_config(context.source)
     device, dtype = _device_name(context.placement_here.device), context.placement_here.dtype
-    parts = [device, dtype, rows, kv_length, compiled, _versions(context.placement_here.device)]
-    if context.settings.weights != AS_STORED:
-        parts.append(context.settings.weights)
+    versions, weights = _versions(context.placement_here.device), context.settings.weights
+    parts = (device, dtype, rows, kv_length, compiled, versions, weights)
     sizes = {name: config.get(name) for name in _CONFIG}
     return content_hash("profile", VERSION, model_shape(context).to_json(), sizes, *parts)
 

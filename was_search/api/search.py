@@ -34,7 +34,6 @@ from was_search.seeds import Seed
 from was_search.settings import Settings
 from was_search.signals import draining
 from was_search.slots import Slot, SlotState, best_slot
-from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_workers.descents import DescentPlan
@@ -193,10 +192,10 @@ def identity(context: Context) -> dict[str, Any]:
     search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
     return {
         "model": context.fingerprint,
-        **({} if settings.weights == AS_STORED else {"weights": settings.weights}),
+        "weights": settings.weights,
         **target_identity(context),
         "score": settings.score,
-        **({} if settings.masks == "separate" else {"masks": settings.masks}),
+        "masks": settings.masks,
         "sampler": settings.sampler,
         "space": settings.space,
         "radius": settings.radius,

@@ -66,7 +66,7 @@ def seed_identity(settings: Settings) -> dict[str, Any]:
         "greedy table": greedy if settings.greedy_sequences else "none",
         "slope sequences": settings.slope_sequences,
         "seed descent": descent_words(_descent_options(settings), SEED_SEQUENCES) if settings.seed_rounds else "none",
-        **({"warm start": settings.warm_start} if settings.warm_start else {}),
+        "warm start": settings.warm_start or None,
     }
 
 
