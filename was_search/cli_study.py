@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from was_search.cli_command import Call, Commands
+from was_search.cli_command import EXIT_ERROR, Call, Commands
 from was_search.control import Overrides, Wish
 from was_search.errors import ConfigError
 from was_search.options import Group
@@ -45,6 +46,28 @@ def status(
         call.run(lambda context: api.watch(context, wanted, seconds=every, gpu_price=gpu_price))
     else:
         call.run(lambda context: api.status(context, wanted, gpu_price=gpu_price))
+
+
+@commands.command(Group.STORAGE)
+def delete(
+    call: Call,
+    *,
+    study: Study,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
+) -> None:
+    """Delete a study with its trials and its plan in the database; plans in folders stay."""
+    from was_search import api
+
+    def agreed(words: str) -> bool:
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            raise ConfigError(f"delete: give --yes to delete {words}; there is no terminal to ask on")
+        print(f"delete {words}? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    if not call.run(lambda context: api.delete(context, study, agreed)):
+        raise typer.Exit(EXIT_ERROR)
 
 
 @commands.command(Group.STORAGE)

@@ -16,7 +16,7 @@ from was_search.errors import StudyError
 from was_search.slots import Slot, SlotState
 from was_search.study_names import check_name
 from was_storage import control_rows, optuna_study
-from was_storage.coordinator_lock import COORDINATOR_LOCK
+from was_storage.coordinator_lock import COORDINATOR_LOCK, held
 from was_storage.database import Database
 from was_storage.plain import plain
 from was_storage.schema import artifact
@@ -191,6 +191,18 @@ class StudyStore:
         if not changed:
             self.get(name)
 
+    def require_idle(self, name: str) -> StudyRecord:
+        """The study ``name``, if no coordinator runs it.
+
+        Raises:
+            StudyError: there is no such study, or a coordinator is running it.
+        """
+        record = self.get(name)
+        with self._database.begin() as connection:
+            if held(connection, record.id):
+                raise _being_run(name)
+        return record
+
     def delete(self, name: str) -> None:
         """Delete the study, its slots, its plan and its Optuna study.
 
@@ -202,7 +214,7 @@ class StudyStore:
         with self._database.begin() as connection:
             free = text("SELECT pg_try_advisory_xact_lock(:key, :id)")
             if not connection.execute(free, {"key": COORDINATOR_LOCK, "id": record.id}).scalar():
-                raise StudyError(f"study {name!r} is being run by a coordinator; stop it before deleting the study")
+                raise _being_run(name)
             query = select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
             optuna_study.drop(storage, connection.execute(query).scalar())
             plans = (artifact.c.kind == PLAN_KIND) & (artifact.c.meta["study"].astext == name)
@@ -227,6 +239,10 @@ class StudyStore:
             query = query.where(study_table.c.name == name)
         with self._database.begin() as connection:
             return [_record(row) for row in connection.execute(query)]
+
+
+def _being_run(name: str) -> StudyError:
+    return StudyError(f"study {name!r} is being run by a coordinator; stop it before deleting the study")
 
 
 def _check_same(row: Row[Any] | StudyRecord, asked: dict[str, dict[str, Any]]) -> None:

@@ -92,7 +92,7 @@ def test_the_second_study_starts_from_the_firsts_winner(made, database) -> None:
     _, result, _ = made
     first, second = result.runs
     store = StudyStore(database)
-    assert "warm start" not in store.get(first.study).identity
+    assert store.get(first.study).identity["warm start"] is None
     assert store.get(second.study).identity["warm start"] == first.study
     (warm,) = (slot for slot in store.slots(second.study) if slot.origin == "seed:warm")
     plan = Plan.load(first.result.plan)

@@ -20,7 +20,7 @@ from was_search.api.run import run
 from was_search.api.search import search
 from was_search.api.seed import seed, sensitivity
 from was_search.api.status import status, watch
-from was_search.api.studies import dashboard, studies
+from was_search.api.studies import dashboard, delete, studies
 from was_search.api.targets import run_targets
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "calibrate",
     "change",
     "dashboard",
+    "delete",
     "demo",
     "demo_settings",
     "doctor",

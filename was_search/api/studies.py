@@ -1,8 +1,8 @@
-"""Look at studies: the list, and optuna-dashboard."""
+"""Look at studies: the list, and optuna-dashboard; and delete them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,32 @@ def studies(context: Context) -> list[StudyRecord]:
     context.reporter.table(f"Studies in {context.database.display_url}", columns, rows)
     context.reporter.result({"studies": [_summary(record) for record in found]})
     return found
+
+
+def delete(context: Context, study: str, agreed: Callable[[str], bool]) -> bool:
+    """Delete a study, its trials, its plan and its page; returns whether that was done.
+
+    ``agreed`` is asked first, with what would be deleted in words. Cached artifacts, which other studies may share,
+    and plans in folders stay.
+
+    Raises:
+        StudyError: there is no such study, or a coordinator is running it.
+    """
+    from was_storage.studies import StudyStore
+
+    store = StudyStore(context.database)
+    record = store.require_idle(study)
+    finished = sum(n for state, n in record.counts.items() if state.finished)
+    best = "" if record.best_loss_nats is None else f", best {record.best_loss_nats:.4f} nats on the search split"
+    words = f"study {study} of {context.database.display_url}: {finished} of {record.n_slots} trials finished{best}"
+    deleted = agreed(words)
+    if deleted:
+        store.delete(study)
+        context.reporter.note(f"deleted: {words}; plans in folders and what is cached stay")
+    else:
+        context.reporter.note(f"nothing was deleted; study {study} stays")
+    context.reporter.result({"deleted": deleted, **_summary(record)})
+    return deleted
 
 
 def dashboard(
