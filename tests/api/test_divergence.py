@@ -183,7 +183,7 @@ def test_fitness_and_top_k_make_another_study(made, settings) -> None:
         export(context)
     with Context(dataclasses.replace(settings, fitness="nll")) as nll, Context(settings) as kl:
         assert study_name(nll) != study_name(kl) == result.study
-        assert "fitness" not in identity(nll)
+        assert identity(nll)["fitness"] == "nll"
 
 
 def test_a_vocabulary_that_the_configuration_does_not_tell(settings, monkeypatch: pytest.MonkeyPatch) -> None:
