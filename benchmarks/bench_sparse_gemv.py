@@ -27,8 +27,11 @@ import triton
 from torch import Tensor
 
 from benchmarks.harness.rows import append_row, commit
+from was_kernels.column_weight import ColumnWeight, SparseMap
 from was_kernels.decode_timing import read_bandwidth
-from was_kernels.gather_gemv import counters, gather_gemv
+from was_kernels.gather_gemv import gather_gemv
+from was_kernels.gather_launch import counters
+from was_kernels.gather_step import GatherStep
 from was_kernels.sparse_gemv import sparse_gemv
 
 RESULTS = Path(__file__).parent / "results" / "sparse_gemv.jsonl"
@@ -108,12 +111,15 @@ def dense_times(x: Tensor, weights_t: list[Tensor], replays: int) -> tuple[float
 
 def product(kernel: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """x [B, d_in], weight_t [d_in, d_out], norms [d_in], threshold -> [B, d_out], by the named kernel."""
-    if kernel == "triton":
-        return sparse_gemv
     arrived = counters(torch.device("cuda"))
-    return lambda x, weight_t, norms, threshold: gather_gemv(
-        x, [weight_t], [norms], [threshold], [None], arrived, early=True
-    )
+
+    def call(x: Tensor, weight_t: Tensor, norms: Tensor, threshold: float) -> Tensor:
+        sparse = SparseMap(ColumnWeight.as_stored(weight_t), norms, threshold)
+        if kernel == "triton":
+            return sparse_gemv(x, sparse)
+        return gather_gemv(GatherStep(x, [sparse]), arrived, early=True)
+
+    return call
 
 
 def measure(

@@ -159,14 +159,13 @@ def cases(model: Any, batch: int, options: argparse.Namespace) -> Iterator[Case]
         quantise_projections(find_structure(model), form)
     for sparsity in options.sparsities:
         plan = plan_at(model, sparsity, options.masks)
-        handle = sparsify(model, plan, backend=options.backend, one_list=options.one_list)
+        handle = sparsify(model, plan, backend=options.backend)
         step = DecodeStep(model, tokens, options.kv_length)
         counted = step.counted(handle)
-        path = handle.backend + (", one list" if options.one_list else "")
-        yield Case(path, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
+        yield Case(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         if options.compile_plans:
             step = DecodeStep(model, tokens, options.kv_length, compiled=True)
-            compiled = f"{path}, torch.compile"
+            compiled = f"{handle.backend}, torch.compile"
             yield Case(compiled, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
         handle.restore()
 
@@ -239,7 +238,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "reference"), default="auto")
     parser.add_argument("--masks", choices=MASKS, default="separate")
-    parser.add_argument("--one-list", action="store_true", help="with --masks shared: see sparsify")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's dense step too")
     parser.add_argument("--compile-plans", action="store_true", help="time torch.compile's sparse steps too")
     parser.add_argument("--output", type=Path, default=RESULTS)

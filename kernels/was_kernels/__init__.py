@@ -1,4 +1,4 @@
-"""Sparse decoding: Triton ops and the runtime that applies a plan. Importing this imports no triton."""
+"""Sparse decoding: CUDA and Triton ops, and the runtime that applies a plan. Importing this imports no triton."""
 
 from __future__ import annotations
 

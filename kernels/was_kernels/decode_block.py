@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from was_kernels.attend import HEAD_SIZES, attend, attend_in_parts
+from was_kernels.attend import HEAD_SIZES, AttendStep, attend, attend_in_parts
 from was_kernels.attention_parts import AttentionParts
 from was_kernels.fused_forward import is_hooked
-from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, MAX_ROWS_ROUNDED, gather_gemv, launch_gather
-from was_kernels.gather_gemv_quantised import COLUMNS, gather_gemv_quantised
+from was_kernels.gather_gemv import gather_gemv
+from was_kernels.gather_launch import launch_gather
+from was_kernels.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.positions import DensePrefix
-from was_kernels.sparse_linear import SparseLinear, lay_side_by_side
-from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
+from was_kernels.sparse_linear import SparseLinear
 
 FAMILIES = {
     "LlamaDecoderLayer": "transformers.models.llama.",
@@ -36,19 +36,11 @@ class DecodeBlock:
         layer: of a class in :data:`FAMILIES`, its seven projections swapped for :class:`SparseLinear`.
         prefix: tells which tokens are dense.
         arrived: counters of the model.
-        one_list: q, k, v have one mask and gate, up another: lay their weights side by side, and list the channels
-            of each once.
         dense_above: leave steps of more rows to the modules, which keep every channel then; None: of none.
     """
 
     def __init__(
-        self,
-        layer: Any,
-        prefix: DensePrefix | None,
-        arrived: Tensor,
-        *,
-        one_list: bool = False,
-        dense_above: int | None = None,
+        self, layer: Any, prefix: DensePrefix | None, arrived: Tensor, *, dense_above: int | None = None
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._projections: tuple[SparseLinear, ...] = (
@@ -68,15 +60,8 @@ class DecodeBlock:
         self._head: int = attention.head_dim
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
-        most = MAX_ROWS_ROUNDED if isinstance(attention.q_proj, SparseQuantisedLinear) else MAX_ROWS
+        most = self._projections[0].held.columns.max_rows
         self._max_rows = most if dense_above is None else min(most, dense_above)
-        self._one_list = one_list
-        self._together: tuple[Tensor, Tensor | None] | None = None
-        if one_list:
-            qkv = self._projections[:3]
-            biases: list[Tensor] = [projection.bias for projection in qkv if projection.bias is not None]
-            self._together = (lay_side_by_side(qkv), torch.cat(biases) if biases else None)
-            lay_side_by_side(self._projections[4:6])
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
@@ -123,24 +108,21 @@ class DecodeBlock:
         qkv, _ = self._gather(x, (0, 1, 2), layer.input_layernorm, dense, squares=squares)
         cache, (cos, sin), mask = self._cache_layer(given), given["position_embeddings"], given.get("attention_mask")
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        inputs = (
+        inputs = AttendStep(
             qkv,
             cache.keys,
             cache.values,
             cache.cumulative_length,
             cos.reshape(-1, self._head),
             sin.reshape(-1, self._head),
+            self._heads,
+            self._scaling,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            epsilon=0.0 if q_norm is None else q_norm.variance_epsilon,
+            mask=None if mask is None else mask[:, 0, 0],
         )
-        how: dict[str, Any] = {
-            "query_heads": self._heads,
-            "scaling": self._scaling,
-            "q_norm": None if q_norm is None else q_norm.weight,
-            "k_norm": None if k_norm is None else k_norm.weight,
-            "epsilon": 0.0 if q_norm is None else q_norm.variance_epsilon,
-            "mask": None if mask is None else mask[:, 0, 0],
-            "early": True,
-        }
-        attended = attend_in_parts(*inputs, **how) if direct else attend(*inputs, self._arrived, **how)
+        attended = attend_in_parts(inputs, early=True) if direct else attend(inputs, self._arrived, early=True)
         x, squares = self._gather(attended, (3,), None, dense, residual=x)
         inner, _ = self._gather(x, (4, 5), layer.post_attention_layernorm, dense, gated=True, squares=squares)
         return self._gather(inner, (6,), None, dense, residual=x)
@@ -156,34 +138,18 @@ class DecodeBlock:
         residual: Tensor | None = None,
         squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        chosen = [self._projections[p] for p in which]
-        rounded = [projection.rounded for projection in chosen if isinstance(projection, SparseQuantisedLinear)]
-        weights: list[Any] = [*rounded] or [projection.weight_t for projection in chosen]
-        biases: list[Tensor | None] = [projection.bias for projection in chosen]
-        if self._together is not None and which == (0, 1, 2):
-            chosen, weights, biases = chosen[:1], [self._together[0]], [self._together[1]]
-        inputs = (
+        step = GatherStep(
             x,
-            weights,
-            [projection.norms for projection in chosen],
-            [projection.threshold for projection in chosen],
-            biases,
-            self._arrived,
+            [self._projections[p].sparse for p in which],
+            gated,
+            None if norm is None else norm.weight,
+            0.0 if norm is None else norm.variance_epsilon,
+            residual,
+            dense,
         )
-        how: dict[str, Any] = {
-            "gated": gated,
-            "norm_weight": None if norm is None else norm.weight,
-            "epsilon": 0.0 if norm is None else norm.variance_epsilon,
-            "residual": residual,
-            "dense": dense,
-            "early": True,
-        }
-        if not rounded:
-            how["one_list"] = gated and self._one_list
         if isinstance(x, AttentionParts) or (x.is_cuda and not torch.compiler.is_compiling()):
-            return launch_gather(*inputs, **how, squares=squares, want_squares=residual is not None)
-        gather: Any = gather_gemv_quantised if rounded else gather_gemv
-        return gather(*inputs, **how), None
+            return launch_gather(step, self._arrived, squares=squares, want_squares=residual is not None, early=True)
+        return gather_gemv(step, self._arrived, early=True), None
 
     def _cache_layer(self, given: dict[str, Any]) -> Any:
         """The cache's layer of this block if it is a static one that holds something already, else None."""
@@ -216,7 +182,6 @@ def fits(layer: Any) -> bool:
     if q.out_features // k.out_features * attention.head_dim > 1024:
         return False
     widths = (q.out_features, k.out_features, down.in_features, down.out_features)
-    each = COLUMNS if isinstance(down, SparseQuantisedLinear) else 8
+    each = down.held.columns.multiple
     sizes_fit = all(width % each == 0 and width <= MAX_CHANNELS for width in widths)
-    dtype = down.dtype if isinstance(down, SparseLinear) else down.weight.dtype
-    return sizes_fit and dtype in HALF and dtype == layer.input_layernorm.weight.dtype
+    return sizes_fit and down.dtype in HALF and down.dtype == layer.input_layernorm.weight.dtype

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from was_kernels.column_weight import MAX_ROWS
 from was_kernels.decode_block import DecodeBlock
 from was_kernels.fused_forward import is_hooked
-from was_kernels.gather_gemv import HALF, MAX_ROWS
+from was_kernels.gather_step import HALF
 from was_kernels.positions import DensePrefix
 from was_kernels.step_ends import begin_step, rms_norm
 

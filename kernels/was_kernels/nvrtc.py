@@ -174,7 +174,7 @@ def _nvrtc() -> ctypes.CDLL:
     raise NvrtcError(f"NVRTC: {name} was not found; install the nvidia-cuda-nvrtc package of PyTorch's CUDA version")
 
 
-def available() -> tuple[bool, str]:
+def compiles_here() -> tuple[bool, str]:
     """Whether kernels can be compiled and launched here, and why not in one line."""
     if not torch.cuda.is_available():
         return False, "no CUDA device"

@@ -1,11 +1,11 @@
-"""The ops in plain torch: what the Triton kernels must compute, and what runs where there is no GPU."""
+"""The ops in plain torch: what the kernels must compute, and what runs where there is no GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from was_search.rounding import dequantise
+from was_kernels.column_weight import SparseMap
 
 
 def kept_channels(x: Tensor, norms: Tensor, threshold: float, dense: Tensor | None = None) -> Tensor:
@@ -36,48 +36,22 @@ def score_mask_reference(x: Tensor, norms: Tensor, threshold: float, dense: Tens
     return torch.where(kept_channels(x, norms, threshold, dense), x, zero)
 
 
-def sparse_gemv_reference(
-    x: Tensor,
-    weight: Tensor,
-    norms: Tensor,
-    threshold: float,
-    bias: Tensor | None = None,
-    dense: Tensor | None = None,
-) -> Tensor:
+def sparse_gemv_reference(x: Tensor, sparse: SparseMap, dense: Tensor | None = None) -> Tensor:
     """``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``, summed in float32, in x's dtype.
 
     Args:
         x: [B, d_in].
-        weight: [d_out, d_in], any strides.
-        norms: [d_in] float32.
-        threshold: the score under which a channel is dropped; every row has its own mask.
-        bias: [d_out] or None.
+        sparse: W, bias, and what is kept; every row has its own mask.
         dense: bool [B]: rows that keep every channel.
 
     Returns:
-        [B, d_out] in x's dtype.
+        [B, width] in x's dtype.
     """
-    y = score_mask_reference(x, norms, threshold, dense).float() @ weight.t().float()
-    if bias is not None:
-        y = y + bias.float()
+    kept = score_mask_reference(x, sparse.norms, sparse.threshold, dense)
+    y = kept.float() @ sparse.weight.written_out().float()
+    if sparse.bias is not None:
+        y = y + sparse.bias.float()
     return y.to(x.dtype)
-
-
-def quantised_gemv_reference(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    bits: int,
-    group: int,
-    width: int,
-    norms: Tensor,
-    threshold: float,
-    bias: Tensor | None = None,
-    dense: Tensor | None = None,
-) -> Tensor:
-    """:func:`sparse_gemv_reference` on a weight that ``was_search.rounding.quantise`` made, written out in float32."""
-    weight = dequantise(packed, scales, bits, group, width)
-    return sparse_gemv_reference(x, weight.t(), norms, threshold, bias, dense)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -17,16 +17,15 @@ from was_kernels.counting import KeptCounts, ProjectionCount
 from was_kernels.decode_block import DecodeBlock, fits
 from was_kernels.decode_model import DecodeModel
 from was_kernels.fused_forward import fuse, unfuse
-from was_kernels.gather_gemv import HALF, counters
+from was_kernels.gather_launch import counters
+from was_kernels.gather_step import HALF
 from was_kernels.positions import DensePrefix
 from was_kernels.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
-from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
 from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
 from was_search.plan import Plan
 from was_search.quantised import QuantisedLinear
 from was_search.shape import N_PROJECTIONS, ModelShape
 from was_search.structure import Projection, Structure, device_of, find_structure
-from was_search.weight_format import AS_STORED, describe
 
 Backend = Literal["auto", "cuda", "triton", "reference"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -125,7 +124,6 @@ def sparsify(
     *,
     backend: Backend = "auto",
     fingerprint: str | None = None,
-    one_list: bool = False,
     dense_above: int | None = DENSE_ABOVE,
 ) -> SparseModel:
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
@@ -143,8 +141,6 @@ def sparsify(
         backend: ``auto`` takes the CUDA kernels where all projections are on an NVIDIA GPU in half precision, else
             Triton where their dtype has kernels, else the plain reference; the others insist.
         fingerprint: the checkpoint's, if known; checked against the plan's.
-        one_list: with the ``cuda`` backend and a plan of shared masks, lay the weights of q, k, v and of gate, up side
-            by side and list kept channels once for both of gate and up.
         dense_above: one-token steps of more rows keep every channel, since nearly all weights are read for one row or
             another and masking only costs; None: mask them all the same.
 
@@ -155,8 +151,8 @@ def sparsify(
         PlanError: the plan belongs to another model or to weights of another format, or the model runs a plan already.
         ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
         ResourceError: ``cuda`` or ``triton`` was asked for and is not there.
-        ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype; or ``one_list`` for another
-            backend, separate masks or rounded weights; or ``dense_above`` is under 1.
+        ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype; or ``dense_above`` is
+            under 1.
     """
     if dense_above is not None and dense_above < 1:
         raise ConfigError(f"dense_above: must be at least 1, or None, got {dense_above}")
@@ -169,11 +165,6 @@ def sparsify(
     plan.require_shape(structure.shape)
     _require_own_weights(structure)
     chosen = _choose_backend(backend, structure)
-    if one_list and (chosen != "cuda" or plan.shape.masks != "shared" or structure.weights != AS_STORED):
-        raise ConfigError(
-            "one_list: needs the cuda backend, a plan of shared masks and weights as stored, got "
-            f"{chosen}, {plan.shape.masks} masks and {describe(structure.weights)}"
-        )
     prefix = DensePrefix(plan.dense_prefix) if plan.dense_prefix > 0 else None
     handle = SparseModel(model, plan, structure.shape, chosen)
     arrived: dict[torch.device, Tensor] = {}
@@ -187,9 +178,8 @@ def sparsify(
             fused = len(masked.linears) < len(masked.members)
             for i, linear in enumerate(masked.linears):
                 parent, name = _parent(structure.blocks[b].module, linear)
-                kind: Any = SparseQuantisedLinear if isinstance(linear, QuantisedLinear) else SparseLinear
                 with torch.no_grad():
-                    sparse = kind(
+                    sparse = SparseLinear(
                         linear,
                         norms,
                         float(plan.thresholds[b, p]),
@@ -204,7 +194,7 @@ def sparsify(
                 setattr(parent, name, sparse)
         steps: list[DecodeBlock] = []
         if chosen == "cuda":
-            steps = _fuse_blocks(handle, structure, prefix, arrived, one_list, dense_above)
+            steps = _fuse_blocks(handle, structure, prefix, arrived, dense_above)
         decoder = _decoder(model, structure)
         if len(steps) == len(structure.blocks) and decode_model.fits(decoder):
             fuse(decoder, DecodeModel(decoder, steps, prefix))
@@ -235,7 +225,6 @@ def _fuse_blocks(
     structure: Structure,
     prefix: DensePrefix | None,
     arrived: dict[torch.device, Tensor],
-    one_list: bool,
     dense_above: int | None,
 ) -> list[DecodeBlock]:
     steps: list[DecodeBlock] = []
@@ -243,7 +232,7 @@ def _fuse_blocks(
         layer: Any = block.module
         if fits(layer) and len({weight.device for weight in layer.parameters()}) == 1:
             counter = arrived[layer.self_attn.q_proj.norms.device]
-            steps.append(DecodeBlock(layer, prefix, counter, one_list=one_list, dense_above=dense_above))
+            steps.append(DecodeBlock(layer, prefix, counter, dense_above=dense_above))
             fuse(layer, steps[-1])
             handle._fused.append(layer)
     return steps
@@ -257,7 +246,7 @@ def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "trit
     linears = _linears(structure)
     dtypes = {linear.dtype if isinstance(linear, QuantisedLinear) else linear.weight.dtype for linear in linears}
     on_gpu = all(device_of(linear).type == "cuda" for linear in linears)
-    compiles, why_not = nvrtc.available()
+    compiles, why_not = nvrtc.compiles_here()
     if backend == "cuda" or (backend == "auto" and on_gpu and compiles and dtypes <= set(HALF)):
         if not dtypes <= set(HALF):
             raise ConfigError(f"backend: cuda takes float16 and bfloat16, the model has {dtypes}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from was_kernels.column_weight import MAX_ROWS, SparseMap
 from was_kernels.counting import ProjectionCount
-from was_kernels.gather_gemv import HALF, MAX_CHANNELS, MAX_ROWS, gather_gemv
+from was_kernels.gather_gemv import gather_gemv
+from was_kernels.gather_step import HALF, MAX_CHANNELS, GatherStep
+from was_kernels.held_weight import hold
 from was_kernels.positions import DensePrefix
 from was_kernels.reference import kept_channels, score_mask_reference
+from was_search.structure import Projection
 
 DENSE_ABOVE = 8
 """Rows of a one-token step above which it keeps every channel, unless told otherwise.
@@ -25,14 +26,11 @@ little is left to be saved. A Llama-2-7B's step of 8 rows still takes 0.97 of wh
 
 
 class SparseLinear(nn.Module):
-    """Replaces an ``nn.Linear`` in place: same parameters, weight held column-major, inputs masked.
+    """Replaces an ``nn.Linear`` or a :class:`was_search.quantised.QuantisedLinear`: weight column-major, inputs masked.
 
-    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``) or the Triton one (``triton=True``), unless
-    they have more than ``dense_above`` rows, which makes them dense; everything else masks the input and multiplies
-    densely. For inference: none passes a gradient.
-
-    The linear's own weight parameter is kept, so its identity, name and dtype stay; only its storage changes
-    to [in_features, out_features]. One weight at a time exists twice, for the moment of the copy.
+    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded) or the
+    Triton one (``triton=True``), unless they have more than ``dense_above`` rows, which makes them dense; everything
+    else masks the input and multiplies densely. For inference: none passes a gradient.
 
     Args:
         linear: what is replaced; it shares its parameters, and must not be used until :meth:`restore_layout`.
@@ -41,13 +39,19 @@ class SparseLinear(nn.Module):
         prefix: tells which tokens are dense; None masks every token.
         triton: use the Triton kernels.
         dense_prompts: mask one-token steps only.
-        counters: of :func:`was_kernels.gather_gemv.counters`, to use the CUDA kernel where it fits; None: never.
+        counters: of :func:`was_kernels.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
         dense_above: one-token steps of more rows keep every channel; None: none do.
+
+    Attributes:
+        held: the weight.
+        weight: the linear's parameter, or its packed buffer.
+        dtype: what the model computes in.
+        channel_bytes: of the weight, scales and offsets with it, of one input channel.
     """
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Projection,
         norms: Tensor,
         threshold: float,
         *,
@@ -57,29 +61,6 @@ class SparseLinear(nn.Module):
         counters: Tensor | None = None,
         dense_above: int | None = DENSE_ABOVE,
     ) -> None:
-        self._init_common(linear, norms, threshold, prefix, triton, dense_prompts, dense_above)
-        self.weight = linear.weight
-        self.dtype = linear.weight.dtype
-        self.channel_bytes = self.out_features * self.weight.element_size()
-        if triton:
-            from was_kernels.sparse_gemv import sparse_gemv
-
-            self._gemv = sparse_gemv
-        fits = self.out_features % 8 == 0 and self.in_features <= MAX_CHANNELS and self.weight.dtype in HALF
-        self._counters = counters if fits else None
-        self.weight.data = self.weight.data.t().contiguous().t()
-
-    def _init_common(
-        self,
-        linear: Any,
-        norms: Tensor,
-        threshold: float,
-        prefix: DensePrefix | None,
-        triton: bool,
-        dense_prompts: bool,
-        dense_above: int | None,
-    ) -> None:
-        """What does not depend on how the weight is held."""
         super().__init__()
         self.in_features: int = linear.in_features
         self.out_features: int = linear.out_features
@@ -95,18 +76,28 @@ class SparseLinear(nn.Module):
         self._mask_op = score_mask_reference
         if triton:
             from was_kernels.score_mask import score_mask
+            from was_kernels.sparse_gemv import sparse_gemv
 
             self._mask_op = score_mask
+            self._gemv = sparse_gemv
         self.train(linear.training)
+        self.held = hold(linear)
+        self.weight = self.held.tensor
+        columns = self.held.columns
+        self.dtype = self.held.dtype
+        self.channel_bytes = columns.channel_bytes
+        self._max_rows = columns.max_rows
+        fits = self.out_features % columns.multiple == 0 and self.in_features <= MAX_CHANNELS and self.dtype in HALF
+        self._counters = counters if fits else None
 
     @property
-    def weight_t(self) -> Tensor:
-        """[in_features, out_features]: the same memory as ``weight``, contiguous."""
-        return self.weight.t()
+    def sparse(self) -> SparseMap:
+        """What the kernels take."""
+        return SparseMap(self.held.columns, self.norms, self.threshold, self.bias)
 
     def restore_layout(self) -> None:
-        """Put the weight back in row-major order, bit for bit; the replaced linear may be used again."""
-        self.weight.data = self.weight.data.contiguous()
+        """Put the weight back as it was, bit for bit; the replaced linear may be used again."""
+        self.held.restore()
 
     def step_threshold(self, rows: int) -> float:
         """That of a one-token step: zero, which keeps every channel, where it has more than ``dense_above`` rows."""
@@ -121,36 +112,22 @@ class SparseLinear(nn.Module):
         if self.count is not None and one_token:
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, threshold), dense)
         if threshold <= 0.0 or (self._dense_prompts and not one_token):
-            return self._multiply(x)
+            return self.held.multiply(x, self.bias)
         if one_token:
             y = self._few_rows(x.reshape(rows, self.in_features), dense)
             if y is not None:
                 return y.view(*x.shape[:-1], self.out_features)
-        return self._multiply(self._mask_op(x, self.norms, self.threshold, dense))
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        """The dense product."""
-        return F.linear(x, self.weight, self.bias)
+        return self.held.multiply(self._mask_op(x, self.norms, self.threshold, dense), self.bias)
 
     def _few_rows(self, x: Tensor, dense: Tensor | None) -> Tensor | None:
         """The sparse product of x [B, in_features], or None where no kernel takes it."""
         rows = x.shape[0]
-        if x.dtype != self.weight.dtype:
+        if x.dtype != self.dtype:
             return None
-        if self._counters is not None and rows <= MAX_ROWS:
-            return gather_gemv(
-                x,
-                [self.weight_t],
-                [self.norms],
-                [self.threshold],
-                [self.bias],
-                self._counters,
-                dense=dense,
-                early=True,
-            )
+        if self._counters is not None and rows <= self._max_rows:
+            return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self._counters, early=True)
         if self._triton and rows <= MAX_ROWS:
-            y: Tensor = self._gemv(x, self.weight_t, self.norms, self.threshold, self.bias, dense)
-            return y
+            return self._gemv(x, self.sparse, dense)
         return None
 
     def extra_repr(self) -> str:
@@ -159,20 +136,6 @@ class SparseLinear(nn.Module):
             f"bias={self.bias is not None}, threshold={self.threshold:.4g}, "
             f"{'triton' if self._triton else 'reference'}"
         )
-
-
-@torch.no_grad()
-def lay_side_by_side(projections: Sequence[SparseLinear]) -> Tensor:
-    """Move the weights of projections with one input into one [in_features, sum of out_features]; returns it.
-
-    What a kept channel reads is one run of memory then. The weights of these projections exist twice meanwhile.
-    """
-    together = torch.cat([projection.weight_t for projection in projections], dim=1)
-    first = 0
-    for projection in projections:
-        projection.weight.data = together[:, first : first + projection.out_features].t()
-        first += projection.out_features
-    return together
 
 
 def norms_like(values: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.where import INTERPRETER
+from was_kernels import decode_block, decode_model, runtime
 
 
 @pytest.fixture(params=["interpreter"] if INTERPRETER else [pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -33,3 +34,14 @@ def op_device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture
+def dtype(op_device: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The model's; on CPU the fused path is let in for float32."""
+    if op_device == "cuda":
+        return torch.bfloat16
+    for module in (decode_block, decode_model):
+        monkeypatch.setattr(module, "HALF", (torch.float32,))
+    monkeypatch.setattr(runtime, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference")
+    return torch.float32

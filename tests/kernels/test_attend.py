@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from was_kernels.attend import attend, attend_in_parts
+from tests.kernels.gemv_group import NAN
+from was_kernels.attend import AttendStep, attend, attend_in_parts
 from was_kernels.attention_parts import AttentionParts
-from was_kernels.gather_gemv import counters, gather_gemv, launch_gather
-
-NAN = float("nan")
+from was_kernels.column_weight import ColumnWeight, SparseMap
+from was_kernels.gather_gemv import gather_gemv
+from was_kernels.gather_launch import counters, launch_gather
+from was_kernels.gather_step import GatherStep
 
 
 def inputs(
     rows: int, heads: int, queries: int, head: int, longest: int, filled: int, dtype: torch.dtype, device: str
-) -> dict[str, Any]:
+) -> AttendStep:
     made = torch.Generator().manual_seed(rows + heads * 3 + head + filled)
 
     def random(*shape: int) -> Tensor:
@@ -27,28 +30,53 @@ def inputs(
     angles = torch.randn((rows, head // 2), generator=made).repeat(1, 2).to(device)
     cache = [random(rows, heads, longest, head) for _ in range(2)]
     for half in cache:
-        half[:, :, filled:] = NAN  # what lies behind the end is never used
-    return {
-        "qkv": random(rows, (queries + 2) * heads * head),
-        "keys": cache[0],
-        "values": cache[1],
-        "length": torch.tensor(filled, device=device),
-        "cos": angles.cos().to(dtype),
-        "sin": angles.sin().to(dtype),
-        "arrived": counters(torch.device(device)),
-        "query_heads": queries * heads,
-        "scaling": head**-0.5,
-    }
+        half[:, :, filled:] = NAN  # what lies past the end is never used
+    return AttendStep(
+        random(rows, (queries + 2) * heads * head),
+        *cache,
+        torch.tensor(filled, device=device),
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+        queries * heads,
+        head**-0.5,
+    )
 
 
-def copied(given: dict[str, Any], device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
+def normed(given: AttendStep) -> AttendStep:
+    """With an RMSNorm of each head."""
+    slope = torch.linspace(-0.5, 0.5, given.keys.shape[3]).to(given.qkv)
+    return replace(given, q_norm=1.0 + slope, k_norm=1.0 - slope, epsilon=1e-6)
+
+
+def masked(given: AttendStep) -> AttendStep:
+    """The last row does not see its first third."""
+    mask = torch.ones(len(given.qkv), given.keys.shape[2], dtype=torch.bool, device=given.qkv.device)
+    mask[-1, : int(given.length) // 3] = False
+    return replace(given, mask=mask)
+
+
+def copied(given: AttendStep, device: str = "cpu", dtype: torch.dtype | None = None) -> AttendStep:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         floats = dtype is not None and value.is_floating_point()
         return value.to(device, dtype if floats else value.dtype, copy=True)
 
-    return {name: move(value) for name, value in given.items()}
+    return AttendStep(**{name: move(value) for name, value in vars(given).items()})
+
+
+def run(given: AttendStep, **options: Any) -> Tensor:
+    arrived = counters(given.qkv.device)
+    found = attend(given, arrived, **options)
+    assert not arrived.any()
+    return found
+
+
+def without_nan(given: AttendStep) -> AttendStep:
+    """The cache's end is zero, as the plain op needs it: it multiplies by zero what is masked."""
+    for half in (given.keys, given.values):
+        half[:, :, int(given.length) :] = 0.0
+    return given
 
 
 def test_the_plain_op_is_rotation_append_and_softmax():
@@ -56,25 +84,24 @@ def test_the_plain_op_is_rotation_append_and_softmax():
     rows, head = 2, 64
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[1, :3] = False
-    q, k, v = (t.view(rows, -1, head) for t in given["qkv"].split([4 * head, 2 * head, 2 * head], dim=1))
+    q, k, v = (t.view(rows, -1, head) for t in given.qkv.split([4 * head, 2 * head, 2 * head], dim=1))
 
     def turned(x: Tensor) -> Tensor:
         half = torch.cat((-x[..., head // 2 :], x[..., : head // 2]), dim=-1)
-        return x * given["cos"][:, None] + half * given["sin"][:, None]
+        return x * given.cos[:, None] + half * given.sin[:, None]
 
-    keys = torch.cat([given["keys"][:, :, :7], turned(k)[:, :, None]], dim=2).repeat_interleave(2, dim=1)
-    values = torch.cat([given["values"][:, :, :7], v[:, :, None]], dim=2).repeat_interleave(2, dim=1)
-    scores = torch.einsum("bhd,bhpd->bhp", turned(q), keys) * given["scaling"]
+    keys = torch.cat([given.keys[:, :, :7], turned(k)[:, :, None]], dim=2).repeat_interleave(2, dim=1)
+    values = torch.cat([given.values[:, :, :7], v[:, :, None]], dim=2).repeat_interleave(2, dim=1)
+    scores = torch.einsum("bhd,bhpd->bhp", turned(q), keys) * given.scaling
     scores = scores.masked_fill(~mask[:, None, :8], -float("inf"))
     expected = torch.einsum("bhp,bhpd->bhd", scores.softmax(-1), values)
-    for half in ("keys", "values"):
-        given[half][:, :, 7:] = 0.0  # the plain op multiplies what is masked by zero
-    found = attend(**given, mask=mask)
+    without_nan(given)
+    found = run(replace(given, mask=mask))
     # Rotations are made in float32.
     torch.testing.assert_close(found, expected.reshape(rows, -1), rtol=1e-5, atol=1e-6)
-    assert int(given["length"]) == 8
-    torch.testing.assert_close(given["keys"][:, :, 7], turned(k), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(given["values"][:, :, 7], v)
+    assert int(given.length) == 8
+    torch.testing.assert_close(given.keys[:, :, 7], turned(k), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(given.values[:, :, 7], v)
 
 
 CASES = [
@@ -94,63 +121,51 @@ CASES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_kernel_equals_the_plain_op_in_float64(cuda, dtype, case, normed, masked):
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_the_kernel_equals_the_plain_op_in_float64(cuda, dtype, case, with_norms, with_mask):
     given = inputs(*case, dtype, "cuda")
-    rows, _, _, head, longest, filled = case
-    if normed:
-        given["q_norm"] = 1.0 + torch.linspace(-0.5, 0.5, head, device=cuda).to(dtype)
-        given["k_norm"] = 1.0 + torch.linspace(0.5, -0.5, head, device=cuda).to(dtype)
-        given["epsilon"] = 1e-6
-    if masked:
-        given["mask"] = torch.ones(rows, longest, dtype=torch.bool, device=cuda)
-        given["mask"][-1, : filled // 3] = False
-    exact = copied(given, "cuda", torch.float64)
-    for half in ("keys", "values"):
-        exact[half][:, :, filled:] = 0.0
-    expected = attend(**{**copied(exact, "cpu")})
+    filled = case[-1]
+    given = normed(given) if with_norms else given
+    given = masked(given) if with_mask else given
+    exact = without_nan(copied(given, "cpu", torch.float64))
+    expected = run(exact)
     twice = [copied(given, "cuda") for _ in range(2)]
-    found = [attend(**twice[0]), attend(**twice[1], early=True)]
+    found = [run(twice[0]), run(twice[1], early=True)]
     torch.cuda.synchronize()
     assert torch.equal(*found)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(found[0].double().cpu(), expected, rtol=8 * unit, atol=4 * unit)
     own = twice[0]
-    assert int(own["length"]) == filled + 1
-    assert not own["arrived"].any()
-    given.pop("arrived")
-    parts = attend_in_parts(**given)
-    assert int(given["length"]) == filled
+    assert int(own.length) == filled + 1
+    parts = attend_in_parts(given)
+    assert int(given.length) == filled
     torch.testing.assert_close(parts.merged(), found[0], rtol=2 * unit, atol=unit / 8)
-    for half in ("keys", "values"):
-        assert torch.equal(own[half][:, :, :filled], given[half][:, :, :filled])
-        assert torch.isfinite(own[half][:, :, filled]).all()
-        assert own[half][:, :, filled + 1 :].isnan().all()
+    for mine, theirs in ((own.keys, given.keys), (own.values, given.values)):
+        assert torch.equal(mine[:, :, :filled], theirs[:, :, :filled])
+        assert torch.isfinite(mine[:, :, filled]).all()
+        assert mine[:, :, filled + 1 :].isnan().all()
 
 
 def test_a_row_of_zeros_takes_the_mean_of_the_values(op_device):
     """All scores are 0: what is seen counts alike. The norm of a zero head is zero, not NaN."""
     given = inputs(1, 2, 2, 64, 20, 7, torch.float16, op_device)
-    given["qkv"][:, : 4 * 64].zero_()
-    given |= {"q_norm": torch.ones(64), "k_norm": torch.ones(64), "epsilon": 1e-6}
-    for name in ("q_norm", "k_norm"):
-        given[name] = given[name].to(op_device, torch.float16)
-    for half in ("keys", "values"):
-        given[half][:, :, 7:] = 0.0
-    found = attend(**given)
-    mean = given["values"][:, :, :8].double().mean(dim=2).repeat_interleave(2, dim=1)
+    given.qkv[:, : 4 * 64].zero_()
+    ones = torch.ones(64, device=op_device, dtype=torch.float16)
+    given = replace(given, q_norm=ones, k_norm=ones, epsilon=1e-6)
+    without_nan(given)
+    found = run(given)
+    mean = given.values[:, :, :8].double().mean(dim=2).repeat_interleave(2, dim=1)
     torch.testing.assert_close(found.double(), mean.reshape(1, -1), rtol=2e-3, atol=2e-3)
 
 
 def test_nan_and_infinity_stay_in_their_row(op_device):
     given = inputs(3, 2, 1, 64, 20, 7, torch.float16, op_device)
-    for half in ("keys", "values"):
-        given[half].nan_to_num_()
-    clean = attend(**copied(given, op_device))
-    given["qkv"][1, 3] = NAN  # a query
-    given["qkv"][2, 2 * 2 * 64 + 5] = float("inf")  # a value
-    found = attend(**given)
+    without_nan(given)
+    clean = run(copied(given, op_device))
+    given.qkv[1, 3] = NAN  # a query
+    given.qkv[2, 2 * 2 * 64 + 5] = float("inf")  # a value
+    found = run(given)
     assert torch.equal(found[0], clean[0])
     assert found[1, :64].isnan().all()
     assert torch.equal(found[1, 64:], clean[1, 64:])
@@ -160,35 +175,38 @@ def test_nan_and_infinity_stay_in_their_row(op_device):
 
 def test_inputs_that_are_not_contiguous(op_device):
     given = inputs(2, 2, 2, 64, 20, 7, torch.float16, op_device)
-    for half in ("keys", "values"):
-        given[half].nan_to_num_()
-    expected = attend(**copied(given, op_device))
-    strided = copied(given, op_device)
-    strided["qkv"] = torch.stack([given["qkv"], given["qkv"]], dim=1)[:, 0]
-    for half in ("keys", "values"):  # a cache that lies [batch, positions, heads, head size]
-        strided[half] = given[half].transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(attend(**strided), expected)
+    without_nan(given)
+    expected = run(copied(given, op_device))
+    own = copied(given, op_device)
+
+    def turned(half: Tensor) -> Tensor:
+        """A cache that lies [batch, positions, heads, head size]."""
+        return half.transpose(1, 2).contiguous().transpose(1, 2)
+
+    qkv = torch.stack([own.qkv, own.qkv], dim=1)[:, 0]
+    strided = replace(own, qkv=qkv, keys=turned(own.keys), values=turned(own.values))
+    assert torch.equal(run(strided), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_op_is_well_formed(op_device):
     given = inputs(1, 2, 2, 64, 16, 3, torch.float16, op_device)
-    for half in ("keys", "values"):
-        given[half].nan_to_num_()
-    torch.library.opcheck(torch.ops.was.attend, tuple(given.values()), test_utils="test_schema")
-    torch.library.opcheck(torch.ops.was.attend, tuple(given.values()), test_utils="test_faketensor")
+    without_nan(given)
+    before = (given.qkv, given.keys, given.values, given.length, given.cos, given.sin)
+    arguments = (*before, counters(torch.device(op_device)), given.query_heads, given.scaling)
+    torch.library.opcheck(torch.ops.was.attend, arguments, test_utils="test_schema")
+    torch.library.opcheck(torch.ops.was.attend, arguments, test_utils="test_faketensor")
 
 
 def test_attention_of_torch_agrees_with_the_plain_op_without_rotation():
     given = inputs(1, 2, 1, 64, 9, 8, torch.float32, "cpu")
-    given["cos"].fill_(1.0)
-    given["sin"].zero_()
-    for half in ("keys", "values"):
-        given[half].nan_to_num_()
-    q, k, v = given["qkv"].view(1, 3, 2, 1, 64).unbind(1)
-    keys, values = torch.cat([given["keys"][:, :, :8], k], 2), torch.cat([given["values"][:, :, :8], v], 2)
+    given.cos.fill_(1.0)
+    given.sin.zero_()
+    without_nan(given)
+    q, k, v = given.qkv.view(1, 3, 2, 1, 64).unbind(1)
+    keys, values = torch.cat([given.keys[:, :, :8], k], 2), torch.cat([given.values[:, :, :8], v], 2)
     expected = F.scaled_dot_product_attention(q, keys, values)
-    torch.testing.assert_close(attend(**given), expected.reshape(1, -1))
+    torch.testing.assert_close(run(given), expected.reshape(1, -1))
 
 
 def test_parts_come_to_the_softmax_over_all():
@@ -219,19 +237,19 @@ def test_the_reader_merges_parts_and_moves_the_length_on(cuda, dtype, case):
     given = inputs(*case, dtype, "cuda")
     width, channels = 136, heads * queries * head
     weight = torch.randn(channels, width, device=cuda).to(dtype)
-    norms, arrived = torch.ones(channels, device=cuda), given.pop("arrived")
-    parts = attend_in_parts(**given)
+    norms, arrived = torch.ones(channels, device=cuda), counters(cuda)
+    parts = attend_in_parts(given)
     merged = parts.merged()
     scores = merged.abs().float().flatten().sort().values
     at = len(scores) // 4 + int(scores[len(scores) // 4 : len(scores) // 2].diff().argmax())
     threshold = float(scores[at : at + 2].mean())  # far from every score
     residual = torch.randn(rows, width, device=cuda).to(dtype)
-    found, squares = launch_gather(
-        parts, [weight], [norms], [threshold], [None], arrived, residual=residual, want_squares=True, early=True
-    )
-    expected = gather_gemv(merged, [weight], [norms], [threshold], [None], arrived, residual=residual)
+    sparse = SparseMap(ColumnWeight.as_stored(weight), norms, threshold)
+    step = GatherStep(parts, [sparse], residual=residual)
+    found, squares = launch_gather(step, arrived, want_squares=True, early=True)
+    expected = gather_gemv(replace(step, x=merged), arrived)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=2 * unit, atol=8 * unit)
     torch.testing.assert_close(squares.sum(1), found.float().square().sum(1), rtol=1e-5, atol=1e-5)
-    assert int(given["length"]) == filled + 1
+    assert int(given.length) == filled + 1
     assert not arrived.any()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +17,18 @@ import torch
 from torch import Tensor
 
 from tests.kernels.emulated_gpu import COMPILER, EmulatedGpu, translated
-from tests.kernels.test_attend import copied, inputs
+from tests.kernels.gemv_group import rounded
+from tests.kernels.test_attend import copied, inputs, masked, normed, without_nan
 from was_kernels import attend as attend_module
-from was_kernels import gather_gemv as gather_module
-from was_kernels import step_ends
+from was_kernels import gather_launch, step_ends
 from was_kernels.attend import attend, attend_in_parts
 from was_kernels.attention_parts import AttentionParts
-from was_kernels.gather_gemv import counters, gather_gemv_reference, launch_gather
-from was_kernels.gather_gemv_quantised import gather_gemv_quantised
+from was_kernels.column_weight import ColumnWeight, SparseMap
+from was_kernels.gather_gemv import gather_gemv
+from was_kernels.gather_launch import counters, launch_gather
+from was_kernels.gather_step import GatherStep, gather_reference
 from was_kernels.nvrtc import SOURCES
-from was_kernels.quantised_weight import QuantisedWeight
 from was_kernels.reference import rms_norm
-from was_search.rounding import quantise
-from was_search.weight_format import WeightFormat
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not there to compile the CUDA sources for a CPU")
 
@@ -50,7 +50,7 @@ def processors() -> int:
 @pytest.fixture
 def gpu(built: EmulatedGpu, processors: int, monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
     """Launches go to the emulated GPU."""
-    for module in (gather_module, attend_module, step_ends):
+    for module in (gather_launch, attend_module, step_ends):
         monkeypatch.setattr(module, "cuda_kernel", built.kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     properties = SimpleNamespace(multi_processor_count=processors)
@@ -68,9 +68,7 @@ class Launch:
         self.x = torch.randn(rows, d_in, generator=made).to(dtype)
         self.weights = [(torch.randn(d_in, n, generator=made) * d_in**-0.5).to(dtype) for n in widths]
         self.norms = [torch.rand(d_in, generator=made) + 0.5 for _ in widths]
-        if options.get("one_list"):
-            self.norms = [self.norms[0]] * len(widths)
-        self.thresholds = [0.6 if options.get("one_list") else 0.9 * (i + 1) / len(widths) for i in range(len(widths))]
+        self.thresholds = [0.9 * (i + 1) / len(widths) for i in range(len(widths))]
         self.biases = [torch.randn(n, generator=made).to(dtype) if options.get("bias") else None for n in widths]
         self.norm_weight = (torch.rand(d_in, generator=made) + 0.5).to(dtype)
         width = widths[0] if options.get("gated") else sum(widths)
@@ -95,38 +93,29 @@ class Launch:
         parts = torch.arange(self.x.shape[1]) % 40
         return torch.zeros(len(self.x), 40).index_add_(1, parts, self.x.float().square())
 
-    def run(self, x: Tensor | AttentionParts | None = None) -> tuple[Tensor, Tensor | None]:
+    def step(self, dtype: torch.dtype) -> GatherStep:
+        """With x, weights and biases of ``dtype``."""
+        maps = [
+            SparseMap(
+                ColumnWeight.as_stored(weight.to(dtype)), norms, threshold, None if bias is None else bias.to(dtype)
+            )
+            for weight, norms, threshold, bias in zip(
+                self.weights, self.norms, self.thresholds, self.biases, strict=True
+            )
+        ]
+        return GatherStep(self.x.to(dtype), maps, **self.how())
+
+    def run(self, step: GatherStep | None = None) -> tuple[Tensor, Tensor | None]:
+        step = self.step(self.x.dtype) if step is None else step
         found = launch_gather(
-            self.x if x is None else x,
-            self.weights,
-            self.norms,
-            self.thresholds,
-            self.biases,
-            self.arrived,
-            **self.how(),
-            squares=self.squares(),
-            want_squares=self.options.get("residual", False),
-            one_list=self.options.get("one_list", False),
+            step, self.arrived, squares=self.squares(), want_squares=self.options.get("residual", False)
         )
         assert not self.arrived.any()
         return found
 
     def expected(self) -> Tensor:
-        how = self.how()
         # The norm rounds x to its dtype: double precision would keep other channels.
-        dtype = torch.float64 if how["norm_weight"] is None else self.x.dtype
-        return gather_gemv_reference(
-            self.x.to(dtype),
-            [weight.to(dtype) for weight in self.weights],
-            self.norms,
-            self.thresholds,
-            [None if bias is None else bias.to(dtype) for bias in self.biases],
-            how["gated"],
-            how["norm_weight"],
-            how["epsilon"],
-            how["residual"],
-            how["dense"],
-        )
+        return gather_reference(self.step(torch.float64 if "norm" not in self.options else self.x.dtype))
 
 
 def close(found: Tensor, exact: Tensor) -> None:
@@ -140,7 +129,6 @@ LAUNCHES = [
     (1544, [264, 64, 64], {"norm": "by squares", "bias": True, "dense": True}),
     (520, [264, 64, 64], {"norm": "by itself", "bias": True}),
     (1544, [344, 344], {"norm": "by squares", "gated": True, "dense": True}),
-    (1048, [72, 72], {"norm": "by squares", "gated": True, "one_list": True}),
     (5000, [136], {"residual": True, "dense": True}),
 ]
 
@@ -167,15 +155,11 @@ def test_gather_gemv(gpu, rows, dtype, d_in, widths, options):
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_gather_gemv_of_rounded_weights(gpu, bits, rows):
     launch = Launch(rows, 1544, [288, 96], HALF, bias=True)
-    form = WeightFormat(bits, 32)
-    rounded = []
-    for weight in launch.weights:
-        packed, scales = quantise(weight.t().contiguous(), form)
-        rounded.append(QuantisedWeight(packed, scales, bits, 32, weight.shape[1]))
-    given = (launch.x, rounded, launch.norms, launch.thresholds, launch.biases, launch.arrived)
-    expected = gather_gemv_quantised(*given)
-    launch.weights = rounded
-    found, _ = launch.run()
+    stored = launch.step(HALF)
+    maps = [replace(sparse, weight=rounded(sparse.weight.columns.t().contiguous(), bits, 32)) for sparse in stored.maps]
+    step = replace(stored, maps=maps)
+    expected = gather_gemv(step, launch.arrived)
+    found, _ = launch.run(step)
     torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
 
 
@@ -192,34 +176,27 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("normed_and_masked", [False, True])
 def test_attend(gpu, case, normed_and_masked):
-    rows, heads, _, head, longest, filled = case
+    rows, heads, _, head, _, filled = case
     given = inputs(*case, HALF, "cpu")
     if normed_and_masked:
-        given["q_norm"] = 1.0 + torch.linspace(-0.5, 0.5, head).to(HALF)
-        given["k_norm"] = 1.0 + torch.linspace(0.5, -0.5, head).to(HALF)
-        given["epsilon"] = 1e-6
-        given["mask"] = torch.ones(rows, longest, dtype=torch.bool)
-        given["mask"][-1, : filled // 3] = False
-    exact = copied(given, "cpu", torch.float64)
-    for half in ("keys", "values"):
-        exact[half][:, :, filled:] = 0.0
-    expected = attend(**exact)
+        given = masked(normed(given))
+    exact = without_nan(copied(given, "cpu", torch.float64))
+    expected = attend(exact, counters(CPU))
     close_to = {"rtol": 2e-3, "atol": 2e-4}
-    parts = attend_in_parts(**{name: value for name, value in copied(given).items() if name != "arrived"})
+    parts = attend_in_parts(copied(given))
     torch.testing.assert_close(parts.merged().double(), expected, **close_to)
     assert int(parts.length) == filled
     for seed in range(2):
         gpu.seed = seed
-        own = copied(given)
-        options = {name: own.pop(name, None) for name in ("q_norm", "k_norm", "epsilon", "mask")}
-        options["epsilon"] = options["epsilon"] or 0.0
-        found, _ = attend_module._launch_attend(**own, **options, advance=True)
+        own, arrived = copied(given), counters(CPU)
+        found = own.new_output()
+        attend_module._launch(own, found, arrived, advance=True)
         torch.testing.assert_close(found.double(), expected, **close_to)
-        assert int(own["length"]) == filled + 1
-        assert not own["arrived"].any()
-        key = own["keys"][:, :, filled].double()
-        torch.testing.assert_close(key, exact["keys"][:, :, filled], rtol=2e-3, atol=2e-3)
-        assert torch.equal(own["values"][:, :, filled], given["qkv"].view(rows, -1, head)[:, -heads:])
+        assert int(own.length) == filled + 1
+        assert not arrived.any()
+        key = own.keys[:, :, filled].double()
+        torch.testing.assert_close(key, exact.keys[:, :, filled], rtol=2e-3, atol=2e-3)
+        assert torch.equal(own.values[:, :, filled], given.qkv.view(rows, -1, head)[:, -heads:])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -229,7 +206,7 @@ def test_the_reader_of_attention_merges_its_parts(gpu, rows):
     parts[..., -1] = parts[..., -1].abs() + 0.1
     attended = AttentionParts(parts, torch.tensor(5), HALF)
     launch.x = attended.merged()
-    found, _ = launch.run(attended)
+    found, _ = launch.run(replace(launch.step(HALF), x=attended))
     close(found, launch.expected())
     assert int(attended.length) == 6
 

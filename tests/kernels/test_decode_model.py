@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from tests.kernels.test_decode_block import FAMILIES, dtype, logits_of_steps, model_of, tokens_of  # noqa: F401 - dtype is a fixture
-from tests.kernels.tiny_models import WIDER, tiny_plan
+from tests.kernels.tiny_models import FUSED_STEPS, WIDER, logits_of_steps, model_of, tiny_plan, tokens_of
 from was_kernels import decode_model
 from was_kernels.decode_model import DecodeModel
 from was_kernels.reference import rms_norm as plain_rms_norm
@@ -34,9 +33,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED_STEPS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_equals_the_same_blocks_called_by_transformers(family, batch, op_device, dtype, runs, monkeypatch):  # noqa: F811
+def test_equals_the_same_blocks_called_by_transformers(family, batch, op_device, dtype, runs, monkeypatch):
     model = model_of(family, op_device, dtype)
     plan = tiny_plan(model, dense_prefix=12)  # the first four of twelve steps lie inside it
     tokens = tokens_of(batch, 20).to(op_device)
@@ -55,7 +54,7 @@ def test_equals_the_same_blocks_called_by_transformers(family, batch, op_device,
     assert "_was_step" not in vars(model.model)
 
 
-def test_scaled_angles_and_generate(op_device, dtype, runs):  # noqa: F811
+def test_scaled_angles_and_generate(op_device, dtype, runs):
     torch.manual_seed(0)
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
     model = LlamaForCausalLM(LlamaConfig(**WIDER, rope_parameters=rope)).eval().to(op_device, dtype)
@@ -86,7 +85,7 @@ KEPT = (
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):  # noqa: F811
+def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 9).to(op_device)
     with sparsify(model, tiny_plan(model), backend="cuda") as sparse, torch.inference_mode():
@@ -125,7 +124,7 @@ def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):  # 
         assert len(found.hidden_states) == 3
 
 
-def test_outputs_that_were_wanted_once_do_not_end_the_decoders_own_steps(op_device, dtype, runs):  # noqa: F811
+def test_outputs_that_were_wanted_once_do_not_end_the_decoders_own_steps(op_device, dtype, runs):
     """transformers leaves hooks behind that capture them."""
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 12).to(op_device)
@@ -137,7 +136,7 @@ def test_outputs_that_were_wanted_once_do_not_end_the_decoders_own_steps(op_devi
     assert runs == [1] * 4
 
 
-def test_a_tuple_where_one_is_asked_for(op_device, dtype, runs):  # noqa: F811
+def test_a_tuple_where_one_is_asked_for(op_device, dtype, runs):
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 9).to(op_device)
     with sparsify(model, tiny_plan(model), backend="cuda"), torch.inference_mode():
@@ -149,7 +148,7 @@ def test_a_tuple_where_one_is_asked_for(op_device, dtype, runs):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["a slice", "expanded"])
-def test_embeddings_that_are_views(op_device, dtype, kind):  # noqa: F811
+def test_embeddings_that_are_views(op_device, dtype, kind):
     """Rows of a view lie apart, or on one another; a launch wants them side by side."""
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(2, 12).to(op_device)
@@ -174,8 +173,7 @@ def test_a_step_beyond_a_full_cache_ends_in_an_error_not_in_anothers_memory(cuda
     program = """
         import torch
         from transformers import StaticCache
-        from tests.kernels.test_decode_block import logits_of_steps, model_of, tokens_of
-        from tests.kernels.tiny_models import tiny_plan
+        from tests.kernels.tiny_models import model_of, tiny_plan, tokens_of
         from was_kernels.runtime import sparsify
         model = model_of("llama", "cuda", torch.float16)
         tokens = tokens_of(1, 18).cuda()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.kernels.test_decode_block import dtype, model_of, tokens_of  # noqa: F401 - dtype is a fixture
+from tests.kernels.tiny_models import model_of, tokens_of
 from was_kernels.decode_profile import StepClock, profile_plan
 from was_kernels.runtime import sparsify
 from was_search.latency import LatencyProfile
@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "reference"])
-def test_fixed_masks_are_what_steps_count(op_device, dtype, backend):  # noqa: F811
+def test_fixed_masks_are_what_steps_count(op_device, dtype, backend):
     model = model_of("llama", op_device, dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     widths = np.array(find_structure(model).shape.in_features)
@@ -39,7 +39,7 @@ def test_fixed_masks_are_what_steps_count(op_device, dtype, backend):  # noqa: F
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_fixed_masks_of_rounded_weights_are_what_steps_count(op_device, dtype, weights):  # noqa: F811
+def test_fixed_masks_of_rounded_weights_are_what_steps_count(op_device, dtype, weights):
     model = model_of("llama", op_device, dtype)
     quantise_projections(find_structure(model), WeightFormat.parse(weights))
     vector = RNG.uniform(0, 0.98, (2, 7))
@@ -52,7 +52,7 @@ def test_fixed_masks_of_rounded_weights_are_what_steps_count(op_device, dtype, w
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_masks_by_score_are_counted(op_device, dtype, rows):  # noqa: F811
+def test_masks_by_score_are_counted(op_device, dtype, rows):
     model = model_of("qwen3", op_device, dtype)
     with StepClock(model, tokens_of(rows, 80).to(op_device), 40, steps=2, backend="reference") as clock:
         _, dense = clock.by_score(np.zeros((2, 7)))
@@ -67,7 +67,7 @@ def test_masks_by_score_are_counted(op_device, dtype, rows):  # noqa: F811
             np.testing.assert_array_equal(same, achieved)
 
 
-def test_fused_steps_read_the_norms_that_were_written_last(op_device, dtype):  # noqa: F811
+def test_fused_steps_read_the_norms_that_were_written_last(op_device, dtype):
     model = model_of("llama", op_device, dtype)
     found = []
     with StepClock(model, tokens_of(1, 80).to(op_device), 40, steps=2, backend="cuda") as clock, torch.inference_mode():
@@ -85,7 +85,7 @@ def test_fused_steps_read_the_norms_that_were_written_last(op_device, dtype):  #
     assert (found[0] - found[1]).abs().max() > 0.1
 
 
-def test_the_plan_keeps_everything(op_device, dtype):  # noqa: F811
+def test_the_plan_keeps_everything(op_device, dtype):
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 20).to(op_device)
     with torch.inference_mode():

@@ -13,9 +13,9 @@ HERE = Path(__file__).parent
 FILES = (
     "test_gradient_passes.py",
     "test_mask_input.py",
-    "test_quantised_gemv.py",
     "test_score_mask.py",
     "test_sparse_gemv.py",
+    "test_sparse_gemv_rounded.py",
     "test_sparse_linear.py",
 )
 

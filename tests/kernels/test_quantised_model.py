@@ -11,13 +11,20 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from tests.kernels.test_decode_block import model_of
-from tests.kernels.tiny_models import FAMILIES, masked_logits, tiny_model, tiny_plan
-from was_kernels import decode_block, decode_model, runtime
+from tests.kernels.tiny_models import (
+    FAMILIES,
+    assert_as_exact,
+    logits_of_steps,
+    masked_logits,
+    model_of,
+    tiny_model,
+    tiny_plan,
+    tokens_of,
+)
 from was_kernels.decode_timing import projection_bytes
 from was_kernels.runtime import sparsify
-from was_kernels.sparse_quantised_linear import SparseQuantisedLinear
-from was_search.errors import ConfigError, PlanError
+from was_kernels.sparse_linear import SparseLinear
+from was_search.errors import PlanError
 from was_search.quantised import QuantisedLinear, quantise_projections
 from was_search.structure import find_structure
 from was_search.weight_format import WeightFormat
@@ -29,10 +36,6 @@ FORMS = [WeightFormat(8, 32), WeightFormat(4, 32), WeightFormat(4)]
 def rounded(model: Any, form: WeightFormat) -> Any:
     quantise_projections(find_structure(model), form)
     return model
-
-
-def tokens_of(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -47,7 +50,7 @@ def test_equals_the_masked_model(family, form):
     with torch.inference_mode():
         dense = model(tokens).logits
         with sparsify(model, plan) as sparse:
-            assert sum(isinstance(m, SparseQuantisedLinear) for m in sparse.modules()) == 14
+            assert sum(isinstance(m, SparseLinear) for m in sparse.modules()) == 14
             torch.testing.assert_close(sparse(tokens).logits, expected, **CLOSE)
             found = sparse.generate(tokens[:, :5], max_new_tokens=6, do_sample=False)
     assert (expected - dense).abs().max() > 1e-2  # the mask does something
@@ -95,41 +98,11 @@ def test_counting_and_bytes():
         handle.restore()
 
 
-@pytest.fixture
-def dtype(op_device: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The model's; on CPU the fused path is let in for float32."""
-    if op_device == "cuda":
-        return torch.bfloat16
-    for module in (decode_block, decode_model):
-        monkeypatch.setattr(module, "HALF", (torch.float32,))
-    monkeypatch.setattr(runtime, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference")
-    return torch.float32
-
-
-def steps(model: Any, tokens: torch.Tensor, prompt: int, forward: Any = None) -> torch.Tensor:
-    """Logits of one-token steps behind a prompt, over a static cache."""
-    cache = StaticCache(config=model.config, max_cache_len=21)
-    found = []
-    with torch.inference_mode():
-        model(tokens[:, :prompt], past_key_values=cache, use_cache=True)
-        for at in range(prompt, tokens.shape[1]):
-            call = forward or model
-            found.append(call(tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1])
-    return torch.stack(found)
-
-
 def exact_steps(model: Any, plan: Any, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
     """Those of the same rounded weights in float64."""
     exact = copy.deepcopy(model).double()
     with sparsify(exact, plan, backend="reference"):
-        return steps(exact, tokens, prompt)
-
-
-def assert_as_exact(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
-    """In half precision channels change sides of their threshold, on the plain path as well."""
-    error, usual = ((x - exact).abs() for x in (found, plain))
-    assert error.mean() < 1.2 * usual.mean() + 1e-6
-    assert error.max() < 2.0 * usual.max() + 1e-3
+        return logits_of_steps(exact, tokens, prompt)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -142,22 +115,16 @@ def test_fused_steps_equal_the_plain_path(op_device, dtype, family, batch, bits)
     plan = tiny_plan(model)
     tokens = tokens_of(batch, 14).to(op_device)
     with sparsify(model, plan, backend="reference") as plain:
-        expected = steps(plain, tokens, 8)
+        expected = logits_of_steps(plain, tokens, 8)
     handle = sparsify(model, plan, backend="cuda")
     try:
         assert handle.fused == 2
-        found = steps(model, tokens, 8)
+        found = logits_of_steps(model, tokens, 8)
     finally:
         handle.restore()
     if op_device == "cpu":
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_as_exact(found, expected, exact_steps(model, plan, tokens, 8))
-
-
-def test_one_list_is_for_weights_as_stored(op_device, dtype):
-    model = rounded(model_of("llama", op_device, dtype, intermediate_size=352), WeightFormat(8, 32))
-    with pytest.raises(ConfigError, match=r"one_list: .*, got cuda, shared masks and int8 weights in groups of 32"):
-        sparsify(model, tiny_plan(model, masks="shared"), backend="cuda", one_list=True)
 
 
 def test_odd_widths_stay_unfused(op_device, dtype):
@@ -166,7 +133,7 @@ def test_odd_widths_stay_unfused(op_device, dtype):
     handle = sparsify(model, plan, backend="cuda")
     try:
         assert handle.fused == 0
-        assert steps(model, tokens_of(1, 12).to(op_device), 8).isfinite().all()
+        assert logits_of_steps(model, tokens_of(1, 12).to(op_device), 8).isfinite().all()
     finally:
         handle.restore()
 
@@ -177,10 +144,10 @@ def test_a_step_compiles_without_a_graph_break(op_device, dtype):
     plan = tiny_plan(model)
     tokens = tokens_of(1, 12).to(op_device)
     with sparsify(model, plan, backend="cuda") as sparse:
-        expected = steps(sparse, tokens, 8)
+        expected = logits_of_steps(sparse, tokens, 8)
         backend = "inductor" if op_device == "cuda" or shutil.which("g++") else "aot_eager"
         compiled = torch.compile(sparse.forward, fullgraph=True, backend=backend)
-        found = steps(sparse, tokens, 8, compiled)
+        found = logits_of_steps(sparse, tokens, 8, forward=compiled)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 if op_device == "cuda" else 1e-4)
 
 
@@ -194,7 +161,7 @@ def test_auto_takes_cuda_and_triton_agrees(cuda, bits):
     for backend in ("auto", "triton", "reference"):
         handle = sparsify(model, plan, backend=backend)
         assert handle.backend == {"auto": "cuda"}.get(backend, backend)
-        found[backend] = steps(model, tokens, 8)
+        found[backend] = logits_of_steps(model, tokens, 8)
         handle.restore()
     exact = exact_steps(model, plan, tokens, 8)
     assert_as_exact(found["auto"], found["reference"], exact)
@@ -208,7 +175,7 @@ def test_a_step_is_captured_in_a_cuda_graph(cuda, backend):
     plan = tiny_plan(model)
     tokens = tokens_of(1, 12).to(cuda)
     with sparsify(model, plan, backend=backend) as sparse, torch.inference_mode():
-        expected = steps(sparse, tokens, 8)
+        expected = logits_of_steps(sparse, tokens, 8)
         cache = StaticCache(config=model.config, max_cache_len=21)
         sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
         start = copy.deepcopy(cache)

@@ -285,8 +285,9 @@ def test_the_weight_is_held_once_and_column_major():
     with sparsify(model, tiny_plan(model)):
         sparse = model.model.layers[0].mlp.down_proj
         assert sparse.weight is weight
-        assert sparse.weight_t.is_contiguous() and sparse.weight_t.data_ptr() == weight.data_ptr()
-        assert tuple(sparse.weight_t.shape) == (sparse.in_features, sparse.out_features) == (80, 48)
+        columns = sparse.held.columns.columns
+        assert columns.is_contiguous() and columns.data_ptr() == weight.data_ptr()
+        assert tuple(columns.shape) == (sparse.in_features, sparse.out_features) == (80, 48)
         assert torch.equal(sparse.weight, values)
         assert weight.untyped_storage().nbytes() == values.untyped_storage().nbytes()
         assert "down_proj): SparseLinear(in_features=80" in repr(model)

@@ -73,7 +73,7 @@ def test_a_saved_model_computes_the_same_and_copies_nothing(tmp_path, family, ma
         for projection in handle.projections:
             at = projection.weight.data_ptr()
             assert any(first <= at < last for first, last in ranges)
-    assert all(projection.weight_t.is_contiguous() for projection in handle.projections)
+    assert all(projection.held.columns.columns.is_contiguous() for projection in handle.projections)
     handle.restore()
     for projection in load_model(str(folder), dtype="float32").model.layers[0].mlp.children():
         if isinstance(projection, torch.nn.Linear):
@@ -118,7 +118,7 @@ def test_another_dtype_keeps_the_layout(tmp_path):
     _, folder, _ = saved(tmp_path)
     handle = load_sparse(folder, device="cpu", dtype="bfloat16")
     assert handle.projections[0].weight.dtype == torch.bfloat16
-    assert all(projection.weight_t.is_contiguous() for projection in handle.projections)
+    assert all(projection.held.columns.columns.is_contiguous() for projection in handle.projections)
 
 
 def test_saving_again_leaves_no_old_shards(tmp_path):

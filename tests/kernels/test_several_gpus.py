@@ -10,8 +10,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from tests.kernels.test_decode_block import model_of, tokens_of
-from tests.kernels.tiny_models import tiny_plan
+from tests.kernels.tiny_models import model_of, tiny_plan, tokens_of
 from was_kernels.runtime import sparsify
 
 pytestmark = [

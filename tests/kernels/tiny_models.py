@@ -21,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
 )
 
 from was_search.masking import Masking, structure_norms
@@ -111,3 +112,53 @@ def masked_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(), masking:
         logits: torch.Tensor = model(tokens, use_cache=False).logits
     return logits
+
+
+FUSED_STEPS = {
+    "llama": lambda size: LlamaForCausalLM(LlamaConfig(**size)),
+    "llama-32": lambda size: LlamaForCausalLM(LlamaConfig(**size, head_dim=32)),
+    "llama-bias": lambda size: LlamaForCausalLM(LlamaConfig(**size, attention_bias=True, mlp_bias=True)),
+    "mistral": lambda size: MistralForCausalLM(MistralConfig(**size, head_dim=128, sliding_window=None)),
+    "qwen2": lambda size: Qwen2ForCausalLM(Qwen2Config(**size)),
+    "qwen3": lambda size: Qwen3ForCausalLM(Qwen3Config(**size, head_dim=64)),
+}
+"""Models whose one-token steps run fused, by name."""
+
+
+def model_of(family: str, device: str, dtype: torch.dtype, **sizes: int) -> Any:
+    """A random model of :data:`FUSED_STEPS`."""
+    torch.manual_seed(3)
+    model = FUSED_STEPS[family]({**WIDER, **sizes}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if "bias" in name else 0.08))
+    return model.to(device, dtype)
+
+
+def tokens_of(batch: int, length: int) -> torch.Tensor:
+    """Random tokens, the same for the same shape."""
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def logits_of_steps(
+    model: Any, tokens: torch.Tensor, prompt: int, mask: torch.Tensor | None = None, forward: Any = None
+) -> torch.Tensor:
+    """Logits of the tokens after the prompt, one by one over a static cache; ``forward`` takes these, if given."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 9)
+    found = []
+    with torch.inference_mode():
+        for first, last in [(0, prompt), *((at, at + 1) for at in range(prompt, tokens.shape[1]))]:
+            given = {} if mask is None else {"attention_mask": mask[:, :last]}
+            if mask is not None:
+                given["position_ids"] = (mask[:, :last].cumsum(-1) - 1).clamp(min=0)[:, first:]
+            call = model if first == 0 or forward is None else forward
+            found.append(call(tokens[:, first:last], past_key_values=cache, use_cache=True, **given).logits[:, -1])
+    return torch.stack(found[1:])
+
+
+def assert_as_exact(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """In half precision channels change sides of their threshold, on the plain path as well."""
+    error, usual = ((x - exact).abs() for x in (found, plain))
+    assert error.mean() < 1.2 * usual.mean() + 1e-6
+    assert error.max() < 2.0 * usual.max() + 1e-3

@@ -3,8 +3,7 @@
 // A block owns COLUMNS outputs of one projection and a share of the input channels. It scores its channels, lists the
 // kept ones in shared memory, and its warps stream their weight rows: every lane reads 16 contiguous bytes, UNROLL
 // rows in flight. The block that arrives last adds the shares in their order, so that two runs give the same bits.
-// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up. With ONE_LIST both have one
-// mask: a block's lanes read gate in their first half and up in their second, behind one list.
+// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up.
 //
 // With several rows and BITS 16 the products are tensor cores' (MMA): a warp takes 64 outputs and 16 listed channels at
 // a time, of which a lane reads 8 outputs of 4 channels; the rows of x are columns of the product, in tiles of 8.
@@ -14,7 +13,7 @@
 //
 // Compiled by NVRTC with these macros: BF16, MMA, BITS, PER_LANE (outputs of a lane: 8 at 16 bits, else 8 to 32), GROUP,
 // LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL (weight rows in flight), ROWS (8 or 16 with MMA),
-// PARTS, GATED, ONE_LIST (GATED only, 16 bits), NORMED (RMSNorm of x first: 1, or 2 if whoever made x left sums of its
+// PARTS, GATED, NORMED (RMSNorm of x first: 1, or 2 if whoever made x left sums of its
 // squares), SPLITS (x is attention in so many parts, of query heads of HEAD channels, QUERIES to a key head; undefined:
 // x is x), SHARES (of the channels: blocks along y), CAPACITY (channels of a block at most, a multiple of the block
 // size), MIN_BLOCKS (of a multiprocessor), PDL (wait for the kernel before as late as possible).
@@ -28,15 +27,13 @@
 #define COLUMNS (LANES * PER_LANE)
 #define GROUPS (THREADS / LANES)
 #define PASSES (CAPACITY / THREADS)
-#define PHASES (GATED && !ONE_LIST ? 2 : 1)
-#define SUMS (GATED ? 2 : 1)
-#define OUTPUTS (ONE_LIST ? COLUMNS / 2 : COLUMNS)
+#define SUMS (GATED ? 2 : 1)  // projections that make one output
 #define STRIPE 16
 #define THERE(r) (ROWS == 1 || (r) < rows)
 // What a thread of the last block reads at once: partial sums one after the other cost a trip to L2 each.
 #define MOST_AT_ONCE (16 / SUMS)
 #define AT_ONCE (SHARES < MOST_AT_ONCE ? SHARES : MOST_AT_ONCE)  // partial sums of a result
-#define RESULT_PASSES ((ROWS * OUTPUTS + THREADS - 1) / THREADS)
+#define RESULT_PASSES ((ROWS * COLUMNS + THREADS - 1) / THREADS)
 #define MOST_TOGETHER (32 / (SUMS * AT_ONCE))
 #define TOGETHER (RESULT_PASSES < MOST_TOGETHER ? RESULT_PASSES : MOST_TOGETHER)  // results
 
@@ -189,7 +186,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #elif NORMED == 2 && ROWS > 2
     __shared__ float scales_of_rows[ROWS];
 #endif
-    __shared__ float result_squares[ROWS * OUTPUTS / 32];
+    __shared__ float result_squares[ROWS * COLUMNS / 32];
     __shared__ int is_last;
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -198,9 +195,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int capacity = ((stripes + SHARES - 1) / SHARES) * STRIPE;
 
     int which = 0;
-#if ONE_LIST
-    const int block = blockIdx.x;
-#elif GATED
+#if GATED
     which = blockIdx.x % 2;
     const int block = blockIdx.x / 2;
 #else
@@ -210,7 +205,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int block = blockIdx.x;
 #endif
     const Projection& own = group.part[which];
-    const int first_column = (block - (int)own.first_block) * OUTPUTS;
+    const int first_column = (block - (int)own.first_block) * COLUMNS;
 
     // What does not depend on the kernel before. The residual was made by an earlier one.
     float norms[PASSES];
@@ -372,15 +367,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #if MMA
     const int group_lane = lane / 4, quarter = lane % 4;
     const int in_block = (warp % ACROSS) * 64 + group_lane * 8;
-#if ONE_LIST
-    const int column = first_column + in_block % OUTPUTS;
-    const Projection& read = group.part[in_block / OUTPUTS];
-#else
     const int column = first_column + in_block;
-    const Projection& read = own;
-#endif
     const bool there = column < own.width;
-    const u16* weight = read.weight + column;
+    const u16* weight = own.weight + column;
     float total[TILES][4][4];  // [tile of rows][pair of outputs][output 0 and rows 2q, 2q + 1; output 1 likewise]
 #pragma unroll
     for (int i = 0; i < TILES * 16; i++) (&total[0][0][0])[i] = 0.0f;
@@ -394,7 +383,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 v[s][k] = make_uint4(0u, 0u, 0u, 0u);
-                if (there && i + (k & 1) + (k / 2) * 8 < n) v[s][k] = stream(weight + channel[k] * read.stride, policy);
+                if (there && i + (k & 1) + (k / 2) * 8 < n) v[s][k] = stream(weight + channel[k] * own.stride, policy);
             }
         }
 #pragma unroll
@@ -420,15 +409,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         }
     }
 #else
-#if ONE_LIST
-    const int column = first_column + (lane % (LANES / 2)) * PER_LANE;
-    const Projection& read = group.part[lane % LANES / (LANES / 2)];
-#else
     const int column = first_column + (lane % LANES) * PER_LANE;
-    const Projection& read = own;
-#endif
     if (column >= own.width) n = 0;
-    const Stored* weight = read.weight + (BITS == 16 ? column : column * BITS / 8);
+    const Stored* weight = own.weight + (BITS == 16 ? column : column * BITS / 8);
     float total[ROWS][PER_LANE];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -441,7 +424,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         for (int u = 0; u < UNROLL; u++) {
             const int i = first + u * GROUPS;
             v[u] = make_uint4(0u, 0u, 0u, 0u);
-            if (i < n) v[u] = stream(weight + list[i] * read.stride, policy);
+            if (i < n) v[u] = stream(weight + list[i] * own.stride, policy);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -507,8 +490,8 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #endif
 
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
-    float* place = parts + (long long)block * PHASES * SHARES * (ROWS * COLUMNS);
-    float* mine = place + ((PHASES == 2 ? which : 0) * SHARES + share) * (ROWS * COLUMNS);
+    float* place = parts + (long long)block * SUMS * SHARES * (ROWS * COLUMNS);
+    float* mine = place + ((SUMS == 2 ? which : 0) * SHARES + share) * (ROWS * COLUMNS);
 #if MMA
     __syncthreads();
 #pragma unroll
@@ -546,7 +529,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     }
 #endif
     if (thread == 0) {
-        is_last = arrives_last(arrived + block, PHASES * SHARES);
+        is_last = arrives_last(arrived + block, SUMS * SHARES);
         if (is_last) arrived[block] = 0;
     }
     __syncthreads();
@@ -556,7 +539,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
         float sum[TOGETHER][SUMS], added[TOGETHER][SUMS], beside[TOGETHER];
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) {
-            const int i = (first_pass + t) * THREADS + thread, r = i / OUTPUTS, out = first_column + i % OUTPUTS;
+            const int i = (first_pass + t) * THREADS + thread, r = i / COLUMNS, out = first_column + i % COLUMNS;
             const bool there = r < rows && out < own.width;
             beside[t] = there && residual != nullptr ? widen(residual[r * out_stride + out]) : 0.0f;
 #pragma unroll
@@ -576,12 +559,8 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
                     for (int s = 0; s < AT_ONCE; s++) {
                         const int i = (first_pass + t) * THREADS + thread;
-#if ONE_LIST
-                        const float* from = place + i / OUTPUTS * COLUMNS + f * OUTPUTS + i % OUTPUTS;
-#else
                         const float* from = place + f * SHARES * (ROWS * COLUMNS) + i;
-#endif
-                        const bool there = i < rows * OUTPUTS && (SHARES % AT_ONCE == 0 || first + s < SHARES);
+                        const bool there = i < rows * COLUMNS && (SHARES % AT_ONCE == 0 || first + s < SHARES);
                         v[t][f][s] = there ? __ldcg(from + (first + s) * (ROWS * COLUMNS)) : 0.0f;
                     }
 #pragma unroll
@@ -594,8 +573,8 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) {
             const int i = (first_pass + t) * THREADS + thread;
-            if (i >= ROWS * OUTPUTS) break;
-            const int r = i / OUTPUTS, out = first_column + i % OUTPUTS;
+            if (i >= ROWS * COLUMNS) break;
+            const int r = i / COLUMNS, out = first_column + i % COLUMNS;
             float result = 0.0f;
             if (r < rows && out < own.width) {
                 result = rounded(sum[t][0] + added[t][0]);
@@ -618,7 +597,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     __syncthreads();
     for (int r = thread; r < rows; r += THREADS) {
         float total = 0.0f;
-        for (int i = 0; i < OUTPUTS / 32; i++) total += result_squares[r * (OUTPUTS / 32) + i];
+        for (int i = 0; i < COLUMNS / 32; i++) total += result_squares[r * (COLUMNS / 32) + i];
         __stcg(squares_of_out + r * gridDim.x + block, total);
     }
 }

@@ -2,84 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from was_kernels.gather_gemv import choose_cut, counters
-from was_kernels.gather_gemv_quantised import gather_gemv_quantised
-from was_kernels.quantised_weight import QuantisedWeight
-from was_search.rounding import dequantise, quantise
-from was_search.weight_format import WeightFormat
-
-HALF = [torch.float16, torch.bfloat16]
-NAN, INF = float("nan"), float("inf")
-
-
-class Group:
-    """Random inputs of one launch."""
-
-    def __init__(
-        self,
-        device: str,
-        dtype: torch.dtype,
-        rows: int,
-        d_in: int,
-        widths: list[int],
-        bits: int,
-        *,
-        group: int = 64,
-        bias: bool = False,
-    ) -> None:
-        made = torch.Generator().manual_seed(rows * 7919 + d_in * 31 + sum(widths))
-        form = WeightFormat(bits, group)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=made).to(device, dtype)
-
-        self.x = random(rows, d_in)
-        self.weights = []
-        for width in widths:
-            packed, scales = quantise(torch.randn(width, d_in, generator=made) / d_in**0.5, form)
-            self.weights.append(QuantisedWeight(packed.to(device), scales.to(device), bits, group, width))
-        self.floats = [dequantise(w.packed, w.scales, bits, group, w.width).double() for w in self.weights]
-        self.norms = [weight.norm(dim=1).float() for weight in self.floats]
-        self.biases: list[Tensor | None] = [random(width) if bias else None for width in widths]
-        self.norm_weight = 1.0 + random(d_in) / 8
-        self.residual = random(rows, sum(widths))
-        self.arrived = counters(torch.device(device))
-
-    def thresholds(self, sparsity: float, x: Tensor | None = None) -> list[float]:
-        x = self.x if x is None else x
-        return [float((x.float().abs() * norms).flatten().nanquantile(sparsity)) for norms in self.norms]
-
-    def exact(self, thresholds: list[float], dense: Tensor | None = None, x: Tensor | None = None) -> list[Tensor]:
-        """Outputs of the projections in float64, the masks made in float32 as the op defines them."""
-        x = self.x if x is None else x
-        found = []
-        for weight, norms, threshold, bias in zip(self.floats, self.norms, thresholds, self.biases, strict=True):
-            keep = x.float().abs() * norms >= threshold
-            keep = torch.ones_like(keep) if threshold <= 0.0 else keep
-            keep = keep if dense is None else keep | dense[:, None]
-            y = torch.where(keep, x, 0.0).double() @ weight
-            found.append(y if bias is None else y + bias.double())
-        return found
-
-    def run(self, thresholds: list[float], **options: Any) -> Tensor:
-        inputs = (self.weights, self.norms, thresholds, self.biases, self.arrived)
-        found = gather_gemv_quantised(self.x, *inputs, **options)
-        again = gather_gemv_quantised(self.x, *inputs, **options, early=True)
-        assert torch.equal(found.view(torch.int16), again.view(torch.int16))  # to the bit, NaN included
-        assert not self.arrived.any()
-        return found
-
-
-def close(found: Tensor, exact: Tensor, scale: float = 4.0) -> None:
-    unit = torch.finfo(found.dtype).eps
-    torch.testing.assert_close(found.double(), exact, rtol=scale * unit, atol=scale * unit)
+from tests.kernels.gemv_group import HALF, INF, NAN, Group, close
+from was_kernels.gather_cut import choose_cut
+from was_kernels.gather_gemv import gather_gemv
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -106,8 +38,7 @@ def test_every_group_has_its_own_scale(op_device, bits, outputs, rows):
 @pytest.mark.parametrize("d_in", [296, 4096])
 def test_gated_and_normed(op_device, dtype, rows, d_in, bits):
     group = Group(op_device, dtype, rows, d_in, [352, 352], bits)
-    wide = group.x.float()
-    x = group.norm_weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    x = group.normed(1e-5)
     thresholds = group.thresholds(0.5, x)
     found = group.run(thresholds, gated=True, norm_weight=group.norm_weight, epsilon=1e-5)
     gate, up = group.exact(thresholds, x=x)
@@ -167,12 +98,14 @@ def test_cuts_cover_the_shape(bits, rows, d_in, widths):
 def test_other_weights_are_refused():
     group = Group("cpu", torch.float16, 1, 64, [64], 4)
     odd = Group("cpu", torch.float16, 1, 64, [48], 4)
-    with pytest.raises(ValueError, match="widths: a multiple of 32 needed, got 48"):
+    with pytest.raises(ValueError, match="widths that are a multiple of 32 needed, got 48"):
         odd.run([0.1])
     other = Group("cpu", torch.float16, 1, 64, [64], 8)
-    group.weights.append(other.weights[0])
-    with pytest.raises(ValueError, match="one format for all needed"):
-        group.run([0.1])
+    as_stored = Group("cpu", torch.float16, 1, 64, [64])
+    for unlike in (other, as_stored):
+        maps = [*group.step([0.1]).maps, *unlike.step([0.1]).maps]
+        with pytest.raises(ValueError, match="one format for all needed"):
+            gather_gemv(replace(group.step([0.1]), maps=maps), group.arrived)
 
 
 def test_the_op_compiles_whole(op_device):
@@ -180,7 +113,7 @@ def test_the_op_compiles_whole(op_device):
     thresholds = group.thresholds(0.5)
 
     def call(x: Tensor) -> Tensor:
-        return gather_gemv_quantised(x + 0, group.weights, group.norms, thresholds, group.biases, group.arrived)
+        return gather_gemv(replace(group.step(thresholds), x=x + 0), group.arrived)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(group.x), call(group.x))
