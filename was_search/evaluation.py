@@ -44,17 +44,12 @@ def sequence_nats(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
     return torch.cat(parts).view(len(tokens), predicted).sum(dim=1)
 
 
-def sequence_divergence(model: nn.Module, tokens: Tensor, predicted: int, top: DenseTop) -> Tensor:
-    """Divergence from the dense model of each sequence's last ``predicted`` tokens, summed: nats, float32 [batch].
+def sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: DenseTop) -> tuple[Tensor, Tensor]:
+    """Divergence from the dense model, and NLL, of each sequence's last ``predicted`` tokens, from one forward.
 
-    ``top`` is that of these sequences, [batch, predicted, k]; usable with autograd. See
-    :mod:`was_search.divergence`.
+    Both are summed over the tokens: nats, float32 [batch]. ``top`` is that of these sequences, [batch, predicted, k];
+    usable with autograd. See :mod:`was_search.divergence`.
     """
-    return _sequence_losses(model, tokens, predicted, top)[0]
-
-
-def _sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: DenseTop) -> tuple[Tensor, Tensor]:
-    """:func:`sequence_divergence` and :func:`sequence_nats`, from one forward."""
     logits = _logits(model, tokens, predicted)
     targets = tokens[:, -predicted:].flatten().to(logits.device)
     indices, dense = top.rows(logits.device)
@@ -164,7 +159,7 @@ def evaluate_thresholds(
                 losses.append(sequence_nats(model, batch, protocol.predicted_per_sequence).double().to(device))
             else:
                 part = top[done : done + protocol.batch_size]
-                loss, nll = _sequence_losses(model, batch, protocol.predicted_per_sequence, part)
+                loss, nll = sequence_losses(model, batch, protocol.predicted_per_sequence, part)
                 losses.append(loss.double().to(device))
                 nats.append(nll.double())
             done += len(batch)

@@ -45,22 +45,15 @@ class _Segment:
     end: float
 
 
-def _segments(
-    prices: FloatArray, grid: FloatArray, params: IntArray, lower: FloatArray, upper: FloatArray
-) -> list[_Segment]:
-    """Hull segments of all curves between their bounds, cheapest first; the order within a curve is kept."""
+def _segments(prices: FloatArray, grid: FloatArray, params: IntArray) -> list[_Segment]:
+    """Hull segments of all curves, cheapest first; the order within a curve is kept."""
     found: list[_Segment] = []
-    for curve in range(len(prices)):
-        inside = grid[(grid > lower[curve]) & (grid < upper[curve])]
-        points = np.concatenate([[lower[curve]], inside, [upper[curve]]])
-        if points[0] >= points[-1]:
-            continue
-        price = np.interp(points, grid, prices[curve])
-        hull = convex_hull(points, price)
+    for curve, price in enumerate(prices):
+        hull = convex_hull(grid, price)
         # Rounding may put a segment's price below that of the one before it; the order within a curve must hold.
-        slopes = np.maximum.accumulate(np.diff(price[hull]) / np.diff(points[hull])) / params[curve]
+        slopes = np.maximum.accumulate(np.diff(price[hull]) / np.diff(grid[hull])) / params[curve]
         for a, b, slope in zip(hull[:-1], hull[1:], slopes, strict=True):
-            found.append(_Segment(float(slope), curve, float(points[a]), float(points[b])))
+            found.append(_Segment(float(slope), curve, float(grid[a]), float(grid[b])))
     found.sort(key=lambda segment: (segment.slope, segment.start, segment.curve))
     return found
 
@@ -71,8 +64,6 @@ def spend(
     params: npt.ArrayLike,
     target: float,
     *,
-    lower: npt.ArrayLike = 0.0,
-    upper: npt.ArrayLike = 1.0,
     groups: Groups = SEPARATE,
 ) -> FloatArray:
     """Sparsities that meet ``target`` exactly at the least total price, over all projections at once.
@@ -82,27 +73,22 @@ def spend(
         grid: [G] sparsities, rising from 0.
         params: [L, 7] weights.
         target: parameter-weighted mean of the result.
-        lower: least sparsities, [L, 7] or a scalar; prices between grid points are interpolated.
-        upper: greatest sparsities, likewise; the grid's end bounds them too.
         groups: projections that share a mask: they get one sparsity, at the sum of their prices.
 
     Returns:
         float64 [L, 7].
 
     Raises:
-        InfeasibleError: non-finite prices, or a target outside what the bounds allow.
+        InfeasibleError: non-finite prices, or a target beyond the grid's end.
     """
     price, levels, count = _checked(prices, grid, params)
-    low, high = _bounds(lower, upper, levels, count.shape)
-    price, count, low, high = _merged(groups, price, count, low, high)
+    if not -1e-9 <= target <= levels[-1] + 1e-9:
+        raise InfeasibleError(f"target: must be in [0.0000, {levels[-1]:.4f}], got {target}")
+    price, count = _merged(groups, price, count)
     flat = count.ravel().astype(np.float64)
-    result = low.ravel().copy()
-    left = target * float(flat.sum()) - float(result @ flat)
-    room = float(high.ravel() @ flat) - float(result @ flat)
-    if not -1e-9 * flat.sum() <= left <= room + 1e-9 * flat.sum():
-        least, most = result @ flat / flat.sum(), high.ravel() @ flat / flat.sum()
-        raise InfeasibleError(f"target: must be in [{least:.4f}, {most:.4f}], got {target}")
-    for segment in _segments(price.reshape(-1, len(levels)), levels, count.ravel(), low.ravel(), high.ravel()):
+    result = np.zeros(len(flat))
+    left = target * float(flat.sum())
+    for segment in _segments(price.reshape(-1, len(levels)), levels, count.ravel()):
         cost = flat[segment.curve] * (segment.end - segment.start)
         if cost >= left:
             result[segment.curve] = segment.start + max(left, 0.0) / flat[segment.curve]
@@ -117,37 +103,28 @@ def path(
     grid: npt.ArrayLike,
     params: npt.ArrayLike,
     *,
-    lower: npt.ArrayLike = 0.0,
-    upper: npt.ArrayLike = 1.0,
     groups: Groups = SEPARATE,
 ) -> BlockTable:
     """One block's table: the greedy of :func:`spend` on its seven projections, a row where it turns.
 
-    Where the bounds leave room below or above, the table goes on in a straight line: to nothing dropped, and to
-    the grid's end. ``prices`` [7, G], ``grid`` [G], ``params``, ``lower`` and ``upper`` [7].
+    ``prices`` [7, G], ``grid`` [G] and ``params`` [7]; the table goes from nothing dropped to the grid's end.
     """
     price, levels, count = _checked(prices, grid, params)
-    low, high = _bounds(lower, upper, levels, count.shape)
-    price, merged, low, high = _merged(groups, price, count, low, high)
-    current = low.copy()
-    rows = [np.zeros(len(groups)), current.copy()]
-    for segment in _segments(price, levels, merged, low, high):
+    price, merged = _merged(groups, price, count)
+    current = np.zeros(len(groups))
+    rows = [current.copy()]
+    for segment in _segments(price, levels, merged):
         current[segment.curve] = segment.end
         rows.append(current.copy())
-    rows.append(np.full(len(groups), levels[-1]))
     return _block_table([_expanded(groups, row) for row in rows], count)
 
 
-def _merged(
-    groups: Groups, prices: FloatArray, count: IntArray, low: FloatArray, high: FloatArray
-) -> tuple[FloatArray, IntArray, FloatArray, FloatArray]:
-    """Curves of groups from those of projections: [..., 7, G] prices, [..., 7] the others."""
+def _merged(groups: Groups, prices: FloatArray, count: IntArray) -> tuple[FloatArray, IntArray]:
+    """Curves of groups from those of projections: prices [..., 7, G], parameters [..., 7]."""
     parts = [list(group) for group in groups]
     return (
         np.stack([prices[..., part, :].sum(axis=-2) for part in parts], axis=-2),
         np.stack([count[..., part].sum(axis=-1) for part in parts], axis=-1),
-        np.stack([low[..., part].max(axis=-1) for part in parts], axis=-1),
-        np.stack([high[..., part].min(axis=-1) for part in parts], axis=-1),
     )
 
 
@@ -157,16 +134,6 @@ def _expanded(groups: Groups, values: FloatArray) -> FloatArray:
     for g, group in enumerate(groups):
         result[..., list(group)] = values[..., g, None]
     return result
-
-
-def _bounds(
-    lower: npt.ArrayLike, upper: npt.ArrayLike, grid: FloatArray, shape: tuple[int, ...]
-) -> tuple[FloatArray, FloatArray]:
-    low = np.broadcast_to(np.clip(np.asarray(lower, np.float64), 0.0, grid[-1]), shape)
-    high = np.broadcast_to(np.clip(np.asarray(upper, np.float64), 0.0, grid[-1]), shape)
-    if np.any(low > high):
-        raise InfeasibleError("lower: must not be above upper")
-    return low, high
 
 
 def block_path(

@@ -17,10 +17,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0.0 or self.high < 0.0
-
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {(self.high - self.low) / 2:.4f}"
 

@@ -74,11 +74,6 @@ def load_text(source: str, split: str) -> SplitText:
     )
 
 
-def text_hash(source: str, split: str) -> str:
-    """sha256 of the split's text, as in :attr:`SplitText.sha256`; reads the text, but no tokenizer or model."""
-    return load_text(source, split).sha256
-
-
 def _from_folder(folder: Path, split: str) -> str:
     present = [name for name in SPLITS if (folder / f"{name}.txt").is_file()]
     if len(present) == len(SPLITS):

@@ -29,18 +29,6 @@ def text_ids(text: SplitText, tokenizer: Any) -> IntArray:
     return np.asarray(ids, np.int64)
 
 
-def windows_available(
-    text: SplitText, tokenizer: Any, *, sequence_length: int = 2048, stride: int | None = None, bos: bool | None = None
-) -> int:
-    """Windows that ``text`` fills: the most sequences :func:`tokenise` can give; 0 if it is too short for one.
-
-    Raises:
-        ConfigError: ``bos`` asked of a tokenizer that has none.
-    """
-    with_bos = _with_bos(tokenizer, bos)
-    return _count(len(text_ids(text, tokenizer)), sequence_length - with_bos, stride or sequence_length)
-
-
 def tokenise(
     text: SplitText,
     tokenizer: Any,

@@ -14,7 +14,7 @@ from was_search import datasets_named
 from was_search.datasets_named import FOLDER_VARIABLE, alpaca_record, load_named
 from was_search.errors import DataError
 from was_search.protocol import SPLITS
-from was_search.text import load_text, text_hash
+from was_search.text import load_text
 
 
 @pytest.fixture(autouse=True)
@@ -112,10 +112,10 @@ def test_alpaca_prompt():
 
 def test_a_set_is_loaded_once_a_process(copies):
     write_wikitext(copies)
-    first = text_hash("wikitext2", "test")
+    first = load_text("wikitext2", "test")
     for path in (copies / "wikitext2").rglob("*.parquet"):
         path.unlink()
-    assert text_hash("wikitext2", "test") == first
+    assert load_text("wikitext2", "test") == first
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "alpaca"])

@@ -13,7 +13,7 @@ from was_search.evaluation import (
     ModelEvaluator,
     dense_top,
     evaluate_thresholds,
-    sequence_divergence,
+    sequence_losses,
     sequence_nats,
 )
 from was_search.masking import Masking, structure_norms
@@ -219,13 +219,13 @@ def test_divergence_has_a_gradient(make_llama, structure, tokens):
     with torch.no_grad():
         weight += 0.1 * torch.sin(torch.arange(weight.numel(), dtype=torch.float32)).view_as(weight)
     weight.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(sequence_divergence(model, batch, 16, top).sum(), weight)
+    (gradient,) = torch.autograd.grad(sequence_losses(model, batch, 16, top)[0].sum(), weight)
     i, j = divmod(int(gradient.abs().argmax()), weight.shape[1])
 
     def moved(step):
         with torch.no_grad():
             weight[i, j] += step
-            value = float(sequence_divergence(model, batch, 16, top).double().sum())
+            value = float(sequence_losses(model, batch, 16, top)[0].double().sum())
             weight[i, j] -= step
         return value
 

@@ -89,45 +89,13 @@ def test_the_tables_at_the_seed_levels_are_what_was_spent(seed, target):
     np.testing.assert_allclose(table.sparsities(shape.levels(spent)), spent, atol=1e-10)
 
 
-def bounds_of(seed: int, L: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    centre = rng.uniform(0, 0.9, (L, 7))
-    return np.clip(centre - rng.uniform(0, 0.3), 0, 0.9), np.clip(centre + rng.uniform(0, 0.3), 0, 0.9)
-
-
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0, 1))
-def test_spend_between_bounds_against_a_linear_program(seed, share):
-    """Curves are linear between grid points: the hull is that of the bounds and the points inside."""
-    prices, shape = problem(seed)
-    prices -= np.random.default_rng(seed).uniform(0, 3) * GRID  # such as at a sparse point, where some fall
-    low, high = bounds_of(seed, 2)
-    target = shape.sparsity(low) * (1 - share) + shape.sparsity(high) * share
-    found = spend(prices, GRID, shape.params, target, lower=low, upper=high)
-    assert shape.sparsity(found) == pytest.approx(target, abs=1e-12)
-    assert np.all((found >= low - 1e-12) & (found <= high + 1e-12))
-    # One fine grid for all curves, which holds each one's bounds; points outside them are too dear.
-    fine = np.unique(np.concatenate([GRID, low.ravel(), high.ravel()]))
-    curves = np.stack([np.interp(fine, GRID, curve) for curve in prices.reshape(-1, 6)])
-    inside = (fine >= low.reshape(-1, 1)) & (fine <= high.reshape(-1, 1))
-    cost = 0.0
-    for curve, within, s in zip(curves, inside, found.ravel(), strict=True):
-        x, y = fine[within], curve[within]
-        cost += hull_cost(y[None], x, np.clip([s], x[0], x[-1])) if len(x) > 1 else y[0]
-    dear = np.where(inside, curves, 1e4).reshape(2, 7, -1)
-    assert cost == pytest.approx(linear_program(dear, fine, shape.params, target), abs=1e-4)  # HiGHS, as above
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**6), st.floats(0, 1))
-def test_tables_between_bounds_hold_what_was_spent(seed, share):
+def test_tables_hold_what_was_spent(seed, share):
     prices, shape = problem(seed, L=3)
-    low, high = bounds_of(seed, 3)
-    target = shape.sparsity(low) * (1 - share) + shape.sparsity(high) * share
-    spent = spend(prices, GRID, shape.params, target, lower=low, upper=high)
-    table = Table(
-        "fisher", tuple(path(prices[b], GRID, shape.params[b], lower=low[b], upper=high[b]) for b in range(3))
-    )
+    prices -= np.random.default_rng(seed).uniform(0, 3) * GRID  # such as at a sparse point, where some fall
+    spent = spend(prices, GRID, shape.params, 0.9 * share)
+    table = Table("fisher", tuple(path(prices[b], GRID, shape.params[b]) for b in range(3)))
     np.testing.assert_allclose(table.sparsities(shape.levels(spent)), spent, atol=1e-10)
     np.testing.assert_allclose(table.max_levels, 0.9)
     np.testing.assert_array_equal(table.sparsities(np.zeros(3)), np.zeros((3, 7)))
@@ -228,14 +196,6 @@ def test_refuses_a_target_beyond_the_grid(target):
     prices, shape = problem(0)
     with pytest.raises(InfeasibleError, match=r"target: must be in \[0\.0000, 0\.9000\], got"):
         spend(prices, GRID, shape.params, target)
-
-
-def test_refuses_bounds_that_leave_nothing():
-    prices, shape = problem(0)
-    with pytest.raises(InfeasibleError, match="lower: must not be above upper"):
-        spend(prices, GRID, shape.params, 0.5, lower=0.6, upper=0.5)
-    with pytest.raises(InfeasibleError, match=r"target: must be in \[0\.2000, 0\.4000\], got 0\.5"):
-        spend(prices, GRID, shape.params, 0.5, lower=0.2, upper=0.4)
 
 
 def test_refuses_bad_prices_and_grids():

@@ -327,7 +327,6 @@ def test_the_greedy_spends_on_groups(target):
         GRID,
         np.concatenate([params, np.ones((2, 3), np.int64)], axis=1),
         target * params.sum() / (params.sum() + 6) + 0.9 * 6 / (params.sum() + 6),
-        lower=np.array([[0.0] * 4 + [0.9] * 3] * 2),
     )
     for g, part in enumerate(parts):
         np.testing.assert_allclose(found[:, part[0]], expected[:, g], atol=1e-9)

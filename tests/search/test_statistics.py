@@ -30,14 +30,6 @@ def test_covers_the_truth_as_often_as_it_says():
 def test_equal_losses():
     found = paired_interval(np.ones(4), np.ones(4))
     assert (found.mean, found.low, found.high) == (0, 0, 0)
-    assert not found.excludes_zero
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "excludes"), [(-0.2, -0.1, True), (-0.1, 0.1, False), (0.1, 0.2, True), (0.0, 0.1, False)]
-)
-def test_excludes_zero(low, high, excludes):
-    assert Interval((low + high) / 2, low, high).excludes_zero is excludes
 
 
 def test_text():

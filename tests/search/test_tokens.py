@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from was_search.errors import ConfigError, DataError
 from was_search.text import SplitText
-from was_search.tokens import adds_bos, text_ids, tokenise, windows_available
+from was_search.tokens import adds_bos, text_ids, tokenise
 
 BOS = 256
 
@@ -57,7 +57,6 @@ def test_all_windows_are_those_of_a_slow_reading(bos, length, stride, size):
     assert sorted(map(tuple, found.tokens.tolist())) == sorted(map(tuple, expected))
     assert found.tokens.dtype == np.int64
     assert found.protocol.n_sequences == len(expected)
-    assert windows_available(text, PLAIN, sequence_length=length, stride=stride, bos=bos) == len(expected)
 
 
 def starts_of(found, text, stride):
@@ -149,7 +148,6 @@ def test_more_sequences_than_there_are():
 @pytest.mark.parametrize(("bos", "needed"), [(False, 16), (True, 15)])
 def test_too_short_for_one_sequence(bos, needed):
     text = text_of(needed - 1)
-    assert windows_available(text, PLAIN, sequence_length=16, bos=bos) == 0
     for at_most in (False, True):
         message = rf"book\.txt \[test\] has {needed - 1} tokens, one sequence needs {needed}"
         with pytest.raises(DataError, match=message):
