@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -32,6 +33,9 @@ SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve its workers beside other tests
+
+_ray: pytest.StashKey[Any] = pytest.StashKey()
 
 # How long an example takes says something about the machine, not about the code.
 hypothesis.settings.register_profile(
@@ -48,6 +52,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             weights[item.path] += sum(weight for mark, weight in marks.items() if item.get_closest_marker(mark))
         items.sort(key=lambda item: -weights[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("ray"):
+        from tests.servers.kept_ray import KeptRay
+
+        ray = item.config.stash.setdefault(_ray, None) or KeptRay()
+        item.config.stash[_ray] = ray
+        ray.keep = item.get_closest_marker("own_ray") is None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (ray := session.config.stash.get(_ray, None)) is not None:
+        ray.end()
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def was_search(postgres_url: str, tmp_path: Path) -> Iterator[Callable[..., subp
 
 def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
     url, messages = received
-    flags = small_flags(storage=postgres_url, study=STUDY, workers=1, greedy_sequences=0, trials=500)
+    flags = small_flags(storage=postgres_url, study=STUDY, workers=1, trials=500)
     flags += ["--no-early-stopping", "--notify", url]
     search = was_search("search", *flags)
     with Context(Settings(storage=postgres_url)) as here:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from optuna.artifacts import get_all_artifact_meta
 
-from tests.workers.small_run import assert_each_finished_once, environment, small_settings
+from tests.workers.small_run import assert_each_finished_once, coarse_greedy, environment, small_settings
 from was_kernels import sparsify
 from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, export, run, search, sensitivity
 from was_search.api.demo import DEMO_FOLDER
@@ -34,11 +35,19 @@ from was_storage.studies import StudyStore
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse() -> Iterator[None]:
+    with coarse_greedy():
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(postgres_url: str, tmp_path_factory: pytest.TempPathFactory):
     """Settings and result of one small run."""
     plan = tmp_path_factory.mktemp("run") / "plan"
-    settings = small_settings(storage=postgres_url, trials=12, plan=str(plan), seed_rounds=2, descent_epochs=1)
+    settings = small_settings(
+        storage=postgres_url, trials=12, plan=str(plan), greedy_sequences=1, seed_rounds=2, descent_epochs=1
+    )
     with Context(settings) as context:
         return settings, run(context)
 
@@ -134,9 +143,7 @@ def test_a_second_run_is_read_from_the_cache(made) -> None:
 @pytest.mark.parametrize(("change", "named"), [({"target": 0.5}, "target"), ({"search_sequences": 16}, "search data")])
 def test_a_study_of_other_settings_is_refused_with_the_differences(made, change, named: str) -> None:
     settings, result = made
-    other = small_settings(
-        storage=settings.storage, study=result.search.study, trials=12, seed_rounds=2, descent_epochs=1, **change
-    )
+    other = dataclasses.replace(settings, study=result.search.study, **change)
     with Context(other) as context, pytest.raises(StudyError, match=named):
         search(context)
 

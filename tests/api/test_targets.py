@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.workers.small_run import assert_each_finished_once, small_settings
+from tests.workers.small_run import assert_each_finished_once, coarse_greedy, small_settings
 from was_search.api import Context, change, export, interpolate, may_interpolate, run_max_increase, run_targets, seed
 from was_search.api.calibrate import calibrate
 from was_search.api.search import search
@@ -45,6 +46,12 @@ class Lines(Reporter):
 
 
 TINY = {"trials": TRIALS, "sequence_length": 64, "search_sequences": 12, "test_sequences": 12, "greedy_sequences": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse() -> Iterator[None]:
+    with coarse_greedy():
+        yield
 
 
 @pytest.fixture(scope="module")

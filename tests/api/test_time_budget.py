@@ -27,7 +27,6 @@ TINY = {
     "sequence_length": 64,
     "search_sequences": 12,
     "test_sequences": 12,
-    "greedy_sequences": 0,
     "seed_rounds": 2,
     "descent_epochs": 1,
 }

@@ -38,7 +38,7 @@ RAY_HERE = (
 )
 """Several Ray nodes on one machine share its address and its memory."""
 
-SMALL_RUN = {**SMALL, "greedy_sequences": 0, "device": "cpu", "study": "by-hand"}
+SMALL_RUN = {**SMALL, "device": "cpu", "study": "by-hand"}
 
 
 def typed(text: str, substitutions: dict[str, str]) -> str:

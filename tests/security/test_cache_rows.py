@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
-from tests.workers.small_run import small_settings
+from tests.workers.small_run import coarse_greedy, small_settings
 from was_search.api import Context, calibrate, seed
 from was_search.api.calibrate import operating_point
 from was_search.api.divergence import dense_top
@@ -28,9 +28,10 @@ KINDS = {
 @pytest.fixture(scope="module")
 def context(postgres_url: str) -> Iterator[Context]:
     settings = small_settings(
-        storage=postgres_url, workers=1, fitness="kl", kl_top_k=8, seed_rounds=1, search_sequences=8, test_sequences=4
-    )
-    with Context(settings) as opened:
+        storage=postgres_url, workers=1, fitness="kl", kl_top_k=8, greedy_sequences=1, seed_rounds=1,
+        search_sequences=8, test_sequences=4,
+    )  # fmt: skip
+    with coarse_greedy(), Context(settings) as opened:
         yield opened
 
 

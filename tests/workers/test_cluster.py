@@ -29,6 +29,7 @@ def test_a_signal_while_ray_starts_is_no_status_of_rays(monkeypatch: pytest.Monk
 
 
 @pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 def test_a_signal_ends_a_wait_for_workers() -> None:
     """In the middle of Ray's C code, long before what it waits for."""
