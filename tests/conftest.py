@@ -30,8 +30,8 @@ from was_storage.embedded import EmbeddedServer
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this is one of several processes that run tests at once, on processors that they share."""
 
+torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
 if SIDE_BY_SIDE:
-    torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve its workers beside other tests
 
