@@ -34,6 +34,7 @@ def coarse(monkeypatch):
     monkeypatch.setattr(problem, "GREEDY_STEP", 0.07)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
     output = tmp_path / "rows.jsonl"
     assert main([*TINY, "--methods", "uniform", "fisher", "--output", str(output)]) == 0
@@ -61,6 +62,7 @@ def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
     assert "cmaes:full" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_divergence_as_the_fitness_and_a_cache(coarse, tmp_path, monkeypatch):
     """The search's own losses are divergences, what is reported is the NLL; the greedy table is made once."""
     found = []
@@ -98,6 +100,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_deadline_in_the_past_leaves_all_runs(coarse, tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
     assert main([*TINY, "--methods", "uniform", "--deadline", "0.001", "--output", str(output)]) == 0

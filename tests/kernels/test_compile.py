@@ -19,6 +19,8 @@ from was_kernels import score_mask, sparse_gemv_kernels
 from was_kernels.launch import interpreted
 from was_kernels.sparse_gemv import choose_tiling
 
+pytestmark = pytest.mark.slow
+
 TYPES = {
     "x_ptr": "*{x}", "weight_ptr": "*{w}", "bias_ptr": "*{x}", "y_ptr": "*{x}", "norms_ptr": "*fp32",
     "dense_ptr": "*u8", "partial_ptr": "*fp32", "threshold": "fp32", "scales_ptr": "*fp16",

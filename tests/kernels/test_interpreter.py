@@ -20,6 +20,7 @@ FILES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 @pytest.mark.parametrize("file", FILES)
 def test_on_cpu_under_the_interpreter(file: str) -> None:

@@ -163,6 +163,7 @@ def test_a_descent_pays_for_its_slopes_and_nears_the_best(task, ledger, bowl, na
     assert best.loss_nats - 2.0 < 0.1 * (min(bowl.loss(seed.sparsities) for seed in seeds()) - 2.0)
 
 
+@pytest.mark.slow
 def test_stopping_saves_tokens_on_the_same_number_of_trials(task, ledger):
     books = {name: ledger(200) for name in RULES}
     for name, book in books.items():
