@@ -17,16 +17,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from benchmarks.harness.rows import append_row, commit
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from was_kernels.column_weight import ColumnWeight, SparseMap
 from was_kernels.decode_timing import read_bandwidth
 from was_kernels.gather_gemv import gather_gemv
@@ -63,12 +62,6 @@ class Row:
     speedup: float
     read_tb_per_s: float
     max_error: float
-    gpu: str
-    torch: str
-    triton: str
-    cuda: str
-    commit: str
-    when: str
 
 
 def percentiles(calls: Sequence[Callable[[], object]], replays: int) -> tuple[float, float, float]:
@@ -179,12 +172,6 @@ def measure(
                 speedup=dense[1] / times[1],
                 read_tb_per_s=bandwidth / 1e12,
                 max_error=float((y.double() - exact).abs().max()),
-                gpu=torch.cuda.get_device_name(),
-                torch=torch.__version__,
-                triton=triton.__version__,
-                cuda=str(torch.version.cuda),
-                commit=commit(),
-                when=datetime.now(UTC).isoformat(timespec="seconds"),
             )
         )
     return rows
@@ -223,7 +210,7 @@ def main() -> None:
                 d_in, d_out = (int(n) for n in shape.split("x"))
                 found = measure(options.kernel, d_in, d_out, batch, dtype, sparsities, options.replays, bandwidth)
                 for row in found:
-                    append_row(options.output, asdict(row))
+                    append_row(options.output, asdict(row) | conditions())
                 rows.extend(found)
                 torch.cuda.empty_cache()
     print(table(rows))

@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -28,9 +27,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,10 +37,10 @@ import numpy as np
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool
 
-from benchmarks.harness.rows import append_row, commit, read_rows
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "coordinator.jsonl"
-VERSIONS = ("optuna", "sqlalchemy", "psycopg2-binary", "numpy")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         with EmbeddedServer.start(home / "postgres") as server:
             for words in options.cases:
                 case = Case.parse(words, options.window, page=not options.no_page)
-                row = {**measure(server, case), "label": options.label, **conditions()}
+                about = {"label": options.label, **conditions("cpu"), "load_average": os.getloadavg()[0]}
+                row = {**measure(server, case), **about}
                 append_row(options.output, row)
                 print(summary([row]), flush=True)
 
@@ -353,20 +352,6 @@ def _committed(monitor: Monitor) -> int:
 
 def _autocommit(url: str) -> Any:
     return create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect()
-
-
-def conditions() -> dict[str, Any]:
-    found = {}
-    for package in VERSIONS:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return {
-        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": found,
-        "commit": commit(),
-    }
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

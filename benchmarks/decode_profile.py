@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.decode_step import DTYPES, build, versions
-from benchmarks.harness.rows import append_row, commit
+from benchmarks.decode_step import DTYPES, build
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
 from was_kernels.decode_profile import StepClock, typical_seconds
 from was_kernels.decode_timing import DecodeStep
@@ -34,6 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "decode_profile.jsonl"
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One row."""
+    now = conditions()
     model = build(options.model, DTYPES[options.dtype])
     shape = find_structure(model).shape
     tokens = torch.randint(0, model.config.vocab_size, (options.rows, 2 * options.kv_length), device="cuda")
@@ -52,13 +53,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             curves=found.curves,
             rest_seconds=found.rest_seconds,
             dense=dense,
-            device=torch.cuda.get_device_name(),
+            device=now["device"],
             dtype=options.dtype,
             backend=clock.backend,
             rows=options.rows,
             kv_length=options.kv_length,
-            versions={"all": versions()},
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=now["versions"],
+            measured_at=now["when"],
             spread=found.spread,
         )
         by_mask = {
@@ -71,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "profile": profile.to_json(),
         "vectors": by_mask,
         "summary": {name: check_summary(rows) for name, rows in by_mask.items()},
-        "commit": commit(),
+        **now,
     }
 
 

@@ -16,10 +16,8 @@ bandwidth measured first. One JSON line a row is appended to benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.harness.rows import append_row, commit
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES, draw
 from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
 from was_kernels.runtime import sparsify
@@ -71,10 +70,6 @@ class Row:
     speedup_over_compiled: float | None
     fused_blocks: int
     read_tb_per_s: float
-    gpu: str
-    versions: str
-    commit: str
-    when: str
 
 
 def build(name: str, dtype: torch.dtype) -> Any:
@@ -202,10 +197,6 @@ def measure(model: Any, batch: int, bandwidth: float, options: argparse.Namespac
             speedup_over_compiled=over["dense, torch.compile"],
             fused_blocks=case.fused_blocks,
             read_tb_per_s=bandwidth / 1e12,
-            gpu=torch.cuda.get_device_name(),
-            versions=versions(),
-            commit=commit(),
-            when=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
 
@@ -217,14 +208,6 @@ def line(row: Row) -> str:
         f"({row.p20_ms:.3f} to {row.p80_ms:.3f})  limit {row.limit_ms:.3f} ms, {row.limit_share:.0%}  "
         f"x{row.speedup_over_eager or 1.0:.2f} over eager{over}, {row.tokens_per_s:.0f} tokens/s"
     )
-
-
-def versions() -> str:
-    import transformers
-    import triton
-
-    found = (platform.python_version(), torch.__version__, triton.__version__, transformers.__version__)
-    return "python {}, torch {}, triton {}, transformers {}".format(*found)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -253,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     bandwidth = read_bandwidth(torch.device("cuda"))
     for batch in options.batches:
         for row in measure(model, batch, bandwidth, options):
-            append_row(options.output, asdict(row))
+            append_row(options.output, asdict(row) | conditions())
             print(line(row), flush=True)
 
 

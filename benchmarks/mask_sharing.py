@@ -12,16 +12,14 @@ benchmarks/results/mask_sharing.jsonl.
 from __future__ import annotations
 
 import argparse
-import platform
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.harness.rows import append_row, commit
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
 from was_search.calibration import operating_point
 from was_search.descent import DescentOptions
@@ -29,7 +27,7 @@ from was_search.histogram import Histograms
 from was_search.model import load_tokenizer, pick_device, resolve_model
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import Evaluation, TokenSet
-from was_search.seeds import fisher_seed
+from was_search.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed
 from was_search.shape import MASKS, FloatArray, Masks
 from was_search.statistics import paired_interval
 from was_search.text import load_text
@@ -38,7 +36,6 @@ from was_workers.worker import Worker, WorkerSpec
 
 RESULTS = Path(__file__).parent / "results" / "mask_sharing.jsonl"
 DEMO = Path(__file__).resolve().parents[1] / "was_search" / "demo_data"
-SEED_DESCENT, SEED_SEQUENCES = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4), 16
 SEARCH_DESCENT, SEARCH_SEQUENCES = DescentOptions(rounds=16), 24
 
 
@@ -143,10 +140,7 @@ def measure(options: argparse.Namespace) -> None:
                 "calibration_sequences": options.calibration_sequences,
                 "pricing_sequences": options.pricing_sequences,
                 "protocol": data["test"].protocol.to_json(),
-                "machine": platform.processor() or platform.machine(),
-                "torch": torch.__version__,
-                "commit": commit(),
-                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                **conditions(),
             }
             append_row(options.output, row)
             print(

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.decode_step import DTYPES, build, plan_at, versions
-from benchmarks.harness.rows import append_row, commit
+from benchmarks.decode_step import DTYPES, build, plan_at
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
 from was_kernels.ops import ops_for
 from was_kernels.runtime import sparsify
@@ -125,10 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             "way": name,
             "p50_ms": round(ms, 4),
             "over_dense": round(ms / dense, 4),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": versions(),
-            "commit": commit(),
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            **conditions(),
         }
         append_row(options.output, row)
         print(f"{name:36s} {ms:9.2f} ms  x{ms / dense:.3f}", flush=True)

@@ -9,14 +9,12 @@ Peak memory is torch's on the GPU, the largest of the workers, or the process's 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.rows import commit
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from was_search.api import Context, calibrate, search, seed
 from was_search.progress import RichReporter
 from was_search.settings import Settings
@@ -46,7 +44,6 @@ def main() -> None:
             "model": context.source.display_name,
             "blocks": calibration.shape.n_blocks,
             "projection_weights": int(calibration.shape.params.sum()),
-            "worker": context.pool.infos[0].device,
             "settings": {
                 **context.settings.to_json(),
                 "model": context.source.display_name,
@@ -65,13 +62,9 @@ def main() -> None:
                 }
                 for s in result.slots
             ],
-            "versions": {name: version(name) for name in ("torch", "transformers", "ray", "optuna")},
-            "python": platform.python_version(),
-            "commit": commit(),
+            **conditions(context.pool.infos[0].device),
         }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(output, row)
     for name, figures in phases.items():
         print(f"{name:20s} {figures['seconds']:8.1f} s  peak {figures.get('peak_gib', float('nan')):7.2f} GiB")
 

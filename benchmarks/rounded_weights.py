@@ -8,10 +8,7 @@ they were and re-calibrated, and a seed made on the rounded weights themselves. 
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.harness.problem import SEED_DESCENT, SEED_SEQUENCES, Setup
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
 from was_search.calibration import histogram_pass, operating_point
@@ -28,7 +26,7 @@ from was_search.masking import structure_norms
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import perplexity
 from was_search.rounding import round_groups
-from was_search.seeds import fisher_seed, point_seed
+from was_search.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed, point_seed
 from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.structure import Structure
 from was_search.weight_format import AS_STORED, WeightFormat
@@ -130,13 +128,10 @@ def measure_format(
     """Append the rows of one format; the first, as stored, fills ``stored`` with its seeds and their thresholds."""
     started = time.perf_counter()
     model = Rounded(setup, name)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {
         "weights": name,
         "protocol": model.data["test"].protocol.to_json(),
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "machine": platform.processor() or platform.machine(),
-        "commit": commit.stdout.strip(),
+        **conditions(setup.device),
     }
 
     def add(vector: str, target: float, thresholds: npt.NDArray[np.float32] | None) -> None:

@@ -13,19 +13,17 @@ process alone; what is there already is skipped, so a killed run is repeated wit
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_type_hints
 
+from benchmarks.harness.conditions import conditions, now
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.problem import Engine, Setup, prepare
-from benchmarks.harness.rows import append_row, commit, read_rows
+from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.harness.runs import jobs, pairs, results
 from was_search.errors import ConfigError, WasError
 
@@ -52,15 +50,14 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
     engine = Engine(setup, data)
     problems = prepare(engine, sorted({job.target for job in todo}))
     print(f"prepared in {time.time() - began:.0f} s on {engine.info.device}", flush=True)
-    common = {
+    measured = conditions(engine.info.device)
+    shared = {
         "model": {"name": options.name, "fingerprint": fingerprint},
         "protocols": protocols,
         "setup": setup.identity(),
-        "device": engine.info.device,
         "processes": options.processes,
         "graphs": engine.graphs,
-        "versions": versions(),
-        "commit": commit(),
+        **{name: value for name, value in measured.items() if name != "when"},
     }
     left = len(todo)
     for job, found in results(engine, problems, todo, options.processes, deadline):
@@ -75,10 +72,9 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
             "fitness": METHODS[job.method].fitness,
             "tokens_per_evaluation": data["search"].protocol.n_sequences * setup.sequence_length,
             **found,
-            **common,
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "when": now(),
         }
-        append_row(options.output, row)
+        append_row(options.output, row, shared)
         left -= 1
         nats = found["checkpoints"][-1]["test_nats"] if found["checkpoints"] else float("nan")
         print(
@@ -87,16 +83,6 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
             flush=True,
         )
     return left
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "optuna", "cmaes", "numpy", "scipy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"  # on the path without its metadata
-    return found
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness.rows import append_row, commit
-from benchmarks.search_quality import versions
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
 from was_search.descent import DescentOptions
 from was_search.evaluation import sequence_nats
@@ -128,12 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
         "model": Path(options.model).name,
         "blocks": info.shape.n_blocks,
         "projection_weights": int(info.shape.params.sum()),
-        "device": info.device,
         **{name: getattr(options, name) for name in ("dtype", "sequence_length", "batch_size", "sequences", "target")},
         **measure(worker, tokens, options.batch_size, options.target),
-        "versions": versions(),
-        "commit": commit(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **conditions(info.device),
     }
     append_row(options.output, row)
     for name, value in row["seconds"].items():

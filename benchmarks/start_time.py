@@ -14,14 +14,14 @@ import json
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness.rows import append_row, commit
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.rows import append_row
 from scripts import make_random_model as maker
 from was_search.column_layout import save_columns
 from was_search.fingerprint import fingerprint
@@ -126,9 +126,7 @@ def main() -> None:
                 "way": way,
                 "weights_gb": size / 1e9,
                 **found,
-                "torch": torch.__version__,
-                "commit": commit(),
-                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                **conditions("cpu"),
             }
             append_row(options.output, row)
             print(json.dumps(row), flush=True)

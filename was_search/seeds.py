@@ -7,11 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from was_search.budget import Budget
-from was_search.descent import HIGHEST
+from was_search.descent import HIGHEST, DescentOptions
 from was_search.errors import InfeasibleError
 from was_search.greedy import path
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import BlockTable, Table, uniform_table
+
+GREEDY_STEP = 0.0125
+"""Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
+
+PRICES = 4
+"""Counts the ways in which prices have been taken; prices of another way are not used."""
+
+SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)
+SEED_SEQUENCES = 16
+"""The descent that follows the prices is short: less inertia, and fewer sequences a round than a search's."""
 
 
 @dataclass(frozen=True)

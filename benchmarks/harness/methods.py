@@ -183,7 +183,7 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
 
 EPOCHS, CHAINS, PER_ROUND, KL_TOP_K = 2, 2, 24, 64
 CHAIN = DescentOptions(rounds=24)
-"""Those of ``was_search.settings.Settings``."""
+"""Those of ``was_search.settings.Settings``, which needs more packages than a GPU machine may have."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,12 @@ class Descents:
 
     def settings(self) -> dict[str, Any]:
         """What rows say."""
-        own = {"epochs": self.epochs, "chains": len(self.steps), "per_round": PER_ROUND, **vars(self.options)}
+        own = {
+            "epochs": self.epochs,
+            "chains": len(self.steps),
+            "per_round": PER_ROUND,
+            **vars(self.options),
+        }
         own["step"] = list(self.steps)
         unusual = {"decay": self.decay, "half_way": self.half_way}
         return own | {name: value for name, value in unusual.items() if value != getattr(Descents, name)}

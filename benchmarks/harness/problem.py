@@ -30,7 +30,15 @@ from was_search.model import load_tokenizer, pick_device, pick_dtype, resolve_mo
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import SPLITS, TokenSet, perplexity
 from was_search.score import SCORE_KINDS, ScoreKind
-from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
+from was_search.seeds import (
+    GREEDY_STEP,
+    SEED_DESCENT,
+    SEED_SEQUENCES,
+    Seed,
+    baseline_seeds,
+    fisher_seed,
+    point_seed,
+)
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
 from was_search.structure import Structure
 from was_search.table import BlockTable, Table
@@ -39,11 +47,6 @@ from was_search.tokens import tokenise
 from was_workers.worker import Worker, WorkerSpec
 
 DEMO = Path(__file__).resolve().parents[2] / "was_search" / "demo_data"
-
-GREEDY_STEP = 0.0125
-SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)
-SEED_SEQUENCES = 16
-"""Those of ``was_search.api.seed``, which needs more packages than a GPU machine may have."""
 
 
 @dataclass(frozen=True)

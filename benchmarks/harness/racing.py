@@ -2,14 +2,13 @@
 
 ``cmaes-trials`` is CMA-ES for a number of trials that are all evaluated in full; the others are the same search for
 as many trials, of which some are stopped. A stopped trial is told its estimated loss, as in production.
-``descent-tpe-trials`` and ``descent-tpe-rungs`` are the same pair for what the product does by default, TPE behind
+``descent-tpe-trials`` and ``descent-tpe-rungs`` are the same pair for what the product does by default, TPE after
 descents.
 """
 
 from __future__ import annotations
 
 from itertools import count
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +23,8 @@ from was_search.space import Space
 
 TRIALS = 120
 
-RULE: dict[str, Any] = {"significance": 0.1, "keep": 0.5}
-"""That of ``was_search.settings.Settings``."""
+RULE: dict[str, float] = {"significance": 0.1, "keep": 0.5}
+"""That of ``was_search.settings.Settings``, which needs more packages than a GPU machine may have."""
 
 
 def race(
@@ -73,7 +72,7 @@ def _trials(**rule: float) -> Run:
     return run
 
 
-def _behind_descents(sampler: SamplerName, trials: int | None = None, **rule: float) -> Run:
+def _after_descents(sampler: SamplerName, trials: int | None = None, **rule: float) -> Run:
     def run(task: Task, ledger: Ledger) -> None:
         best = Descents().run(task, ledger)
         space = task.space_around(point_seed("descent", best.sparsities, task.shape))
@@ -107,7 +106,7 @@ for _sampler in ("tpe", "cmaes"):
     register(
         Method(
             f"descent-{_sampler}",
-            _behind_descents(_sampler, **RULE),  # type: ignore[arg-type]
+            _after_descents(_sampler, **RULE),  # type: ignore[arg-type]
             settings={"descents": Descents().settings(), **RULE},
             most_evaluations=250,
             seconds=0.5,
@@ -117,7 +116,7 @@ for _name, _rule in {"trials": {}, "rungs": RULE}.items():
     register(
         Method(
             f"descent-tpe-{_name}",
-            _behind_descents("tpe", TRIALS, **_rule),
+            _after_descents("tpe", TRIALS, **_rule),
             settings={"descents": Descents().settings(), "trials": TRIALS, **(_rule or {"racing": "none"})},
             most_evaluations=250,
             seconds=0.5,

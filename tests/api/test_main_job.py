@@ -27,6 +27,7 @@ from was_search.masking import Masking, structure_norms
 from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
 from was_search.protocol import content_hash
+from was_search.seeds import SEED_DESCENT
 from was_search.structure import find_structure
 from was_storage import study_page
 from was_storage.plan_files import PlanFiles
@@ -152,7 +153,7 @@ def test_a_study_of_another_seed_recipe_is_refused(made, monkeypatch) -> None:
     """Another version's steps and prices make other seeds, so their study is another one under the same options."""
     settings, result = made
     module = sys.modules["was_search.api.seed"]  # as an attribute of the package, the name is the function's
-    monkeypatch.setattr(module, "SEED_STEP", 0.06)
+    monkeypatch.setattr(module, "SEED_DESCENT", dataclasses.replace(SEED_DESCENT, step=0.06))
     monkeypatch.setattr(module, "PRICES", 3)
     named = r"prices: study has 4, asked for 3\n  seed descent: study has .*step 0\.04, asked for .*step 0\.06$"
     named_study = dataclasses.replace(settings, study=result.search.study)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -13,10 +12,11 @@ import numpy as np
 import pytest
 
 from benchmarks import search_quality
-from benchmarks.harness import methods, problem
+from benchmarks.harness import methods, problem, racing
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main
+from was_search.seeds import SEED_DESCENT
 from was_search.settings import Settings
 from was_workers.worker import Worker
 
@@ -153,22 +153,16 @@ def test_it_needs_no_ray_postgres_or_plotly():
 
 
 def test_the_steps_are_those_of_the_product():
-    """Read from its source: importing it takes more than the benchmark may need."""
-    tree = ast.parse((ROOT / "was_search" / "api" / "seed.py").read_text(encoding="utf-8"))
-    constants = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-    }
-    assert constants["GREEDY_STEP"] == problem.GREEDY_STEP
-    assert constants["SEED_SEQUENCES"] == problem.SEED_SEQUENCES
-    for name in ("step", "momentum", "average"):
-        assert constants[f"SEED_{name.upper()}"] == getattr(problem.SEED_DESCENT, name)
     defaults = Settings()
-    assert defaults.seed_rounds == problem.SEED_DESCENT.rounds
+    assert defaults.seed_rounds == SEED_DESCENT.rounds
     assert (defaults.descent_epochs, defaults.descent_chains) == (methods.EPOCHS, methods.CHAINS)
     assert defaults.descent_sequences == methods.PER_ROUND
     assert defaults.descent_rounds == methods.METHODS["descent"].settings["rounds"]
+    assert (defaults.kl_top_k, defaults.significance, defaults.rung_keep) == (
+        methods.KL_TOP_K,
+        racing.RULE["significance"],
+        racing.RULE["keep"],
+    )
 
 
 def test_the_defaults_are_the_demos():

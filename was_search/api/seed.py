@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,25 +14,22 @@ from was_search.api.latency import budget_of
 from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
-from was_search.seeds import Seed, baseline_seeds, fisher_seed, point_seed
+from was_search.seeds import (
+    GREEDY_STEP,
+    PRICES,
+    SEED_DESCENT,
+    SEED_SEQUENCES,
+    Seed,
+    baseline_seeds,
+    fisher_seed,
+    point_seed,
+)
 from was_search.settings import Settings
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import Table
 
 if TYPE_CHECKING:
     from was_storage.cache import Artifact
-
-GREEDY_STEP = 0.0125
-"""Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
-
-PRICES = 4
-"""Counts the ways in which prices have been taken; prices of another way are not used."""
-
-SEED_STEP = 0.04
-SEED_MOMENTUM = 0.5
-SEED_AVERAGE = 0.4
-SEED_SEQUENCES = 16
-"""The descent behind the prices is short: less inertia, and fewer sequences a round than a search's."""
 
 
 def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]:
@@ -79,7 +77,7 @@ def descent_words(options: DescentOptions, sequences: int, steps: tuple[float, .
 
 
 def _descent_options(settings: Settings) -> DescentOptions:
-    return DescentOptions(rounds=settings.seed_rounds, step=SEED_STEP, momentum=SEED_MOMENTUM, average=SEED_AVERAGE)
+    return replace(SEED_DESCENT, rounds=settings.seed_rounds)
 
 
 def seed_descent(context: Context, calibration: Calibration, start: FloatArray) -> FloatArray:
