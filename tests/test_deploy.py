@@ -1,4 +1,4 @@
-"""What the deploy folder and the README tell people to type exists: commands, flags, files, images."""
+"""What the deploy folder, the README and the pages tell people to type exists: commands, flags, files, images."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from was_search.metrics import StudyMetrics
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+PAGES = ("search", "runtime", "time-budgets", "rounded-weights", "control", "cluster", "how-good", "how-fast")
 TEXTS = [
     DEPLOY / "README.md",
     DEPLOY / "runbook.md",
@@ -28,6 +29,7 @@ TEXTS = [
     DEPLOY / "cluster.yaml",
     *MANIFESTS,
     ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in PAGES),
 ]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -155,20 +157,27 @@ def test_no_password_on_a_command_line() -> None:
         assert not any(re.search(r"://[^/@\s]+:[^@\s]+@", word) for word in words), where
 
 
+def anchors(page: Path) -> set[str]:
+    """What links can name on ``page``: its headings."""
+    return {
+        re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+        for line in _FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+        if line.startswith("#")
+    }
+
+
 def test_links_and_paths_exist() -> None:
-    for path in [*DEPLOY.glob("*.md"), *(p for p in TEXTS if p.suffix == ".md")]:
+    for path in [*DEPLOY.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         text = path.read_text(encoding="utf-8")
-        headings = {
-            re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
-            for line in _FENCE.sub("", text).splitlines()
-            if line.startswith("#")
-        }
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if "://" in target:
                 continue
             file, _, anchor = target.partition("#")
-            assert not file or (path.parent / file).exists(), f"{path.name} links to {target}"
-            assert file or anchor in headings, f"{path.name} links to {target}"
+            linked = path.parent / file if file else path
+            assert linked.exists(), f"{path.name} links to {target}"
+            assert not anchor or anchor in anchors(linked), f"{path.name} links to {target}"
+        if path not in TEXTS:
+            continue  # the log and the decisions also name what is gone
         for named in re.findall(r"`((?:deploy|tests|docs|benchmarks|scripts|was_search)/[\w./-]+)`", text):
             assert (ROOT / named).exists(), f"{path.name} names {named}"
 
