@@ -3,7 +3,7 @@
     python -m benchmarks.coordinator --cases 64x10:1000 512x60:2000 8x0:1000
     python -m benchmarks.coordinator --summary
 
-A case WORKERSxSECONDS:FINISHED is a study of 32 levels with so many finished trials, taken up by a new process that
+A case WORKERSxSECONDS:FINISHED is a study of 32 levels with FINISHED finished trials, taken up by a new process that
 drives virtual workers (:mod:`benchmarks.harness.virtual_pool`) for a while; 0 seconds measure how many trials a second
 pass through. Each case has its own copy of the database. ``stock`` in front (``stock:8x10:1000``) runs stock Optuna in
 every worker instead: a process each with its own TPE and RDBStorage, which asks, waits and tells.
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(server: Any, case: Case) -> dict[str, Any]:
-    """One case in a process of its own, on a copy of the database with so many finished trials."""
+    """One case in a process of its own, on a copy of the database with its finished trials."""
     name = f"history_{case.finished}"
     url = server.url("postgres")
     with _autocommit(url) as connection:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.decode_step import DTYPES, build
 from benchmarks.harness.conditions import conditions
+from benchmarks.harness.random_models import DTYPES, build
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
 from was_kernels.decode_profile import StepClock, typical_seconds

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.decode_step import DTYPES, build, plan_at
 from benchmarks.harness.conditions import conditions
+from benchmarks.harness.random_models import DTYPES, build, plan_at
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
 from was_kernels.ops import ops_for

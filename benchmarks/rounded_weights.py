@@ -34,7 +34,7 @@ from was_workers.worker import Worker, WorkerSpec
 
 RESULTS = Path(__file__).parent / "results" / "rounded_weights.jsonl"
 INPUTS = "/in"
-"""Behind a format: its groups lie along the inputs of an output, as GPTQ's and AWQ's do. Only here, in float."""
+"""At a format's end: its groups lie along the inputs of an output, as GPTQ's and AWQ's do. Only here, in float."""
 
 
 class Rounded:

@@ -138,7 +138,7 @@ class Ledger:
 
         Args:
             sparsities: on the budget.
-            sequences: indices, or the first so many; None is all.
+            sequences: indices, or how many of the first; None is all.
             before: an earlier, partial score of the same vector; what it has seen is not evaluated again.
             rule: asked every few sequences whether to stop; what was not evaluated is not charged. Its incumbent
                 is in the order of ``sequences``.

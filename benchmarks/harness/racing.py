@@ -1,4 +1,4 @@
-"""Methods that ask what stopping trials early saves and costs, and what trials are worth behind descents.
+"""Methods that ask what stopping trials early saves and costs, and what trials are worth after descents.
 
 ``cmaes-trials`` is CMA-ES for a number of trials that are all evaluated in full; the others are the same search for
 as many trials, of which some are stopped. A stopped trial is told its estimated loss, as in production.
@@ -41,7 +41,7 @@ def race(
     """``trials`` of ``suggester`` from ``best`` on (None: to the ledger's end), stopped by a rule.
 
     Estimates refer to the vector that the trials began at, as in production. With ``rotate`` the sequences' order
-    moves on by eight after every so many trials.
+    moves on by eight after each ``rotate`` trials.
     """
     history: list[FloatArray] = []
     reference = best.losses

@@ -23,7 +23,7 @@ def bowl() -> Bowl:
 
 @pytest.fixture
 def ledger(bowl: Bowl) -> Callable[..., Ledger]:
-    """A ledger on the bowl with a budget of so many evaluations."""
+    """A ledger on the bowl with a budget of ``evaluations``."""
 
     def make(evaluations: float, **options) -> Ledger:
         return Ledger(

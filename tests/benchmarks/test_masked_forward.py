@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.decode_step import plan_at
+from benchmarks.harness.random_models import plan_at
 from benchmarks.masked_forward import evaluations, measure, medians
 from tests.kernels.tiny_models import masked_logits, tiny_model
 from was_search.plan import Plan

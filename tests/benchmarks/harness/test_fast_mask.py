@@ -14,7 +14,7 @@ SHAPES = [(1, 1, 1), (3, 5, 7), (2, 9, 128), (5, 33, 24)]
 
 
 def check(device: str, shape: tuple[int, ...], dtype: torch.dtype, threshold: float, prefix: int) -> None:
-    """Bit for bit the reference behind the prefix, and the input itself within it; a threshold for each sequence."""
+    """Bit for bit the reference after the prefix, and the input itself within it; a threshold for each sequence."""
     torch.manual_seed(0)
     x = torch.randn(shape, device=device).to(dtype)
     norms = torch.rand(shape[-1], device=device)

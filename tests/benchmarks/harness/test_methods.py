@@ -177,7 +177,7 @@ def test_stopping_saves_tokens_on_the_same_number_of_trials(task, ledger):
     assert max(losses.values()) - 2.0 < 1.5 * (losses["cmaes-trials"] - 2.0)
 
 
-def test_behind_descents_stopping_saves_tokens_too(task, ledger, bowl):
+def test_after_descents_stopping_saves_tokens_too(task, ledger, bowl):
     spent = {}
     for name in ("descent-tpe-trials", "descent-tpe-rungs"):
         book = ledger(250)
@@ -192,6 +192,6 @@ def test_behind_descents_stopping_saves_tokens_too(task, ledger, bowl):
 def test_trials_go_on_from_the_descents(task, ledger, bowl, name):
     book = ledger(60)
     best = run(name, dataclasses.replace(task("full"), engine=Slopes(bowl)), book)
-    behind = [i.loss_nats for i in book.incumbents if i.tokens <= 43 * book.tokens_per_evaluation]
-    assert best.loss_nats <= behind[-1]
+    after = [i.loss_nats for i in book.incumbents if i.tokens <= 43 * book.tokens_per_evaluation]
+    assert best.loss_nats <= after[-1]
     assert book.left < book.tokens_per_evaluation

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.decode_step import plan_at
+from benchmarks.harness.random_models import plan_at
 from tests.kernels.tiny_models import masked_logits, tiny_model
 from was_search.masking import Masking
 from was_search.structure import find_structure

@@ -1,0 +1,78 @@
+"""Models on the GPU for timing, of random weights or from a folder, and plans of one sparsity for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from scripts.make_random_model import SHAPES, draw
+from was_search.inputs import hook_inputs
+from was_search.masking import structure_norms
+from was_search.plan import Plan
+from was_search.shape import N_PROJECTIONS, Masks
+from was_search.structure import find_structure
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CALIBRATION_TOKENS = 512
+
+
+def build(name: str, dtype: torch.dtype) -> Any:
+    """A model of random weights of a named shape, or the one in a folder; on the GPU."""
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to("cuda").eval()
+    config = LlamaConfig(**SHAPES[name], tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    outline = model.state_dict()
+    model.to_empty(device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            tensor.copy_(draw(key, outline[key], config.num_hidden_layers, generator))
+    with torch.device("cuda"):
+        rotary = type(model.model.rotary_emb)(config=config)
+        model.model.rotary_emb = rotary  # its buffers are not in the state
+    return model.eval()
+
+
+@torch.inference_mode()
+def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix: int = 1) -> Plan:
+    """A plan of one sparsity everywhere, for tokens at random: exact on the calibration tokens."""
+    structure = find_structure(model, masks)
+    norms = structure_norms(structure, "l2")
+    thresholds = np.zeros((len(structure.blocks), N_PROJECTIONS), np.float32)
+
+    def mask(b: int, p: int, x: Tensor) -> Tensor:
+        scores = x[:, dense_prefix:].abs().float() * norms[b][p]
+        rank = max(1, round(sparsity * scores.numel()))
+        limit = scores.flatten().kthvalue(rank).values
+        thresholds[b, p] = float(limit)
+        kept = torch.where(x.abs().float() * norms[b][p] >= limit, x, torch.zeros_like(x))
+        kept[:, :dense_prefix] = x[:, :dense_prefix]
+        return kept
+
+    if sparsity > 0.0:
+        handles = hook_inputs(structure, mask)
+        device = next(model.parameters()).device
+        tokens = torch.randint(0, model.config.vocab_size, (1, CALIBRATION_TOKENS), device=device)
+        model.model(tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    thresholds = structure.shape.copied(thresholds)
+    return Plan(
+        model="random",
+        revision="",
+        fingerprint="0" * 64,
+        shape=structure.shape,
+        score="l2",
+        budget=max(sparsity, 1e-3),
+        dense_prefix=dense_prefix,
+        sparsities=np.full(thresholds.shape, sparsity),
+        thresholds=thresholds,
+        norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
+        weights=structure.weights,
+    )
