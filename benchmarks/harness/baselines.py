@@ -113,7 +113,7 @@ def evolve(
         highest: their greatest sparsities, [n].
         sparsities_of: units [n] -> [L, 7].
         rng: of moves and sequences.
-        settings: of the scheme; those of the paper if not given.
+        settings: of the scheme; the defaults if not given.
     """
     settings = settings or EvolutionSettings()
     counts = settings.sequences(ledger.n_sequences)
