@@ -22,7 +22,7 @@ from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
 from was_search.calibration import histogram_pass, operating_point
 from was_search.histogram import Histograms
-from was_search.masking import structure_norms
+from was_search.masked_model import structure_norms
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import perplexity
 from was_search.rounding import round_groups

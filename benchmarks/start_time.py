@@ -25,7 +25,7 @@ from benchmarks.harness.rows import append_row
 from scripts import make_random_model as maker
 from was_search.column_layout import save_columns
 from was_search.fingerprint import fingerprint
-from was_search.masking import structure_norms
+from was_search.masked_model import structure_norms
 from was_search.model import load_model, resolve_model
 from was_search.plan import Plan
 from was_search.structure import find_structure

@@ -11,44 +11,27 @@ from torch import Tensor, nn
 
 from was_search.evaluation import sequence_nats
 from was_search.inputs import InputFunction, hook_inputs
+from was_search.masked_model import MaskedModel
+from was_search.protocol import TokenSet
 from was_search.recompute import recomputed_blocks
-from was_search.shape import IntArray
 from was_search.structure import Structure
 
 
-def backward_pass(
-    model: nn.Module,
-    structure: Structure,
-    tokens: IntArray,
-    function: InputFunction,
-    *,
-    batch_size: int,
-    predicted: int,
-    recompute: bool = False,
-) -> float:
+def backward_pass(model: MaskedModel, data: TokenSet, function: InputFunction) -> float:
     """Gradient of the summed nats through ``function`` on every projection's input; returns the summed nats.
 
     Weights need no gradient and get none. ``function`` does its work in its own backward, which runs once for
-    every batch; with ``recompute`` its forward runs twice, and memory is that of one block.
-
-    Args:
-        model: a causal LM; its parameters may be frozen.
-        structure: its blocks.
-        tokens: [n, sequence_length].
-        function: see there.
-        batch_size: sequences per forward and backward.
-        predicted: tokens predicted in one sequence, from its end.
-        recompute: keep the activations of one block at a time.
+    every batch; where the model recomputes its forward runs twice, and memory is that of one block.
     """
-    device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    with _on_inputs(structure, function), _gradient_from_embeddings(model) as starts, torch.enable_grad():
-        for start in range(0, len(tokens), batch_size):
-            batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
-            with recomputed_blocks(structure, recompute):
-                nats = sequence_nats(model, batch, predicted).sum()
+    predicted = data.protocol.predicted_per_sequence
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    structure = model.structure
+    with _on_inputs(structure, function), _gradient_from_embeddings(model.model) as starts, torch.enable_grad():
+        for batch in model.batches(data):
+            with recomputed_blocks(structure, model.recompute):
+                nats = sequence_nats(model.model, batch, predicted).sum()
                 torch.autograd.grad(nats, starts)
-            total += nats.detach().double().to(device)
+            total += nats.detach().double().to(model.device)
     return float(total)
 
 

@@ -9,33 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from was_search.histogram import Histograms
+from was_search.masked_model import MaskedModel
 from was_search.masking import Masking
-from was_search.score import MaskOp, mask_input
-from was_search.shape import FloatArray, IntArray
-from was_search.structure import Structure
+from was_search.protocol import TokenSet
+from was_search.shape import FloatArray
 
 BlockInputs = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """Arguments of one block's forward, a pair a batch."""
 
 
 @torch.inference_mode()
-def capture_inputs(
-    model: nn.Module, structure: Structure, block: int, tokens: IntArray, batch_size: int
-) -> BlockInputs:
-    """Inputs of ``block`` in the dense model on ``tokens`` [n, sequence_length]; kept on the model's device."""
-    device = next(model.parameters()).device
+def capture_inputs(model: MaskedModel, data: TokenSet, block: int) -> BlockInputs:
+    """Inputs of ``block`` in the dense model on ``data``; kept on the model's device."""
     captured: BlockInputs = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.append((args, kwargs))
         raise _StopForwardError
 
-    handle = structure.blocks[block].module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = model.structure.blocks[block].module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        for start in range(0, len(tokens), batch_size):
-            batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
+        for batch in model.batches(data):
             try:
-                getattr(model, "model", model)(input_ids=batch, use_cache=False)
+                getattr(model.model, "model", model.model)(input_ids=batch, use_cache=False)
             except _StopForwardError:
                 continue
     finally:
@@ -47,23 +43,15 @@ class _StopForwardError(Exception):
     """Ends a forward once the block's input is known: the blocks behind it need not run."""
 
 
-def block_error(
-    structure: Structure,
-    norms: list[list[Tensor]],
-    block: int,
-    inputs: BlockInputs,
-    dense: Histograms,
-    *,
-    dense_prefix: int,
-    mask_op: MaskOp = mask_input,
-) -> Callable[[FloatArray], float]:
+def block_error(model: MaskedModel, data: TokenSet, block: int, dense: Histograms) -> Callable[[FloatArray], float]:
     """A function of the seven sparsities: ``||y_sparse - y|| / ||y||`` of the block's output (TEAL section 4.3).
 
-    The norm is taken over the tokens outside the dense prefix of all ``inputs``; float32 accumulation.
+    The block's inputs are those of the dense model on ``data``. The norm is taken over the tokens outside the dense
+    prefix; float32 accumulation.
     """
-    module = structure.blocks[block].module
-    one = Structure((structure.blocks[block],), structure.masks)
-    histograms = Histograms(dense.counts[block : block + 1])
+    inputs = capture_inputs(model, data, block)
+    one, module = model.block(block), model.structure.blocks[block].module
+    histograms, dense_prefix = Histograms(dense.counts[block : block + 1]), data.protocol.dense_prefix
 
     @torch.inference_mode()
     def outputs() -> list[Tensor]:
@@ -78,7 +66,7 @@ def block_error(
 
     def error(sparsities: FloatArray) -> float:
         thresholds = histograms.thresholds(sparsities[None])
-        with Masking(one, [norms[block]], thresholds, dense_prefix=dense_prefix, mask_op=mask_op):
+        with Masking(one, thresholds, dense_prefix=dense_prefix):
             sparse = outputs()
         off = sum(float((s - y).square().sum()) for s, y in zip(sparse, reference, strict=True))
         return float((off / max(scale, 1e-30)) ** 0.5)

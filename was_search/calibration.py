@@ -12,13 +12,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from was_search.histogram import N_BINS, CountOp, Histograms, bin_counts
+from was_search.histogram import N_BINS, Histograms
+from was_search.masked_model import MaskedModel
 from was_search.masking import Masking
-from was_search.score import MaskOp, mask_input
+from was_search.protocol import TokenSet
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
-from was_search.structure import Structure
 
 PassRunner = Callable[[npt.NDArray[np.float32] | None], tuple[Histograms, FloatArray]]
 """thresholds [L, 7] or None -> histograms under these masks and the achieved sparsities [L, 7] (float64)."""
@@ -26,38 +26,27 @@ PassRunner = Callable[[npt.NDArray[np.float32] | None], tuple[Histograms, FloatA
 
 @torch.inference_mode()
 def histogram_pass(
-    model: nn.Module,
-    structure: Structure,
-    norms: list[list[Tensor]],
-    tokens: IntArray,
-    thresholds: npt.NDArray[np.float32] | None,
-    *,
-    batch_size: int,
-    dense_prefix: int,
-    mask_op: MaskOp = mask_input,
-    count_op: CountOp = bin_counts,
+    model: MaskedModel, data: TokenSet, thresholds: npt.NDArray[np.float32] | None
 ) -> tuple[Histograms, IntArray, IntArray]:
-    """One pass over ``tokens`` [n, sequence_length] under ``thresholds`` (None: dense).
+    """One pass over ``data`` under ``thresholds`` (None: dense).
 
     Returns histograms of the scores before masking, and the channels seen and dropped, int64 [L, 7] each. All
     three add up over shards of the tokens.
     """
-    device = next(model.parameters()).device
-    L = len(structure.blocks)
+    L = len(model.structure.blocks)
     totals: dict[tuple[int, int], Tensor] = {}
     dropped: dict[tuple[int, int], Tensor] = {}
 
     def observe(b: int, p: int, scores: Tensor) -> None:
-        counts = count_op(scores)
+        counts = model.ops.count(scores)
         totals[b, p] = totals[b, p] + counts if (b, p) in totals else counts
         if thresholds is not None:
             under = (scores < float(thresholds[b, p])).sum()
             dropped[b, p] = dropped[b, p] + under if (b, p) in dropped else under
 
-    with Masking(structure, norms, thresholds, dense_prefix=dense_prefix, mask_op=mask_op, observer=observe):
-        backbone = getattr(model, "model", model)
-        for start in range(0, len(tokens), batch_size):
-            batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
+    with Masking(model, thresholds, dense_prefix=data.protocol.dense_prefix, observer=observe):
+        backbone = getattr(model.model, "model", model.model)
+        for batch in model.batches(data):
             backbone(input_ids=batch, use_cache=False)
     counts = np.zeros((L, N_PROJECTIONS, N_BINS), np.int64)
     under_counts = np.zeros((L, N_PROJECTIONS), np.int64)
@@ -65,7 +54,7 @@ def histogram_pass(
         counts[b, p] = value.cpu().numpy()
     for (b, p), value in dropped.items():
         under_counts[b, p] = int(value)
-    shape = structure.shape
+    shape = model.shape
     counts = shape.copied(counts)
     return Histograms(counts), counts.sum(axis=-1), shape.copied(under_counts)
 

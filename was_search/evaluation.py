@@ -1,4 +1,4 @@
-"""Losses of a masked model: the reference Evaluator, one model on one device or spread over several."""
+"""Losses of a masked model, on one device or spread over several: the reference for every faster way."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from was_search.divergence import (
     top_log_probs,
 )
 from was_search.early_stop import StopRule
-from was_search.histogram import Histograms
+from was_search.masked_model import MaskedModel
 from was_search.masking import Masking
 from was_search.protocol import Evaluation, TokenSet
-from was_search.score import MaskOp, mask_input
-from was_search.shape import FloatArray, IntArray
-from was_search.structure import Structure
 
 _LOGIT_ELEMENTS = 1 << 27
 """Logits converted to float32 at a time: 512 MB."""
@@ -65,21 +62,18 @@ def sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: Dense
     return sums[:, 0], sums[:, 1]
 
 
-def dense_top(model: nn.Module, tokens: IntArray, k: int, *, predicted: int, batch_size: int) -> DenseTop:
-    """The top ``k`` of what ``model`` predicts, as it stands, for the last ``predicted`` tokens of each sequence.
+def dense_top(model: MaskedModel, data: TokenSet, k: int) -> DenseTop:
+    """The top ``k`` of what the model predicts without masks, for the predicted tokens of each sequence.
 
-    ``tokens`` is int64 [n, sequence_length]; batches are those of an evaluation, so that the dense model's own
-    divergence is 0.
+    Batches are those of an evaluation, so that the dense model's own divergence is 0.
 
     Raises:
         ConfigError: the vocabulary has fewer than ``k`` tokens.
     """
-    device = next(model.parameters()).device
-    found = []
+    predicted, found = data.protocol.predicted_per_sequence, []
     with torch.inference_mode():
-        for start in range(0, len(tokens), batch_size):
-            batch = torch.as_tensor(tokens[start : start + batch_size], dtype=torch.long, device=device)
-            logits = _logits(model, batch, predicted)
+        for batch in model.batches(data):
+            logits = _logits(model.model, batch, predicted)
             check_top_k(k, logits.shape[-1])
             parts = [top_log_probs(logits[rows].float(), k) for rows in _pieces(logits, _LOGIT_ELEMENTS // 2)]
             indices, log_probs = (
@@ -102,123 +96,56 @@ def _pieces(logits: Tensor, elements: int) -> list[slice]:
 
 
 def evaluate_thresholds(
-    model: nn.Module,
-    structure: Structure,
-    norms: list[list[Tensor]],
+    model: MaskedModel,
     data: TokenSet,
     thresholds: npt.NDArray[np.float32] | None,
     *,
-    mask_op: MaskOp = mask_input,
     rule: StopRule | None = None,
-    before: FloatArray | None = None,
-    until: int | None = None,
     top: DenseTop | None = None,
 ) -> Evaluation:
     """Evaluate ``model`` on ``data`` under ``thresholds`` [L, 7] (None: the dense model).
 
-    The losses are the NLL, or with ``top`` the divergence from the dense model.
-
-    Early stopping, if there is a rule, happens only between batches.
+    The losses are the NLL, or with ``top`` the divergence from the dense model. The same arguments give the same
+    losses on the same device and dtype, whatever else runs: batches are fixed, and early stopping, if there is a
+    rule, happens only between them.
 
     Args:
-        model: a causal LM.
-        structure: its blocks.
-        norms: from ``structure_norms``.
+        model: with norms that belong to the thresholds.
         data: the sequences, in their fixed order.
         thresholds: [L, 7], or None.
-        mask_op: see :class:`Masking`.
         rule: whether to stop, asked after every batch.
-        before: losses of the first sequences from an earlier call, a whole number of batches: the evaluation goes
-            on behind them. They are part of the losses; tokens, seconds, achieved and nats are of this call alone.
-        until: sequences at which to stop and report, rounded up to whole batches; None is all of them.
         top: the dense model's top of all sequences of ``data``; makes the divergence from it the loss.
     """
-    protocol = data.protocol
-    device = next(model.parameters()).device
+    protocol, predicted = data.protocol, data.protocol.predicted_per_sequence
     started = time.perf_counter()
-    known = np.zeros(0) if before is None else before
-    if len(known) % protocol.batch_size:
-        raise ValueError(f"before: a whole number of batches of {protocol.batch_size} is needed, got {len(known)}")
-    if top is not None and top.indices.shape[:2] != (len(data.tokens), protocol.predicted_per_sequence):
+    if top is not None and top.indices.shape[:2] != (len(data.tokens), predicted):
         raise ValueError(
-            f"top: must be of {len(data.tokens)} x {protocol.predicted_per_sequence} tokens, "
+            f"top: must be of {len(data.tokens)} x {predicted} tokens, "
             f"got {' x '.join(map(str, top.indices.shape[:2]))}"
         )
-    end = len(data.tokens) if until is None else min(until, len(data.tokens))
-    losses: list[Tensor] = [
-        torch.as_tensor(known * protocol.predicted_per_sequence, dtype=torch.float64, device=device)
-    ]
+    losses: list[Tensor] = []
     nats: list[Tensor] = []
-    stopped = False
-    masking = Masking(structure, norms, thresholds, dense_prefix=protocol.dense_prefix, mask_op=mask_op, count=True)
-    done = len(known)
+    done, stopped = 0, False
+    masking = Masking(model, thresholds, dense_prefix=protocol.dense_prefix, count=True)
     with torch.inference_mode(), masking:
-        while done < end and not stopped:
-            batch = torch.as_tensor(data.tokens[done : done + protocol.batch_size], dtype=torch.long, device=device)
+        for batch in model.batches(data):
             if top is None:
-                losses.append(sequence_nats(model, batch, protocol.predicted_per_sequence).double().to(device))
+                losses.append(sequence_nats(model.model, batch, predicted).double().to(model.device))
             else:
                 part = top[done : done + protocol.batch_size]
-                loss, nll = sequence_losses(model, batch, protocol.predicted_per_sequence, part)
-                losses.append(loss.double().to(device))
+                loss, nll = sequence_losses(model.model, batch, predicted, part)
+                losses.append(loss.double().to(model.device))
                 nats.append(nll.double())
             done += len(batch)
             if rule is not None and done < len(data.tokens):
-                stopped = rule.stops(torch.cat(losses).cpu().numpy() / protocol.predicted_per_sequence)
-    per_sequence = torch.cat(losses).cpu().numpy() / protocol.predicted_per_sequence
+                stopped = rule.stops(torch.cat(losses).cpu().numpy() / predicted)
+            if stopped:
+                break
     return Evaluation(
-        losses=per_sequence,
-        tokens=(done - len(known)) * protocol.predicted_per_sequence,
+        losses=torch.cat(losses).cpu().numpy() / predicted,
+        tokens=done * predicted,
         seconds=time.perf_counter() - started,
         stopped_early=stopped,
         achieved=masking.achieved(),
-        nats=torch.cat(nats).cpu().numpy() / protocol.predicted_per_sequence if nats else None,
+        nats=torch.cat(nats).cpu().numpy() / predicted if nats else None,
     )
-
-
-class ModelEvaluator:
-    """The Evaluator of one loaded model: thresholds from shared histograms, per-sequence losses back.
-
-    With ``top`` the losses are divergences from the dense model.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        norms: list[list[Tensor]],
-        data: TokenSet,
-        histograms: Histograms,
-        *,
-        mask_op: MaskOp = mask_input,
-        top: DenseTop | None = None,
-    ) -> None:
-        self._model = model
-        self._structure = structure
-        self._norms = norms
-        self._data = data
-        self._histograms = histograms
-        self._mask_op = mask_op
-        self._top = top
-
-    def evaluate(
-        self,
-        sparsities: FloatArray,
-        rule: StopRule | None = None,
-        *,
-        before: FloatArray | None = None,
-        until: int | None = None,
-    ) -> Evaluation:
-        """See :class:`was_search.protocol.Evaluator`."""
-        return evaluate_thresholds(
-            self._model,
-            self._structure,
-            self._norms,
-            self._data,
-            self._histograms.thresholds(sparsities),
-            mask_op=self._mask_op,
-            rule=rule,
-            before=before,
-            until=until,
-            top=self._top,
-        )

@@ -16,6 +16,20 @@ _INSTEAD = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float
 """Types of more range (float16) or of more digits (bfloat16) than a type that is too small."""
 
 
+class NotFiniteError(ArithmeticError):
+    """A pass of ``what`` gave NaN or infinite numbers; who knows the model's name makes it :func:`not_finite`."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} gives NaN or infinite numbers")
+        self.what = what
+
+
+def check_finite(values: npt.ArrayLike, what: str) -> None:
+    """Raise a NotFiniteError where ``values``, which ``what`` has given, are not all finite."""
+    if not np.all(np.isfinite(values)):
+        raise NotFiniteError(what)
+
+
 def require_finite(values: npt.ArrayLike, what: str, model: nn.Module, name: str, dtype: str) -> None:
     """Refuse ``values`` that are not all finite.
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from was_search.inputs import hook_inputs
-from was_search.score import MaskOp, ScoreKind, column_norms, combined_norms, mask_input, scores
+from was_search.masked_model import MaskedModel
+from was_search.score import scores
 from was_search.shape import N_PROJECTIONS, FloatArray
-from was_search.structure import Structure, weight_of
 
 Observer = Callable[[int, int, Tensor], None]
 """(block, projection, scores [batch, positions, d] float32) -> None; sees only tokens outside the dense prefix.
@@ -27,54 +27,37 @@ Of projections that share a mask it sees the first.
 """
 
 
-def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]:
-    """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices.
-
-    Projections that share a mask have one tensor: the norms of their weights stacked upon one another. Rounded weights
-    count as what they mean, not as what they were.
-    """
-    rows: list[list[Tensor]] = [[] for _ in structure.blocks]
-    for masked in structure.inputs():
-        norms = combined_norms([column_norms(weight_of(linear), kind) for linear in masked.linears], kind)
-        rows[masked.block].extend([norms] * len(masked.members))
-    return rows
-
-
 class Masking:
     """Context manager: while open, every projection sees only the channels whose score reaches its threshold.
 
     Owned by one thread; inputs must be [batch, positions, d] and start at a sequence's first token (no cache).
 
     Args:
-        structure: the model's blocks.
-        norms: from :func:`structure_norms`.
+        model: what is masked.
         thresholds: [L, 7], or None to mask nothing (to observe only).
         dense_prefix: positions at a sequence's start left unmasked.
-        mask_op: a fused replacement of :func:`was_search.score.mask_input`.
         count: count dropped channels, read with :meth:`achieved`.
         observer: called with the scores of the inputs before masking.
     """
 
     def __init__(
         self,
-        structure: Structure,
-        norms: list[list[Tensor]],
+        model: MaskedModel,
         thresholds: npt.NDArray[np.float32] | None,
         *,
         dense_prefix: int = 1,
-        mask_op: MaskOp = mask_input,
         count: bool = False,
         observer: Observer | None = None,
     ) -> None:
-        self._structure = structure
-        self._norms = norms
+        self._structure = model.structure
+        self._norms = model.norms
         self._thresholds = thresholds
         self._prefix = dense_prefix
-        self._mask_op = mask_op
+        self._mask_op = model.ops.mask
         self._observer = observer
         self._counting = count
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._seen = np.zeros((len(structure.blocks), N_PROJECTIONS), np.int64)
+        self._seen = np.zeros((len(model.structure.blocks), N_PROJECTIONS), np.int64)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Masking:

@@ -1,4 +1,4 @@
-"""What an evaluation is: the frozen protocol printed beside every figure, and the Evaluator contract."""
+"""What an evaluation is: the frozen protocol printed beside every figure, the tokens, and what was found."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from was_search.early_stop import StopRule
 from was_search.errors import ConfigError
 from was_search.shape import FloatArray, IntArray
 from was_search.weight_format import AS_STORED, WeightFormat
@@ -134,8 +133,8 @@ class Evaluation:
         seconds: time spent, in seconds.
         stopped_early: whether a stop rule ended it before the last sequence.
         achieved: share of channels dropped, counted, float64 [L, 7]; over the tokens outside the dense prefix.
-        nats: where the losses are not the NLL themselves, the mean NLL of each sequence evaluated in this call, the
-            last m of the n, float64 [m]. None: ``losses`` are the NLL.
+        nats: where the losses are not the NLL themselves, the mean NLL of each sequence evaluated, float64 [n].
+            None: ``losses`` are the NLL.
     """
 
     losses: FloatArray
@@ -150,52 +149,13 @@ class Evaluation:
         """Mean fitness per predicted token over the sequences evaluated; NaN where one of them is."""
         return float(self.losses.mean())
 
-    def nll_nats(self, before: float | None = None) -> float:
-        """Mean NLL per predicted token over the sequences evaluated: what perplexity is the exponential of.
-
-        Args:
-            before: mean NLL of the sequences that an earlier call had evaluated; needed where there are some and
-                ``losses`` are not the NLL.
-        """
-        if self.nats is None:
-            return self.loss_nats
-        earlier = len(self.losses) - len(self.nats)
-        if not earlier:
-            return float(self.nats.mean())
-        if before is None:
-            raise ValueError(f"before: needed for the NLL of the {earlier} sequences of an earlier call, got None")
-        return (earlier * before + float(self.nats.sum())) / len(self.losses)
+    def nll_nats(self) -> float:
+        """Mean NLL per predicted token over the sequences evaluated: what perplexity is the exponential of."""
+        return self.loss_nats if self.nats is None else float(self.nats.mean())
 
     def as_nll(self) -> Evaluation:
         """The same evaluation with the NLL as its losses."""
         return self if self.nats is None else replace(self, losses=self.nats, nats=None)
-
-
-class Evaluator(Protocol):
-    """Holds a model and the shared histograms; evaluates vectors.
-
-    Pure with respect to its inputs: the same sparsities give the same losses on the same device and dtype.
-    Batches are fixed and stopping happens only between them, so that losses do not depend on what else runs.
-    Not thread-safe: one call at a time.
-    """
-
-    def evaluate(
-        self,
-        sparsities: FloatArray,
-        rule: StopRule | None = None,
-        *,
-        before: FloatArray | None = None,
-        until: int | None = None,
-    ) -> Evaluation:
-        """Evaluate nominal ``sparsities`` [L, 7]; with a ``rule`` it may stop early.
-
-        ``before`` are the losses of the first sequences from an earlier call, behind which this one goes on;
-        ``until`` is the number of sequences at which it ends (None: all).
-
-        Raises:
-            InfeasibleError: a sparsity outside [0, 1).
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -210,3 +170,8 @@ class TokenSet:
         """``tokens`` under ``protocol``, whose number of sequences and hash are set to theirs."""
         digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
         return cls(replace(protocol, n_sequences=len(tokens), tokens_hash=digest), tokens)
+
+    def part(self, rows: slice | list[int]) -> TokenSet:
+        """Some of the sequences under the same protocol, for a pass over these alone; nothing is hashed."""
+        tokens = self.tokens[rows]
+        return TokenSet(replace(self.protocol, n_sequences=len(tokens), tokens_hash=""), tokens)

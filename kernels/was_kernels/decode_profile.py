@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from was_kernels.decode_timing import DecodeStep, Times
 from was_kernels.runtime import SparseModel, sparsify
 from was_kernels.sparse_linear import DENSE_ABOVE
-from was_search.masking import structure_norms
+from was_search.masked_model import structure_norms
 from was_search.plan import Plan
 from was_search.shape import FloatArray
 from was_search.structure import find_structure

@@ -1,26 +1,11 @@
-"""The operations that calibration, pricing, slopes and evaluation run on, as they suit a device."""
+"""The operations that calibration, pricing, slopes and evaluation run on, chosen for a device."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from was_kernels import available
-from was_search.histogram import CountOp, bin_counts
-from was_search.pricing import PriceOp, price_terms
-from was_search.score import MaskOp, mask_input
-from was_search.slope import SlopeOp, slope_terms
-
-
-@dataclass(frozen=True)
-class Ops:
-    """One implementation of each; plain torch by default."""
-
-    mask: MaskOp = mask_input
-    count: CountOp = bin_counts
-    price: PriceOp = price_terms
-    slope: SlopeOp = slope_terms
+from was_search.ops import Ops
 
 
 def ops_for(device: str | torch.device) -> Ops:

@@ -23,12 +23,12 @@ from was_search.api.demo import DEMO_FOLDER
 from was_search.api.search import identity, study_name
 from was_search.cli_decode import load_plan
 from was_search.errors import ConfigError, StudyError
-from was_search.masking import Masking, structure_norms
+from was_search.masked_model import MaskedModel
+from was_search.masking import Masking
 from was_search.model import load_model, load_tokenizer, resolve_model
 from was_search.plan import Plan
 from was_search.protocol import content_hash
 from was_search.seeds import SEED_DESCENT
-from was_search.structure import find_structure
 from was_storage import study_page
 from was_storage.plan_files import PlanFiles
 from was_storage.studies import StudyStore
@@ -102,10 +102,8 @@ def test_the_sparse_runtimes_logits_match_the_masked_reference(made) -> None:
     # In float32 the order of a sum may carry a score over its threshold, and that moves a logit by tenths.
     model, tokenizer = load_model(source, dtype="float32", device="cpu").double(), load_tokenizer(source)
     ids = tokenizer("def area(radius):\n    return 3.14159 * radius ** 2\n", return_tensors="pt")["input_ids"]
-    structure = find_structure(model)
-    norms = structure_norms(structure, plan.score)
     with torch.inference_mode():
-        with Masking(structure, norms, plan.thresholds, dense_prefix=plan.dense_prefix):
+        with Masking(MaskedModel.of(model, plan.score), plan.thresholds, dense_prefix=plan.dense_prefix):
             expected = model(ids).logits
         with sparsify(model, plan) as sparse:
             prefill = sparse(ids).logits

@@ -24,7 +24,8 @@ from transformers import (
     StaticCache,
 )
 
-from was_search.masking import Masking, structure_norms
+from was_search.masked_model import MaskedModel
+from was_search.masking import Masking
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS, Masks
 from was_search.structure import find_structure
@@ -73,15 +74,15 @@ def tiny_plan(
     model: Any, *, sparsity: float = 0.5, dense_prefix: int = 1, score: Any = "l2", masks: Masks = "separate"
 ) -> Plan:
     """Thresholds at the scores' quantile on random tokens; one projection, or its group, stays dense."""
-    structure = find_structure(model, masks)
-    norms = structure_norms(structure, score)
+    masked = MaskedModel.of(model, score, masks)
+    structure = masked.structure
     samples: dict[tuple[int, int], list[float]] = {}
 
     def observe(b: int, p: int, scores: torch.Tensor) -> None:
         samples.setdefault((b, p), []).extend(scores.flatten().tolist())
 
     tokens = torch.randint(2, 97, (4, 16), generator=torch.Generator().manual_seed(1), device="cpu")
-    with torch.inference_mode(), Masking(structure, norms, None, observer=observe):
+    with torch.inference_mode(), Masking(masked, None, observer=observe):
         model(tokens.to(next(model.parameters()).device), use_cache=False)
     n_blocks = len(structure.blocks)
     sparsities = np.full((n_blocks, N_PROJECTIONS), sparsity)
@@ -99,7 +100,7 @@ def tiny_plan(
         dense_prefix=dense_prefix,
         sparsities=sparsities,
         thresholds=structure.shape.copied(thresholds),
-        norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
+        norms=tuple(tuple(n.cpu().numpy() for n in row) for row in masked.norms),
         weights=structure.weights,
     )
 
@@ -108,7 +109,8 @@ def masked_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the dense model with hooks that mask, from whole sequences and without a cache."""
     structure = find_structure(model, plan.shape.masks)
     norms = [[torch.tensor(n, device=tokens.device) for n in row] for row in plan.norms]
-    masking = Masking(structure, norms, plan.thresholds, dense_prefix=plan.dense_prefix)
+    masked = MaskedModel(model, structure, norms)
+    masking = Masking(masked, plan.thresholds, dense_prefix=plan.dense_prefix)
     with torch.inference_mode(), masking:
         logits: torch.Tensor = model(tokens, use_cache=False).logits
     return logits

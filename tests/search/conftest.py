@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from was_search.masked_model import MaskedModel
 from was_search.protocol import EvaluationProtocol, TokenSet
 from was_search.shape import IntArray
 from was_search.structure import Structure, find_structure
@@ -52,6 +53,12 @@ def llama() -> nn.Module:
 @pytest.fixture(scope="session")
 def structure(llama: nn.Module) -> Structure:
     return find_structure(llama)
+
+
+@pytest.fixture(scope="session")
+def masked(llama: nn.Module) -> MaskedModel:
+    """The same model as the passes take it, scores weighed by l2 norms."""
+    return MaskedModel.of(llama, "l2")
 
 
 @pytest.fixture(scope="session")

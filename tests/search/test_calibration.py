@@ -7,7 +7,6 @@ import torch
 from was_search.calibration import histogram_pass, operating_point
 from was_search.evaluation import evaluate_thresholds
 from was_search.histogram import Histograms, bin_counts
-from was_search.masking import structure_norms
 from was_search.shape import ModelShape
 
 SHAPE = ModelShape(((10,) * 7,) * 2, ((10,) * 7,) * 2)
@@ -80,8 +79,7 @@ def test_gives_up_with_the_last_result():
     np.testing.assert_array_equal(achieved, FakeModel()(thresholds)[1])
 
 
-def test_dense_histograms_against_the_inputs_themselves(llama, structure, tokens):
-    norms = structure_norms(structure, "l2")
+def test_dense_histograms_against_the_inputs_themselves(llama, structure, masked, make_data, tokens):
     inputs = {}
     handles = [
         linear.register_forward_pre_hook(lambda _m, args, key=(b, p): inputs.setdefault(key, args[0]))
@@ -91,36 +89,29 @@ def test_dense_histograms_against_the_inputs_themselves(llama, structure, tokens
         llama(input_ids=torch.as_tensor(tokens))
     for handle in handles:
         handle.remove()
-    histograms, seen, dropped = histogram_pass(
-        llama, structure, norms, tokens, None, batch_size=len(tokens), dense_prefix=1
-    )
+    histograms, seen, dropped = histogram_pass(masked, make_data(tokens, batch_size=len(tokens)), None)
     for (b, p), x in inputs.items():
-        scores = x[:, 1:].abs() * norms[b][p]
+        scores = x[:, 1:].abs() * masked.norms[b][p]
         np.testing.assert_array_equal(histograms.counts[b, p], bin_counts(scores).numpy())
         assert seen[b, p] == scores.numel() == 10 * 16 * x.shape[-1]
     assert not dropped.any()
 
 
-def test_shards_of_whole_batches_add_up(llama, structure, tokens):
-    norms = structure_norms(structure, "l2")
-    thresholds = np.full((3, 7), 0.4, np.float32)
-    run = lambda part: histogram_pass(  # noqa: E731
-        llama, structure, norms, part, thresholds, batch_size=4, dense_prefix=1
+def test_shards_of_whole_batches_add_up(masked, make_data, tokens):
+    data, thresholds = make_data(tokens), np.full((3, 7), 0.4, np.float32)
+    whole, *parts = (
+        histogram_pass(masked, data.part(rows), thresholds) for rows in (slice(None), slice(4), slice(4, None))
     )
-    whole = run(tokens)
-    parts = [run(tokens[:4]), run(tokens[4:])]
     np.testing.assert_array_equal(whole[0].counts, (parts[0][0] + parts[1][0]).counts)
     for i in (1, 2):
         np.testing.assert_array_equal(whole[i], parts[0][i] + parts[1][i])
 
 
-def test_a_tiny_model_meets_its_nominal_sparsity(llama, structure, tokens, make_data):
-    norms, shape = structure_norms(structure, "l2"), structure.shape
+def test_a_tiny_model_meets_its_nominal_sparsity(masked, tokens, make_data):
+    data, shape = make_data(tokens), masked.shape
 
     def run_pass(thresholds):
-        histograms, seen, dropped = histogram_pass(
-            llama, structure, norms, tokens, thresholds, batch_size=4, dense_prefix=1
-        )
+        histograms, seen, dropped = histogram_pass(masked, data, thresholds)
         return histograms, dropped / seen
 
     dense, none = run_pass(None)
@@ -133,15 +124,14 @@ def test_a_tiny_model_meets_its_nominal_sparsity(llama, structure, tokens, make_
     assert abs(shape.sparsity(achieved) - 0.6) <= 1e-3
     assert np.abs(achieved - wanted).max() <= 1e-2 < np.abs(once - wanted).max()
     # Evaluation counts the same on the same tokens. (A zero input counts as dropped in both.)
-    evaluated = evaluate_thresholds(llama, structure, norms, make_data(tokens), thresholds)
+    evaluated = evaluate_thresholds(masked, data, thresholds)
     np.testing.assert_allclose(evaluated.achieved, achieved, atol=1e-12)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.8])
-def test_the_first_projections_are_exact_at_once(llama, structure, tokens, sparsity):
-    norms = structure_norms(structure, "l2")
-    run = lambda t: histogram_pass(llama, structure, norms, tokens, t, batch_size=5, dense_prefix=1)  # noqa: E731
-    dense = run(None)[0]
-    _, seen, dropped = run(dense.thresholds(np.full((3, 7), sparsity)))
+def test_the_first_projections_are_exact_at_once(masked, make_data, tokens, sparsity):
+    data = make_data(tokens, batch_size=5)
+    dense = histogram_pass(masked, data, None)[0]
+    _, seen, dropped = histogram_pass(masked, data, dense.thresholds(np.full((3, 7), sparsity)))
     achieved = (dropped / seen)[0, :3]
     np.testing.assert_allclose(achieved, sparsity, atol=5e-3)  # a bin holds up to about 1 % of 2,560 scores

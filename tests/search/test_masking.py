@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from was_search.masking import Masking, structure_norms
+from was_search.masked_model import MaskedModel, structure_norms
+from was_search.masking import Masking
+from was_search.ops import Ops
 from was_search.score import column_norms
-from was_search.structure import find_structure
 
 
 class Edited(nn.Module):
@@ -46,15 +47,14 @@ def edited_copy(model, thresholds, kind, prefix):
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("kind", ["none", "l1", "l2"])
-def test_hooks_against_edited_modules(llama, structure, tokens, kind, prefix):
+def test_hooks_against_edited_modules(llama, tokens, kind, prefix):
     thresholds = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
     thresholds[0, 2] = 0.0
     batch = torch.as_tensor(tokens[:3])
     reference = edited_copy(llama, thresholds, kind, prefix)
-    norms = structure_norms(structure, kind)
     with torch.inference_mode():
         expected = reference(input_ids=batch).logits
-        with Masking(structure, norms, thresholds, dense_prefix=prefix, count=True) as masking:
+        with Masking(MaskedModel.of(llama, kind), thresholds, dense_prefix=prefix, count=True) as masking:
             found = llama(input_ids=batch).logits
     # One matrix product for all positions against one for each: float32 sums in another order.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -71,44 +71,42 @@ def test_norms_belong_to_their_weights(structure):
         torch.testing.assert_close(norms[b][p], linear.weight.norm(dim=0))
 
 
-def test_closing_restores_the_model(llama, structure, tokens):
+def test_closing_restores_the_model(llama, structure, masked, tokens):
     batch = torch.as_tensor(tokens[:2])
-    norms = structure_norms(structure, "l2")
     with torch.inference_mode():
         before = llama(input_ids=batch).logits
         with (
             pytest.raises(RuntimeError, match="inside"),
-            Masking(structure, norms, np.full((3, 7), 1e9, np.float32)),
+            Masking(masked, np.full((3, 7), 1e9, np.float32)),
         ):
             raise RuntimeError("inside")
         assert torch.equal(before, llama(input_ids=batch).logits)
     assert not any(linear._forward_pre_hooks for _, _, linear in structure.linears())
 
 
-def test_no_thresholds_changes_nothing_and_counts_nothing(llama, structure, tokens):
+def test_no_thresholds_changes_nothing_and_counts_nothing(llama, masked, tokens):
     batch = torch.as_tensor(tokens[:2])
     with torch.inference_mode():
         before = llama(input_ids=batch).logits
-        with Masking(structure, structure_norms(structure, "l2"), None, count=True) as masking:
+        with Masking(masked, None, count=True) as masking:
             assert torch.equal(before, llama(input_ids=batch).logits)
     np.testing.assert_array_equal(masking.achieved(), np.zeros((3, 7)))
 
 
-def test_everything_dropped(llama, structure, tokens):
+def test_everything_dropped(llama, masked, tokens):
     with (
         torch.inference_mode(),
-        Masking(structure, structure_norms(structure, "l2"), np.full((3, 7), 1e9, np.float32), count=True) as masking,
+        Masking(masked, np.full((3, 7), 1e9, np.float32), count=True) as masking,
     ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
     np.testing.assert_array_equal(masking.achieved(), np.ones((3, 7)))
 
 
-def test_counts_add_up_over_batches(llama, structure, tokens):
+def test_counts_add_up_over_batches(llama, masked, tokens):
     thresholds = np.full((3, 7), 0.3, np.float32)
-    norms = structure_norms(structure, "l2")
     found = []
     for size in (10, 3):
-        with torch.inference_mode(), Masking(structure, norms, thresholds, count=True) as masking:
+        with torch.inference_mode(), Masking(masked, thresholds, count=True) as masking:
             for start in range(0, 10, size):
                 llama(input_ids=torch.as_tensor(tokens[start : start + size]))
         found.append(masking.achieved())
@@ -116,13 +114,12 @@ def test_counts_add_up_over_batches(llama, structure, tokens):
     np.testing.assert_allclose(found[0], found[1], atol=1.01 / 2560)
 
 
-def test_the_observer_sees_scores_before_masking_outside_the_prefix(llama, structure, tokens):
+def test_the_observer_sees_scores_before_masking_outside_the_prefix(llama, tokens):
     seen = {}
     thresholds = np.full((3, 7), 1e9, np.float32)
-    norms = structure_norms(structure, "none")
     with (
         torch.inference_mode(),
-        Masking(structure, norms, thresholds, dense_prefix=2, observer=lambda b, p, s: seen.setdefault((b, p), s)),
+        Masking(MaskedModel.of(llama, "none"), thresholds, dense_prefix=2, observer=lambda b, p, s: seen.setdefault((b, p), s)),
     ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
     assert set(seen) == {(b, p) for b in range(3) for p in range(7)}
@@ -132,7 +129,7 @@ def test_the_observer_sees_scores_before_masking_outside_the_prefix(llama, struc
     assert float(seen[0, 0].max()) > 0.0
 
 
-def test_another_mask_op_is_used(llama, structure, tokens):
+def test_another_mask_op_is_used(llama, tokens):
     calls = []
 
     def op(x, norms, threshold, prefix):
@@ -143,7 +140,7 @@ def test_another_mask_op_is_used(llama, structure, tokens):
     thresholds[1, 6] = 0.5
     with (
         torch.inference_mode(),
-        Masking(structure, structure_norms(structure, "l2"), thresholds, mask_op=op, count=True) as found,
+        Masking(MaskedModel.of(llama, "l2", ops=Ops(mask=op)), thresholds, count=True) as found,
     ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
     assert calls == [((2, 17, 24), 0.5, 1)]
@@ -161,12 +158,11 @@ def test_biases_are_added_after_masking(tokens):
     model = transformers.Qwen2ForCausalLM(config).eval()
     linear = model.model.layers[0].self_attn.q_proj
     nn.init.normal_(linear.bias)
-    structure = find_structure(model)
     found = []
     handle = linear.register_forward_hook(lambda _m, _a, out: found.append(out))
     with (
         torch.inference_mode(),
-        Masking(structure, structure_norms(structure, "l2"), np.full((1, 7), 1e9, np.float32)),
+        Masking(MaskedModel.of(model, "l2"), np.full((1, 7), 1e9, np.float32)),
     ):
         model(input_ids=torch.as_tensor(tokens[:1]))
     handle.remove()

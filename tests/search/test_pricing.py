@@ -6,21 +6,22 @@ import torch
 from torch.nn import functional as F
 
 from was_search.calibration import histogram_pass
-from was_search.masking import structure_norms
+from was_search.masked_model import MaskedModel
+from was_search.masking import Masking
 from was_search.pricing import DEFAULT_GRID, price_sums
-from was_search.structure import find_structure
 
 GRID = np.array([0.0, 0.2, 0.5, 0.9])
 
 
-def level_thresholds(model, structure, norms, tokens):
-    dense = histogram_pass(model, structure, norms, tokens, None, batch_size=4, dense_prefix=0)[0]
-    shape = (len(structure.blocks), 7)
+def level_thresholds(model, data):
+    dense = histogram_pass(model, data, None)[0]
+    shape = (len(model.structure.blocks), 7)
     return np.stack([dense.thresholds(np.full(shape, level)) for level in GRID], axis=-1)
 
 
-def brute_force(model, structure, norms, tokens, thresholds, prefix, predicted):
+def brute_force(masked, tokens, thresholds, prefix, predicted):
     """Every sequence alone, every level by masking the input and multiplying it out; g by autograd."""
+    model, structure, norms = masked.model, masked.structure, masked.norms
     sums = np.zeros(thresholds.shape)
     for sequence in tokens:
         inputs, outputs, handles = {}, {}, []
@@ -57,24 +58,12 @@ def brute_force(model, structure, norms, tokens, thresholds, prefix, predicted):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("prefix", "predicted"), [(1, 16), (0, 16), (3, 5)])
-def test_prices_against_brute_force(make_llama, tokens, dtype, prefix, predicted, recompute):
-    model = make_llama(dtype)
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
-    thresholds = level_thresholds(model, structure, norms, tokens)
-    sums, n_tokens = price_sums(
-        model,
-        structure,
-        norms,
-        tokens,
-        thresholds,
-        batch_size=4,
-        dense_prefix=prefix,
-        predicted=predicted,
-        recompute=recompute,
-    )
+def test_prices_against_brute_force(make_llama, make_data, tokens, dtype, prefix, predicted, recompute):
+    masked = MaskedModel.of(make_llama(dtype), "l2", recompute=recompute)
+    thresholds = level_thresholds(masked, make_data(tokens, dense_prefix=0))
+    sums, n_tokens = price_sums(masked, make_data(tokens, dense_prefix=prefix, stride=predicted), thresholds)
     assert n_tokens == 10 * (17 - prefix)
-    expected = brute_force(model, structure, norms, tokens, thresholds, prefix, predicted)
+    expected = brute_force(masked, tokens, thresholds, prefix, predicted)
     assert np.all(expected[..., 1:] > 0)
     assert not sums[..., 0].any()
     # g . dy is summed in float32 over at most 24 channels with cancellation, then squared: a relative error
@@ -82,48 +71,41 @@ def test_prices_against_brute_force(make_llama, tokens, dtype, prefix, predicted
     np.testing.assert_allclose(sums, expected, rtol=1e-3, atol=1e-7 * expected.max())
 
 
-def test_shards_add_up_whatever_the_batch(llama, structure, tokens):
-    norms = structure_norms(structure, "l2")
-    thresholds = level_thresholds(llama, structure, norms, tokens)
-    run = lambda part, size: price_sums(  # noqa: E731
-        llama, structure, norms, part, thresholds, batch_size=size, dense_prefix=1, predicted=16
-    )
+def test_shards_add_up_whatever_the_batch(masked, make_data, tokens):
+    thresholds = level_thresholds(masked, make_data(tokens, dense_prefix=0))
+    run = lambda part, size: price_sums(masked, make_data(part, batch_size=size), thresholds)  # noqa: E731
     whole, n = run(tokens, 10)
     parts = [run(tokens[:3], 2), run(tokens[3:], 5)]
     assert sum(part[1] for part in parts) == n
     np.testing.assert_allclose(sum(part[0] for part in parts), whole, rtol=1e-3)  # as above: float32, other batches
 
 
-def test_a_masked_prefix_costs_nothing(llama, structure, tokens):
-    norms = structure_norms(structure, "l2")
-    thresholds = level_thresholds(llama, structure, norms, tokens)
+def test_a_masked_prefix_costs_nothing(masked, make_data, tokens):
+    thresholds = level_thresholds(masked, make_data(tokens, dense_prefix=0))
     sums = [
-        price_sums(llama, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=k, predicted=16)[0]
-        for k in (0, 4, 16)
+        price_sums(masked, make_data(tokens, batch_size=5, dense_prefix=k), thresholds)[0] for k in (0, 4, 16)
     ]
     assert np.all(sums[0] >= sums[1])
     assert np.all(sums[1] >= sums[2])
 
 
-def test_leaves_no_gradients_and_no_hooks(make_llama, tokens):
+def test_leaves_no_gradients_and_no_hooks(make_llama, make_data, tokens):
     model = make_llama().requires_grad_(True)
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
-    thresholds = level_thresholds(model, structure, norms, tokens)
-    sums, _ = price_sums(model, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=1, predicted=16)
+    masked = MaskedModel.of(model, "l2")
+    thresholds = level_thresholds(masked, make_data(tokens, dense_prefix=0))
+    sums, _ = price_sums(masked, make_data(tokens, batch_size=5), thresholds)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_pre_hooks or m._backward_hooks or m._forward_hooks for m in model.modules())
-    frozen = model.requires_grad_(False)
-    again, _ = price_sums(frozen, structure, norms, tokens, thresholds, batch_size=5, dense_prefix=1, predicted=16)
+    model.requires_grad_(False)
+    again, _ = price_sums(masked, make_data(tokens, batch_size=5), thresholds)
     np.testing.assert_array_equal(sums, again)
 
 
-def test_prices_predict_the_loss_of_small_sparsities(make_llama, tokens):
+def test_prices_predict_the_loss_of_small_sparsities(make_llama, make_data, tokens):
     """What the price is for: it ranks projections as the KL of masking each alone does."""
     model = make_llama(torch.float64)
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
-    thresholds = level_thresholds(model, structure, norms, tokens)[..., :2]
+    masked = MaskedModel.of(model, "l2")
+    thresholds = level_thresholds(masked, make_data(tokens, dense_prefix=0))[..., :2]
     # Own samples of the model make the gradient's second moment the Fisher information.
     torch.manual_seed(3)
     ids = torch.randint(0, 61, (200, 1))
@@ -132,9 +114,7 @@ def test_prices_predict_the_loss_of_small_sparsities(make_llama, tokens):
             probabilities = model(input_ids=ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
     sampled = ids.numpy()
-    sums, n = price_sums(model, structure, norms, sampled, thresholds, batch_size=50, dense_prefix=1, predicted=12)
-    from was_search.masking import Masking
-
+    sums, n = price_sums(masked, make_data(sampled, batch_size=50), thresholds)
     divergence = np.zeros((3, 7))
     with torch.inference_mode():
         dense = model(input_ids=ids).logits.log_softmax(-1)
@@ -142,7 +122,7 @@ def test_prices_predict_the_loss_of_small_sparsities(make_llama, tokens):
             for p in range(7):
                 alone = np.zeros((3, 7), np.float32)
                 alone[b, p] = thresholds[b, p, 1]
-                with Masking(structure, norms, alone):
+                with Masking(masked, alone):
                     sparse = model(input_ids=ids).logits.log_softmax(-1)
                 divergence[b, p] = float((dense.exp() * (dense - sparse))[:, :-1].sum()) / n
     rank = lambda v: np.argsort(np.argsort(v.ravel()))  # noqa: E731

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from was_search.errors import ConfigError, ModelError
-from was_search.masking import structure_norms
+from was_search.masked_model import structure_norms
 from was_search.model import load_model, resolve_model
 from was_search.quantised import QuantisedLinear, quantise_projections
 from was_search.structure import find_structure

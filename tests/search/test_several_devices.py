@@ -16,51 +16,48 @@ from tests.kernels.tiny_models import tiny_model, tiny_plan
 from tests.search.conftest import build_llama
 from tests.search.several_devices import SECOND, pretended
 from was_kernels import runtime, sparsify
-from was_search.block_error import block_error, capture_inputs
+from was_search.block_error import block_error
 from was_search.calibration import histogram_pass
 from was_search.divergence import DenseTop
 from was_search.errors import ResourceError
 from was_search.evaluation import dense_top, evaluate_thresholds
 from was_search.histogram import N_BINS, Histograms
-from was_search.masking import structure_norms
+from was_search.masked_model import MaskedModel
 from was_search.model import _require_no_offload
 from was_search.pricing import price_sums
+from was_search.protocol import TokenSet
 from was_search.slope import slope_pass
-from was_search.structure import Structure, find_structure
 
 SHAPE = (3, 7)
 HALF = np.full(SHAPE, 0.5)
 THRESHOLDS = np.full(SHAPE, 0.1, np.float32)
 LEVELS = np.sort(np.random.default_rng(0).uniform(0, 1, (*SHAPE, 5)), axis=-1).astype(np.float32)
 COUNTS = Histograms(np.random.default_rng(1).integers(0, 9, (*SHAPE, N_BINS)))
-PASS: dict[str, Any] = {"batch_size": 4, "dense_prefix": 1}
-BACKWARD: dict[str, Any] = {**PASS, "predicted": 16}
 
 
 def evaluate(top: bool) -> Callable[..., Any]:
-    def run(model: Any, structure: Structure, norms: Any, data: Any) -> Any:
+    def run(model: MaskedModel, data: TokenSet) -> Any:
         n, predicted = len(data.tokens), data.protocol.predicted_per_sequence
         found = DenseTop(np.zeros((n, predicted, 4), np.int32), np.full((n, predicted, 5), -2.0, np.float32))
-        return evaluate_thresholds(model, structure, norms, data, THRESHOLDS, top=found if top else None)
+        return evaluate_thresholds(model, data, THRESHOLDS, top=found if top else None)
 
     return run
 
 
-def greedy(model: Any, structure: Structure, norms: Any, data: Any) -> Any:
-    inputs = capture_inputs(model, structure, 2, data.tokens, 4)
-    return block_error(structure, norms, 2, inputs, COUNTS, dense_prefix=1)(np.full(7, 0.5))
+def recomputing(model: MaskedModel) -> MaskedModel:
+    return dataclasses.replace(model, recompute=True)
 
 
-PASSES: dict[str, Callable[..., Any]] = {
-    "histograms": lambda m, s, n, d: histogram_pass(m, s, n, d.tokens, THRESHOLDS, **PASS),
-    "prices": lambda m, s, n, d: price_sums(m, s, n, d.tokens, LEVELS, **BACKWARD),
-    "prices, recomputed": lambda m, s, n, d: price_sums(m, s, n, d.tokens, LEVELS, recompute=True, **BACKWARD),
-    "slopes": lambda m, s, n, d: slope_pass(m, s, n, d.tokens, HALF, COUNTS, **BACKWARD),
-    "slopes, recomputed": lambda m, s, n, d: slope_pass(m, s, n, d.tokens, HALF, COUNTS, recompute=True, **BACKWARD),
+PASSES: dict[str, Callable[[MaskedModel, TokenSet], Any]] = {
+    "histograms": lambda model, data: histogram_pass(model, data, THRESHOLDS),
+    "prices": lambda model, data: price_sums(model, data, LEVELS),
+    "prices, recomputed": lambda model, data: price_sums(recomputing(model), data, LEVELS),
+    "slopes": lambda model, data: slope_pass(model, data, HALF, COUNTS),
+    "slopes, recomputed": lambda model, data: slope_pass(recomputing(model), data, HALF, COUNTS),
     "evaluation": evaluate(top=False),
     "divergence": evaluate(top=True),
-    "dense top": lambda m, s, n, d: dense_top(m, d.tokens, 4, predicted=16, batch_size=4),
-    "greedy table": greedy,
+    "dense top": lambda model, data: dense_top(model, data, 4),
+    "greedy table": lambda model, data: block_error(model, data, 2, COUNTS)(np.full(7, 0.5)),
 }
 
 
@@ -69,10 +66,9 @@ def test_every_tensor_meets_only_its_own_device(name: str, tokens, make_data) ->
     data = make_data(tokens)
     model = build_llama()
     with pretended(model, 1) as watch:
-        structure = find_structure(model)
-        norms = structure_norms(structure, "l2")
-        assert [row[0].device.type for row in norms] == ["cpu", SECOND, SECOND]
-        PASSES[name](model, structure, norms, data)
+        masked = MaskedModel.of(model, "l2")
+        assert [device.type for device in masked.block_devices] == ["cpu", SECOND, SECOND]
+        PASSES[name](masked, data)
         assert watch.on_second > 50, "two blocks, the norm and the head"
 
 
@@ -97,11 +93,10 @@ def test_a_tensor_on_another_device_is_caught(tokens, make_data) -> None:
     for name in set(PASSES) - {"dense top"}:
         model = build_llama()
         with pretended(model, 1):
-            structure = find_structure(model)
-            norms = structure_norms(structure, "l2")
-            norms[2] = [torch.ones(len(norm)) for norm in norms[2]]
+            masked = MaskedModel.of(model, "l2")
+            masked.norms[2] = [torch.ones(len(norm)) for norm in masked.norms[2]]
             with pytest.raises((AssertionError, RuntimeError), match=r"gets tensors on|devices"):
-                PASSES[name](model, structure, norms, data)
+                PASSES[name](masked, data)
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -116,8 +111,7 @@ def test_accelerates_hooks_change_no_number(name: str, tokens, make_data) -> Non
     forwards = [layer.__dict__["forward"] for layer in hooked.model.layers]
     found = []
     for each in (model, hooked, hooked):
-        structure = find_structure(each)
-        found.append(PASSES[name](each, structure, structure_norms(structure, "l2"), data))
+        found.append(PASSES[name](MaskedModel.of(each, "l2"), data))
     assert [layer.__dict__["forward"] for layer in hooked.model.layers] == forwards
     for other in found[1:]:
         for a, b in zip(numbers(found[0]), numbers(other), strict=True):

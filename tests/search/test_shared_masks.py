@@ -11,14 +11,16 @@ import torch
 from torch.nn import functional as F
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from was_search.block_error import block_error, capture_inputs
+from was_search.block_error import block_error
 from was_search.budget import SparsityBudget
 from was_search.calibration import histogram_pass
 from was_search.descent import DescentOptions, descend
 from was_search.errors import ModelError, PlanError
 from was_search.evaluation import evaluate_thresholds
 from was_search.greedy import block_path, path, spend
-from was_search.masking import Masking, structure_norms
+from was_search.masked_model import MaskedModel, structure_norms
+from was_search.masking import Masking
+from was_search.ops import Ops
 from was_search.plan import JSON_NAME, Plan
 from was_search.pricing import DEFAULT_GRID, price_sums
 from was_search.score import column_norms, combined_norms
@@ -122,8 +124,7 @@ def test_masking_against_masks_made_projection_by_projection(model, tokens):
         expected = model(input_ids=batch).logits
         for handle in handles:
             handle.remove()
-        norms = structure_norms(structure, "l2")
-        with Masking(structure, norms, thresholds, dense_prefix=2, count=True) as masking:
+        with Masking(MaskedModel.of(model, "l2", "shared"), thresholds, dense_prefix=2, count=True) as masking:
             found = model(input_ids=batch).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(masking.achieved(), dropped, atol=1e-12)
@@ -138,9 +139,9 @@ def test_a_shared_mask_is_made_once(model, tokens):
         calls.append(threshold)
         return x, torch.tensor(0)
 
-    structure = find_structure(model, "shared")
+    masked = MaskedModel.of(model, "l2", "shared", ops=Ops(mask=op))
     thresholds = np.arange(1, 22, dtype=np.float32).reshape(3, 7)
-    with torch.inference_mode(), Masking(structure, structure_norms(structure, "l2"), thresholds, mask_op=op):
+    with torch.inference_mode(), Masking(masked, thresholds):
         model(input_ids=torch.as_tensor(tokens[:2]))
         model(input_ids=torch.as_tensor(tokens[2:4]))
     assert calls == [*(7 * b + p for b in range(3) for p in (1, 4, 5, 7))] * 2
@@ -149,10 +150,9 @@ def test_a_shared_mask_is_made_once(model, tokens):
 def test_projections_that_read_different_inputs_cannot_share_a_mask(make_llama, tokens):
     model = make_llama(seed=3)
     model.model.layers[1].self_attn.k_proj.register_forward_pre_hook(lambda _, args: (args[0] + 1.0,))
-    structure = find_structure(model, "shared")
     with (
         torch.inference_mode(),
-        Masking(structure, structure_norms(structure, "l2"), None),
+        Masking(MaskedModel.of(model, "l2", "shared"), None),
         pytest.raises(
             ModelError, match="block 1: q, k, v read different inputs and cannot share a mask; use --masks s"
         ),
@@ -161,8 +161,7 @@ def test_projections_that_read_different_inputs_cannot_share_a_mask(make_llama, 
 
 
 def test_a_forward_that_was_broken_off_leaves_nothing_behind(model, tokens):
-    structure = find_structure(model, "shared")
-    norms = structure_norms(structure, "l2")
+    masked = MaskedModel.of(model, "l2", "shared")
     thresholds = np.full((3, 7), 0.5, np.float32)
     fail = [True]
 
@@ -171,10 +170,10 @@ def test_a_forward_that_was_broken_off_leaves_nothing_behind(model, tokens):
             fail.clear()
             raise RuntimeError("broken off")
 
-    with torch.inference_mode(), Masking(structure, norms, thresholds):
+    with torch.inference_mode(), Masking(masked, thresholds):
         expected = model(input_ids=torch.as_tensor(tokens[:2])).logits
-    handle = structure.blocks[1].projections["k"].register_forward_hook(stop)
-    with torch.inference_mode(), Masking(structure, norms, thresholds):
+    handle = masked.structure.blocks[1].projections["k"].register_forward_hook(stop)
+    with torch.inference_mode(), Masking(masked, thresholds):
         with pytest.raises(RuntimeError, match="broken off"):
             model(input_ids=torch.as_tensor(tokens[4:6]))
         found = model(input_ids=torch.as_tensor(tokens[:2])).logits
@@ -187,14 +186,12 @@ def level_thresholds(histograms) -> np.ndarray:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_prices_of_a_group_are_of_all_its_outputs_together(model, tokens, recompute):
+def test_prices_of_a_group_are_of_all_its_outputs_together(model, make_data, tokens, recompute):
     """By masking, multiplying out and adding g . dy over the group before squaring; g by autograd."""
-    structure = find_structure(model, "shared")
-    norms = structure_norms(structure, "l2")
-    options = {"batch_size": 4, "dense_prefix": 1}
-    dense = histogram_pass(model, structure, norms, tokens, None, **options)[0]
-    thresholds = level_thresholds(dense)
-    sums, n = price_sums(model, structure, norms, tokens, thresholds, **options, predicted=16, recompute=recompute)
+    masked, data = MaskedModel.of(model, "l2", "shared", recompute=recompute), make_data(tokens)
+    structure = masked.structure
+    thresholds = level_thresholds(histogram_pass(masked, data, None)[0])
+    sums, n = price_sums(masked, data, thresholds)
     assert n == 160
     expected = np.zeros((3, 4, len(GRID)))
     for sequence in tokens:
@@ -237,18 +234,13 @@ def test_a_fused_model_gives_what_its_parts_give(model, tokens, make_data):
     point = SHAPE.copied(np.random.default_rng(2).uniform(0.2, 0.8, (3, 7)))
     found = []
     for each in (model, fused):
-        structure = find_structure(each, "shared")
-        norms = structure_norms(structure, "l2")
-        options = {"batch_size": 4, "dense_prefix": 1}
-        histograms, seen, _ = histogram_pass(each, structure, norms, tokens, None, **options)
-        prices = price_sums(each, structure, norms, tokens, level_thresholds(histograms), **options, predicted=16)[0]
-        slopes = slope_pass(each, structure, norms, tokens, point, histograms, **options, predicted=16)
-        inputs = capture_inputs(each, structure, 1, tokens[:4], 4)
-        error = block_error(structure, norms, 1, inputs, histograms, dense_prefix=1)(point[1])
-        losses = evaluate_thresholds(
-            each, structure, norms, make_data(tokens, dtype="float64"), histograms.thresholds(point)
-        )
-        found.append((structure.shape, histograms.counts, seen, prices, slopes, error, losses))
+        masked, data = MaskedModel.of(each, "l2", "shared"), make_data(tokens, dtype="float64")
+        histograms, seen, _ = histogram_pass(masked, data, None)
+        prices = price_sums(masked, data, level_thresholds(histograms))[0]
+        slopes = slope_pass(masked, data, point, histograms)
+        error = block_error(masked, data.part(slice(4)), 1, histograms)(point[1])
+        losses = evaluate_thresholds(masked, data, histograms.thresholds(point))
+        found.append((masked.shape, histograms.counts, seen, prices, slopes, error, losses))
     (shape, counts, seen, prices, slopes, error, losses), other = found
     assert other[0] == shape
     # Norms of a fused weight are summed in another order: a score may fall into the next of two bins.
@@ -263,16 +255,13 @@ def test_a_fused_model_gives_what_its_parts_give(model, tokens, make_data):
     assert is_tied(counts.sum(axis=-1))
 
 
-def test_slopes_of_a_group_are_the_sum_of_its_members(model, tokens):
+def test_slopes_of_a_group_are_the_sum_of_its_members(model, make_data, tokens):
     """The group's slope is the change of the loss when its members' masks move together: by finite differences."""
-    structure = find_structure(model, "shared")
-    norms = structure_norms(structure, "l2")
-    options = {"batch_size": 5, "dense_prefix": 1}
-    histograms = histogram_pass(model, structure, norms, tokens, None, **options)[0]
+    whole, data = MaskedModel.of(model, "l2", "shared"), make_data(tokens, batch_size=5)
+    structure, norms = whole.structure, whole.norms
+    histograms = histogram_pass(whole, data, None)[0]
     point = np.full((3, 7), 0.4)
-    found = slope_pass(
-        model, structure, norms, tokens, point, histograms, **options, predicted=16, width=0.0, window=0.1
-    )
+    found = slope_pass(whole, data, point, histograms, width=0.0, window=0.1)
     limits = [histograms.thresholds(point + off) for off in (0.0, -0.1, 0.1)]
     leaves, handles = {}, []
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,22 +9,23 @@ from torch.nn import functional as F
 
 from was_search.calibration import histogram_pass
 from was_search.evaluation import evaluate_thresholds
-from was_search.masking import structure_norms
+from was_search.masked_model import MaskedModel
 from was_search.slope import SlopeOracle, _Mask, _Masked, slope_pass
-from was_search.structure import find_structure
 
 
 @pytest.fixture
-def dense(make_llama, tokens):
-    model = make_llama(torch.float64)
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
-    histograms = histogram_pass(model, structure, norms, tokens, None, batch_size=4, dense_prefix=1)[0]
-    return model, structure, norms, histograms
+def masked(make_llama):
+    return MaskedModel.of(make_llama(torch.float64), "l2")
 
 
-def brute_force(model, structure, norms, tokens, thresholds, low, high, prefix, predicted):
+@pytest.fixture
+def histograms(masked, make_data, tokens):
+    return histogram_pass(masked, make_data(tokens), None)[0]
+
+
+def brute_force(masked, tokens, thresholds, low, high, prefix, predicted):
     """Sum over dropped-next channels of -g x by plain autograd: masked inputs as leaves, a sequence at a time."""
+    model, structure, norms = masked.model, masked.structure, masked.norms
     changes = np.zeros(thresholds.shape)
     for sequence in tokens:
         inputs, leaves, handles = {}, {}, []
@@ -33,10 +36,10 @@ def brute_force(model, structure, norms, tokens, thresholds, low, high, prefix, 
                 score = x.detach().abs().float() * norms[key[0]][key[1]]
                 keep = score >= float(thresholds[key])
                 keep[:, :prefix] = True
-                masked = x * keep
-                masked.retain_grad() if masked.requires_grad else masked.requires_grad_(True)
-                inputs[key], leaves[key] = (x.detach(), score), masked
-                return F.linear(masked, linear.weight)
+                left = x * keep
+                left.retain_grad() if left.requires_grad else left.requires_grad_(True)
+                inputs[key], leaves[key] = (x.detach(), score), left
+                return F.linear(left, linear.weight)
 
             handles.append(linear.register_forward_hook(hook))
         ids = torch.as_tensor(sequence)[None]
@@ -55,41 +58,28 @@ def brute_force(model, structure, norms, tokens, thresholds, low, high, prefix, 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("prefix", "predicted"), [(1, 16), (0, 16), (3, 5)])
-def test_slopes_without_a_band_against_autograd(dense, tokens, prefix, predicted, recompute):
-    model, structure, norms, histograms = dense
+def test_slopes_without_a_band_against_autograd(masked, histograms, make_data, tokens, prefix, predicted, recompute):
+    masked = dataclasses.replace(masked, recompute=recompute)
+    data = make_data(tokens, dense_prefix=prefix, stride=predicted)
     point = np.random.default_rng(0).uniform(0.1, 0.9, (3, 7))
-    found = slope_pass(
-        model,
-        structure,
-        norms,
-        tokens,
-        point,
-        histograms,
-        batch_size=4,
-        dense_prefix=prefix,
-        predicted=predicted,
-        width=0.0,
-        window=0.05,
-        recompute=recompute,
-    )
+    found = slope_pass(masked, data, point, histograms, width=0.0, window=0.05)
     at = [histograms.thresholds(np.clip(point + off, 0, 0.99)) for off in (0.0, -0.05, 0.05)]
-    expected = brute_force(model, structure, norms, tokens, *at, prefix, predicted)
+    expected = brute_force(masked, tokens, *at, prefix, predicted)
     # The weights are float64, products are taken in float32: 160 tokens x 24 channels of both signs.
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found.slopes * 10 * predicted * 0.1, expected, atol=1e-4 * scale)
     assert found.tokens == tokens.size
     # Scores before masking, each counted once whatever is recomputed.
-    again = histogram_pass(model, structure, norms, tokens, at[0], batch_size=4, dense_prefix=prefix)[0]
+    again = histogram_pass(masked, data, at[0])[0]
     np.testing.assert_array_equal(found.histograms.counts, again.counts)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    assert not any("forward" in vars(m) for m in model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in masked.model.modules())
+    assert not any("forward" in vars(m) for m in masked.model.modules())
 
 
-def test_the_loss_of_a_pass_is_that_of_an_evaluation(dense, tokens, make_data):
-    model, structure, norms, histograms = dense
-    point = np.full((3, 7), 0.5)
-    found = slope_pass(model, structure, norms, tokens, point, histograms, batch_size=4, dense_prefix=1, predicted=16)
-    evaluation = evaluate_thresholds(model, structure, norms, make_data(tokens), histograms.thresholds(point))
+def test_the_loss_of_a_pass_is_that_of_an_evaluation(masked, histograms, tokens, make_data):
+    data, point = make_data(tokens), np.full((3, 7), 0.5)
+    found = slope_pass(masked, data, point, histograms)
+    evaluation = evaluate_thresholds(masked, data, histograms.thresholds(point))
     assert found.nats == pytest.approx(evaluation.loss_nats, rel=1e-6)
 
 
@@ -121,31 +111,21 @@ def test_the_band_gives_the_derivative_of_a_masked_mean():
     assert slope(0.0) < 0.75 * expected
 
 
-def test_an_oracle_uses_all_sequences_before_any_comes_again_and_repeats_itself(dense, tokens, monkeypatch):
-    model, structure, norms, histograms = dense
+def test_an_oracle_uses_all_sequences_before_any_comes_again_and_repeats_itself(
+    masked, histograms, make_data, tokens, monkeypatch
+):
     seen = []
 
     def oracle():
-        return SlopeOracle(
-            model,
-            structure,
-            norms,
-            tokens,
-            histograms,
-            per_call=4,
-            batch_size=4,
-            dense_prefix=1,
-            predicted=16,
-            seed=3,
-        )
+        return SlopeOracle(masked, make_data(tokens), histograms, per_call=4, seed=3)
 
     import was_search.slope as module
 
     real = module.slope_pass
 
-    def recorded(model, structure, norms, part, *args, **kwargs):
-        seen.append(part)
-        return real(model, structure, norms, part, *args, **kwargs)
+    def recorded(model, part, *args, **kwargs):
+        seen.append(part.tokens)
+        return real(model, part, *args, **kwargs)
 
     monkeypatch.setattr(module, "slope_pass", recorded)
     first, point = oracle(), np.full((3, 7), 0.5)
@@ -167,7 +147,7 @@ def test_slopes_on_the_demo_checkpoint_predict_what_happens():
     from was_search.tokens import tokenise
 
     source = resolve_model(str(DEMO_FOLDER / "model"))
-    model = load_model(source, dtype="float32", device="cpu").requires_grad_(False)
+    masked = MaskedModel.of(load_model(source, dtype="float32", device="cpu").requires_grad_(False), "l2")
     data = tokenise(
         load_text(str(DEMO_FOLDER / "text"), "calibration"),
         load_tokenizer(source),
@@ -180,25 +160,20 @@ def test_slopes_on_the_demo_checkpoint_predict_what_happens():
         seed=0,
         at_most=True,
     )
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
-    options = {"batch_size": 8, "dense_prefix": 1}
     point = np.full((12, 7), 0.6)
-    histograms = histogram_pass(model, structure, norms, data.tokens, None, **options)[0]
+    histograms = histogram_pass(masked, data, None)[0]
     for _ in range(3):
         thresholds = histograms.thresholds(point)
-        histograms = histogram_pass(model, structure, norms, data.tokens, thresholds, **options)[0]
+        histograms = histogram_pass(masked, data, thresholds)[0]
 
     def loss(sparsities):
-        return evaluate_thresholds(model, structure, norms, data, histograms.thresholds(sparsities)).loss_nats
+        return evaluate_thresholds(masked, data, histograms.thresholds(sparsities)).loss_nats
 
     directions = [np.eye(7)[p] * np.ones((12, 1)) for p in range(7)]
     actual = [(loss(point + 0.04 * d) - loss(point - 0.04 * d)) / 2 for d in directions]
     predicted = {}
     for width in (0.0, 0.5):
-        slopes = slope_pass(
-            model, structure, norms, data.tokens, point, histograms, predicted=255, width=width, **options
-        ).slopes
+        slopes = slope_pass(masked, data, point, histograms, width=width).slopes
         predicted[width] = [0.04 * float((slopes * d).sum()) for d in directions]
     # 6,000 tokens: single kinds are noisy. With the band the sum is right within a third, without it far too small.
     assert np.corrcoef(actual, predicted[0.5])[0, 1] > 0.9

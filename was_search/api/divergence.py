@@ -57,7 +57,7 @@ def _dense_top(context: Context) -> DenseTop:
     from was_workers import phases
 
     pool = context.pool
-    parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_parallel))
+    parts = len(phases.fine_shards(pool, data))
     with context.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
         top = phases.dense_top(pool, data, k, advance=advance)
     for start in starts:

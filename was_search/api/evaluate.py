@@ -71,24 +71,24 @@ def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> Pla
     from was_kernels.ops import ops_for
     from was_search.evaluation import evaluate_thresholds
     from was_search.finite import require_finite
-    from was_search.masking import structure_norms
+    from was_search.masked_model import MaskedModel, structure_norms
 
     settings = context.settings
     settings.require("model", "data")
     context.require_positions()
     data = context.tokens_uncached(split)
-    model, structure = load_for(context, plan, gpus, any_weights=True)
+    loaded, structure = load_for(context, plan, gpus, any_weights=True)
     score = plan.score if plan is not None else settings.score
-    norms = structure_norms(structure, score)
+    ops = ops_for(context.placement_here.device)
+    model = MaskedModel(loaded, structure, structure_norms(structure, score), ops)
     runs = [None] if plan is None else [None, plan.thresholds]
     found = []
     with context.reporter.phase(f"evaluate on {data.protocol.brief()}", len(runs)) as advance:
         for thresholds in runs:
-            op = ops_for(context.placement_here.device).mask
-            found.append(evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=op))
+            found.append(evaluate_thresholds(model, data, thresholds))
             if thresholds is None:
                 name, dtype = context.source.display_name, context.placement_here.dtype
-                require_finite(found[0].losses, "loss of the dense model", model, name, dtype)
+                require_finite(found[0].losses, "loss of the dense model", loaded, name, dtype)
             advance()
     return PlanEvaluation(
         data.protocol,

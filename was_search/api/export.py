@@ -19,7 +19,10 @@ from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.latency import budget_of, predictions
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult
+from was_search.calls import Shared
+from was_search.divergence import DenseTop
 from was_search.errors import ConfigError, StorageError, StudyError
+from was_search.model_calls import EvaluateThresholds, Norms
 from was_search.plan import Plan, require_writable
 from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.report import gap_nats
@@ -29,6 +32,7 @@ from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_storage.cache import Artifact
+    from was_workers.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,16 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
     found = [_cached(context, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
-        pool = context.pool  # before anything is put into Ray's memory: Ray would start one of its own
+        pool = context.pool
         calls = [
-            (
-                "evaluate_thresholds",
-                context.tokens(requests[i].split),
-                _thresholds(requests[i]),
-                _top(context, requests[i]),
+            EvaluateThresholds(
+                context.tokens(requests[i].split), _thresholds(requests[i]), _top(context, pool, requests[i])
             )
             for i in missing
         ]
         names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
         with context.phase(f"evaluate {names}", len(calls)) as advance:
-            sizes = [context.tokens(requests[i].split).tokens.size for i in missing]
-            evaluations = pool.map(calls, tokens=sizes, phase="evaluate", done=advance)
+            evaluations = pool.map(calls, phase="evaluate", done=advance)
             for i, evaluation in zip(missing, evaluations, strict=True):
                 found[i] = evaluation
                 _remember(context, requests[i], evaluation)
@@ -118,13 +118,10 @@ def _by_divergence(context: Context, request: Request) -> bool:
     return request.by_fitness and context.settings.fitness == "kl"
 
 
-def _top(context: Context, request: Request) -> Any:
-    """The dense top in Ray's shared memory, or None for the NLL."""
-    if not _by_divergence(context, request):
-        return None
-    import ray
-
-    return context.once("dense top, shared", lambda: ray.put(dense_top(context)))
+def _top(context: Context, pool: Pool, request: Request) -> Shared[DenseTop] | None:
+    """The dense top, shared; None for the NLL."""
+    top = dense_top(context) if _by_divergence(context, request) else None
+    return None if top is None else context.once("dense top, shared", lambda: pool.share(top))
 
 
 def _key(context: Context, request: Request) -> str:
@@ -341,7 +338,7 @@ def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...],
     width = sum(sum(row) for row in shape.in_features)
     flat = context.cache.get("norms", key, lambda row: unpack_array(row.payload, (width,), np.float32))
     if flat is None:
-        (rows,) = context.pool.map([("norms",)])
+        (rows,) = context.pool.map([Norms()])
         flat = np.concatenate([norm for row in rows for norm in row])
         context.cache.put("norms", key, pack_array(flat))
     ends = np.cumsum([width for row in shape.in_features for width in row])

@@ -153,7 +153,6 @@ def _search_named(context: Context, name: str) -> SearchResult:
                 pool,
                 data,
                 point.histograms,
-                point.key,
                 shape=calibration.shape,
                 seeds=seeds,
                 options=options,

@@ -95,21 +95,13 @@ def seed_descent(context: Context, calibration: Calibration, start: FloatArray) 
         context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
         return found
 
-    from was_workers import phases
+    from was_search.model_calls import Descend
 
     pool = context.pool
     with context.phase(name):
-        call = phases.descent_call(
-            data,
-            data.tokens,
-            calibration.histograms,
-            start,
-            budget,
-            options,
-            SEED_SEQUENCES,
-            settings.seed,
-        )
-        sparsities: FloatArray = pool.map([call], phase="seed descent")[0]
+        histograms = pool.share(calibration.histograms)
+        call = Descend(pool.share(data), histograms, start, budget, options, SEED_SEQUENCES, settings.seed)
+        (sparsities,) = pool.map([call], phase="seed descent")
     context.cache.put("descent", key, pack_array(sparsities))
     return sparsities
 
@@ -134,7 +126,7 @@ def _fisher_prices(
     from was_workers import phases
 
     pool = context.pool
-    parts = len(phases.shards(data.tokens, data.protocol.batch_size, 4 * pool.n_parallel))
+    parts = len(phases.fine_shards(pool, data))
     with context.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
         prices = phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
     context.cache.put("prices", key, pack_array(prices))

@@ -79,11 +79,8 @@ class Calls:
     def __init__(self) -> None:
         self._by_reference: dict[Any, Call] = {}
 
-    def start(
-        self, member: Member, ticket: int, method: str, args: tuple[Any, ...], seconds: float, **named: Any
-    ) -> None:
-        """Have ``member`` run ``method``, within ``seconds``."""
-        reference = getattr(member.actor, method).remote(*args, **named)
+    def start(self, member: Member, ticket: int, reference: Any, seconds: float) -> None:
+        """Follow the call that Ray's ``reference`` is of, which ``member`` is to end within ``seconds``."""
         self._by_reference[reference] = Call(member, ticket, time.monotonic() + seconds, reference)
 
     @property

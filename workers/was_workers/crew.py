@@ -170,7 +170,7 @@ class Crew:
             if self._goes(ending.value.node):
                 self.let_go(member)  # it got there just before; another one is started elsewhere
             else:
-                self._calls.start(member, PREPARE, "prepare", (), PREPARE_SECONDS)
+                self._calls.start(member, PREPARE, member.actor.prepare.remote(), PREPARE_SECONDS)
         elif call.ticket == PREPARE:
             _require_same_version(ending.value)
             member.info, member.ready, member.failures, member.restarting_since = ending.value, True, 0, None
@@ -255,7 +255,7 @@ class Crew:
     def _locate(self, member: Member) -> None:
         """Ask where the worker is: it answers once it has a place, however long that takes."""
         member.place = None
-        self._calls.start(member, PLACE, "place", (), math.inf)
+        self._calls.start(member, PLACE, member.actor.place.remote(), math.inf)
 
     def _release(self, member: Member) -> None:
         """The worker's call has ended: it is idle, or goes."""

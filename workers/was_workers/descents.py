@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
 from was_search.budget import Budget
+from was_search.calls import Shared, Work
 from was_search.descent import HIGHEST, DescentOptions, chain_seed
 from was_search.errors import TransientError
+from was_search.histogram import Histograms
 from was_search.logs import bound_fields, event
+from was_search.model_calls import Descend, descent_tokens
 from was_search.protocol import TokenSet
 from was_search.shape import FloatArray
 from was_search.slots import Slot, best_slot
 from was_workers.losses import Losses
-from was_workers.phases import descent_call
 from was_workers.pool import Outcome, Pool
-from was_workers.quarantine import LONGEST_CALL_SECONDS, Work
+from was_workers.quarantine import LONGEST_CALL_SECONDS
 
 ORIGIN = "descent:"
 
@@ -48,10 +49,8 @@ class DescentPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one chain, forward and backward counted as three forwards."""
-        protocol = self.data.protocol
-        per_round = min(self.per_round, protocol.n_sequences)
-        return 3 * self.options.rounds * per_round * protocol.predicted_per_sequence
+        """Of one chain."""
+        return descent_tokens(self.data.protocol, self.options, self.per_round)
 
 
 class Descents:
@@ -64,7 +63,7 @@ class Descents:
     Args:
         plan: see there.
         pool: workers.
-        histograms: a reference to histograms taken near the seeds.
+        histograms: taken near the seeds, shared.
         budget: of every vector.
         seed: of the chains' sequences.
         seconds_per_token: the slowest a worker may be before a chain is taken for lost; 0: by measure.
@@ -75,7 +74,7 @@ class Descents:
         self,
         plan: DescentPlan,
         pool: Pool,
-        histograms: Any,
+        histograms: Shared[Histograms],
         *,
         budget: Budget,
         seed: int,
@@ -85,7 +84,7 @@ class Descents:
         self._plan = plan
         self._pool = pool
         self._histograms = histograms
-        self._tokens: Any = None
+        self._data: Shared[TokenSet] | None = None
         self._budget = budget
         self._seed = seed
         self._deadline = max(60.0, plan.tokens * seconds_per_token) if seconds_per_token else LONGEST_CALL_SECONDS
@@ -134,23 +133,20 @@ class Descents:
         while self._waiting and self._pool.n_idle:
             chain = self._losses.next_for(self._pool.next_index, self._waiting)
             self._attempts[chain] += 1
-            if self._tokens is None:
-                self._tokens = ray.put(self._plan.data.tokens)
+            if self._data is None:
+                self._data = self._pool.share(self._plan.data)
             assert self._start is not None
-            options = self._plan.options.in_epoch(self._epoch, self._plan.steps[chain])
-            seed = chain_seed(self._seed, self._epoch, chain)
-            call = descent_call(
-                self._plan.data,
-                self._tokens,
+            call = Descend(
+                self._data,
                 self._histograms,
                 self._start,
                 self._budget,
-                options,
+                self._plan.options.in_epoch(self._epoch, self._plan.steps[chain]),
                 self._plan.per_round,
-                seed,
+                chain_seed(self._seed, self._epoch, chain),
             )
             about = {**bound_fields(), **self._ids(chain), "worker": self._pool.next_idle}
-            self._running[self._pool.submit(*call, deadline_seconds=self._deadline, about=about)] = chain
+            self._running[self._pool.submit(call, deadline_seconds=self._deadline, about=about)] = chain
             event(_logger, "descent handed out", **self._ids(chain), worker=about["worker"])
         return len(self._waiting) < waiting
 
@@ -195,7 +191,7 @@ class Descents:
 
     @property
     def _work(self) -> Work:
-        return Work("descend", self._plan.tokens)
+        return Work(Descend.words, self._plan.tokens)
 
     def _ids(self, chain: int) -> dict[str, Any]:
         return {"phase": "descent", "epoch": self._epoch, "chain": chain, "attempt": self._attempts[chain]}

@@ -6,14 +6,16 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+from was_search.calls import Call
 from was_search.errors import TransientError
 from was_search.logs import bound, bound_fields, event
 from was_workers.calls import Outcome
 from was_workers.losses import Crowd, Losses
-from was_workers.quarantine import LONGEST_CALL_SECONDS, Work
+from was_workers.quarantine import LONGEST_CALL_SECONDS
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -29,33 +31,29 @@ class Hands(Crowd, Protocol):
     @property
     def next_index(self) -> int: ...
 
-    def submit(
-        self, method: str, *args: Any, deadline_seconds: float, about: Mapping[str, Any] | None = None
-    ) -> int: ...
+    def submit(self, call: Call[Any], *, deadline_seconds: float, about: Mapping[str, Any] | None = None) -> int: ...
 
     def wait(self, timeout_seconds: float) -> list[Outcome]: ...
 
 
 def map_calls(
     pool: Hands,
-    calls: Sequence[tuple[Any, ...]],
+    calls: Sequence[Call[T]],
     *,
-    tokens: Sequence[float] | None = None,
     phase: str = "",
     done: Callable[[], None] = lambda: None,
     max_attempts: int = 3,
     deadline_seconds: float = LONGEST_CALL_SECONDS,
-) -> list[Any]:
-    """Results of ``calls``, each (method, *args), in their order; lost ones are repeated, on other workers if possible.
+) -> list[T]:
+    """Results of ``calls`` in their order; lost ones are repeated, on other workers if possible.
 
     A worker that loses calls again and again, or is far slower than the others, is put in quarantine, and its call is
     given to another one. A call that takes far longer than those before it is taken for lost.
 
     Args:
         pool: the workers.
-        calls: see there.
-        tokens: what each call goes through, by which the workers' paces are compared; None where that says nothing.
-        phase: for the log, here and on the workers, whose methods must take ``about``; "" for none.
+        calls: one or more.
+        phase: for the log, here and on the workers; "" for none.
         done: called after each result.
         max_attempts: of one call; see :class:`was_workers.losses.Losses`.
         deadline_seconds: after which a call is taken for lost; before that by measure, see
@@ -66,15 +64,14 @@ def map_calls(
         Exception: what a call raised, where repeating it mends nothing.
     """
     with bound(**({"phase": phase} if phase else {})):
-        return _Map(pool, calls, tokens or [0.0] * len(calls), phase, done, max_attempts, deadline_seconds).run()
+        return _Map(pool, calls, phase, done, max_attempts, deadline_seconds).run()
 
 
-class _Map:
+class _Map(Generic[T]):
     def __init__(
         self,
         pool: Hands,
-        calls: Sequence[tuple[Any, ...]],
-        tokens: Sequence[float],
+        calls: Sequence[Call[T]],
         phase: str,
         done: Callable[[], None],
         max_attempts: int,
@@ -82,17 +79,17 @@ class _Map:
     ) -> None:
         self._pool = pool
         self._calls = calls
-        self._work = [Work(call[0], n) for call, n in zip(calls, tokens, strict=True)]
+        self._work = [call.work for call in calls]
         self._phase = phase
         self._done = done
         self._deadline_seconds = deadline_seconds
         self._waiting = deque(range(len(calls)))
         self._running: dict[int, int] = {}
-        self._results: dict[int, Any] = {}
+        self._results: dict[int, T] = {}
         self._attempts: Counter[int] = Counter()
         self._losses = Losses(pool, max_attempts)
 
-    def run(self) -> list[Any]:
+    def run(self) -> list[T]:
         started = time.monotonic()
         if self._phase:
             event(_logger, "phase begun", calls=len(self._calls))
@@ -114,7 +111,7 @@ class _Map:
         if self._phase:
             ids = {"part": number, "attempt": self._attempts[number], "worker": self._pool.next_idle}
             about = {**bound_fields(), **ids}
-        ticket = self._pool.submit(*self._calls[number], deadline_seconds=self._deadline_seconds, about=about)
+        ticket = self._pool.submit(self._calls[number], deadline_seconds=self._deadline_seconds, about=about)
         self._running[ticket] = number
 
     def _settle(self, number: int, outcome: Outcome) -> None:
@@ -128,8 +125,8 @@ class _Map:
             raise error
         reason = f"{type(error).__name__}: {error}"
         if self._losses.lost(number, outcome, reason):
-            method, times = self._calls[number][0], self._losses.count(number)
+            name, times = self._calls[number].name, self._losses.count(number)
             if not outcome.lost:
                 raise error
-            raise TransientError(f"{method}: lost {times} times, last on {outcome.worker}: {error}")
+            raise TransientError(f"{name}: lost {times} times, last on {outcome.worker}: {error}")
         self._waiting.append(number)

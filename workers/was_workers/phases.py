@@ -7,50 +7,47 @@ of workers; counts and sums are merged in the order of the shards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
 
-from was_search.budget import Budget
 from was_search.calibration import PassRunner
-from was_search.descent import DescentOptions
 from was_search.divergence import DenseTop, concatenate
 from was_search.histogram import Histograms
+from was_search.model_calls import Calibrate, FindDenseTop, GreedyBlock, Price
 from was_search.protocol import TokenSet
-from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
+from was_search.shape import N_PROJECTIONS, FloatArray, ModelShape
 from was_search.table import Table
 from was_workers.pool import Pool
 
 Advance = Callable[[], None]
 
 
-def shards(tokens: IntArray, batch_size: int, n: int) -> list[IntArray]:
-    """At most ``n`` runs of whole batches of ``tokens`` [sequences, sequence_length], of nearly equal length."""
-    starts = np.arange(0, len(tokens), batch_size)
-    return [tokens[part[0] : part[-1] + batch_size] for part in np.array_split(starts, min(n, len(starts)))]
+def shards(data: TokenSet, n: int) -> list[TokenSet]:
+    """At most ``n`` runs of whole batches of ``data``, of nearly equal length."""
+    batch_size = data.protocol.batch_size
+    starts = np.arange(0, len(data.tokens), batch_size)
+    parts = np.array_split(starts, min(n, len(starts)))
+    return [data.part(slice(part[0], part[-1] + batch_size)) for part in parts]
 
 
 def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
     """Passes over ``data`` on the pool; ``advance`` is called after each shard."""
-    protocol = data.protocol
-    cut = shards(data.tokens, protocol.batch_size, pool.n_parallel)
-    parts = [ray.put(part) for part in cut]
+    parts = [pool.share(part) for part in shards(data, pool.n_parallel)]
 
     def run_pass(thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
-        found = pool.map(
-            [("histograms", part, thresholds, protocol.batch_size, protocol.dense_prefix) for part in parts],
-            tokens=[part.size for part in cut],
-            phase="calibrate",
-            done=advance,
-        )
+        found = pool.map([Calibrate(part, thresholds) for part in parts], phase="calibrate", done=advance)
         histograms, seen, dropped = found[0]
         for other, more_seen, more_dropped in found[1:]:
             histograms, seen, dropped = histograms + other, seen + more_seen, dropped + more_dropped
         return histograms, dropped / np.maximum(seen, 1)
 
     return run_pass
+
+
+def fine_shards(pool: Pool, data: TokenSet) -> list[TokenSet]:
+    """Four shards a worker: they even out slower ones, and one batch a shard would leave nothing to balance."""
+    return shards(data, 4 * pool.n_parallel)
 
 
 def fisher_prices(
@@ -64,54 +61,9 @@ def fisher_prices(
     """Mean Fisher price, nats per token, of every projection at every sparsity of ``grid``: [L, 7, G]."""
     shape = (histograms.n_blocks, N_PROJECTIONS)
     levels = np.stack([histograms.thresholds(np.full(shape, level)) for level in grid], axis=-1)
-    # One batch a shard would leave nothing to balance; four a worker even out slower ones.
-    protocol = data.protocol
-    parts = shards(data.tokens, protocol.batch_size, 4 * pool.n_parallel)
-    found = pool.map(
-        [
-            (
-                "prices",
-                part,
-                levels,
-                protocol.batch_size,
-                protocol.dense_prefix,
-                protocol.predicted_per_sequence,
-            )
-            for part in parts
-        ],
-        tokens=[part.size for part in parts],
-        phase="price",
-        done=advance,
-    )
+    found = pool.map([Price(part, levels) for part in fine_shards(pool, data)], phase="price", done=advance)
     sums = np.sum([part for part, _ in found], axis=0)
     return np.asarray(sums / sum(n for _, n in found), np.float64)
-
-
-def descent_call(
-    data: TokenSet,
-    tokens: Any,
-    histograms: Any,
-    start: FloatArray,
-    budget: Budget,
-    options: DescentOptions,
-    per_round: int,
-    seed: int,
-) -> tuple[Any, ...]:
-    """The pool's call of one descent; ``tokens`` and ``histograms`` may be references to them."""
-    protocol = data.protocol
-    return (
-        "descend",
-        tokens,
-        histograms,
-        start,
-        budget,
-        options,
-        per_round,
-        protocol.batch_size,
-        protocol.dense_prefix,
-        protocol.predicted_per_sequence,
-        seed,
-    )
 
 
 def greedy_table(
@@ -124,18 +76,9 @@ def greedy_table(
     advance: Advance = lambda: None,
 ) -> Table:
     """The component-level greedy by block-output error, a block a call."""
-    protocol = data.protocol
-    tokens, histograms = ray.put(data.tokens), ray.put(dense)
-    blocks = pool.map(
-        [
-            ("block_table", b, tokens, histograms, protocol.batch_size, protocol.dense_prefix, step)
-            for b in range(shape.n_blocks)
-        ],
-        tokens=[data.tokens.size] * shape.n_blocks,
-        phase="greedy table",
-        done=advance,
-    )
-    return Table("greedy", tuple(blocks))
+    shared, histograms = pool.share(data), pool.share(dense)
+    calls = [GreedyBlock(b, shared, histograms, step) for b in range(shape.n_blocks)]
+    return Table("greedy", tuple(pool.map(calls, phase="greedy table", done=advance)))
 
 
 def dense_top(pool: Pool, data: TokenSet, k: int, *, advance: Advance = lambda: None) -> DenseTop:
@@ -144,12 +87,5 @@ def dense_top(pool: Pool, data: TokenSet, k: int, *, advance: Advance = lambda: 
     Raises:
         ConfigError: the vocabulary has fewer than ``k`` tokens.
     """
-    protocol = data.protocol
-    parts = shards(data.tokens, protocol.batch_size, 4 * pool.n_parallel)
-    found = pool.map(
-        [("dense_top", part, k, protocol.predicted_per_sequence, protocol.batch_size) for part in parts],
-        tokens=[part.size for part in parts],
-        phase="dense top",
-        done=advance,
-    )
-    return concatenate(found)
+    calls = [FindDenseTop(part, k) for part in fine_shards(pool, data)]
+    return concatenate(pool.map(calls, phase="dense top", done=advance))

@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
+from was_search.calls import Call, Shared
 from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.worker_range import WorkerRange
@@ -19,11 +20,14 @@ from was_workers.cluster import Cluster
 from was_workers.crew import PREPARE_SECONDS, Crew
 from was_workers.mapping import map_calls
 from was_workers.quarantine import LONGEST_CALL_SECONDS, Health, QuarantinePolicy
+from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
 
 __all__ = ["Outcome", "Pool"]
+
+T = TypeVar("T")
 
 
 class Pool:
@@ -197,21 +201,26 @@ class Pool:
         """Ticket, worker's index and seconds so far of every call in flight."""
         return [(call.ticket, call.member.index, call.seconds) for call in self._calls.running]
 
+    def share(self, value: T) -> Shared[T]:
+        """``value`` for many calls: it goes to each machine once, and to a worker as long as its calls carry it."""
+        return RayShared.put(value)
+
     def submit(
         self,
-        method: str,
-        *args: Any,
+        call: Call[Any],
+        *,
         deadline_seconds: float = LONGEST_CALL_SECONDS,
         about: Mapping[str, Any] | None = None,
     ) -> int:
-        """Start ``method`` on the worker that ``next_idle`` names; returns the call's ticket.
+        """Start ``call`` on the worker that ``next_idle`` names; returns its ticket.
 
-        ``about`` are ids for the worker's log, an argument of most of its methods.
+        ``about`` are ids for the worker's log.
         """
         ticket = self._next_ticket
         self._next_ticket += 1
-        named = {} if about is None else {"about": dict(about)}
-        self._calls.start(self._crew.idle.popleft(), ticket, method, args, deadline_seconds, **named)
+        member = self._crew.idle.popleft()
+        reference = member.actor.run.remote(call, None if about is None else dict(about))
+        self._calls.start(member, ticket, reference, deadline_seconds)
         return ticket
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
@@ -258,9 +267,11 @@ class Pool:
         few = f"fewer than {asked.least} workers had loaded their model within"
         self._wait_for(lambda: self.state.ready >= asked.least, few, timeout_seconds)
 
-    def map(self, calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
-        """Results of ``calls``, each (method, *args), in their order; see :func:`was_workers.mapping.map_calls`."""
-        return map_calls(self, calls, **options)
+    def map(
+        self, calls: Sequence[Call[T]], *, phase: str = "", done: Callable[[], None] = lambda: None, **options: Any
+    ) -> list[T]:
+        """Results of ``calls`` in their order; see :func:`was_workers.mapping.map_calls`."""
+        return map_calls(self, calls, phase=phase, done=done, **options)
 
     def _wait_for(self, there: Callable[[], bool], what: str, timeout_seconds: float) -> None:
         end = time.monotonic() + timeout_seconds

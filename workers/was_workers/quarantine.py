@@ -7,7 +7,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from was_search.calls import Work
 
 _CALLS = 5
 """A worker's last ones of a kind, whose median is its pace."""
@@ -40,18 +42,6 @@ _LONGEST = 16
 """A quarantine is at most so many times as long as the first."""
 
 
-_NAMES = {
-    "evaluate": "an evaluation",
-    "histograms": "a calibration pass",
-    "prices": "pricing",
-    "block_table": "a block's greedy table",
-    "dense_top": "the dense model's predictions",
-    "evaluate_thresholds": "a plan's evaluation",
-    "descend": "a descent",
-}
-"""Kinds of work in words; they go by the workers' methods."""
-
-
 @dataclass(frozen=True)
 class QuarantinePolicy:
     """When a worker is put in quarantine, and for how long.
@@ -65,13 +55,6 @@ class QuarantinePolicy:
     slowdown: float = 4.0
     failures: int = 3
     seconds: float = 600.0
-
-
-class Work(NamedTuple):
-    """What a call does: ``kind`` of it, whose seconds a token are alike, and how many tokens (0: not known)."""
-
-    kind: str
-    tokens: float = 0.0
 
 
 class Wards(Protocol):
@@ -178,7 +161,7 @@ class Health:
 
 
 def _words(work: Work, seconds: float) -> str:
-    return f"at {_NAMES.get(work.kind, work.kind)} for {seconds:.0f} s"
+    return f"at {work.kind} for {seconds:.0f} s"
 
 
 class _Paces:

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
-
+from was_search.calls import Work
 from was_search.control import LAST_SLOT, Control
 from was_search.divergence import DenseTop
 from was_search.errors import InfeasibleError, TransientError
 from was_search.hand_out import HandOut, Result
 from was_search.histogram import Histograms
 from was_search.logs import bound_fields
+from was_search.model_calls import Evaluate
 from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.seeds import Seed
 from was_search.shape import ModelShape
@@ -26,7 +26,6 @@ from was_workers.descents import Descents
 from was_workers.losses import Losses
 from was_workers.options import SearchOptions, SearchProgress
 from was_workers.pool import Outcome, Pool
-from was_workers.quarantine import Work
 from was_workers.slot_book import SlotBook, durable
 from was_workers.slot_table import SlotTable
 from was_workers.steering import Desk, Steering
@@ -37,7 +36,7 @@ _TOGETHER_SECONDS = 0.05
 _HAND_OUT_SECONDS = 1.0
 """Then results that have come meanwhile are looked at, before more is handed out."""
 
-_EVALUATION = Work("evaluate")
+_EVALUATION = Work(Evaluate.words)
 
 
 __all__ = ["SearchLoop", "SearchOptions", "SearchProgress"]
@@ -53,7 +52,7 @@ class SearchLoop:
         book: the study's slots, guarded by the coordinator's lock.
         pool: workers.
         data: tokens of the search split.
-        histograms: at the operating point, with a ``key`` that names them.
+        histograms: at the operating point.
         shape: the model's.
         seeds: in the order of the first slots.
         options: see there.
@@ -73,7 +72,6 @@ class SearchLoop:
         pool: Pool,
         data: TokenSet,
         histograms: Histograms,
-        key: str,
         *,
         shape: ModelShape,
         seeds: list[Seed],
@@ -86,10 +84,9 @@ class SearchLoop:
     ) -> None:
         self._book = durable(book)
         self._pool = pool
-        self._data = ray.put(data)
-        self._top = None if top is None else ray.put(top)
-        self._histograms = ray.put(histograms)
-        self._key = key
+        self._data = pool.share(data)
+        self._top = None if top is None else pool.share(top)
+        self._histograms = pool.share(histograms)
         self._shape = shape
         self._options = options
         self._progress = progress
@@ -231,16 +228,12 @@ class SearchLoop:
 
     def _send(self, hand_out: HandOut, attempt: int) -> None:
         slot = self._slots[hand_out.number]
+        assert slot.sparsities is not None
+        call = Evaluate(self._data, self._histograms, slot.sparsities, self._chooser.stop_rule(slot), self._top)
         ticket = self._pool.submit(
-            "evaluate",
-            self._data,
-            self._key,
-            self._histograms,
-            slot.sparsities,
-            self._chooser.stop_rule(slot),
-            self._top,
-            self._about(hand_out, attempt),
+            call,
             deadline_seconds=self._options.longest_evaluation_seconds,
+            about=self._about(hand_out, attempt),
         )
         self._flight[ticket] = (hand_out.number, attempt, time.monotonic())
         self._refresh(hand_out.number, state=SlotState.RUNNING, attempt=attempt, worker=hand_out.worker)
@@ -311,7 +304,7 @@ class SearchLoop:
                 f"the loss is {loss}, not a finite number",
             )
             return
-        nll = evaluation.nll_nats(self._slots[number].nll_nats)
+        nll = evaluation.nll_nats()
         state = SlotState.STOPPED if evaluation.stopped_early else SlotState.COMPLETE
         result: dict[str, Any] = {
             "losses": evaluation.losses,

@@ -11,31 +11,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from was_search import __version__
-from was_search.divergence import DenseTop
-from was_search.early_stop import StopRule
-from was_search.errors import DeviceLostError, InfeasibleError, ModelError, TransientError
-from was_search.histogram import Histograms
+from was_search.calls import Call
+from was_search.errors import DeviceLostError, TransientError
+from was_search.finite import NotFiniteError, not_finite
 from was_search.logs import bound, configure, event
-from was_search.protocol import Evaluation, TokenSet
 from was_search.score import ScoreKind
-from was_search.shape import FloatArray, IntArray, Masks, ModelShape
-from was_search.table import BlockTable
+from was_search.shape import Masks, ModelShape
 from was_search.weight_format import AS_STORED
+from was_workers.shared import SharedMemory
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from was_search.masked_model import MaskedModel
 
-    from was_kernels.ops import Ops
-    from was_search.budget import Budget
-    from was_search.descent import DescentOptions
-    from was_search.structure import Structure
-
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -97,9 +88,7 @@ class WorkerInfo:
 
 
 class Worker:
-    """One model on one device. Calls are stateless but for the loaded model and a memory of shared data.
-
-    ``about`` are a call's ids for the log, as of the study, the phase, the slot or the chain, and the attempt.
+    """One model on one device. Calls are stateless but for the loaded model and a memory of shared values.
 
     The model is loaded at the first call and kept: a restarted process loads it again by itself, and an
     unreadable model is an ordinary error of that call instead of a failed start.
@@ -109,7 +98,7 @@ class Worker:
         configure(spec.log_format)
         self._spec = spec
         self._loaded: _Loaded | None = None
-        self._histograms: tuple[str, Histograms] | None = None
+        self._shared = SharedMemory()
 
     def place(self) -> Place:
         """Where this process is; loads nothing."""
@@ -126,236 +115,34 @@ class Worker:
 
     def prepare(self) -> WorkerInfo:
         """Load the model if that has not been done."""
-        loaded = self._model()
-        return WorkerInfo(
-            socket.gethostname(),
-            os.getpid(),
-            loaded.device,
-            loaded.structure.shape,
-            __version__,
-            loaded.seconds,
-        )
+        loaded = self._ready()
+        host, shape = socket.gethostname(), loaded.model.shape
+        return WorkerInfo(host, os.getpid(), loaded.device, shape, __version__, loaded.seconds)
 
-    def norms(self) -> list[list[npt.NDArray[np.float32]]]:
-        """Column norms, L rows of seven float32 [in_features]."""
-        return [[norm.cpu().numpy() for norm in row] for row in self._model().norms]
+    @property
+    def model(self) -> MaskedModel:
+        """The model, loaded if that has not been done."""
+        return self._ready().model
 
-    def histograms(
-        self,
-        tokens: IntArray,
-        thresholds: npt.NDArray[np.float32] | None,
-        batch_size: int,
-        dense_prefix: int,
-        *,
-        about: Ids | None = None,
-    ) -> tuple[Histograms, IntArray, IntArray]:
-        """See :func:`was_search.calibration.histogram_pass`.
+    def run(self, call: Call[T], about: Ids | None = None) -> T:
+        """The call's result.
+
+        Args:
+            call: of which shared values are fetched, unless the call before had them too.
+            about: ids for the log, as of the study, the phase, the slot or the chain, and the attempt.
 
         Raises:
-            ModelError: scores that are not finite.
+            ModelError: the model cannot be loaded, or gives NaN or infinite numbers.
+            TransientError: the GPU is out of memory, or a shared value cannot be fetched.
+            DeviceLostError: the GPU failed.
         """
-        from was_search.calibration import histogram_pass
-
-        loaded = self._model()
-        with _logged("calibration pass", about, tokens=tokens.size), _transient_memory():
-            found = histogram_pass(
-                loaded.model,
-                loaded.structure,
-                loaded.norms,
-                tokens,
-                thresholds,
-                batch_size=batch_size,
-                dense_prefix=dense_prefix,
-                mask_op=loaded.ops.mask,
-                count_op=loaded.ops.count,
-            )
-        if not found[0].finite:
-            raise self._not_finite("calibration" if thresholds is None else "calibration under masks")
-        return found
-
-    def prices(
-        self,
-        tokens: IntArray,
-        level_thresholds: npt.NDArray[np.float32],
-        batch_size: int,
-        dense_prefix: int,
-        predicted: int,
-        *,
-        about: Ids | None = None,
-    ) -> tuple[FloatArray, int]:
-        """See :func:`was_search.pricing.price_sums`.
-
-        Raises:
-            ModelError: prices that are not finite.
-        """
-        from was_search.pricing import price_sums
-
-        loaded = self._model()
-        with _logged("pricing", about, tokens=tokens.size), _transient_memory():
-            sums, n = price_sums(
-                loaded.model,
-                loaded.structure,
-                loaded.norms,
-                tokens,
-                level_thresholds,
-                batch_size=batch_size,
-                dense_prefix=dense_prefix,
-                predicted=predicted,
-                recompute=self._recompute,
-                op=loaded.ops.price,
-            )
-        self._require_finite(sums, "prices (the gradients of the dense model)")
-        return sums, n
-
-    def descend(
-        self,
-        tokens: IntArray,
-        histograms: Histograms,
-        start: FloatArray,
-        budget: Budget,
-        options: DescentOptions,
-        per_round: int,
-        batch_size: int,
-        dense_prefix: int,
-        predicted: int,
-        seed: int,
-        *,
-        about: Ids | None = None,
-    ) -> FloatArray:
-        """One descent from ``start`` [L, 7], with slopes from ``per_round`` sequences of ``tokens`` a round.
-
-        See :func:`was_search.descent.descend`; pure: the same arguments give the same result.
-        """
-        from was_search.descent import descend
-        from was_search.slope import SlopeOracle
-
-        loaded = self._model()
-        slopes = SlopeOracle(
-            loaded.model,
-            loaded.structure,
-            loaded.norms,
-            tokens,
-            histograms,
-            per_call=per_round,
-            batch_size=batch_size,
-            dense_prefix=dense_prefix,
-            predicted=predicted,
-            seed=seed,
-            recompute=self._recompute,
-            mask_op=loaded.ops.mask,
-            op=loaded.ops.slope,
-        )
-        with _logged("descent", about, rounds=options.rounds), _transient_memory():
-            return descend(slopes, start, budget, options)
-
-    def block_table(
-        self,
-        block: int,
-        tokens: IntArray,
-        dense: Histograms,
-        batch_size: int,
-        dense_prefix: int,
-        step: float,
-        *,
-        about: Ids | None = None,
-    ) -> BlockTable:
-        """Greedy table of one block by block-output error on ``tokens``.
-
-        Raises:
-            ModelError: errors that are not finite.
-        """
-        from was_search.block_error import block_error, capture_inputs
-        from was_search.greedy import block_path
-
-        loaded = self._model()
-        with _logged("greedy table", about, block=block), _transient_memory():
-            inputs = capture_inputs(loaded.model, loaded.structure, block, tokens, batch_size)
-            error = block_error(
-                loaded.structure,
-                loaded.norms,
-                block,
-                inputs,
-                dense,
-                dense_prefix=dense_prefix,
-                mask_op=loaded.ops.mask,
-            )
-            shape = loaded.structure.shape
+        model = self.model
+        with _logged(call.name, about) as figures, _transient_memory():
             try:
-                return block_path(error, shape.params[block], step=step, groups=shape.groups)
-            except InfeasibleError as cause:  # no level was asked for that could be infeasible
-                raise self._not_finite(f"greedy table of block {block}") from cause
-
-    def dense_top(
-        self, tokens: IntArray, k: int, predicted: int, batch_size: int, *, about: Ids | None = None
-    ) -> DenseTop:
-        """See :func:`was_search.evaluation.dense_top`.
-
-        Raises:
-            ModelError: log-probabilities that are not finite.
-        """
-        from was_search.evaluation import dense_top
-
-        with _logged("dense top", about, tokens=tokens.size), _transient_memory():
-            top = dense_top(self._model().model, tokens, k, predicted=predicted, batch_size=batch_size)
-        self._require_finite(top.log_probs[..., :-1], "predictions of the dense model")
-        return top
-
-    def evaluate(
-        self,
-        data: TokenSet,
-        key: str,
-        histograms: Histograms,
-        sparsities: FloatArray,
-        rule: StopRule | None,
-        top: DenseTop | None = None,
-        about: Ids | None = None,
-    ) -> Evaluation:
-        """Evaluate one vector; ``key`` names the histograms, so that their sums are formed once.
-
-        The fitness is the NLL, or with ``top`` the divergence from the dense model.
-        """
-        from was_search.evaluation import ModelEvaluator
-
-        loaded = self._model()
-        if self._histograms is None or self._histograms[0] != key:
-            self._histograms = (key, histograms)
-        evaluator = ModelEvaluator(
-            loaded.model,
-            loaded.structure,
-            loaded.norms,
-            data,
-            self._histograms[1],
-            mask_op=loaded.ops.mask,
-            top=top,
-        )
-        with _logged("evaluation", about) as figures, _transient_memory():
-            found = evaluator.evaluate(sparsities, rule)
-            figures.update(_figures(found))
-            return found
-
-    def evaluate_thresholds(
-        self,
-        data: TokenSet,
-        thresholds: npt.NDArray[np.float32] | None,
-        top: DenseTop | None = None,
-        *,
-        about: Ids | None = None,
-    ) -> Evaluation:
-        """Evaluate given thresholds, or the dense model for None; by divergence if there is a ``top``.
-
-        Raises:
-            ModelError: the dense model's loss is not finite.
-        """
-        from was_search.evaluation import evaluate_thresholds
-
-        loaded = self._model()
-        with _logged("plan evaluation", about) as figures, _transient_memory():
-            found = evaluate_thresholds(
-                loaded.model, loaded.structure, loaded.norms, data, thresholds, mask_op=loaded.ops.mask, top=top
-            )
-            figures.update(_figures(found))
-        if thresholds is None:
-            self._require_finite(found.losses, "loss of the dense model")
+                found = self._shared.resolved(call).run(model)
+            except NotFiniteError as error:
+                raise not_finite(error.what, model.model, self._spec.model, self._spec.dtype) from error
+            figures.update(call.figures(found))
         return found
 
     def peak_bytes(self) -> int:
@@ -372,22 +159,7 @@ class Worker:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @property
-    def _recompute(self) -> bool:
-        """Memory is scarce on a GPU; on a CPU the time of another forward is."""
-        return self._spec.device == "cuda"
-
-    def _require_finite(self, values: npt.ArrayLike, what: str) -> None:
-        from was_search.finite import require_finite
-
-        require_finite(values, what, self._model().model, self._spec.model, self._spec.dtype)
-
-    def _not_finite(self, what: str) -> ModelError:
-        from was_search.finite import not_finite
-
-        return not_finite(what, self._model().model, self._spec.model, self._spec.dtype)
-
-    def _model(self) -> _Loaded:
+    def _ready(self) -> _Loaded:
         if self._loaded is None:
             self._loaded = _load(self._spec)
         return self._loaded
@@ -395,10 +167,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Loaded:
-    model: nn.Module
-    structure: Structure
-    norms: list[list[Tensor]]
-    ops: Ops
+    model: MaskedModel
     device: str
     seconds: float
 
@@ -407,28 +176,28 @@ def _load(spec: WorkerSpec) -> _Loaded:
     import torch
 
     from was_kernels.ops import ops_for
-    from was_search.masking import structure_norms
+    from was_search.masked_model import MaskedModel
     from was_search.model import load_model, resolve_model
-    from was_search.structure import find_structure
 
     started = time.perf_counter()
     if spec.threads:
         torch.set_num_threads(spec.threads)
     with _transient_memory():
-        model = load_model(
+        loaded = load_model(
             resolve_model(spec.model, spec.revision),
             dtype=spec.dtype,
             device=spec.device,
             device_map="balanced" if spec.spread else None,
             weights=spec.weights,
         )
-        structure = find_structure(model, spec.masks)
-        norms = structure_norms(structure, spec.score)
+        # Memory is scarce on a GPU; on a CPU the time of another forward is.
+        recompute = spec.device == "cuda"
+        model = MaskedModel.of(loaded, spec.score, spec.masks, ops=ops_for(spec.device), recompute=recompute)
     n = f"{torch.cuda.device_count()} x " if spec.spread else ""
     device = n + torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
     seconds = time.perf_counter() - started
     event(_logger, "model loaded", device=device, seconds=seconds, host=socket.gethostname(), pid=os.getpid())
-    return _Loaded(model, structure, norms, ops_for(spec.device), device, seconds)
+    return _Loaded(model, device, seconds)
 
 
 @contextmanager
@@ -443,15 +212,6 @@ def _logged(what: str, about: Ids | None, **figures: Any) -> Iterator[dict[str, 
             event(_logger, f"{what} failed", logging.WARNING, error=f"{type(error).__name__}: {error}")
             raise
         event(_logger, f"{what} ended", **{"seconds": time.perf_counter() - started, **figures})
-
-
-def _figures(found: Evaluation) -> dict[str, Any]:
-    return {
-        "loss_nats": found.loss_nats,
-        "tokens": found.tokens,
-        "seconds": found.seconds,
-        "stopped_early": found.stopped_early,
-    }
 
 
 _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.harness.random_models import plan_at
 from tests.kernels.tiny_models import masked_logits, tiny_model
+from was_search.masked_model import MaskedModel
 from was_search.masking import Masking
 from was_search.structure import find_structure
 
@@ -19,7 +20,7 @@ def test_a_plan_of_one_sparsity_is_exact_on_what_it_was_made_with(masks, monkeyp
     assert plan.shape.masks == masks
     structure = find_structure(model, masks)
     norms = [[torch.tensor(norm) for norm in row] for row in plan.norms]
-    with torch.inference_mode(), Masking(structure, norms, plan.thresholds, count=True) as masking:
+    with torch.inference_mode(), Masking(MaskedModel(model, structure, norms), plan.thresholds, count=True) as masking:
         model(tokens, use_cache=False)
     # One channel of a projection's 99 x 48 lies at the threshold.
     np.testing.assert_allclose(masking.achieved(), 0.6, atol=2e-3)

@@ -1,0 +1,66 @@
+"""Shared values in Ray's memory: put there once by the pool, fetched by a worker as long as its calls carry them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, TypeVar, cast
+
+import ray
+from ray.exceptions import RayError
+
+from was_search.calls import Call, Held
+from was_search.errors import TransientError
+
+T = TypeVar("T")
+CallT = TypeVar("CallT", bound=Call[Any])
+
+
+@dataclass(frozen=True, eq=False)
+class RayShared(Generic[T]):
+    """A value in Ray's memory. Only its reference travels; whoever put it there has the value itself too."""
+
+    reference: Any
+    here: tuple[T, ...] = ()
+
+    @classmethod
+    def put(cls, value: T) -> RayShared[T]:
+        return cls(ray.put(value), (value,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reference": self.reference, "here": ()}
+
+    @property
+    def value(self) -> T:
+        """The value, fetched where it is not here.
+
+        Raises:
+            TransientError: it is lost with the node that held it.
+        """
+        if self.here:
+            return self.here[0]
+        try:
+            found: T = ray.get(self.reference)
+        except RayError as error:
+            raise TransientError(f"a shared value cannot be fetched ({type(error).__name__}: {error})") from error
+        return found
+
+
+class SharedMemory:
+    """A worker's memory of the values that its last call carried.
+
+    Consecutive calls of a search carry the same ones: what is formed of them once, as the sums of histograms, is kept.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Held[Any]] = {}
+
+    def resolved(self, call: CallT) -> CallT:
+        """``call`` with its shared values in this process. Values that it does not carry are forgotten."""
+        arguments: Any = call
+        values = {field.name: getattr(call, field.name) for field in fields(arguments)}
+        carried = {name: value for name, value in values.items() if isinstance(value, RayShared)}
+        references = {shared.reference: shared for shared in carried.values()}
+        before, self._held = self._held, {}
+        for reference, shared in references.items():
+            self._held[reference] = before.get(reference) or Held(shared.value)
+        return cast(CallT, replace(arguments, **{name: self._held[s.reference] for name, s in carried.items()}))
