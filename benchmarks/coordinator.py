@@ -128,8 +128,6 @@ def measure(server: Any, case: Case) -> dict[str, Any]:
 
 def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     """The coordinator with virtual workers, in this process."""
-    import ray
-
     from benchmarks.harness.coordinator_study import BUDGET, RADIUS, SHAPE, STUDY, open_study, page, seed
     from benchmarks.harness.virtual_pool import VirtualPool, Window
     from was_search.api.page import LivePage
@@ -180,7 +178,6 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     refreshes: list[tuple[float, float]] = []
     with (
         Monitor(url) as monitor,
-        mock.patch.object(ray, "put", lambda value: value),
         mock.patch.object(Suggester, "suggest", timed_suggest),
         Database.open(url) as database,
     ):
@@ -205,7 +202,6 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
                 pool,  # type: ignore[arg-type]
                 data,
                 None,  # type: ignore[arg-type]
-                "key",
                 shape=SHAPE,
                 seeds=[seed()],
                 options=options,

@@ -29,8 +29,8 @@ def unions(engine: Engine, thresholds: FloatArray, tokens: Tensor) -> list[float
     positions = torch.linspace(16, tokens.shape[1] - 1, POSITIONS).long()
     live = np.zeros((len(ROWS), engine.shape.n_blocks, N_PROJECTIONS))
     hooks = []
-    for block, projection, linear in engine.loaded.structure.linears():
-        norms, threshold = engine.loaded.norms[block][projection], float(thresholds[block, projection])
+    for block, projection, linear in engine.model.structure.linears():
+        norms, threshold = engine.model.norms[block][projection], float(thresholds[block, projection])
 
         def mask(
             _: nn.Module,
@@ -51,7 +51,7 @@ def unions(engine: Engine, thresholds: FloatArray, tokens: Tensor) -> list[float
         hooks.append(linear.register_forward_pre_hook(mask))
     try:
         with torch.inference_mode():
-            engine.loaded.model(tokens)
+            engine.model.model(tokens)
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,9 +22,11 @@ from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
 from was_search.calibration import operating_point
+from was_search.calls import Held
 from was_search.descent import DescentOptions
 from was_search.histogram import Histograms
 from was_search.model import load_tokenizer, pick_device, resolve_model
+from was_search.model_calls import Calibrate, Descend, EvaluateThresholds, Price
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import Evaluation, TokenSet
 from was_search.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed
@@ -48,40 +50,19 @@ class Side:
         self.shape = self.worker.prepare().shape
         self.data = data
         self.dense, _ = self._pass(None)
-        protocol = data["calibration"].protocol
         grid = [np.full((self.shape.n_blocks, 7), level) for level in DEFAULT_GRID]
-        sums, n = self.worker.prices(
-            data["calibration"].tokens[: options.pricing_sequences],
-            np.stack([self.dense.thresholds(point) for point in grid], axis=-1),
-            protocol.batch_size,
-            protocol.dense_prefix,
-            protocol.predicted_per_sequence,
-        )
+        levels = np.stack([self.dense.thresholds(point) for point in grid], axis=-1)
+        sums, n = self.worker.run(Price(data["calibration"].part(slice(options.pricing_sequences)), levels))
         self.prices = sums / n
 
     def _pass(self, thresholds: Any) -> tuple[Histograms, FloatArray]:
-        data = self.data["calibration"]
-        protocol = data.protocol
-        histograms, seen, dropped = self.worker.histograms(
-            data.tokens, thresholds, protocol.batch_size, protocol.dense_prefix
-        )
+        call = Calibrate(Held(self.data["calibration"]), thresholds)
+        histograms, seen, dropped = self.worker.run(call)
         return histograms, dropped / np.maximum(seen, 1)
 
     def descend(self, start: FloatArray, target: float, options: DescentOptions, per_round: int) -> FloatArray:
-        data = self.data["slope"]
-        protocol = data.protocol
-        return self.worker.descend(
-            data.tokens,
-            self.dense,
-            start,
-            SparsityBudget(self.shape, target),
-            options,
-            per_round,
-            protocol.batch_size,
-            protocol.dense_prefix,
-            protocol.predicted_per_sequence,
-            0,
-        )
+        data, budget = Held(self.data["slope"]), SparsityBudget(self.shape, target)
+        return self.worker.run(Descend(data, Held(self.dense), start, budget, options, per_round, 0))
 
     def vectors(self, target: float, descend: bool) -> dict[str, FloatArray]:
         """The seed [L, 7], and where a search's descent takes it."""
@@ -94,7 +75,7 @@ class Side:
     def evaluate(self, sparsities: FloatArray) -> tuple[Evaluation, float]:
         """On the test split, at the vector's own operating point; and the achieved sparsity there."""
         _, thresholds, _, _ = operating_point(self._pass, self.dense, sparsities, self.shape)
-        found = self.worker.evaluate_thresholds(self.data["test"], thresholds)
+        found = self.worker.run(EvaluateThresholds(self.data["test"], thresholds))
         return found, self.shape.sparsity(found.achieved)
 
 
@@ -120,7 +101,7 @@ def measure(options: argparse.Namespace) -> None:
         for name, (split, n) in counts.items()
     }
     sides = {masks: Side(options, masks, data) for masks in MASKS}
-    dense = sides["separate"].worker.evaluate_thresholds(data["test"], None)
+    dense = sides["separate"].worker.run(EvaluateThresholds(data["test"], None))
     for target in options.targets:
         vectors = {masks: side.vectors(target, options.descend) for masks, side in sides.items()}
         for point in vectors["separate"]:

@@ -32,11 +32,9 @@ from scripts.make_random_model import SHAPES
 from was_kernels.ops import ops_for
 from was_kernels.runtime import sparsify
 from was_search.evaluation import evaluate_thresholds
-from was_search.masking import structure_norms
+from was_search.masked_model import MaskedModel
 from was_search.plan import Plan
 from was_search.protocol import EvaluationProtocol, TokenSet
-from was_search.score import MaskOp, mask_input
-from was_search.structure import find_structure
 
 RESULTS = Path(__file__).parent / "results" / "masked_forward.jsonl"
 
@@ -45,21 +43,21 @@ Way = Callable[[], Any]
 
 def evaluations(model: Any, plan: Plan, tokens: Tensor) -> dict[str, Way]:
     """Evaluations of ``tokens`` [n, length] in one batch, by name."""
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
+    masked = MaskedModel.of(model, "l2")
+    fused = dataclasses.replace(masked, ops=ops_for(tokens.device))
     protocol = EvaluationProtocol(
         data="random", data_hash="", split="search", sequence_length=tokens.shape[1], stride=tokens.shape[1],
         n_sequences=len(tokens), bos=False, dtype="", batch_size=len(tokens), dense_prefix=1, tokens_hash="",
     )  # fmt: skip
     data = TokenSet.of(protocol, tokens.cpu().numpy())
 
-    def way(thresholds: Any, mask_op: MaskOp = mask_input) -> Way:
-        return lambda: evaluate_thresholds(model, structure, norms, data, thresholds, mask_op=mask_op)
+    def way(model: MaskedModel, thresholds: Any) -> Way:
+        return lambda: evaluate_thresholds(model, data, thresholds)
 
     return {
-        "evaluation, dense": way(None),
-        "evaluation, masked": way(plan.thresholds, ops_for(tokens.device).mask),
-        "evaluation, masked by plain torch": way(plan.thresholds),
+        "evaluation, dense": way(masked, None),
+        "evaluation, masked": way(fused, plan.thresholds),
+        "evaluation, masked by plain torch": way(masked, plan.thresholds),
     }
 
 

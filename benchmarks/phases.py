@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
 from was_search.api import Context, calibrate, search, seed
+from was_search.model_calls import PeakBytes
 from was_search.progress import RichReporter
 from was_search.settings import Settings
 from was_search.settings_file import load_settings
@@ -74,7 +75,7 @@ def _timed(phases: dict[str, Any], name: str, step: Any, context: Context | None
     result = step()
     phases[name] = {"seconds": round(time.perf_counter() - started, 2)}
     if context is not None:
-        peaks = context.pool.map([("peak_bytes",)] * context.pool.n_workers)
+        peaks = context.pool.map([PeakBytes()] * context.pool.n_workers)
         phases[name]["peak_gib"] = round(max(peaks) / 2**30, 3)
     return result
 

@@ -21,8 +21,10 @@ from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
 from was_search.calibration import histogram_pass, operating_point
+from was_search.calls import Held
 from was_search.histogram import Histograms
 from was_search.masked_model import structure_norms
+from was_search.model_calls import Descend, EvaluateThresholds, Price
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import perplexity
 from was_search.rounding import round_groups
@@ -48,61 +50,34 @@ class Rounded:
         self.worker = Worker(
             WorkerSpec(setup.model, "", setup.dtype, setup.device, setup.score, threads=1, weights=held)
         )
-        loaded = self.worker._model()
+        model = self.worker.model
         if along_inputs:
             parsed = WeightFormat.parse(form)
             assert parsed is not None
-            round_along_inputs(loaded.structure, parsed)
-            norms = structure_norms(loaded.structure, setup.score)
-            self.worker._loaded = loaded = type(loaded)(**{**vars(loaded), "norms": norms})
-        self.loaded, self.shape, self.setup = loaded, loaded.structure.shape, setup
+            round_along_inputs(model.structure, parsed)
+            model.norms[:] = structure_norms(model.structure, setup.score)
+        self.model, self.shape, self.setup = model, model.shape, setup
 
     def run_pass(self, thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
-        protocol = self.data["calibration"].protocol
-        histograms, seen, dropped = histogram_pass(
-            self.loaded.model,
-            self.loaded.structure,
-            self.loaded.norms,
-            self.data["calibration"].tokens,
-            thresholds,
-            batch_size=protocol.batch_size,
-            dense_prefix=protocol.dense_prefix,
-        )
+        histograms, seen, dropped = histogram_pass(self.model, self.data["calibration"], thresholds)
         return histograms, dropped / seen
 
     def seed(self, dense: Histograms, target: float) -> FloatArray:
         """The Fisher seed with its descent, as ``was-search seed`` makes it."""
-        protocol = self.data["calibration"].protocol
         grid = [np.full((self.shape.n_blocks, N_PROJECTIONS), level) for level in DEFAULT_GRID]
-        sums, n = self.worker.prices(
-            self.data["calibration"].tokens[: self.setup.pricing_sequences],
-            np.stack([dense.thresholds(point) for point in grid], axis=-1),
-            protocol.batch_size,
-            protocol.dense_prefix,
-            protocol.predicted_per_sequence,
-        )
+        levels = np.stack([dense.thresholds(point) for point in grid], axis=-1)
+        sums, n = self.worker.run(Price(self.data["calibration"].part(slice(self.setup.pricing_sequences)), levels))
         budget = SparsityBudget(self.shape, target)
         start = fisher_seed(np.asarray(sums / n, np.float64), DEFAULT_GRID, budget).sparsities
-        protocol = self.data["slope"].protocol
-        end = self.worker.descend(
-            self.data["slope"].tokens,
-            dense,
-            start,
-            budget,
-            SEED_DESCENT,
-            SEED_SEQUENCES,
-            protocol.batch_size,
-            protocol.dense_prefix,
-            protocol.predicted_per_sequence,
-            0,
-        )
+        call = Descend(Held(self.data["slope"]), Held(dense), start, budget, SEED_DESCENT, SEED_SEQUENCES, 0)
+        end = self.worker.run(call)
         return point_seed("fisher", end, self.shape).sparsities
 
     def recalibrated(self, dense: Histograms, sparsities: FloatArray) -> npt.NDArray[np.float32]:
         return operating_point(self.run_pass, dense, sparsities, self.shape)[1]
 
     def measure(self, thresholds: npt.NDArray[np.float32] | None) -> dict[str, Any]:
-        found = self.worker.evaluate_thresholds(self.data["test"], thresholds)
+        found = self.worker.run(EvaluateThresholds(self.data["test"], thresholds))
         return {
             "test_nats": found.loss_nats,
             "test_perplexity": perplexity(found.loss_nats),

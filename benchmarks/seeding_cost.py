@@ -21,8 +21,10 @@ import torch
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
 from was_search.budget import SparsityBudget
+from was_search.calls import Held
 from was_search.descent import DescentOptions
 from was_search.evaluation import sequence_nats
+from was_search.model_calls import Calibrate, Descend, EvaluateThresholds, PeakBytes, Price
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import EvaluationProtocol, TokenSet
 from was_search.shape import N_PROJECTIONS, IntArray
@@ -37,8 +39,8 @@ the defaults of ``was_search.settings`` and ``was_search.api.seed``."""
 
 def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) -> dict[str, Any]:
     """Seconds of each step at the settings' numbers, and peak bytes; ``tokens`` [n, sequence_length] are timed."""
-    loaded = worker._model()
-    shape, n = loaded.structure.shape, len(tokens)
+    model = worker.model
+    shape, n = model.shape, len(tokens)
     uniform = np.full((shape.n_blocks, N_PROJECTIONS), target)
     predicted = tokens.shape[1] - 1
     protocol = EvaluationProtocol(
@@ -54,28 +56,28 @@ def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) ->
         found = work()
         taken = []
         for _ in range(repeats):
-            worker.peak_bytes()
+            worker.run(PeakBytes())
             _synchronise(worker)
             started = time.perf_counter()
             found = work()
             _synchronise(worker)
             taken.append(time.perf_counter() - started)
-        seconds[name], peaks[name] = scale * min(taken), worker.peak_bytes()
+        seconds[name], peaks[name] = scale * min(taken), worker.run(PeakBytes())
         return found
 
-    dense, _, _ = step("calibration pass", lambda: worker.histograms(tokens, None, batch_size, 1), CALIBRATED / n)
+    dense, _, _ = step("calibration pass", lambda: worker.run(Calibrate(Held(data), None)), CALIBRATED / n)
     levels = np.stack([dense.thresholds(np.full_like(uniform, level)) for level in DEFAULT_GRID], axis=-1)
     thresholds = dense.thresholds(uniform)
-    step("dense forward", lambda: worker.evaluate_thresholds(data, None), EVALUATED / n)
-    step("evaluation", lambda: worker.evaluate_thresholds(data, thresholds), EVALUATED / n)
-    step("prices", lambda: worker.prices(tokens, levels, batch_size, 1, predicted), PRICED / n)
+    step("dense forward", lambda: worker.run(EvaluateThresholds(data, None)), EVALUATED / n)
+    step("evaluation", lambda: worker.run(EvaluateThresholds(data, thresholds)), EVALUATED / n)
+    step("prices", lambda: worker.run(Price(data, levels)), PRICED / n)
     options, budget = DescentOptions(rounds=1), SparsityBudget(shape, target)
     step(
         "descent",
-        lambda: worker.descend(tokens, dense, uniform, budget, options, n, batch_size, 1, predicted, 0),
+        lambda: worker.run(Descend(Held(data), Held(dense), uniform, budget, options, n, 0)),
         ROUNDS * PER_ROUND / n,
     )
-    step("forward and backward of one batch", lambda: _backward(loaded.model, tokens[:batch_size], predicted), 1.0)
+    step("forward and backward of one batch", lambda: _backward(model.model, tokens[:batch_size], predicted), 1.0)
     return {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_gib": {name: round(value / 2**30, 3) for name, value in peaks.items()},
@@ -120,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--sequences: must be whole batches of {options.batch_size}, got {options.sequences}")
     worker = Worker(WorkerSpec(options.model, "", options.dtype, options.device, "l2"))
     info = worker.prepare()
-    vocabulary = worker._model().model.config.vocab_size
+    vocabulary = worker.model.model.config.vocab_size
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, (options.sequences, options.sequence_length))
     row = {

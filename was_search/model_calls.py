@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from was_search.block_error import block_error
 from was_search.budget import Budget
@@ -233,3 +235,20 @@ def _figures(found: Evaluation) -> dict[str, Any]:
         "seconds": found.seconds,
         "stopped_early": found.stopped_early,
     }
+
+
+@dataclass(frozen=True, eq=False)
+class PeakBytes(Call[int]):
+    """Greatest memory held since the last such call: of torch on GPUs, of the process on CPU (since its start)."""
+
+    name: ClassVar[str] = "peak memory"
+    words: ClassVar[str] = "its peak memory"
+
+    def run(self, model: MaskedModel) -> int:
+        devices = {model.device, *model.block_devices}
+        if model.device.type != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak

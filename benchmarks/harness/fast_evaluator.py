@@ -19,9 +19,9 @@ from benchmarks.harness.fast_mask import masks
 from benchmarks.harness.replays import CHUNKS, Replays
 from was_search.divergence import DenseTop, bucket_log_probs, divergence
 from was_search.evaluation import sequence_nats
+from was_search.masked_model import MaskedModel
 from was_search.protocol import TokenSet
 from was_search.shape import FloatArray, IntArray
-from was_search.structure import Structure
 
 _ATTENTION = "was_causal"
 
@@ -32,34 +32,23 @@ class FastEvaluator:
     Changes the model's attention implementation, unless a sliding window binds; then there are no graphs either.
 
     Args:
-        model: a causal LM in evaluation mode.
-        structure: its blocks.
-        norms: from ``structure_norms``.
+        model: in evaluation mode.
         data: the sequences.
         top: the dense model's top on ``data``; makes the divergence from it the loss instead of the NLL.
         graphs: capture CUDA graphs; None: on a GPU.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        norms: list[list[Tensor]],
-        data: TokenSet,
-        *,
-        top: DenseTop | None = None,
-        graphs: bool | None = None,
+        self, model: MaskedModel, data: TokenSet, *, top: DenseTop | None = None, graphs: bool | None = None
     ) -> None:
-        device = next(model.parameters()).device
+        device = model.device
         self._model = model
-        self._structure = structure
-        self._norms = norms
         self._protocol = data.protocol
         self._tokens = torch.as_tensor(data.tokens, device=device)
         self._top: tuple[Tensor, Tensor] | None = None
         if top is not None:
             self._top = (torch.tensor(top.indices, device=device).long(), torch.tensor(top.log_probs, device=device))
-        self._replays = Replays(self._forward, graphs=use_causal_attention(model, data.protocol, graphs))
+        self._replays = Replays(self._forward, graphs=use_causal_attention(model.model, data.protocol, graphs))
 
     @property
     def graphs(self) -> bool:
@@ -95,10 +84,10 @@ class FastEvaluator:
         """Summed loss of each sequence, float32 [n], and the channels dropped, int32 [n, L, 7]."""
         tokens, predicted = self._tokens[index], self._protocol.predicted_per_sequence
         dropped = torch.zeros(thresholds.shape, dtype=torch.int32, device=tokens.device)
-        with masks(self._structure, self._norms, thresholds, dropped, self._protocol.dense_prefix):
+        with masks(self._model, thresholds, dropped, self._protocol.dense_prefix):
             if self._top is None:
-                return sequence_nats(self._model, tokens, predicted), dropped
-            model: Any = self._model
+                return sequence_nats(self._model.model, tokens, predicted), dropped
+            model: Any = self._model.model
             logits = model(input_ids=tokens, use_cache=False, logits_to_keep=predicted + 1).logits
         indices, dense = (tensor[index].flatten(0, 1) for tensor in self._top)
         log_probs, _ = bucket_log_probs(logits[:, :-1].flatten(0, 1).float(), indices)

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 
+from was_search.masked_model import MaskedModel
 from was_search.score import scores
-from was_search.structure import Structure
 
 _BLOCK = 2048
 
@@ -94,17 +94,18 @@ def device_mask(x: Tensor, norms: Tensor, thresholds: Tensor, dense_prefix: int,
 
 @contextmanager
 def masks(
-    structure: Structure,
-    norms: list[list[Tensor]],
+    model: MaskedModel,
     thresholds: Tensor,
     dropped: Tensor,
     dense_prefix: int,
     observer: Observer | None = None,
 ) -> Iterator[None]:
-    """While open, every projection's input passes :func:`device_mask`.
+    """While open, every input of the model's projections passes :func:`device_mask`.
 
     ``thresholds`` float32 and ``dropped`` int32 are [sequences, L, 7]. ``observer`` sees the scores before masking.
     """
+
+    norms = model.norms
 
     def hook(b: int, p: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
         def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
@@ -114,7 +115,7 @@ def masks(
 
         return mask
 
-    handles = [linear.register_forward_pre_hook(hook(b, p)) for b, p, linear in structure.linears()]
+    handles = [linear.register_forward_pre_hook(hook(b, p)) for b, p, linear in model.structure.linears()]
     try:
         yield
     finally:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.harness.fast_evaluator import use_causal_attention
 from benchmarks.harness.fast_mask import masks
 from benchmarks.harness.replays import CHUNKS, Replays
-from was_search.histogram import N_BINS, CountOp, Histograms, bin_counts
+from was_search.histogram import N_BINS, Histograms
+from was_search.masked_model import MaskedModel
 from was_search.protocol import TokenSet
 from was_search.shape import N_PROJECTIONS, FloatArray
-from was_search.structure import Structure
 
 
 class FastPasses:
@@ -25,27 +25,17 @@ class FastPasses:
     Changes the model's attention implementation as :class:`benchmarks.harness.fast_evaluator.FastEvaluator` does.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        norms: list[list[Tensor]],
-        data: TokenSet,
-        *,
-        count_op: CountOp = bin_counts,
-    ) -> None:
-        self._backbone = getattr(model, "model", model)
-        self._structure = structure
-        self._norms = norms
+    def __init__(self, model: MaskedModel, data: TokenSet) -> None:
+        self._model = model
+        self._backbone = getattr(model.model, "model", model.model)
         self._prefix = data.protocol.dense_prefix
-        self._tokens = torch.as_tensor(data.tokens, device=next(model.parameters()).device)
-        self._count_op = count_op
-        self._replays = Replays(self._forward, graphs=use_causal_attention(model, data.protocol))
+        self._tokens = torch.as_tensor(data.tokens, device=model.device)
+        self._replays = Replays(self._forward, graphs=use_causal_attention(model.model, data.protocol))
 
     @torch.no_grad()
     def __call__(self, thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
         """Histograms under ``thresholds`` [L, 7] (None: dense), and the sparsities achieved, float64 [L, 7]."""
-        shape = (len(self._structure.blocks), N_PROJECTIONS)
+        shape = (len(self._model.structure.blocks), N_PROJECTIONS)
         limits = np.zeros(shape, np.float32) if thresholds is None else np.ascontiguousarray(thresholds, np.float32)
         rows = torch.as_tensor(limits, device=self._tokens.device)
         index = torch.arange(len(self._tokens), device=self._tokens.device)
@@ -64,9 +54,9 @@ class FastPasses:
         dropped = torch.zeros(thresholds.shape, dtype=torch.int32, device=index.device)
 
         def observe(b: int, p: int, scores: Tensor) -> None:
-            counts[b, p] += self._count_op(scores)
+            counts[b, p] += self._model.ops.count(scores)
 
-        with masks(self._structure, self._norms, thresholds, dropped, self._prefix, observe):
+        with masks(self._model, thresholds, dropped, self._prefix, observe):
             self._backbone(input_ids=self._tokens[index], use_cache=False)
         return counts, dropped
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from benchmarks.harness.cache import ArrayCache, Arrays
 from benchmarks.harness.fast_evaluator import FastEvaluator
@@ -20,6 +19,7 @@ from benchmarks.harness.fast_passes import FastPasses
 from benchmarks.harness.methods import KL_TOP_K
 from was_search.budget import SparsityBudget
 from was_search.calibration import operating_point
+from was_search.calls import Held
 from was_search.descent import DescentOptions
 from was_search.errors import ConfigError
 from was_search.evaluation import dense_top
@@ -27,6 +27,7 @@ from was_search.fingerprint import fingerprint
 from was_search.fitness import FitnessName
 from was_search.histogram import Histograms
 from was_search.model import load_tokenizer, pick_device, pick_dtype, resolve_model
+from was_search.model_calls import Descend, GreedyBlock, Price
 from was_search.pricing import DEFAULT_GRID
 from was_search.protocol import SPLITS, TokenSet, perplexity
 from was_search.score import SCORE_KINDS, ScoreKind
@@ -40,7 +41,6 @@ from was_search.seeds import (
     point_seed,
 )
 from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
-from was_search.structure import Structure
 from was_search.table import BlockTable, Table
 from was_search.text import load_text
 from was_search.tokens import tokenise
@@ -143,9 +143,9 @@ class Engine:
         spec = WorkerSpec(self.setup.model, "", self.setup.dtype, self.setup.device, self.setup.score, threads=1)
         self.worker = Worker(spec)
         self.info = self.worker.prepare()
-        self.loaded = self.worker._model()
-        self.run_pass = FastPasses(*self._masked, self.data["calibration"], count_op=self.loaded.ops.count)
-        self.evaluators = {split: FastEvaluator(*self._masked, self.data[split]) for split in ("search", "test")}
+        self.model = self.worker.model
+        self.run_pass = FastPasses(self.model, self.data["calibration"])
+        self.evaluators = {split: FastEvaluator(self.model, self.data[split]) for split in ("search", "test")}
         self._divergence: FastEvaluator | None = None
         self._cache = ArrayCache(self.setup.cache)
         self._histograms: tuple[float, Histograms] | None = None
@@ -160,34 +160,26 @@ class Engine:
         """Whether evaluations are replayed from CUDA graphs."""
         return self.evaluators["search"].graphs
 
-    @property
-    def _masked(self) -> tuple[nn.Module, Structure, list[list[Tensor]]]:
-        return self.loaded.model, self.loaded.structure, self.loaded.norms
-
     def fitness(self, name: FitnessName) -> FastEvaluator:
         """What losses on the search split are taken by; the dense model's top is made at the first use of ``kl``."""
         if name == "nll":
             return self.evaluators["search"]
         if self._divergence is None:
             data = self.data["search"]
-            predicted, batch = data.protocol.predicted_per_sequence, data.protocol.batch_size
-            top = dense_top(self.loaded.model, data.tokens, KL_TOP_K, predicted=predicted, batch_size=batch)
-            self._divergence = FastEvaluator(*self._masked, data, top=top)
+            top = dense_top(self.model, data, KL_TOP_K)
+            self._divergence = FastEvaluator(self.model, data, top=top)
         return self._divergence
 
     def block_table(self, block: int, dense: Histograms) -> BlockTable:
         """Greedy table of one block, from the cache if it is there."""
-        data = self.data["calibration"]
-        tokens = data.tokens[: self.setup.greedy_sequences]
+        data = self.data["calibration"].part(slice(self.setup.greedy_sequences))
 
         def make() -> Arrays:
-            found = self.worker.block_table(
-                block, tokens, dense, data.protocol.batch_size, data.protocol.dense_prefix, GREEDY_STEP
-            )
+            found = self.worker.run(GreedyBlock(block, Held(data), Held(dense), GREEDY_STEP))
             return {"levels": found.levels, "sparsities": found.sparsities}
 
         return BlockTable(
-            **self._cache.get((*self._identity, "greedy", block, tokens, dense.counts, GREEDY_STEP), make)
+            **self._cache.get((*self._identity, "greedy", block, data.tokens, dense.counts, GREEDY_STEP), make)
         )
 
     @property
@@ -207,18 +199,8 @@ class Engine:
         data = self.data["slope"]
 
         def make() -> Arrays:
-            end = self.worker.descend(
-                data.tokens,
-                histograms,
-                start,
-                SparsityBudget(self.shape, target),
-                options,
-                per_round,
-                data.protocol.batch_size,
-                data.protocol.dense_prefix,
-                data.protocol.predicted_per_sequence,
-                seed,
-            )
+            budget = SparsityBudget(self.shape, target)
+            end = self.worker.run(Descend(Held(data), Held(histograms), start, budget, options, per_round, seed))
             return {"end": end}
 
         decides = (data.tokens, histograms.counts, start, target, asdict(options), per_round, seed)
@@ -287,14 +269,7 @@ def prepare(engine: Engine, targets: list[float]) -> list[Problem]:
 
 def fisher_prices(engine: Engine, histograms: Histograms) -> FloatArray:
     """Mean prices [L, 7, G] of the dense model in nats per token."""
-    setup, protocol = engine.setup, engine.data["calibration"].protocol
     grid = [np.full((engine.shape.n_blocks, N_PROJECTIONS), level) for level in DEFAULT_GRID]
     levels = np.stack([histograms.thresholds(point) for point in grid], axis=-1)
-    sums, n = engine.worker.prices(
-        engine.data["calibration"].tokens[: setup.pricing_sequences],
-        levels,
-        protocol.batch_size,
-        protocol.dense_prefix,
-        protocol.predicted_per_sequence,
-    )
+    sums, n = engine.worker.run(Price(engine.data["calibration"].part(slice(engine.setup.pricing_sequences)), levels))
     return np.asarray(sums / n, np.float64)

@@ -9,16 +9,21 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from was_search.calls import Call, Held
+from was_search.model_calls import Evaluate
 from was_search.pool_state import PoolState
 from was_search.protocol import Evaluation
 from was_workers.pool import Outcome
 from was_workers.quarantine import Health, QuarantinePolicy
+
+T = TypeVar("T")
 
 SEQUENCES = 64
 TOKENS = 2048 * SEQUENCES
@@ -99,8 +104,13 @@ class VirtualPool:
     def idle_names(self) -> list[str]:
         return [name for name, _ in self._idle]
 
-    def submit(self, method: str, *args: Any, deadline_seconds: float = 3600.0) -> int:
-        assert method == "evaluate"
+    def share(self, value: T) -> Held[T]:
+        return Held(value)
+
+    def submit(
+        self, call: Call[Any], *, deadline_seconds: float = 3600.0, about: Mapping[str, Any] | None = None
+    ) -> int:
+        assert isinstance(call, Evaluate)
         now = time.monotonic()
         name, since = self._idle.popleft()
         if self.first_submit is None:
@@ -110,7 +120,7 @@ class VirtualPool:
         ticket = self.n_submitted
         self.n_submitted += 1
         takes = self._seconds * self._rng.uniform(0.8, 1.2)
-        heapq.heappush(self._running, (now + takes, ticket, name, args[3], now))
+        heapq.heappush(self._running, (now + takes, ticket, name, call.sparsities, now))
         return ticket
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:

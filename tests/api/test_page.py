@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-import ray
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
@@ -67,14 +66,12 @@ def shown(database: Database, record: StudyRecord) -> Callable[[], tuple[str, in
 
 
 def search(
-    monkeypatch: pytest.MonkeyPatch,
     database: Database,
     book: CoordinatorSession,
     each: Callable[[int], Any],
     drain: threading.Event | None = None,
 ) -> Run:
     """A search whose page may be refreshed every 50 ms; ``each(call)`` is called in every evaluation."""
-    monkeypatch.setattr(ray, "put", lambda value: value)
 
     def answer(call: int, sparsities: np.ndarray, rule: Any) -> Any:
         each(call)
@@ -88,7 +85,6 @@ def search(
             Pool(answer),
             "tokens",
             "histograms",
-            "key",
             shape=SHAPE,
             seeds=seeds(),
             options=SearchOptions(SparsityBudget(SHAPE, 0.6), "random", 0.1, 0, False, 0.1, 0.5, 60.0, 3),
@@ -107,7 +103,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_search_in_progress_shows_the_trials_so_far(monkeypatch, database, record, shown) -> None:
+def test_a_search_in_progress_shows_the_trials_so_far(database, record, shown) -> None:
     seen: list[int] = []
 
     def each(call: int) -> None:
@@ -119,7 +115,7 @@ def test_a_search_in_progress_shows_the_trials_so_far(monkeypatch, database, rec
             assert f"{n} of 12 trials have finished" in note
 
     with StudyStore(database).coordinate(record.name) as book:
-        search(monkeypatch, database, book, each)
+        search(database, book, each)
         note, n = shown()
         assert n == 12
         assert "**finished**. 12 of 12 trials have finished: 12 complete" in note
@@ -127,10 +123,10 @@ def test_a_search_in_progress_shows_the_trials_so_far(monkeypatch, database, rec
     assert seen[0] < 12
 
 
-def test_what_ends_a_search_is_on_its_page(monkeypatch, database, record, shown) -> None:
+def test_what_ends_a_search_is_on_its_page(database, record, shown) -> None:
     drain = threading.Event()
     with StudyStore(database).coordinate(record.name) as book:
-        ended = search(monkeypatch, database, book, lambda call: call == 5 and drain.set(), drain)
+        ended = search(database, book, lambda call: call == 5 and drain.set(), drain)
         assert ended.ending.kind is EndingKind.DRAINED
         note, n = shown()
     assert "**drained: interrupted**" in note
@@ -140,13 +136,13 @@ def test_what_ends_a_search_is_on_its_page(monkeypatch, database, record, shown)
         raise ModelError("a shape does not fit")
 
     with StudyStore(database).coordinate(record.name) as book, pytest.raises(ModelError):
-        search(monkeypatch, database, book, fail)
+        search(database, book, fail)
     note, again = shown()
     assert "**failed: a shape does not fit**" in note
     assert again == n, "trials of the run before are still there"
 
 
-def test_a_coordinator_that_was_replaced_leaves_the_page_alone(monkeypatch, database, record, shown, caplog) -> None:
+def test_a_coordinator_that_was_replaced_leaves_the_page_alone(database, record, shown, caplog) -> None:
     def each(call: int) -> None:
         if call == 5:
             until(lambda: shown()[1] >= 3)
@@ -158,7 +154,7 @@ def test_a_coordinator_that_was_replaced_leaves_the_page_alone(monkeypatch, data
         StudyStore(database).coordinate(record.name) as book,
         pytest.raises(StudyError, match="another coordinator has taken over"),
     ):
-        search(monkeypatch, database, book, each)
+        search(database, book, each)
     assert shown()[0] == "the successor's"
     assert "could not be finished" not in caplog.text
 
@@ -172,7 +168,7 @@ def test_a_page_that_cannot_be_written_harms_no_search(monkeypatch, database, re
 
     monkeypatch.setattr(CoordinatorSession, "show", broken)
     with StudyStore(database).coordinate(record.name) as book:
-        run = search(monkeypatch, database, book, lambda call: call == 9 and until(lambda: len(attempts) >= 2))
+        run = search(database, book, lambda call: call == 9 and until(lambda: len(attempts) >= 2))
     assert run.ending is LAST_SLOT
     assert all(slot.state is SlotState.COMPLETE for slot in StudyStore(database).slots(record.name))
     assert len(attempts) >= 3

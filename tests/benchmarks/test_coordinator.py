@@ -14,12 +14,15 @@ from benchmarks.coordinator import Case, main, measure, summary
 from benchmarks.harness.coordinator_study import STUDY, make_history
 from benchmarks.harness.rows import read_rows
 from benchmarks.harness.virtual_pool import VirtualPool, Window
+from was_search.calls import Held
+from was_search.model_calls import Evaluate
 from was_search.slots import SlotState
 from was_storage.database import Database
 from was_storage.embedded import EmbeddedServer
 from was_storage.studies import StudyStore
 
 VECTOR = np.full((32, 7), 0.6)
+CALL = Evaluate(Held(None), Held(None), VECTOR)
 
 
 def test_cases_are_parsed() -> None:
@@ -33,8 +36,8 @@ def test_a_worker_is_idle_from_its_calls_end_to_its_next_call() -> None:
     pool = VirtualPool(2, 0.1)
     assert pool.wait(0.01) == []
     pool.window = Window(time.monotonic())
-    pool.submit("evaluate", None, None, None, VECTOR)
-    pool.submit("evaluate", None, None, None, VECTOR)
+    pool.submit(CALL)
+    pool.submit(CALL)
     assert pool.n_idle == 0
     begin = time.monotonic()
     ended: list[object] = []
@@ -43,7 +46,7 @@ def test_a_worker_is_idle_from_its_calls_end_to_its_next_call() -> None:
     assert time.monotonic() - begin >= 0.08
     time.sleep(0.2)
     submitted = time.monotonic()
-    pool.submit("evaluate", None, None, None, VECTOR)
+    pool.submit(CALL)
     window = pool.close_window()
     slack = 0.05 + time.monotonic() - submitted  # a busy machine may stop here
     assert len(window.gaps) == 1

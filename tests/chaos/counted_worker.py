@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from was_workers.worker import Worker
+from was_search.calls import Call
+from was_search.model_calls import Evaluate
+from was_workers.worker import Ids, Worker
+
+T = TypeVar("T")
 
 FOLDER = "WAS_CHAOS_FOLDER"
 """Environment variable that every process of a run has; it names the run's folder and marks them as ours."""
@@ -27,15 +30,16 @@ def vector_name(sparsities: Any) -> str:
 class CountedWorker(Worker):
     """The real worker; an evaluation is slower by the run's pace, which stands in for a larger model."""
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`was_workers.worker.Worker.evaluate`."""
-        folder = Path(os.environ[FOLDER])
-        vector = vector_name(inspect.signature(Worker.evaluate).bind(self, *args, **kwargs).arguments["sparsities"])
+    def run(self, call: Call[T], about: Ids | None = None) -> T:
+        """See :meth:`was_workers.worker.Worker.run`."""
+        if not isinstance(call, Evaluate):
+            return super().run(call, about)
+        folder, vector = Path(os.environ[FOLDER]), vector_name(call.sparsities)
         _append(folder, {"event": "begun", "pid": os.getpid(), "vector": vector})
         time.sleep(float((folder / "pace_seconds").read_text()))
-        evaluation = super().evaluate(*args, **kwargs)
+        found = super().run(call, about)
         _append(folder, {"event": "ended", "pid": os.getpid(), "vector": vector})
-        return evaluation
+        return found
 
 
 def _append(folder: Path, entry: dict[str, Any]) -> None:

@@ -115,11 +115,11 @@ def test_counts_add_up_over_batches(llama, masked, tokens):
 
 
 def test_the_observer_sees_scores_before_masking_outside_the_prefix(llama, tokens):
-    seen = {}
+    seen, masked = {}, MaskedModel.of(llama, "none")
     thresholds = np.full((3, 7), 1e9, np.float32)
     with (
         torch.inference_mode(),
-        Masking(MaskedModel.of(llama, "none"), thresholds, dense_prefix=2, observer=lambda b, p, s: seen.setdefault((b, p), s)),
+        Masking(masked, thresholds, dense_prefix=2, observer=lambda b, p, s: seen.setdefault((b, p), s)),
     ):
         llama(input_ids=torch.as_tensor(tokens[:2]))
     assert set(seen) == {(b, p) for b in range(3) for p in range(7)}

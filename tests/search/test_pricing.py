@@ -82,9 +82,7 @@ def test_shards_add_up_whatever_the_batch(masked, make_data, tokens):
 
 def test_a_masked_prefix_costs_nothing(masked, make_data, tokens):
     thresholds = level_thresholds(masked, make_data(tokens, dense_prefix=0))
-    sums = [
-        price_sums(masked, make_data(tokens, batch_size=5, dense_prefix=k), thresholds)[0] for k in (0, 4, 16)
-    ]
+    sums = [price_sums(masked, make_data(tokens, batch_size=5, dense_prefix=k), thresholds)[0] for k in (0, 4, 16)]
     assert np.all(sums[0] >= sums[1])
     assert np.all(sums[1] >= sums[2])
 

@@ -68,12 +68,18 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
             time.sleep(seconds)
             return self.number
 
-        def shard(self, value: Any, about: Any = None) -> Any:
+        def run(self, call: Any, about: Any = None) -> Any:
+            from was_search.model_calls import Evaluate
+
+            self.about = about
+            return self.evaluate(call.sparsities) if isinstance(call, Evaluate) else call.run(self)
+
+        def shard(self, value: Any) -> Any:
             """A part of a phase: as long as an evaluation, and as easily disturbed."""
             self._work()
-            return value, self.number, about
+            return value, self.number, self.about
 
-        def evaluate(self, data: Any, key: str, histograms: Any, sparsities: Any, *more: Any) -> Any:
+        def evaluate(self, sparsities: Any) -> Any:
             import numpy as np
 
             from was_search.protocol import Evaluation

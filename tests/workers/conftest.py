@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import pytest
-import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, Pool, seeds
 from was_search.budget import SparsityBudget
@@ -15,9 +14,8 @@ from was_workers.search import SearchLoop, SearchOptions
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
+def run():
     """``run(book, answer, ...)``: the slots after a search; further options are those of SearchOptions."""
-    monkeypatch.setattr(ray, "put", lambda value: value)
 
     def start(
         book: Book, answer, *, drain: threading.Event | None = None, progress=None, pool=Pool, **options: Any
@@ -39,7 +37,6 @@ def run(monkeypatch: pytest.MonkeyPatch):
             pool(answer),
             "tokens",
             "histograms",
-            "key",
             shape=SHAPE,
             seeds=seeds(),
             options=SearchOptions(**wanted),

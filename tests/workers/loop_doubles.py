@@ -13,6 +13,7 @@ from tests.workers.steady_pool import SteadyPool
 from was_search.budget import SparsityBudget
 from was_search.early_stop import StopRule
 from was_search.hand_out import HandOut, Result
+from was_search.model_calls import Evaluate
 from was_search.protocol import Evaluation
 from was_search.seeds import baseline_seeds, fisher_seed
 from was_search.shape import ModelShape
@@ -79,7 +80,7 @@ class Pool(SteadyPool):
     def __init__(self, answer: Callable[[int, np.ndarray, Any], Evaluation]) -> None:
         self.answer = answer
         self.calls: list[tuple[np.ndarray, Any]] = []
-        self._running: deque[tuple[int, tuple[Any, ...]]] = deque()
+        self._running: deque[tuple[int, Evaluate]] = deque()
 
     @property
     def n_idle(self) -> int:
@@ -89,18 +90,18 @@ class Pool(SteadyPool):
     def idle_names(self) -> list[str]:
         return ["worker"] * self.n_idle
 
-    def submit(self, method: str, *args: Any, deadline_seconds: float) -> int:
-        assert method == "evaluate"
-        self.calls.append((args[3], args[4]))
-        self._running.append((len(self.calls) - 1, args))
+    def submit(self, call: Any, *, deadline_seconds: float, about: Any = None) -> int:
+        assert isinstance(call, Evaluate)
+        self.calls.append((call.sparsities, call.rule))
+        self._running.append((len(self.calls) - 1, call))
         return len(self.calls) - 1
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
         if not self._running:
             return []
-        ticket, args = self._running.popleft()
+        ticket, call = self._running.popleft()
         try:
-            return [Outcome(ticket, "worker", value=self.answer(ticket, args[3], args[4]))]
+            return [Outcome(ticket, "worker", value=self.answer(ticket, call.sparsities, call.rule))]
         except ConnectionError as error:
             return [Outcome(ticket, "worker", error=error, lost=True)]
         except Exception as error:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TypeVar
 
+from was_search.calls import Held
 from was_search.pool_state import PoolState
 from was_workers.quarantine import Health, QuarantinePolicy
+
+T = TypeVar("T")
 
 
 class SteadyPool:
@@ -28,6 +32,9 @@ class SteadyPool:
     @property
     def running(self) -> list[tuple[int, int, float]]:
         return []
+
+    def share(self, value: T) -> Held[T]:
+        return Held(value)
 
     def need(self, n: int) -> None:
         self.needed = n

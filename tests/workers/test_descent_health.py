@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, seeds
 from tests.workers.test_descents import DATA
@@ -17,6 +16,7 @@ from was_search.budget import SparsityBudget
 from was_search.descent import DescentOptions
 from was_search.errors import TransientError
 from was_search.logs import bound
+from was_search.model_calls import Descend
 from was_search.slots import Slot
 from was_workers.descents import DescentPlan
 from was_workers.pool import Outcome
@@ -54,16 +54,16 @@ class Numbered(DescendingPool):
     def idle_names(self) -> list[str]:
         return [f"worker-{index}" for index in self.idle]
 
-    def submit(self, method, *args, deadline_seconds, about=None):
+    def submit(self, call, *, deadline_seconds, about=None):
         self.tickets += 1
         self.at[self.tickets] = self.idle.pop(0)
-        self.given.append((self.tickets, method, args))
-        if method == "descend":
+        self.given.append((self.tickets, call))
+        if isinstance(call, Descend):
             self.abouts.append(about)
         return self.tickets
 
     def wait(self, timeout_seconds):
-        lost = [entry for entry in self.given if entry[1] == "descend" and self.at[entry[0]] in self.sick]
+        lost = [entry for entry in self.given if isinstance(entry[1], Descend) and self.at[entry[0]] in self.sick]
         if lost:
             self.given.remove(lost[0])
             index = self.at.pop(lost[0][0])
@@ -88,8 +88,7 @@ class Numbered(DescendingPool):
         return True
 
 
-def search(pool: Numbered, monkeypatch: pytest.MonkeyPatch) -> list[Slot]:
-    monkeypatch.setattr(ray, "put", lambda value: value)
+def search(pool: Numbered) -> list[Slot]:
     options = SearchOptions(
         budget=SparsityBudget(SHAPE, 0.6),
         sampler="qmc",
@@ -103,14 +102,14 @@ def search(pool: Numbered, monkeypatch: pytest.MonkeyPatch) -> list[Slot]:
         descents=DescentPlan(2, (0.04, 0.015), DescentOptions(rounds=12), 4, DATA),
     )
     return SearchLoop(
-        Book(10), pool, DATA, None, "key", shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event()
+        Book(10), pool, DATA, None, shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event()
     ).run()
 
 
-def test_a_worker_that_loses_every_descent_ends_no_search(monkeypatch) -> None:
+def test_a_worker_that_loses_every_descent_ends_no_search() -> None:
     """One chain is lost three times by the same worker while the other one is busy: the worker is to blame."""
     pool = Numbered({0})
-    slots, undisturbed = search(pool, monkeypatch), search(Numbered(set()), monkeypatch)
+    slots, undisturbed = search(pool), search(Numbered(set()))
     reason = "3 calls in a row were lost; the last: ConnectionError: CUDA error: uncorrectable ECC error"
     assert pool.put == [(0, reason)]
     assert [slot.origin for slot in slots] == [slot.origin for slot in undisturbed]
@@ -118,15 +117,15 @@ def test_a_worker_that_loses_every_descent_ends_no_search(monkeypatch) -> None:
         np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)
 
 
-def test_a_chain_that_all_workers_lose_ends_the_search(monkeypatch) -> None:
+def test_a_chain_that_all_workers_lose_ends_the_search() -> None:
     with pytest.raises(TransientError, match=r"a descent was lost 3 times, last on worker-\d: CUDA error"):
-        search(Numbered({0, 1}), monkeypatch)
+        search(Numbered({0, 1}))
 
 
-def test_every_descent_carries_its_ids_here_and_on_its_worker(monkeypatch, caplog) -> None:
+def test_every_descent_carries_its_ids_here_and_on_its_worker(caplog) -> None:
     pool = Numbered({0})
     with bound(study="s"), caplog.at_level(logging.INFO, logger="was_workers.descents"):
-        search(pool, monkeypatch)
+        search(pool)
     first, second = pool.abouts[0], pool.abouts[1]
     assert first.pop("worker") in ("worker-0", "worker-1")
     assert first == {"study": "s", "phase": "descent", "epoch": 0, "chain": 0, "attempt": 1}

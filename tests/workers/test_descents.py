@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, evaluation, seeds
 from tests.workers.steady_pool import SteadyPool
@@ -17,6 +16,7 @@ from was_search.budget import SparsityBudget
 from was_search.control import Limits
 from was_search.descent import DescentOptions, chain_steps, descend
 from was_search.errors import ModelError, TransientError
+from was_search.model_calls import Descend, Evaluate
 from was_search.slots import SlotState
 from was_workers.descents import DescentPlan
 from was_workers.pool import Outcome
@@ -48,41 +48,34 @@ class Pool(SteadyPool):
     def n_idle(self) -> int:
         return 2 - len(self.given)
 
-    def submit(self, method, *args, deadline_seconds, about=None):
+    def submit(self, call, *, deadline_seconds, about=None):
         assert self.n_idle
         assert deadline_seconds > 0
         self.tickets += 1
-        self.given.append((self.tickets, method, args))
+        self.given.append((self.tickets, call))
         return self.tickets
 
     def wait(self, timeout_seconds):
         if not self.given:
             return []
-        ticket, method, args = self.given.popleft()
-        if method == "evaluate":
-            loss = 2.0 + float(np.square(args[3] - BEST).sum())
-            return [Outcome(ticket, "worker", value=evaluation(args[3], loss))]
-        _, _, start, budget, options, *_, seed = args
+        ticket, call = self.given.popleft()
+        if isinstance(call, Evaluate):
+            loss = 2.0 + float(np.square(call.sparsities - BEST).sum())
+            return [Outcome(ticket, "worker", value=evaluation(call.sparsities, loss))]
+        assert isinstance(call, Descend)
         if self.broken is not None:
             return [Outcome(ticket, "worker", error=self.broken)]
         if self.lose:
             self.lose -= 1
             return [Outcome(ticket, "worker", error=ConnectionError("gone"), lost=True)]
-        self.descents.append((start, options, seed))
-        noise = np.random.default_rng(seed).normal(0, 0.02, (3, 7))
-        return [
-            Outcome(
-                ticket,
-                "worker",
-                value=descend(lambda p: p - BEST + noise, start, budget, options),
-            )
-        ]
+        self.descents.append((call.start, call.options, call.seed))
+        noise = np.random.default_rng(call.seed).normal(0, 0.02, (3, 7))
+        end = descend(lambda p: p - BEST + noise, call.start, call.budget, call.options)
+        return [Outcome(ticket, "worker", value=end)]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ray, "put", lambda value: value)
-
+def run():
     def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more):
         plan = DescentPlan(epochs, chain_steps(chains), DescentOptions(rounds=12), 4, DATA)
         options = SearchOptions(
@@ -103,7 +96,6 @@ def run(monkeypatch: pytest.MonkeyPatch):
             pool,
             DATA,
             None,
-            "key",
             shape=SHAPE,
             seeds=seeds(),
             options=options,
@@ -197,7 +189,7 @@ class Endless(Pool):
     gpus_per_worker = 0.0
 
     def wait(self, timeout_seconds):
-        evaluations = deque(call for call in self.given if call[1] == "evaluate")
+        evaluations = deque(call for call in self.given if isinstance(call[1], Evaluate))
         if not evaluations:
             time.sleep(0.01)
             return []

@@ -17,6 +17,7 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 
 import was_workers.pool as pool_module
+from tests.workers.ask import Ask
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.budget import SparsityBudget
@@ -138,7 +139,7 @@ def test_a_pool_takes_what_the_cluster_gives_and_asks_for_the_rest(nodes: Nodes,
         pool.wait(0.2)
     add()
     until(pool, lambda state: state.ready == 2)
-    places = {node for _, node in pool.map([("where",)] * 8)}
+    places = {node for _, node in pool.map([Ask("where")] * 8)}
     assert len(places) == 2
     pool.need(2)
     until(pool, lambda state: state == PoolState("1:3", ready=2))
@@ -164,11 +165,11 @@ def test_a_worker_on_a_draining_node_ends_its_call_and_gets_no_other(
     add(), add()
     pool = start("2")
     until(pool, lambda state: state.ready == 2)
-    where = dict(pool.map([("where",)] * 8))
+    where = dict(pool.map([Ask("where")] * 8))
     held = [tmp_path / "held-0", tmp_path / "held-1"]
     for file in held:
         file.touch()
-    tickets = [pool.submit("shard", 0), pool.submit("shard", 1)]
+    tickets = [pool.submit(Ask("shard", 0)), pool.submit(Ask("shard", 1))]
     going = where[0]
     drain(nodes, going, seconds=2 * ENDLESS)
     until(pool, lambda state: state.draining == 1)
@@ -186,14 +187,14 @@ def test_a_worker_on_a_draining_node_ends_its_call_and_gets_no_other(
         pool.wait(0.2)
     add()
     until(pool, lambda state: state.ready == 2)
-    assert going not in {node for _, node in pool.map([("where",)] * 8)}
+    assert going not in {node for _, node in pool.map([Ask("where")] * 8)}
 
 
 def test_a_call_that_outlasts_its_node_comes_back_without_blame(nodes: Nodes, add, start) -> None:
     add(), add()
     pool = start("2")
     until(pool, lambda state: state.ready == 2)
-    pool.submit("nap", 600.0)
+    pool.submit(Ask("nap", 600.0))
     ((ticket, index, _),) = pool.running
     (node,) = [member.place.node for member in pool._crew.members if member.index == index]
     drain(nodes, node, seconds=8)
@@ -220,7 +221,7 @@ def test_a_node_that_gets_a_sigterm_is_drained(nodes: Nodes, start, tmp_path: Pa
     try:
         pool = start("1")
         until(pool, lambda state: state.ready == 1)
-        ticket = pool.submit("shard", 0)
+        ticket = pool.submit(Ask("shard", 0))
         process.terminate()
         until(pool, lambda state: state.draining == 1)
         assert pool.state.pending == 1
@@ -239,7 +240,7 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
     # Who is held here for as long as a node takes to come is not to be taken for a worker that hangs.
     pool = start("2:3", useful=60, policy=QuarantinePolicy(slowdown=0.0))
     pool.wait_for_least(ENDLESS)
-    before = dict(pool.map([("where",)] * 12))
+    before = dict(pool.map([Ask("where")] * 12))
     states: list[PoolState] = []
     drained: list[int] = []
     held = [tmp_path / "held-0", tmp_path / "held-1"]
@@ -260,7 +261,7 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
     book = Book(60)
     options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
     loop = SearchLoop(
-        book, pool, "data", "histograms", "key",
+        book, pool, "data", "histograms",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
     )  # fmt: skip
     slots = loop.run()

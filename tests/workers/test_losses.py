@@ -6,9 +6,10 @@ from collections import deque
 
 import pytest
 
+from was_search.calls import Work
 from was_workers.calls import Outcome
 from was_workers.losses import Losses
-from was_workers.quarantine import Health, QuarantinePolicy, Work
+from was_workers.quarantine import Health, QuarantinePolicy
 
 
 class Crowd:

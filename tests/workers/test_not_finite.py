@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ import torch
 from tests.search.conftest import VOCABULARY, build_llama
 from tests.workers.small_run import environment
 from was_search.api.demo import DEMO_FOLDER
+from was_search.calls import Call, Held
 from was_search.errors import ModelError
 from was_search.histogram import Histograms
+from was_search.model_calls import Calibrate, EvaluateThresholds, FindDenseTop, GreedyBlock, Price
 from was_search.protocol import EvaluationProtocol, TokenSet
 from was_workers.worker import Worker, WorkerSpec
 
@@ -61,13 +64,13 @@ def with_large_activations(model: torch.nn.Module) -> None:
     model.model.layers[1].mlp.gate_proj.weight.mul_(3e3)
 
 
-PHASES: dict[str, Callable[[Worker, Histograms], object]] = {
-    "calibration:": lambda worker, _: worker.histograms(TOKENS, None, 4, 1),
-    "calibration under masks:": lambda worker, _: worker.histograms(TOKENS, LEVELS[..., 0], 4, 1),
-    "prices (the gradients of the dense model):": lambda worker, _: worker.prices(TOKENS, LEVELS, 4, 1, 16),
-    "greedy table of block 1:": lambda worker, dense: worker.block_table(1, TOKENS, dense, 4, 1, 0.2),
-    "predictions of the dense model:": lambda worker, _: worker.dense_top(TOKENS, 5, 16, 4),
-    "loss of the dense model:": lambda worker, _: worker.evaluate_thresholds(DATA, None),
+PHASES: dict[str, Callable[[Histograms], Call[Any]]] = {
+    "calibration:": lambda _: Calibrate(Held(DATA), None),
+    "calibration under masks:": lambda _: Calibrate(Held(DATA), LEVELS[..., 0]),
+    "prices (the gradients of the dense model):": lambda _: Price(DATA, LEVELS),
+    "greedy table of block 1:": lambda dense: GreedyBlock(1, Held(DATA), Held(dense), 0.2),
+    "predictions of the dense model:": lambda _: FindDenseTop(DATA, 5),
+    "loss of the dense model:": lambda _: EvaluateThresholds(DATA, None),
 }
 
 
@@ -76,7 +79,7 @@ def test_a_nan_among_the_weights_is_said_in_every_phase(make_worker, tmp_path: P
     worker = make_worker(with_a_nan)
     sound = Histograms(np.ones((3, 7, 1 << 15), np.int64) * (np.arange(1 << 15) < 0x4000))
     with pytest.raises(ModelError) as error:
-        PHASES[phase](worker, sound)
+        worker.run(PHASES[phase](sound))
     message = str(error.value)
     assert message.startswith(f"{phase} {tmp_path} in float32 gives NaN or infinite numbers")
     assert "some of its weights (the first: model.layers.1.mlp.up_proj.weight)" in message
@@ -86,7 +89,7 @@ def test_a_nan_among_the_weights_is_said_in_every_phase(make_worker, tmp_path: P
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if "table" not in phase])
 def test_an_overflow_says_which_dtype_to_use(make_worker, tmp_path: Path, phase: str) -> None:
     with pytest.raises(ModelError) as error:
-        PHASES[phase](make_worker(with_large_activations, "float16"), None)
+        make_worker(with_large_activations, "float16").run(PHASES[phase](None))
     message = str(error.value)
     assert message.startswith(f"{phase} {tmp_path} in float16 gives NaN or infinite numbers; ")
     assert message.endswith("use --dtype bfloat16 or float32")
@@ -95,28 +98,28 @@ def test_an_overflow_says_which_dtype_to_use(make_worker, tmp_path: Path, phase:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_said_to_do_helps(make_worker, dtype: str) -> None:
     worker = make_worker(with_large_activations, dtype)
-    dense = worker.histograms(TOKENS, None, 4, 1)[0]
+    dense = worker.run(Calibrate(Held(DATA), None))[0]
     assert dense.finite
-    assert worker.evaluate_thresholds(DATA, None).loss_nats > 0
+    assert worker.run(EvaluateThresholds(DATA, None)).loss_nats > 0
 
 
 def test_gradients_that_overflow_alone_are_told_of_prices(make_worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = make_worker(lambda model: None, "bfloat16")
-    worker.histograms(TOKENS, None, 4, 1)
+    worker.run(Calibrate(Held(DATA), None))
     sums = np.zeros((3, 7, 2))
     sums[2, 6, 1] = np.inf
-    monkeypatch.setattr("was_search.pricing.price_sums", lambda *args, **options: (sums, 64))
+    monkeypatch.setattr("was_search.model_calls.price_sums", lambda *args, **options: (sums, 64))
     with pytest.raises(
         ModelError, match=r"^prices .* in bfloat16 .*; it needs more range or digits: use --dtype float32$"
     ):
-        worker.prices(TOKENS, LEVELS, 4, 1, 16)
+        worker.run(Price(DATA, LEVELS))
 
 
 def test_float32_without_a_bad_weight_has_nothing_wider(make_worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = make_worker(lambda model: None)
-    monkeypatch.setattr("was_search.pricing.price_sums", lambda *args, **options: (np.full((3, 7, 2), np.nan), 64))
+    monkeypatch.setattr("was_search.model_calls.price_sums", lambda *args, **options: (np.full((3, 7, 2), np.nan), 64))
     with pytest.raises(ModelError, match=r"float32 has the widest range there is: check the checkpoint"):
-        worker.prices(TOKENS, LEVELS, 4, 1, 16)
+        worker.run(Price(DATA, LEVELS))
 
 
 def damaged_demo(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import was_workers.pool as pool_module
+from tests.workers.ask import Ask
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.budget import SparsityBudget
@@ -57,16 +58,16 @@ def start(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         pool.close()
 
 
-def shards(n: int) -> list[tuple[Any, ...]]:
-    return [("shard", number) for number in range(n)]
+def shards(n: int, tokens: float = 0.0) -> list[Ask]:
+    return [Ask("shard", number, tokens=tokens) for number in range(n)]
 
 
-def map_until_quarantine(pool: Pool, n: int, **options: Any) -> None:
+def map_until_quarantine(pool: Pool, n: int, *, phase: str, tokens: float = 0.0) -> None:
     """Phases of ``n`` shards, until a worker is in quarantine: how many that takes is a matter of pace."""
     end = time.monotonic() + ENDLESS
     while not pool.state.quarantined:
         assert time.monotonic() < end, pool.state
-        assert values(pool.map(shards(n), **options)) == list(range(n))
+        assert values(pool.map(shards(n, tokens), phase=phase)) == list(range(n))
 
 
 def values(found: list[Any]) -> list[Any]:
@@ -116,7 +117,7 @@ def test_a_worker_that_hangs_is_taken_off_its_shard(start, tmp_path: Path) -> No
     """Each worker has one shard: its peers' are all that its own can be compared with."""
     pool = start(3)
     (tmp_path / "slow-1").write_text("86400")
-    found = pool.map(shards(3), tokens=[100, 100, 50], phase="calibrate")
+    found = pool.map([Ask("shard", i, tokens=n) for i, n in enumerate([100, 100, 50])], phase="calibrate")
     assert values(found) == [0, 1, 2]
     (held,) = pool.state.quarantined
     assert held.reason.startswith("slow, at shard for 1")
@@ -127,10 +128,10 @@ def test_a_worker_that_hangs_is_taken_off_its_shard(start, tmp_path: Path) -> No
 def test_a_slow_worker_gets_no_more_of_a_long_phase(start, tmp_path: Path) -> None:
     pool = start(3)
     (tmp_path / "slow-2").write_text("4.0")
-    map_until_quarantine(pool, 20, tokens=[400] * 20, phase="price")
+    map_until_quarantine(pool, 20, tokens=400, phase="price")
     seen = evaluations(tmp_path).count(2)
     assert seen >= 3, "so many show that it is slow"
-    assert values(pool.map(shards(30), tokens=[400] * 30, phase="price")) == list(range(30))
+    assert values(pool.map(shards(30, 400), phase="price")) == list(range(30))
     assert evaluations(tmp_path).count(2) == seen
     (held,) = pool.state.quarantined
     assert "times its peers' seconds a token" in held.reason
@@ -142,7 +143,7 @@ def test_the_search_begins_with_what_the_phases_found(start, tmp_path: Path) -> 
     shown: list[PoolState] = []
     map_until_quarantine(pool, 10, phase="price")
     loop = SearchLoop(
-        Book(8), pool, "data", "histograms", "key", shape=SHAPE, seeds=seeds(), drain=threading.Event(),
+        Book(8), pool, "data", "histograms", shape=SHAPE, seeds=seeds(), drain=threading.Event(),
         options=SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3),
         progress=lambda progress: shown.append(progress.pool),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 import was_workers.pool as pool_module
+from tests.workers.ask import Ask
 from tests.workers.bowl_worker import bowl_worker
 from was_search import __version__
 from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
@@ -66,6 +67,9 @@ def pool(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
                 version = "0.0.1" if failing == "version" else __version__
                 return WorkerInfo("host", os.getpid(), "cpu", None, version, 0.0)
 
+            def run(self, call: Any, about: Any) -> Any:
+                return call.run(self)
+
             def echo(self, value: Any) -> Any:
                 (tmp_path / "answered").touch()
                 return value, os.getpid()
@@ -105,17 +109,17 @@ def both(pool: Pool) -> set[int]:
     while pool.n_idle < 2:
         assert time.monotonic() < end
         pool.wait(0.2)
-    return {pid for _, pid in pool.map([("echo", i) for i in range(12)])}
+    return {pid for _, pid in pool.map([Ask("echo", i) for i in range(12)])}
 
 
 def test_map_keeps_the_order_of_its_calls(pool) -> None:
-    found = pool().map([("echo", i) for i in range(7)])
+    found = pool().map([Ask("echo", i) for i in range(7)])
     assert [value for value, _ in found] == list(range(7))
 
 
 def test_an_error_of_the_call_itself_is_raised(pool) -> None:
     with pytest.raises(InfeasibleError, match="not finite"):
-        pool().map([("fail", InfeasibleError("scores are not finite"))])
+        pool().map([Ask("fail", InfeasibleError("scores are not finite"))])
 
 
 @pytest.mark.parametrize("how", ["kill", "hang", "device", "memory"])
@@ -123,7 +127,7 @@ def test_a_lost_call_is_repeated(pool, tmp_path: Path, how: str) -> None:
     opened = pool()
     before = both(opened)
     deadline = 10.0 if how == "hang" else ENDLESS
-    (pid,) = opened.map([("once", tmp_path / how, how)], deadline_seconds=deadline)
+    (pid,) = opened.map([Ask("once", tmp_path / how, how)], deadline_seconds=deadline)
     assert pid > 0
     after = both(opened)
     # out of memory leaves the process, the others replace it
@@ -137,19 +141,19 @@ def test_a_model_that_no_worker_can_load_is_an_error(pool) -> None:
 
 def test_one_node_that_lacks_the_model_is_let_go(pool) -> None:
     opened = pool(failing="second")
-    assert len(opened.map([("echo", i) for i in range(30)])) == 30
+    assert len(opened.map([Ask("echo", i) for i in range(30)])) == 30
     end = time.monotonic() + ENDLESS
     while opened.n_workers == 2 and time.monotonic() < end:
         opened.wait(0.2)
     assert opened.n_workers == 1
-    assert len(opened.map([("echo", 1)])) == 1
+    assert len(opened.map([Ask("echo", 1)])) == 1
 
 
 def test_calls_left_over_by_an_error_do_not_disturb_the_next_map(pool) -> None:
     opened = pool()
     with pytest.raises(InfeasibleError):
-        opened.map([("fail", InfeasibleError("no")), ("echo", 1), ("echo", 2)])
-    assert [value for value, _ in opened.map([("echo", i) for i in range(5)])] == list(range(5))
+        opened.map([Ask("fail", InfeasibleError("no")), Ask("echo", 1), Ask("echo", 2)])
+    assert [value for value, _ in opened.map([Ask("echo", i) for i in range(5)])] == list(range(5))
 
 
 def until_idle(pool: Pool, n: int) -> None:
@@ -176,7 +180,7 @@ def test_a_pool_grows_beyond_the_processors_and_shrinks(pool) -> None:
     until_idle(opened, more)
     opened.resize(1)
     assert (opened.n_workers, opened.n_idle, opened.n_loaded) == (1, 1, 1)
-    assert len({pid for _, pid in opened.map([("echo", i) for i in range(4)])}) == 1
+    assert len({pid for _, pid in opened.map([Ask("echo", i) for i in range(4)])}) == 1
 
 
 def test_shrinking_lets_idle_workers_go_first_and_loses_no_call(pool) -> None:
@@ -184,7 +188,7 @@ def test_shrinking_lets_idle_workers_go_first_and_loses_no_call(pool) -> None:
     until_idle(opened, 2)
     opened.resize(3)
     until_idle(opened, 3)
-    tickets = {opened.submit("nap", 2.0), opened.submit("nap", 2.0)}
+    tickets = {opened.submit(Ask("nap", 2.0)), opened.submit(Ask("nap", 2.0))}
     opened.resize(2)
     assert (opened.n_workers, opened.n_idle) == (2, 0), "the idle one has gone"
     opened.resize(1)
@@ -205,7 +209,7 @@ def test_a_worker_about_to_go_stays_where_more_are_wanted_again(pool) -> None:
     opened = pool()
     until_idle(opened, 2)
     before = both(opened)
-    tickets = [opened.submit("nap", 1.0), opened.submit("nap", 1.0)]
+    tickets = [opened.submit(Ask("nap", 1.0)), opened.submit(Ask("nap", 1.0))]
     opened.resize(1)
     opened.resize(2)
     ended: set[int] = set()
@@ -218,8 +222,8 @@ def test_a_worker_about_to_go_stays_where_more_are_wanted_again(pool) -> None:
 def test_a_worker_that_dies_while_it_is_about_to_go_is_not_restarted(pool, tmp_path: Path) -> None:
     opened = pool()
     until_idle(opened, 2)
-    opened.submit("nap", 600.0)
-    ticket = opened.submit("once", tmp_path / "killed", "kill")
+    opened.submit(Ask("nap", 600.0))
+    ticket = opened.submit(Ask("once", tmp_path / "killed", "kill"))
     opened.resize(1)
     leaving = [member for member in opened._crew.members if member.leaving]
     lost = []
@@ -233,12 +237,12 @@ def test_a_worker_that_dies_while_it_is_about_to_go_is_not_restarted(pool, tmp_p
 def test_abandoned_calls_never_come_back_and_the_workers_do(pool) -> None:
     opened = pool()
     before = both(opened)
-    opened.submit("nap", 600.0)
-    opened.submit("nap", 600.0)
+    opened.submit(Ask("nap", 600.0))
+    opened.submit(Ask("nap", 600.0))
     opened.abandon()
     assert opened.n_idle == 0
     until_idle(opened, 2)
-    after = {pid for _, pid in opened.map([("echo", i) for i in range(12)])}
+    after = {pid for _, pid in opened.map([Ask("echo", i) for i in range(12)])}
     assert after.isdisjoint(before)
 
 
@@ -301,16 +305,16 @@ def test_a_machines_processors_are_divided_anew_when_the_pool_changes(
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     with Pool(cluster, WorkerSpec("m", "", "float32", "cpu", "l2"), n_workers=2, gpus_per_worker=0.0) as pool:
         until_idle(pool, 2)
-        assert set(pool.map([("threads",)] * 6)) == {0}, "torch's own choice, as nobody asked"
+        assert set(pool.map([Ask("threads")] * 6)) == {0}, "torch's own choice, as nobody asked"
     spec = WorkerSpec("m", "", "float32", "cpu", "l2", threads=1)
     with Pool(cluster, spec, n_workers=2, gpus_per_worker=0.0, divide_threads=True) as pool:
         until_idle(pool, 2)
-        assert set(pool.map([("threads",)] * 6)) == {4}
+        assert set(pool.map([Ask("threads")] * 6)) == {4}
         pool.resize(4)
         until_idle(pool, 4)
-        assert set(pool.map([("threads",)] * 12)) == {2}
+        assert set(pool.map([Ask("threads")] * 12)) == {2}
         pool.resize(1)
-        assert pool.map([("threads",)]) == [8]
+        assert pool.map([Ask("threads")]) == [8]
 
 
 def test_a_range_takes_no_more_than_a_local_machine_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,18 @@ import was_workers.pool as pool_module
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.budget import SparsityBudget
+from was_search.calls import Work
 from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
 from was_workers import quarantine
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
-from was_workers.quarantine import Health, QuarantinePolicy, Work
+from was_workers.quarantine import Health, QuarantinePolicy
 from was_workers.search import SearchLoop, SearchOptions, SearchProgress
 from was_workers.worker import WorkerSpec
 
-EVALUATION = Work("evaluate")
+EVALUATION = Work("an evaluation")
 
 ENDLESS = 300.0
 """Seconds that no test needs, on however busy a machine: who waits so long is stuck."""
@@ -55,7 +56,7 @@ class Wards:
 def evaluated(health: Health, paces: dict[int, float], times: int = 3, tokens: int = 100) -> None:
     for _ in range(times):
         for worker, seconds in paces.items():
-            health.answered(worker, seconds, Work("evaluate", tokens))
+            health.answered(worker, seconds, Work("an evaluation", tokens))
 
 
 @pytest.mark.parametrize("n_workers", range(1, 8))
@@ -88,8 +89,8 @@ def test_a_worker_is_measured_by_tokens_and_not_by_seconds() -> None:
     wards = Wards(2)
     health = Health(wards, QuarantinePolicy())
     for _ in range(5):
-        health.answered(0, 10.0, Work("evaluate", 1000))
-        health.answered(1, 1.0, Work("evaluate", 100))
+        health.answered(0, 10.0, Work("an evaluation", 1000))
+        health.answered(1, 1.0, Work("an evaluation", 100))
     assert wards.put == []
 
 
@@ -97,7 +98,7 @@ def test_one_long_evaluation_is_forgiven() -> None:
     wards = Wards(2)
     health = Health(wards, QuarantinePolicy())
     evaluated(health, {0: 1.0, 1: 1.0}, 4)
-    health.answered(1, 60.0, Work("evaluate", 100))
+    health.answered(1, 60.0, Work("an evaluation", 100))
     evaluated(health, {0: 1.0, 1: 1.0}, 4)
     assert wards.put == []
 
@@ -108,7 +109,7 @@ def test_calls_lost_in_a_row_count_and_one_success_forgives_them() -> None:
     for _ in range(3):
         health.lost(0, "GPU out of memory")
         health.lost(0, "GPU out of memory")
-        health.answered(0, 1.0, Work("evaluate", 100))
+        health.answered(0, 1.0, Work("an evaluation", 100))
     assert wards.put == []
     for _ in range(3):
         health.lost(1, "it died")
@@ -151,11 +152,11 @@ def test_calls_of_another_kind_say_nothing_of_a_pace() -> None:
     wards = Wards(2)
     health = Health(wards, QuarantinePolicy())
     for _ in range(4):
-        health.answered(0, 1.0, Work("histograms", 100))
-        health.answered(1, 9.0, Work("descend", 100))
+        health.answered(0, 1.0, Work("a calibration pass", 100))
+        health.answered(1, 9.0, Work("a descent", 100))
     assert wards.put == []
     for _ in range(3):
-        health.answered(1, 9.0, Work("histograms", 100))
+        health.answered(1, 9.0, Work("a calibration pass", 100))
     assert wards.put == [(1, "slow, 9.0 times its peers' seconds a token", 600.0)]
 
 
@@ -176,13 +177,13 @@ def test_a_processs_first_call_may_take_as_long_as_its_peers_first_ones() -> Non
     evaluated(health, {0: 40.0, 1: 40.0}, 1)
     evaluated(health, {0: 1.0, 1: 1.0}, 4)
     wards.running = [(7, 2, 119.0), (8, 1, 5.9)]
-    health.look({7: Work("evaluate", 100), 8: Work("evaluate", 100)})
+    health.look({7: Work("an evaluation", 100), 8: Work("an evaluation", 100)})
     assert wards.put == []
     wards.running = [(8, 1, 60.0)]
-    health.look({8: Work("evaluate", 100)})
+    health.look({8: Work("an evaluation", 100)})
     assert [index for index, *_ in wards.put] == [1], "it has had its first call"
     wards.running = [(7, 2, 121.0)]
-    health.look({7: Work("evaluate", 100)})
+    health.look({7: Work("an evaluation", 100)})
     assert [index for index, *_ in wards.put] == [1, 2]
 
 
@@ -191,9 +192,9 @@ def test_the_tokens_of_a_call_in_flight_count() -> None:
     health = Health(wards, QuarantinePolicy(slowdown=2.0))
     evaluated(health, {0: 10.0}, tokens=100)
     wards.running = [(7, 1, 590.0)]
-    health.look({7: Work("evaluate", 1000)})
+    health.look({7: Work("an evaluation", 1000)})
     assert wards.put == []
-    health.look({7: Work("evaluate", 900)})
+    health.look({7: Work("an evaluation", 900)})
     assert [index for index, *_ in wards.put] == [1]
 
 
@@ -230,31 +231,31 @@ DAY = 86400.0
 def test_patience_is_twenty_times_the_slowest_by_tokens() -> None:
     health = Health(Wards(1), QuarantinePolicy())
     for seconds, tokens in [(20.0, 1000), (60.0, 2000), (50.0, 1000)]:
-        health.answered(0, seconds, Work("evaluate", tokens))
-    assert health.patience(Work("evaluate", 1000)) == pytest.approx(20 * 50.0)
-    assert health.patience(Work("evaluate", 400)) == pytest.approx(20 * 20.0)
+        health.answered(0, seconds, Work("an evaluation", tokens))
+    assert health.patience(Work("an evaluation", 1000)) == pytest.approx(20 * 50.0)
+    assert health.patience(Work("an evaluation", 400)) == pytest.approx(20 * 20.0)
     assert health.patience(EVALUATION) == pytest.approx(20 * 100.0), "as the longest one seen, at the slowest pace"
 
 
 def test_patience_is_five_minutes_at_least_and_a_day_at_most() -> None:
     health = Health(Wards(1), QuarantinePolicy())
-    health.answered(0, 0.1, Work("evaluate", 100))
+    health.answered(0, 0.1, Work("an evaluation", 100))
     assert health.patience(EVALUATION) == 300.0
-    health.answered(0, 5000.0, Work("evaluate", 100))
+    health.answered(0, 5000.0, Work("an evaluation", 100))
     assert health.patience(EVALUATION) == DAY
 
 
 def test_patience_knows_only_what_was_seen_of_the_kind() -> None:
     """A first call compiles and loads: nothing else tells how long that takes."""
     health = Health(Wards(2), QuarantinePolicy())
-    health.answered(0, 1.0, Work("histograms", 100))
-    health.answered(0, 1.0, Work("evaluate"))  # its tokens are not known
-    assert health.patience(Work("evaluate", 100)) == DAY
+    health.answered(0, 1.0, Work("a calibration pass", 100))
+    health.answered(0, 1.0, Work("an evaluation"))  # its tokens are not known
+    assert health.patience(Work("an evaluation", 100)) == DAY
 
 
 def test_patience_forgets_what_was_slow_long_ago() -> None:
     health = Health(Wards(1), QuarantinePolicy())
-    health.answered(0, 600.0, Work("evaluate", 100))
+    health.answered(0, 600.0, Work("an evaluation", 100))
     evaluated(health, {0: 30.0}, 4)
     assert health.patience(EVALUATION) == pytest.approx(20 * 600.0)
     evaluated(health, {0: 30.0}, 1)
@@ -332,7 +333,7 @@ def search(
 
         options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, trial_timeout, 3)
         loop = SearchLoop(
-            Book(n_trials), pool, "data", "histograms", "key",
+            Book(n_trials), pool, "data", "histograms",
             shape=SHAPE, seeds=seeds(), options=options, drain=drain, progress=progress,
         )  # fmt: skip
         return [slot for slot in loop.run() if slot.state is not SlotState.WAITING], pool, shown

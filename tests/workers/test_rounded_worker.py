@@ -8,8 +8,10 @@ import pytest
 from tests.workers.small_run import small_settings
 from was_search.api import Context
 from was_search.budget import SparsityBudget
+from was_search.calls import Held
 from was_search.descent import DescentOptions
 from was_search.histogram import Histograms
+from was_search.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, Norms, Price
 from was_workers.worker import Worker, WorkerSpec
 
 
@@ -32,34 +34,33 @@ def data(weights):
 
 @pytest.fixture(scope="module")
 def dense(worker, data) -> Histograms:
-    return worker.histograms(data.tokens, None, 4, 1)[0]
+    return worker.run(Calibrate(Held(data), None))[0]
 
 
 def test_evaluates_at_the_sparsity_asked_for(worker, data, dense, weights):
     shape = worker.prepare().shape
     assert data.protocol.weights == weights
-    plain = worker.evaluate_thresholds(data, None)
-    masked = worker.evaluate(data, "key", dense, np.full(shape.params.shape, 0.5), None)
+    plain = worker.run(EvaluateThresholds(data, None))
+    masked = worker.run(Evaluate(Held(data), Held(dense), np.full(shape.params.shape, 0.5)))
     assert 0.45 < shape.sparsity(masked.achieved) < 0.6
     assert plain.loss_nats < masked.loss_nats < plain.loss_nats + 0.3
 
 
 def test_norms_are_those_of_the_rounded_weights(worker):
-    linear = worker._model().structure.blocks[3].projections["up"]
+    linear = worker.model.structure.blocks[3].projections["up"]
     expected = linear.dense_weight().double().square().sum(0).sqrt()
-    np.testing.assert_allclose(worker.norms()[3][5], expected, rtol=1e-5)
+    np.testing.assert_allclose(worker.run(Norms())[3][5], expected, rtol=1e-5)
 
 
 def test_prices_and_a_descent_go_through_rounded_weights(worker, data, dense):
     shape, predicted = worker.prepare().shape, data.protocol.predicted_per_sequence
     points = [dense.thresholds(np.full(shape.params.shape, level)) for level in (0.2, 0.5)]
-    sums, n = worker.prices(data.tokens[:4], np.stack(points, axis=-1), 4, 1, predicted)
+    sums, n = worker.run(Price(data.part(slice(4)), np.stack(points, axis=-1)))
     assert n == 4 * predicted
     assert np.all(sums > 0) and (sums[..., 1] > sums[..., 0]).mean() > 0.9
     start = np.full(shape.params.shape, 0.6)
-    end = worker.descend(
-        data.tokens, dense, start, SparsityBudget(shape, 0.6), DescentOptions(rounds=4), 8, 4, 1, predicted, 0
-    )
+    shared = Held(data), Held(dense)
+    end = worker.run(Descend(*shared, start, SparsityBudget(shape, 0.6), DescentOptions(rounds=4), per_round=8, seed=0))
     assert shape.sparsity(end) == pytest.approx(0.6, abs=1e-6)
-    losses = [worker.evaluate(data, "key", dense, vector, None).loss_nats for vector in (start, end)]
+    losses = [worker.run(Evaluate(*shared, vector)).loss_nats for vector in (start, end)]
     assert losses[1] < losses[0]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ray
 
 from tests.workers.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
 from tests.workers.loop_doubles import Pool as AnsweringPool
@@ -251,7 +250,6 @@ class Pool(AnsweringPool):
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
     """``loop(book, desk, each)``: a loop whose clock advances a second a turn; ``each(turn)`` is called in it."""
-    monkeypatch.setattr(ray, "put", lambda value: value)
 
     def make(book: Book, desk: Desk, each: Callable[[int], object] = lambda turn: None, **limits: Any) -> SearchLoop:
         options = SearchOptions(
@@ -282,7 +280,6 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
             pool,
             "tokens",
             "histograms",
-            "key",
             shape=SHAPE,
             seeds=seeds(),
             options=options,

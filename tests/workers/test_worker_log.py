@@ -12,7 +12,10 @@ import pytest
 from scripts.make_random_model import make_random_model
 from tests.search.conftest import make_data as data_of  # noqa: F401 - a fixture
 from was_search.budget import SparsityBudget
+from was_search.calls import Call, Held
 from was_search.descent import DescentOptions
+from was_search.histogram import Histograms
+from was_search.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, FindDenseTop, GreedyBlock, Price
 from was_search.protocol import TokenSet
 from was_workers.worker import Worker, WorkerSpec
 
@@ -26,40 +29,24 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     return Worker(WorkerSpec(str(folder), "", "float32", "cpu", "l2"))
 
 
-def histograms(worker: Worker) -> Any:
-    return worker.histograms(TOKENS, None, 4, 1)[0]
+def histograms(worker: Worker, data: TokenSet) -> Held[Histograms]:
+    return Held(worker.run(Calibrate(Held(data), None))[0])
 
 
 def half(worker: Worker) -> Any:
     return np.full((worker.prepare().shape.n_blocks, 7), 0.5)
 
 
-def budget(w: Worker) -> SparsityBudget:
-    return SparsityBudget(w.prepare().shape, 0.5)
-
-
-CALLS: dict[str, Callable[..., Any]] = {
-    "calibration pass": lambda w, data, **more: w.histograms(TOKENS, None, 4, 1, **more),
-    "pricing": lambda w, data, **more: w.prices(
-        TOKENS, np.full((*half(w).shape, 3), 0.1, np.float32), 4, 1, 16, **more
+CALLS: dict[str, Callable[[Worker, TokenSet], Call[Any]]] = {
+    "calibration pass": lambda w, data: Calibrate(Held(data), None),
+    "pricing": lambda w, data: Price(data, np.full((*half(w).shape, 3), 0.1, np.float32)),
+    "descent": lambda w, data: Descend(
+        Held(data), histograms(w, data), half(w), SparsityBudget(w.prepare().shape, 0.5), DescentOptions(rounds=2), per_round=4, seed=0
     ),
-    "descent": lambda w, data, **more: w.descend(
-        TOKENS,
-        histograms(w),
-        half(w),
-        SparsityBudget(w.prepare().shape, 0.5),
-        DescentOptions(rounds=2),
-        4,
-        4,
-        1,
-        16,
-        0,
-        **more,
-    ),
-    "greedy table": lambda w, data, **more: w.block_table(0, TOKENS, histograms(w), 4, 1, 0.25, **more),
-    "dense top": lambda w, data, **more: w.dense_top(TOKENS, 4, 16, 4, **more),
-    "plan evaluation": lambda w, data, **more: w.evaluate_thresholds(data, None, **more),
-    "evaluation": lambda w, data, **more: w.evaluate(data, "key", histograms(w), half(w), None, None, **more),
+    "greedy table": lambda w, data: GreedyBlock(0, Held(data), histograms(w, data), 0.25),
+    "dense top": lambda w, data: FindDenseTop(data, 4),
+    "plan evaluation": lambda w, data: EvaluateThresholds(data, None),
+    "evaluation": lambda w, data: Evaluate(Held(data), histograms(w, data), half(w)),
 }
 
 
@@ -70,10 +57,10 @@ def told(caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
 @pytest.mark.parametrize("what", CALLS)
 def test_begin_and_end_have_the_calls_ids(worker: Worker, data_of, what: str, caplog) -> None:  # noqa: F811
     data: TokenSet = data_of(TOKENS)
-    CALLS[what](worker, data)  # the ids are no part of the result, and the calls before its own are told here
+    call = CALLS[what](worker, data)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="was_workers.worker"):
-        CALLS[what](worker, data, about=IDS)
+        worker.run(call, IDS)
     found = told(caplog)
     assert found[f"{what} begun"].items() >= IDS.items()
     assert found[f"{what} ended"].items() >= IDS.items()
@@ -82,15 +69,16 @@ def test_begin_and_end_have_the_calls_ids(worker: Worker, data_of, what: str, ca
 
 def test_an_evaluation_tells_its_figures(worker: Worker, data_of, caplog) -> None:  # noqa: F811
     with caplog.at_level(logging.INFO, logger="was_workers.worker"):
-        found = worker.evaluate_thresholds(data_of(TOKENS), None, about=IDS)
+        found = worker.run(EvaluateThresholds(data_of(TOKENS), None), IDS)
     line = told(caplog)["plan evaluation ended"]
     assert (line["loss_nats"], line["tokens"], line["stopped_early"]) == (found.loss_nats, found.tokens, False)
     assert line["seconds"] == found.seconds
 
 
-def test_a_failure_is_a_warning_with_the_ids_and_the_reason(worker: Worker, caplog) -> None:
+def test_a_failure_is_a_warning_with_the_ids_and_the_reason(worker: Worker, data_of, caplog) -> None:  # noqa: F811
+    call = Calibrate(Held(data_of(TOKENS + 10**6)), None)
     with caplog.at_level(logging.INFO, logger="was_workers.worker"), pytest.raises(IndexError):
-        worker.histograms(TOKENS + 10**6, None, 4, 1, about=IDS)
+        worker.run(call, IDS)
     (record,) = [record for record in caplog.records if record.getMessage() == "calibration pass failed"]
     assert record.levelno == logging.WARNING
     assert record.fields.items() >= IDS.items()
@@ -98,9 +86,10 @@ def test_a_failure_is_a_warning_with_the_ids_and_the_reason(worker: Worker, capl
     assert "calibration pass ended" not in told(caplog)
 
 
-def test_nothing_is_bound_after_a_call(worker: Worker, caplog) -> None:
-    worker.histograms(TOKENS, None, 4, 1, about=IDS)
+def test_nothing_is_bound_after_a_call(worker: Worker, data_of, caplog) -> None:  # noqa: F811
+    call = Calibrate(Held(data_of(TOKENS)), None)
+    worker.run(call, IDS)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="was_workers.worker"):
-        worker.histograms(TOKENS, None, 4, 1)
+        worker.run(call)
     assert "study" not in told(caplog)["calibration pass ended"]

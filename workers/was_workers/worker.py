@@ -145,20 +145,6 @@ class Worker:
             figures.update(call.figures(found))
         return found
 
-    def peak_bytes(self) -> int:
-        """Greatest memory held since the last call: of torch on the GPU, of the process on CPU (since its start)."""
-        import torch
-
-        if self._spec.device == "cuda":
-            devices = range(torch.cuda.device_count()) if self._spec.spread else [torch.cuda.current_device()]
-            peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
-            for device in devices:
-                torch.cuda.reset_peak_memory_stats(device)
-            return int(peak)
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def _ready(self) -> _Loaded:
         if self._loaded is None:
             self._loaded = _load(self._spec)

@@ -7,7 +7,7 @@ import torch
 from benchmarks.harness.fast_evaluator import FastEvaluator
 from was_search.divergence import DenseTop
 from was_search.evaluation import dense_top, evaluate_thresholds
-from was_search.masking import structure_norms
+from was_search.masked_model import MaskedModel
 from was_search.structure import find_structure
 
 THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
@@ -15,8 +15,7 @@ THRESHOLDS[0, 3] = 0.0
 
 
 def evaluated(model, data, thresholds, top=None):
-    structure = find_structure(model)
-    return evaluate_thresholds(model, structure, structure_norms(structure, "l2"), data, thresholds, top=top)
+    return evaluate_thresholds(MaskedModel.of(model, "l2"), data, thresholds, top=top)
 
 
 def reference(model, data, thresholds):
@@ -24,12 +23,11 @@ def reference(model, data, thresholds):
 
 
 def top_of(model, data) -> DenseTop:
-    return dense_top(model, data.tokens, 7, predicted=data.protocol.predicted_per_sequence, batch_size=8)
+    return dense_top(MaskedModel.of(model, "l2"), data, 7)
 
 
 def fast(model, data, **options) -> FastEvaluator:
-    structure = find_structure(model)
-    return FastEvaluator(model, structure, structure_norms(structure, "l2"), data, **options)
+    return FastEvaluator(MaskedModel.of(model, "l2"), data, **options)
 
 
 @pytest.mark.parametrize("thresholds", [THRESHOLDS, np.zeros((3, 7), np.float32), THRESHOLDS * 3])

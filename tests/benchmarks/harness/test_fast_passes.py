@@ -6,25 +6,19 @@ import torch
 
 from benchmarks.harness.fast_passes import FastPasses
 from was_search.calibration import histogram_pass
-from was_search.masking import structure_norms
-from was_search.structure import find_structure
+from was_search.masked_model import MaskedModel
 
 THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
 
 
 def reference(model, data, thresholds):
-    structure = find_structure(model)
-    norms = structure_norms(structure, "l2")
-    found, seen, dropped = histogram_pass(
-        model, structure, norms, data.tokens, thresholds, batch_size=8, dense_prefix=data.protocol.dense_prefix
-    )
+    found, seen, dropped = histogram_pass(MaskedModel.of(model, "l2"), data, thresholds)
     return found.counts, dropped / seen
 
 
 def check(model, other, data) -> None:
     """float32 scores in other batches may fall into the next bin: a few of 26,250 or more a projection."""
-    structure = find_structure(model)
-    passes = FastPasses(model, structure, structure_norms(structure, "l2"), data)
+    passes = FastPasses(MaskedModel.of(model, "l2"), data)
     for thresholds in (None, THRESHOLDS, THRESHOLDS * 2):
         counts, achieved = reference(other, data, thresholds)
         histograms, found = passes(thresholds)
