@@ -41,7 +41,13 @@ CALLS: dict[str, Callable[[Worker, TokenSet], Call[Any]]] = {
     "calibration pass": lambda w, data: Calibrate(Held(data), None),
     "pricing": lambda w, data: Price(data, np.full((*half(w).shape, 3), 0.1, np.float32)),
     "descent": lambda w, data: Descend(
-        Held(data), histograms(w, data), half(w), SparsityBudget(w.prepare().shape, 0.5), DescentOptions(rounds=2), per_round=4, seed=0
+        Held(data),
+        histograms(w, data),
+        half(w),
+        SparsityBudget(w.prepare().shape, 0.5),
+        DescentOptions(rounds=2),
+        per_round=4,
+        seed=0,
     ),
     "greedy table": lambda w, data: GreedyBlock(0, Held(data), histograms(w, data), 0.25),
     "dense top": lambda w, data: FindDenseTop(data, 4),
