@@ -131,10 +131,11 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     from benchmarks.harness.coordinator_study import BUDGET, RADIUS, SHAPE, STUDY, open_study, page, seed
     from benchmarks.harness.virtual_pool import VirtualPool, Window
     from was_search.api.page import LivePage
+    from was_search.coordinator.loop import SearchLoop
+    from was_search.coordinator.options import SearchOptions
     from was_search.refresher import Refresher
     from was_search.sampling import Suggester
     from was_storage.database import Database
-    from was_workers.search import SearchLoop, SearchOptions
 
     marks = {"imports": time.time() - spawned_at}
     statements: Counter[str] = Counter()

@@ -141,6 +141,13 @@ def test_the_core_imports_no_service_at_the_top():
         assert not tops & {"ray", "sqlalchemy", "alembic", "psycopg2", "triton"}, path
 
 
+def test_below_the_composition_root_the_core_never_imports_ray():
+    """Not even inside a function: the search's loop knows its workers by a contract."""
+    for path in modules("was_search"):
+        if not is_composition_root(path):
+            assert not any(i.module.split(".")[0] == "ray" for i in imports(path)), path
+
+
 @pytest.mark.parametrize("folder", OUTER)
 def test_no_outer_folder_is_a_package(folder):
     """A top-level package called ``kernels`` breaks transformers, which imports whatever has that name."""

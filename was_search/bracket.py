@@ -21,7 +21,7 @@ miss."""
 _STEP = 1e-4  # probes are multiples of this, so that studies have readable names
 
 
-class Ending(StrEnum):
+class BracketEnd(StrEnum):
     """Why the probing ended."""
 
     CLOSED = "closed"  # the bracket is narrower than the tolerance
@@ -51,7 +51,7 @@ class Bracket:
 
     limit: float
     probes: tuple[Probe, ...]
-    ending: Ending
+    ending: BracketEnd
 
     @property
     def inside(self) -> Probe | None:
@@ -110,15 +110,15 @@ def _bounds(probes: tuple[Probe, ...] | list[Probe], limit: float) -> tuple[Prob
 
 def _ending(
     probes: list[Probe], limit: float, lowest: float, highest: float, tolerance: float, max_probes: int
-) -> Ending | None:
+) -> BracketEnd | None:
     inside, outside = _bounds(probes, limit)
     if inside is None and outside is not None and outside.target <= lowest:
-        return Ending.ALL_OUTSIDE
+        return BracketEnd.ALL_OUTSIDE
     if outside is None and inside is not None and inside.target >= highest:
-        return Ending.ALL_INSIDE
+        return BracketEnd.ALL_INSIDE
     if inside is not None and outside is not None and outside.target - inside.target < tolerance:
-        return Ending.CLOSED
-    return Ending.SPENT if len(probes) >= max_probes else None
+        return BracketEnd.CLOSED
+    return BracketEnd.SPENT if len(probes) >= max_probes else None
 
 
 def _next(

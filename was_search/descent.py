@@ -18,7 +18,7 @@ from was_search.budget import Budget
 from was_search.errors import InfeasibleError
 from was_search.shape import FloatArray
 
-HIGHEST = 0.98
+HIGHEST_DESCENDED = 0.98
 """No projection goes above this sparsity."""
 
 CHAIN_STEPS = (0.04, 0.015)
@@ -82,7 +82,7 @@ def descend(
         InfeasibleError: slopes that are not finite, or a budget that cannot be reached.
     """
     share = budget.shape.params / budget.shape.params.sum()
-    point = budget.onto(start, HIGHEST)
+    point = budget.onto(start, HIGHEST_DESCENDED)
     direction: FloatArray | None = None
     kept: list[FloatArray] = []
     first_kept = options.rounds - max(1, round(options.average * options.rounds))
@@ -96,10 +96,10 @@ def descend(
         else:
             direction = options.momentum * direction + (1.0 - options.momentum) * per_parameter
         along = _unit(budget.tangent(direction, point), options.clip)
-        point = budget.onto(point - _step(number, options) * along, HIGHEST)
+        point = budget.onto(point - _step(number, options) * along, HIGHEST_DESCENDED)
         if number >= first_kept:
             kept.append(point)
-    return budget.onto(np.mean(kept, axis=0), HIGHEST)
+    return budget.onto(np.mean(kept, axis=0), HIGHEST_DESCENDED)
 
 
 def chain_steps(chains: int) -> tuple[float, ...]:

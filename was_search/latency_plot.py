@@ -7,8 +7,11 @@ from typing import Any
 
 from was_search.fitness import FitnessName
 from was_search.latency import LatencyProfile
+from was_search.origin import OriginKind
 from was_search.protocol import perplexity
 from was_search.slots import Slot, SlotState
+
+_KINDS = {OriginKind.SEED: "seeds", OriginKind.DESCENT: "descents", OriginKind.SAMPLER: "sampled"}
 
 
 def step_time_figure(slots: list[Slot], profile: LatencyProfile, fitness: FitnessName = "nll") -> Any:
@@ -27,8 +30,8 @@ def step_time_figure(slots: list[Slot], profile: LatencyProfile, fitness: Fitnes
         and math.isfinite(slot.loss_nats)
     ]
     figure = go.Figure()
-    for kind, label in (("seed:", "seeds"), ("descent:", "descents"), ("sampler:", "sampled")):
-        mine = [slot for slot in shown if slot.origin.startswith(kind)]
+    for kind, label in _KINDS.items():
+        mine = [slot for slot in shown if slot.source.kind is kind]
         seconds = [profile.seconds(slot.sparsities) for slot in mine if slot.sparsities is not None]
         losses = [slot.loss_nats for slot in mine if slot.loss_nats is not None]
         figure.add_scatter(

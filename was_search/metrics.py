@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from was_search.coordinator.search_progress import SearchProgress
 from was_search.errors import ConfigError, ResourceError
-from was_search.progress import StudyProgress
 
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Upper bounds of the evaluations' durations."""
 
 
 class StudyMetrics:
-    """Prometheus metrics of one study, brought up to date by every :class:`StudyProgress`.
+    """Prometheus metrics of one study, brought up to date by every :class:`SearchProgress`.
 
     Attributes:
         registry: holds them, and nothing of the process's.
@@ -37,7 +37,7 @@ class StudyMetrics:
         self._tokens = make(Counter, "tokens", "Predicted tokens evaluated.")
         self._seconds = make(Histogram, "evaluation_seconds", "Duration of an evaluation.", buckets=SECONDS)
 
-    def update(self, progress: StudyProgress) -> None:
+    def update(self, progress: SearchProgress) -> None:
         """Take in the state of the study, and the slot that has just finished, if one has."""
         complete = progress.finished - progress.stopped - progress.failed
         counts = {"complete": complete, "stopped": progress.stopped, "failed": progress.failed}
@@ -56,7 +56,7 @@ class StudyMetrics:
 
 
 @contextmanager
-def served(address: str, study: str) -> Iterator[Callable[[StudyProgress], None]]:
+def served(address: str, study: str) -> Iterator[Callable[[SearchProgress], None]]:
     """What takes a study's progress in, while its metrics are served at ``address``; for "" it does nothing.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from was_search.fitness import FitnessName
+from was_search.origin import Origin
 from was_search.protocol import perplexity
 from was_search.shape import PROJECTIONS, FloatArray
 from was_search.slots import Slot, SlotState, tokens_saved
@@ -132,7 +133,7 @@ def progress_figure(
         name="best",
     )
     for name, label in (("uniform", "uniform"), ("fisher", "fisher seed")):
-        found = [s for s in done if s.origin == f"seed:{name}" and s.state is SlotState.COMPLETE]
+        found = [s for s in done if s.source == Origin.seed(name) and s.state is SlotState.COMPLETE]
         if found:
             figure.add_scatter(
                 x=at([0, len(done) - 1]),

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -27,34 +27,12 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from was_search.coordinator.search_progress import SearchProgress
 from was_search.fitness import UNITS, FitnessName
 from was_search.pool_state import PoolState
 from was_search.protocol import perplexity
 
 Advance = Callable[[], None]
-
-
-class StudyProgress(Protocol):
-    """What a search bar needs to know; ``was_workers.search.SearchProgress`` fits."""
-
-    @property
-    def total(self) -> int: ...
-    @property
-    def finished(self) -> int: ...
-    @property
-    def stopped(self) -> int: ...
-    @property
-    def saved(self) -> float: ...
-    @property
-    def failed(self) -> int: ...
-    @property
-    def best(self) -> Any: ...
-    @property
-    def current(self) -> Any: ...
-    @property
-    def activity(self) -> str: ...
-    @property
-    def pool(self) -> PoolState: ...
 
 
 class Reporter:
@@ -70,7 +48,7 @@ class Reporter:
     @contextmanager
     def search(
         self, name: str, protocol: str, fitness: FitnessName = "nll"
-    ) -> Iterator[Callable[[StudyProgress], None]]:
+    ) -> Iterator[Callable[[SearchProgress], None]]:
         """The search phase; losses shown are of ``fitness`` on the split named by ``protocol``."""
         yield lambda _: None
 
@@ -134,8 +112,8 @@ class JsonReporter(Reporter):
     @contextmanager
     def search(
         self, name: str, protocol: str, fitness: FitnessName = "nll"
-    ) -> Iterator[Callable[[StudyProgress], None]]:
-        def show(progress: StudyProgress) -> None:
+    ) -> Iterator[Callable[[SearchProgress], None]]:
+        def show(progress: SearchProgress) -> None:
             self._emit(
                 "trial",
                 study=name,
@@ -206,15 +184,15 @@ class RichReporter(QuietReporter):
     @contextmanager
     def search(
         self, name: str, protocol: str, fitness: FitnessName = "nll"
-    ) -> Iterator[Callable[[StudyProgress], None]]:
+    ) -> Iterator[Callable[[SearchProgress], None]]:
         started = time.perf_counter()
         first: list[int] = []
-        last: list[StudyProgress] = []
+        last: list[SearchProgress] = []
         self.console.print(f"  study [bold]{escape(name)}[/], losses on {escape(protocol)}", soft_wrap=True)
         with self._bar(TextColumn("{task.fields[figures]}")) as bar:
             task = bar.add_task("search", total=None, figures="")
 
-            def show(progress: StudyProgress) -> None:
+            def show(progress: SearchProgress) -> None:
                 first.append(progress.finished)
                 last[:] = [progress]
                 minutes = (time.perf_counter() - started) / 60
@@ -273,7 +251,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ca
     return table
 
 
-def _figures(progress: StudyProgress, rate: float, fitness: FitnessName, *, current: bool = True) -> str:
+def _figures(progress: SearchProgress, rate: float, fitness: FitnessName, *, current: bool = True) -> str:
     parts = [escape(progress.activity)] if progress.activity else []
     if (best := progress.best) is not None:
         shown = "" if best.nll_nats is None else f"ppl {perplexity(best.nll_nats):.3f}, "

@@ -16,6 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from was_search.errors import ConfigError
+from was_search.origin import OriginKind
 from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import Space
 from was_search.tpe import make_tpe
@@ -97,7 +98,7 @@ class Suggester:
         for slot in slots:
             if slot.params is None or slot.params.keys() != self._distributions.keys():
                 continue
-            if slot.origin.startswith("sampler:"):
+            if slot.source.kind is OriginKind.SAMPLER:
                 self._startup_left = max(0, self._startup_left - 1)
                 suggested += 1
             if self.observe(slot.number, slot.params):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from was_search.budget import Budget
-from was_search.descent import HIGHEST, DescentOptions
+from was_search.descent import HIGHEST_DESCENDED, DescentOptions
 from was_search.errors import InfeasibleError
 from was_search.greedy import path
 from was_search.shape import FloatArray, ModelShape
@@ -58,11 +58,11 @@ def fisher_seed(prices: FloatArray, grid: FloatArray, budget: Budget) -> Seed:
 
 def point_seed(name: str, sparsities: FloatArray, shape: ModelShape) -> Seed:
     """``sparsities`` [L, 7] as a seed whose table passes through them: a straight line from nothing dropped to
-    this point in every block, and on to :data:`was_search.descent.HIGHEST` everywhere.
+    this point in every block, and on to :data:`was_search.descent.HIGHEST_DESCENDED` everywhere.
     """
     blocks = []
     for row, weights in zip(sparsities, shape.params, strict=True):
-        rows = np.stack([np.zeros_like(row), row, np.full_like(row, HIGHEST)])
+        rows = np.stack([np.zeros_like(row), row, np.full_like(row, HIGHEST_DESCENDED)])
         levels = (rows * weights).sum(axis=1) / weights.sum()
         keep = np.concatenate([[True], np.diff(levels) > 1e-9])
         blocks.append(BlockTable(levels[keep], rows[keep]))
@@ -97,4 +97,4 @@ def retarget(sparsities: FloatArray, budget: Budget) -> FloatArray:
     mean = budget.flat_of(moved)
     if mean < budget.flat:
         moved = 1.0 - (1.0 - moved) * (1.0 - budget.flat) / (1.0 - mean)
-    return budget.onto(moved, HIGHEST)
+    return budget.onto(moved, HIGHEST_DESCENDED)

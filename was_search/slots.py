@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from was_search.origin import Origin
 from was_search.shape import FloatArray
 
 
@@ -31,7 +32,7 @@ class Slot:
         number: 0 .. N-1; the seeds come first.
         state: see :class:`SlotState`.
         attempt: hand-outs so far; 0 before the first.
-        origin: ``seed:<name>`` or ``sampler:<name>``; "" before a vector is chosen.
+        origin: where the vector comes from, as text: :class:`was_search.origin.Origin`; "" before one is chosen.
         params: the raw suggestion by Optuna parameter name, None before a vector is chosen.
         levels: the projected vector, float64 [L].
         sparsities: nominal, float64 [L, 7].
@@ -65,6 +66,11 @@ class Slot:
     error: str = ""
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+    @property
+    def source(self) -> Origin:
+        """The origin, read."""
+        return Origin.parse(self.origin)
 
 
 def best_slot(slots: list[Slot]) -> Slot | None:

@@ -17,7 +17,7 @@ from was_search.table import Table
 SpaceName = Literal["levels", "temperature", "additive", "full"]
 SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
 
-HIGHEST = 0.99
+HIGHEST_SAMPLED = 0.99
 """No projection goes above this sparsity, whatever a seed's table allows; the uniform table's end."""
 
 
@@ -129,11 +129,11 @@ class TemperatureSpace:
         split = self.table.sparsities(levels) - levels[:, None]
         raw = levels[:, None] + params["temperature"] * split
         rows = [
-            project(row, count, float(level), 0.0, HIGHEST)
+            project(row, count, float(level), 0.0, HIGHEST_SAMPLED)
             for row, count, level in zip(raw, self.budget.shape.params, levels, strict=True)
         ]
         # Another split of the same levels may take another time.
-        return self.budget.onto(np.stack(rows), HIGHEST)
+        return self.budget.onto(np.stack(rows), HIGHEST_SAMPLED)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         if seed.table.name == self.table.name:
@@ -183,7 +183,7 @@ class AdditiveSpace:
         raw = self.seed.sparsities + offsets[:n, None]
         for group, offset in zip(self.budget.shape.groups, offsets[n:], strict=True):
             raw[:, list(group)] += offset
-        return self.budget.onto(raw, HIGHEST)
+        return self.budget.onto(raw, HIGHEST_SAMPLED)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self.centre if seed.name == self.seed.name else None
@@ -203,7 +203,7 @@ class FullSpace:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        return {name: _around(value, self.radius, HIGHEST) for name, value in self.centre.items()}
+        return {name: _around(value, self.radius, HIGHEST_SAMPLED) for name, value in self.centre.items()}
 
     @property
     def centre(self) -> dict[str, float]:
@@ -216,7 +216,7 @@ class FullSpace:
         raw = np.empty(self.budget.shape.params.shape)
         for b, group in self._inputs:
             raw[b, list(group)] = params[f"{block_name(b, self.budget.shape.n_blocks)}_{group_name(group)}"]
-        return self.budget.onto(raw, HIGHEST)
+        return self.budget.onto(raw, HIGHEST_SAMPLED)
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
         return self._params(seed.sparsities)

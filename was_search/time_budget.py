@@ -17,7 +17,7 @@ from was_search.roots import TOLERANCE, falling_root
 from was_search.shape import FloatArray, ModelShape
 from was_search.table import Table
 
-HIGHEST = 0.95
+HIGHEST_TIMED = 0.95
 """Flat sparsity that decides which speed-ups can be had: prices are known that far."""
 
 
@@ -43,7 +43,7 @@ class TimeBudget:
         if not self.speedup <= at_most:
             raise ConfigError(
                 f"target_speedup: at most {at_most:.3f} is predicted to be possible (all projections at "
-                f"{100 * HIGHEST:g} %) on {self.profile.describe()}, got {self.speedup:g}"
+                f"{100 * HIGHEST_TIMED:g} %) on {self.profile.describe()}, got {self.speedup:g}"
             )
         if not self.speedup > at_least:
             raise ConfigError(
@@ -127,7 +127,7 @@ class TimeBudget:
 
 
 def speedups(profile: LatencyProfile) -> tuple[float, float]:
-    """The least speed-up (nothing skipped) and the greatest (all projections at :data:`HIGHEST`)."""
+    """The least speed-up (nothing skipped) and the greatest (all projections at :data:`HIGHEST_TIMED`)."""
     ones = np.ones(profile.shape.params.shape)
-    slowest, fastest = profile.predict(np.stack([0.0 * ones, HIGHEST * ones]))
+    slowest, fastest = profile.predict(np.stack([0.0 * ones, HIGHEST_TIMED * ones]))
     return profile.speedup(float(slowest)), profile.speedup(float(fastest))

@@ -14,15 +14,14 @@ import optuna
 from benchmarks.harness.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
 from benchmarks.harness.ledger import Exhausted, Ledger, Score
 from was_search.budget import SparsityBudget
-from was_search.descent import HIGHEST as DESCENT_HIGHEST
-from was_search.descent import DescentOptions, chain_seed, chain_steps
+from was_search.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed, chain_steps
 from was_search.errors import ConfigError
 from was_search.fitness import FitnessName
 from was_search.sampling import SamplerName, Suggester
 from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import SlotState
-from was_search.space import HIGHEST, SPACES, MonotoneSpace, Space, make_space
+from was_search.space import HIGHEST_SAMPLED, SPACES, MonotoneSpace, Space, make_space
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,13 @@ def _evolution(task: Task, ledger: Ledger) -> None:
             return units.reshape(shape)
 
         evolve(
-            ledger, scores[best], seed.sparsities.ravel(), weights, np.full(weights.shape, HIGHEST), projections, rng
+            ledger,
+            scores[best],
+            seed.sparsities.ravel(),
+            weights,
+            np.full(weights.shape, HIGHEST_SAMPLED),
+            projections,
+            rng,
         )
     else:
         weights = task.shape.block_params.astype(np.float64)
@@ -230,9 +235,9 @@ class Descents:
                 end = task.engine.descend(task.histograms, before, task.target, options, per_round, seed)
                 found.append(ledger.evaluate(end))
             mean = np.mean([score.sparsities for score in found], axis=0)
-            found.append(ledger.evaluate(task.budget.onto(mean, DESCENT_HIGHEST)))
+            found.append(ledger.evaluate(task.budget.onto(mean, HIGHEST_DESCENDED)))
             if self.half_way:
-                found.append(ledger.evaluate(task.budget.onto((before + mean) / 2.0, DESCENT_HIGHEST)))
+                found.append(ledger.evaluate(task.budget.onto((before + mean) / 2.0, HIGHEST_DESCENDED)))
             incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
         return incumbent
 

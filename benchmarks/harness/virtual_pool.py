@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from was_search.calls import Call, Held
+from was_search.coordinator.contracts import Outcome
+from was_search.coordinator.health import Health, QuarantinePolicy
 from was_search.model_calls import Evaluate
 from was_search.pool_state import PoolState
 from was_search.protocol import Evaluation
-from was_workers.pool import Outcome
-from was_workers.quarantine import Health, QuarantinePolicy
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Window:
 
 
 class VirtualPool:
-    """What :class:`was_workers.search.SearchLoop` needs of a pool.
+    """What :class:`was_search.coordinator.loop.SearchLoop` needs of a pool.
 
     Args:
         n_workers: how many.

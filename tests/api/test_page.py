@@ -14,11 +14,13 @@ import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from tests.workers.test_search_loop import SHAPE, Pool, evaluation, seeds
+from tests.search.coordinator.test_loop import SHAPE, Pool, evaluation, seeds
 from was_search.api.page import LivePage, kept_fresh
 from was_search.api.steered import Run
 from was_search.budget import SparsityBudget
 from was_search.control import LAST_SLOT, EndingKind
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
 from was_search.errors import ModelError, StudyError
 from was_search.page import StudyPage
 from was_search.slots import SlotState
@@ -27,7 +29,6 @@ from was_storage.database import Database
 from was_storage.session import CoordinatorSession
 from was_storage.studies import StudyRecord, StudyStore
 from was_storage.study_page import annotate
-from was_workers.search import SearchLoop, SearchOptions
 
 pytestmark = pytest.mark.postgres
 

@@ -13,7 +13,7 @@ from tests.workers.small_run import assert_each_finished_once, coarse_greedy, sm
 from was_search.api import Context, change, export, interpolate, may_interpolate, run_max_increase, run_targets, seed
 from was_search.api.calibrate import calibrate
 from was_search.api.search import search
-from was_search.bracket import Ending
+from was_search.bracket import BracketEnd
 from was_search.budget import SparsityBudget
 from was_search.control import Overrides
 from was_search.errors import StudyError
@@ -333,5 +333,5 @@ def test_a_limit_on_time_ends_the_probing(at, tmp_path: Path) -> None:
     with Context(at(0.6, max_ppl_increase="40%", max_seconds=0.01, **several)) as context:
         found = run_max_increase(context)
     assert found.bracket is not None
-    assert found.bracket.ending is Ending.CUT
+    assert found.bracket.ending is BracketEnd.CUT
     assert [probe.target for probe in found.bracket.probes] == [0.6]

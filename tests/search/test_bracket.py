@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from was_search.bracket import Bracket, Ending, Probe, find_highest
+from was_search.bracket import Bracket, BracketEnd, Probe, find_highest
 
 TOLERANCE = 0.005
 DEMO = ([0.0, 0.4, 0.5, 0.6, 0.7, 0.95], [0.0, 0.035, 0.087, 0.240, 0.731, 4.0])
@@ -47,7 +47,7 @@ def check(found: Bracket, curve: Callable[[float], float], limit: float) -> None
         assert not found.outside.increase <= limit
     if found.inside is not None and found.outside is not None:
         assert found.inside.target < found.outside.target
-        assert (found.ending is Ending.CLOSED) == (found.outside.target - found.inside.target < TOLERANCE)
+        assert (found.ending is BracketEnd.CLOSED) == (found.outside.target - found.inside.target < TOLERANCE)
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.05, 0.2, 1.0])
@@ -57,14 +57,14 @@ def test_smooth_curves_are_bracketed_within_six_probes(number: int, limit: float
     found = find_highest(curve, limit)
     check(found, curve, limit)
     if curve(0.9) <= limit:
-        assert found.ending is Ending.ALL_INSIDE
+        assert found.ending is BracketEnd.ALL_INSIDE
         assert found.inside == Probe(0.9, curve(0.9))
     elif curve(0.05) > limit:
-        assert found.ending is Ending.ALL_OUTSIDE
+        assert found.ending is BracketEnd.ALL_OUTSIDE
         assert found.inside is None
     else:
         root = brentq(lambda t: curve(t) - limit, 0.05, 0.9)
-        assert found.ending is Ending.CLOSED
+        assert found.ending is BracketEnd.CLOSED
         assert root - TOLERANCE < found.inside.target <= root < found.outside.target
 
 
@@ -73,7 +73,7 @@ def test_any_start_will_do(start: float) -> None:
     found = find_highest(tabled, 0.1, start=start)
     check(found, tabled, 0.1)
     assert found.probes[0].target == start
-    assert found.ending is Ending.CLOSED
+    assert found.ending is BracketEnd.CLOSED
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_is_outside(broken: float) -> None:
 
 def test_even_the_lowest_is_outside() -> None:
     found = find_highest(lambda t: 1.0 + t, 0.05)
-    assert found.ending is Ending.ALL_OUTSIDE
+    assert found.ending is BracketEnd.ALL_OUTSIDE
     assert found.probes[-1].target == 0.05
     assert found.inside is None
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import LinearConstraint, minimize
 
 from was_search.budget import SparsityBudget
-from was_search.descent import HIGHEST, DescentOptions, descend
+from was_search.descent import HIGHEST_DESCENDED, DescentOptions, descend
 from was_search.errors import InfeasibleError
 from was_search.shape import ModelShape
 
@@ -35,7 +35,7 @@ def best(target):
         lambda x: loss(x.reshape(4, 7)),
         np.full(28, target),
         jac=lambda x: slopes(x.reshape(4, 7)).ravel(),
-        bounds=[(0.0, HIGHEST)] * 28,
+        bounds=[(0.0, HIGHEST_DESCENDED)] * 28,
         constraints=[LinearConstraint(SHARE.ravel()[None], target, target)],
         method="trust-constr",
         options={"gtol": 1e-10, "xtol": 1e-12, "maxiter": 2000},
@@ -83,13 +83,13 @@ def test_every_point_that_slopes_are_asked_for_meets_the_budget_and_the_step():
     for point in asked:
         assert SHAPE.sparsity(point) == pytest.approx(0.7, abs=1e-12)
         assert point.min() >= 0.0
-        assert point.max() <= HIGHEST
+        assert point.max() <= HIGHEST_DESCENDED
     # Clipped at twice the step; projecting onto the budget shifts all by at most that much again.
     assert max(np.abs(b - a).max() for a, b in itertools.pairwise(asked)) <= 4 * 0.03
 
 
 def test_equal_slopes_per_parameter_move_nothing():
-    start = BUDGET.onto(CENTRE, HIGHEST)
+    start = BUDGET.onto(CENTRE, HIGHEST_DESCENDED)
     found = descend(lambda _: SHARE, start, BUDGET, DescentOptions(rounds=3))
     np.testing.assert_allclose(found, start, atol=1e-12)
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 
 from was_search.budget import SparsityBudget
-from was_search.descent import HIGHEST
+from was_search.descent import HIGHEST_DESCENDED
 from was_search.errors import InfeasibleError
 from was_search.greedy import block_path, spend
 from was_search.pricing import DEFAULT_GRID
@@ -61,16 +61,16 @@ def test_a_block_of_the_fisher_table_depends_on_its_own_prices_alone():
 
 @pytest.mark.parametrize("target", [0.05, 0.6, 0.949])
 def test_a_point_is_a_seed_on_a_table_of_its_own(target):
-    point = SparsityBudget(SHAPE, target).onto(np.random.default_rng(1).uniform(0, 1, (3, 7)), HIGHEST)
+    point = SparsityBudget(SHAPE, target).onto(np.random.default_rng(1).uniform(0, 1, (3, 7)), HIGHEST_DESCENDED)
     seed = point_seed("descent:0:mean", point, SHAPE)
     check(seed, target)
     np.testing.assert_array_equal(seed.sparsities, point)
     np.testing.assert_allclose(seed.table.sparsities(seed.levels / 2), point / 2, atol=1e-12)  # straight lines
-    np.testing.assert_allclose(seed.table.max_levels, HIGHEST)
+    np.testing.assert_allclose(seed.table.max_levels, HIGHEST_DESCENDED)
 
 
 def test_a_block_at_its_highest_needs_no_row_above():
-    seed = point_seed("full", np.full((3, 7), HIGHEST), SHAPE)
+    seed = point_seed("full", np.full((3, 7), HIGHEST_DESCENDED), SHAPE)
     assert all(len(block.levels) == 2 for block in seed.table.blocks)
 
 
@@ -83,8 +83,8 @@ def test_a_vector_moved_down_meets_the_budget_and_keeps_differences(target):
     found = fisher_seed(PRICES, DEFAULT_GRID, SparsityBudget(SHAPE, 0.5)).sparsities
     moved = retarget(found, SparsityBudget(SHAPE, target))
     assert SHAPE.sparsity(moved) == pytest.approx(target, abs=1e-12)  # float64 sums
-    assert np.all((moved >= 0.0) & (moved <= HIGHEST))
-    inside = (moved > 0.0) & (moved < HIGHEST)
+    assert np.all((moved >= 0.0) & (moved <= HIGHEST_DESCENDED))
+    inside = (moved > 0.0) & (moved < HIGHEST_DESCENDED)
     assert np.ptp((moved - found)[inside]) < 1e-12
 
 
@@ -93,11 +93,11 @@ def test_a_vector_moved_up_meets_the_budget_and_keeps_ratios_of_what_is_kept(tar
     found = fisher_seed(PRICES, DEFAULT_GRID, SparsityBudget(SHAPE, 0.5)).sparsities
     moved = retarget(found, SparsityBudget(SHAPE, target))
     assert SHAPE.sparsity(moved) == pytest.approx(target, abs=1e-12)  # float64 sums
-    assert np.all((moved >= 0.0) & (moved <= HIGHEST))
-    if 1 - (1 - found.max()) * (1 - target) / 0.5 <= HIGHEST:  # no bound is met
+    assert np.all((moved >= 0.0) & (moved <= HIGHEST_DESCENDED))
+    if 1 - (1 - found.max()) * (1 - target) / 0.5 <= HIGHEST_DESCENDED:  # no bound is met
         np.testing.assert_allclose((1 - moved) / (1 - found), (1 - target) / 0.5, rtol=1e-12)
     else:
-        inside = moved < HIGHEST
+        inside = moved < HIGHEST_DESCENDED
         scaled = 1 - (1 - found) * (1 - target) / 0.5
         assert np.ptp((moved - scaled)[inside]) < 1e-12  # what the bound cuts off is spread evenly
 
@@ -110,7 +110,7 @@ def test_a_vector_moved_down_is_the_nearest_one():
         lambda s: float(weights @ (s - found.ravel()) ** 2),
         np.full(found.size, 0.3),
         jac=lambda s: 2 * weights * (s - found.ravel()),
-        bounds=[(0.0, HIGHEST)] * found.size,
+        bounds=[(0.0, HIGHEST_DESCENDED)] * found.size,
         constraints=[{"type": "eq", "fun": lambda s: weights @ s - 0.3, "jac": lambda s: weights}],
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 1000},
@@ -135,14 +135,14 @@ def test_a_seed_at_a_vector_lies_on_its_own_table():
     seed = point_seed("warm", retarget(found, BUDGET), SHAPE)
     check(seed, 0.6)
     assert seed.table.name == "warm"
-    np.testing.assert_allclose(seed.table.max_levels, HIGHEST)
+    np.testing.assert_allclose(seed.table.max_levels, HIGHEST_DESCENDED)
     half = seed.table.sparsities(seed.levels / 2)
     np.testing.assert_allclose(half, seed.sparsities / 2, atol=1e-12)
 
 
 def test_blocks_at_an_end_need_no_row_of_their_own():
     sparsities = np.full((3, 7), 0.5)
-    sparsities[0], sparsities[2] = 0.0, HIGHEST
+    sparsities[0], sparsities[2] = 0.0, HIGHEST_DESCENDED
     seed = point_seed("warm", sparsities, SHAPE)
     assert [len(block.levels) for block in seed.table.blocks] == [2, 3, 2]
     np.testing.assert_allclose(seed.table.sparsities(seed.levels), sparsities, atol=1e-12)

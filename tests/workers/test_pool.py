@@ -19,7 +19,7 @@ from tests.workers.bowl_worker import bowl_worker
 from was_search import __version__
 from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
 from was_search.worker_range import WorkerRange
-from was_workers.calls import PREPARE, Call, Calls, Ending
+from was_workers.calls import PREPARE, Call, CallEnd, Calls
 from was_workers.cluster import Cluster, connect
 from was_workers.crew import PREPARE_SECONDS, Crew
 from was_workers.members import Member
@@ -274,7 +274,7 @@ def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
     crew = Crew(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
     member = Member(0, None)
-    ending = Ending(Call(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
+    ending = CallEnd(Call(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
     for _ in range(100):
         crew.settle(ending)
     assert member.failures == 0
@@ -292,10 +292,10 @@ def test_a_node_without_its_gpu_ends_nothing_while_others_still_load(monkeypatch
     crew.members = [Member(i, f"actor-{i}", place=Place("node", "host", i)) for i in range(2)] + [Member(2, "waits")]
     error = ResourceError("device: cuda was asked for and no GPU was found")
     first, second, _ = crew.members
-    crew.settle(Ending(Call(first, PREPARE), raised=error))
+    crew.settle(CallEnd(Call(first, PREPARE), raised=error))
     assert (killed, crew.n_given_up) == (["actor-0"], 1)
     with pytest.raises(ResourceError, match="no GPU was found"):
-        crew.settle(Ending(Call(second, PREPARE), raised=error))
+        crew.settle(CallEnd(Call(second, PREPARE), raised=error))
 
 
 def test_a_machines_processors_are_divided_anew_when_the_pool_changes(

@@ -13,18 +13,20 @@ from statistics import median
 import pytest
 
 import was_workers.pool as pool_module
+from tests.search.coordinator.loop_doubles import SHAPE, Book, seeds
 from tests.workers.bowl_worker import bowl_worker, evaluations
-from tests.workers.loop_doubles import SHAPE, Book, seeds
 from was_search.budget import SparsityBudget
 from was_search.calls import Work
+from was_search.coordinator.health import Health, QuarantinePolicy
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.search_progress import SearchProgress
 from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
 from was_workers import quarantine
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
-from was_workers.quarantine import Health, QuarantinePolicy
-from was_workers.search import SearchLoop, SearchOptions, SearchProgress
 from was_workers.worker import WorkerSpec
 
 EVALUATION = Work("an evaluation")

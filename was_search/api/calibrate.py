@@ -61,7 +61,7 @@ def _calibrate(context: Context) -> Calibration:
         context.reporter.cached("calibrate", _describe(context), time.perf_counter() - started)
         return found
 
-    from was_workers.phases import histogram_runner
+    from was_search.coordinator.phases import histogram_runner
 
     data, pool = context.tokens("calibration"), context.pool
     shape = pool.infos[0].shape
@@ -91,7 +91,7 @@ def _operating_point(
         context.reporter.cached(f"calibrate at {name}", "operating point", time.perf_counter() - started)
         return found
 
-    from was_workers.phases import histogram_runner
+    from was_search.coordinator.phases import histogram_runner
 
     with context.phase(f"calibrate at {name}") as advance:
         runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)

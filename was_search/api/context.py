@@ -215,9 +215,9 @@ class Context:
     @_shared
     def pool(self) -> Pool:
         """The workers; the first of a fixed number, or the least of a range, is ready when this returns."""
+        from was_search.coordinator.health import QuarantinePolicy
         from was_search.empty_model import empty_model
         from was_workers.pool import Pool
-        from was_workers.quarantine import QuarantinePolicy
         from was_workers.worker import WorkerSpec
 
         settings, placement = self.settings, self.placement

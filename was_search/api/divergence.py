@@ -54,7 +54,7 @@ def _dense_top(context: Context) -> DenseTop:
         context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
         return found
 
-    from was_workers import phases
+    from was_search.coordinator import phases
 
     pool = context.pool
     parts = len(phases.fine_shards(pool, data))

@@ -23,6 +23,7 @@ from was_search.calls import Shared
 from was_search.divergence import DenseTop
 from was_search.errors import ConfigError, StorageError, StudyError
 from was_search.model_calls import EvaluateThresholds, Norms
+from was_search.origin import Origin, OriginKind
 from was_search.plan import Plan, require_writable
 from was_search.protocol import Evaluation, content_hash, perplexity
 from was_search.report import gap_nats
@@ -223,8 +224,8 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         )
     calibration = calibrate(context)
     contenders = [Contender(f"best (slot {best.number})", best)]
-    if not best.origin.startswith("seed:"):
-        contenders += [Contender("fisher seed", s) for s in result.slots if s.origin == "seed:fisher"]
+    if best.source.kind is not OriginKind.SEED:
+        contenders += [Contender("fisher seed", s) for s in result.slots if s.source == Origin.seed("fisher")]
     points = [operating_point(context, calibration, c.sparsities, c.name) for c in contenders]
     on_search = measure(
         context,

@@ -12,7 +12,7 @@ from was_search.api.export import Request, make_plan, measure, plan_gap_nats
 from was_search.api.search import identity, model_label, study_name
 from was_search.api.warm import winner
 from was_search.budget import SparsityBudget
-from was_search.descent import HIGHEST
+from was_search.descent import HIGHEST_DESCENDED
 from was_search.errors import ConfigError, StudyError
 from was_search.plan import Plan, require_writable
 from was_search.protocol import content_hash
@@ -23,7 +23,7 @@ from was_search.slots import Slot
 if TYPE_CHECKING:
     from was_storage.studies import StudyRecord
 
-SHARED = ("model", "score", "masks", "fitness", "search data", "calibration data")
+IN_COMMON = ("model", "score", "masks", "fitness", "search data", "calibration data")
 """What studies must share for a vector between theirs to mean something, and for their losses to be compared."""
 
 
@@ -116,7 +116,7 @@ def between(below: Neighbour, above: Neighbour, shape: ModelShape, target: float
     """Sparsities [L, 7] on the straight line between two winners at ``target``, exactly on the budget."""
     share = (target - below.target) / (above.target - below.target)
     line: FloatArray = (1.0 - share) * below.sparsities + share * above.sparsities
-    return SparsityBudget(shape, target).onto(line, HIGHEST)
+    return SparsityBudget(shape, target).onto(line, HIGHEST_DESCENDED)
 
 
 def _alike(context: Context) -> list[StudyRecord]:
@@ -126,7 +126,7 @@ def _alike(context: Context) -> list[StudyRecord]:
     return [
         record
         for record in StudyStore(context.database).list()
-        if "target" in record.identity and not any(_differs(record, mine, key) for key in SHARED)
+        if "target" in record.identity and not any(_differs(record, mine, key) for key in IN_COMMON)
     ]
 
 

@@ -16,7 +16,7 @@ from was_search.api.targets import (
     run_at,
     sibling,
 )
-from was_search.bracket import Bracket, Ending, Probe, find_highest
+from was_search.bracket import Bracket, BracketEnd, Probe, find_highest
 from was_search.errors import ConfigError
 from was_search.report import increase
 from was_search.statistics import paired_interval
@@ -91,7 +91,7 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
     except _TimeIsUpError:
         if not runs:
             raise nothing_complete() from None
-        bracket = Bracket(limit, tuple(Probe(run.target, increase_on_search(run)) for run in runs), Ending.CUT)
+        bracket = Bracket(limit, tuple(Probe(run.target, increase_on_search(run)) for run in runs), BracketEnd.CUT)
     inside = bracket.inside
     answer = None if inside is None else next(run for run in runs if run.target == inside.target)
     pareto = report_targets(context, runs)
@@ -116,10 +116,10 @@ def conclusion(bracket: Bracket) -> str:
         )
     answer = f"target {100 * inside.target:g} % is inside {limit}: {100 * inside.increase:+.2f} % on the search split"
     if outside is None:
-        highest = bracket.ending is Ending.ALL_INSIDE
+        highest = bracket.ending is BracketEnd.ALL_INSIDE
         return f"{answer}; {'that is the highest target tried for' if highest else 'nothing higher was tried'}"
     beyond = f"{100 * outside.target:g} % is outside: {100 * outside.increase:+.2f} %"
-    if bracket.ending is Ending.CLOSED:
+    if bracket.ending is BracketEnd.CLOSED:
         return f"{answer}; {beyond}"
     width = 100 * (outside.target - inside.target)
     return f"{answer}; {beyond}; after {len(bracket.probes)} probes {width:.1f} points between them are left open"

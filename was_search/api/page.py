@@ -15,9 +15,9 @@ from was_search.api.notify import failure_words
 from was_search.api.seed import sensitivity
 from was_search.api.steered import Run
 from was_search.control import Ending, EndingKind
+from was_search.coordinator.search_progress import SearchProgress
 from was_search.errors import StudyError
 from was_search.page import StudyPage
-from was_search.progress import StudyProgress
 from was_search.refresher import Refresher
 from was_search.seeds import Seed
 from was_search.slots import Slot
@@ -68,7 +68,7 @@ class LivePage:
         self._report = report
         self.play = "starting"
 
-    def update(self, progress: StudyProgress) -> bool:
+    def update(self, progress: SearchProgress) -> bool:
         """Take in how the search goes; whether there is anything new to show."""
         counts = ", ".join(f"{n} {state}" for state, n in progress.pool.counts.items() if n)
         activity = progress.activity or "running"
@@ -92,7 +92,7 @@ class LivePage:
 
     def write_last(self, ending: Ending) -> None:
         """Bring the page up to date at the end of the run; a failure is logged and changes nothing."""
-        from was_workers.slot_book import durable
+        from was_search.coordinator.durable import durable
 
         self.play = str(ending)
         try:

@@ -21,6 +21,7 @@ from was_search.api.page import report_study
 from was_search.api.search import SearchResult, search
 from was_search.control import EndingKind
 from was_search.latency import LatencyProfile
+from was_search.origin import Origin, OriginKind
 from was_search.plan import Plan, require_writable
 from was_search.protocol import perplexity
 from was_search.report import GAP_MEANING, gap_nats, interval_json
@@ -108,7 +109,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     """
     calibration = calibrate(context)
     vectors = {_ROW_NAMES.get(seed.name, seed.name): seed.sparsities for seed in found.seeds}
-    is_seed = plan.provenance["origin"].startswith("seed:")
+    is_seed = Origin.parse(plan.provenance["origin"]).kind is OriginKind.SEED
     vectors[f"best (slot {plan.provenance['slot']}{', seed' if is_seed else ''})"] = plan.sparsities
     points: dict[str, OperatingPoint | None] = {"dense": None}
     for name, sparsities in vectors.items():

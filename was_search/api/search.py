@@ -24,11 +24,11 @@ from was_search.api.seed import descent_words, seed, seed_identity
 from was_search.api.steered import elsewhere, over_already, written_down
 from was_search.api.warm import warm_seeds
 from was_search.control import LAST_SLOT, TOGETHER, Ending, EndingKind, limits_of
+from was_search.coordinator.search_progress import SearchProgress
 from was_search.descent import DescentOptions, chain_steps
 from was_search.fitness import fitness_identity
 from was_search.metrics import served
 from was_search.page import tally
-from was_search.progress import StudyProgress
 from was_search.protocol import content_hash
 from was_search.seeds import Seed
 from was_search.settings import Settings
@@ -36,7 +36,7 @@ from was_search.signals import draining
 from was_search.slots import Slot, SlotState, best_slot
 
 if TYPE_CHECKING:
-    from was_workers.descents import DescentPlan
+    from was_search.coordinator.descents import DescentPlan
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def _search_named(context: Context, name: str) -> SearchResult:
             context.reporter.cached("search", f"study {name}, {words}", time.perf_counter() - started)
             return result
 
-        from was_workers.search import SearchLoop, SearchOptions
+        from was_search.coordinator.loop import SearchLoop
+        from was_search.coordinator.options import SearchOptions
 
         options = SearchOptions(
             budget=budget_of(context, calibration.shape),
@@ -142,7 +143,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
             served(settings.metrics, name) as measure,
         ):
 
-            def progress(state: StudyProgress) -> None:
+            def progress(state: SearchProgress) -> None:
                 show(state)
                 measure(state)
                 if page.update(state):
@@ -158,7 +159,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
                 options=options,
                 top=top,
                 drain=drain,
-                desk=run.desk,
+                run_control=run.desk,
                 progress=progress,
             )
             slots = loop.run()
@@ -171,7 +172,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
 
 def descent_plan(context: Context) -> DescentPlan | None:
     """The descents of the settings, None if there are none."""
-    from was_workers.descents import DescentPlan
+    from was_search.coordinator.descents import DescentPlan
 
     settings = context.settings
     if not settings.descent_epochs:

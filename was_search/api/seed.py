@@ -123,7 +123,7 @@ def _fisher_prices(
         context.reporter.cached("price (Fisher)", data.protocol.brief(), time.perf_counter() - started)
         return found
 
-    from was_workers import phases
+    from was_search.coordinator import phases
 
     pool = context.pool
     parts = len(phases.fine_shards(pool, data))
@@ -160,7 +160,7 @@ def greedy_table(context: Context, calibration: Calibration) -> Table:
         context.reporter.cached("greedy table", data.protocol.brief(), time.perf_counter() - started)
         return found
 
-    from was_workers import phases
+    from was_search.coordinator import phases
 
     with context.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
         table = phases.greedy_table(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from was_search.api.context import Context
 from was_search.api.latency import budget_of, target_label
 from was_search.errors import StudyError
+from was_search.origin import Origin
 from was_search.seeds import Seed, point_seed, retarget
 from was_search.shape import ModelShape
 from was_search.slots import Slot, best_slot
@@ -49,7 +50,7 @@ def _warm_seed(context: Context, study: str) -> Seed:
     if own is not None:
         # The earlier study may have got better since, and a study's seeds never change.
         for slot in store.slots(study):
-            if slot.origin == f"seed:{WARM}" and slot.sparsities is not None:
+            if slot.source == Origin.seed(WARM) and slot.sparsities is not None:
                 return point_seed(WARM, slot.sparsities, ModelShape.from_json(own.shape))
     record = store.get(settings.warm_start)
     _require_same(record, "model", context.fingerprint)

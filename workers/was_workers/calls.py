@@ -17,31 +17,6 @@ PLACE, PREPARE = -2, -1
 """Tickets of the calls that tell where a worker is, and that make it load its model."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended.
-
-    Attributes:
-        ticket: the call's.
-        worker: its worker's name.
-        value: what it returned.
-        error: what it raised.
-        lost: the worker died, missed its deadline or was taken off the call, which may be repeated.
-        blameless: the call was lost for no fault of its own: its node was taken away, or its worker is in quarantine.
-        index: the worker's number, which outlasts restarts; -1 where there is none.
-        seconds: from its start until its end was seen.
-    """
-
-    ticket: int
-    worker: str
-    value: Any = None
-    error: BaseException | None = None
-    lost: bool = False
-    blameless: bool = False
-    index: int = -1
-    seconds: float = 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call in flight: its worker, its ticket, and the monotonic seconds by which it is to end and of its start."""
@@ -64,7 +39,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Ending:
+class CallEnd:
     """What became of a call: it returned ``value``, its code ``raised``, or it is ``gone`` with its process."""
 
     call: Call
@@ -121,7 +96,7 @@ class Calls:
             ready, _ = ray.wait(list(self._by_reference), num_returns=len(self._by_reference), timeout=0)
         return [self._by_reference[reference] for reference in ready]
 
-    def take(self, call: Call) -> Ending | None:
+    def take(self, call: Call) -> CallEnd | None:
         """How a call of :meth:`wait` ended; None where it has been dropped since.
 
         Raises:
@@ -130,10 +105,10 @@ class Calls:
         if not self.drop(call):
             return None
         try:
-            return Ending(call, value=ray.get(call.reference, timeout=60))
+            return CallEnd(call, value=ray.get(call.reference, timeout=60))
         except RayTaskError as error:
-            return Ending(call, raised=error.cause if isinstance(error.cause, BaseException) else error)
+            return CallEnd(call, raised=error.cause if isinstance(error.cause, BaseException) else error)
         except (RuntimeEnvSetupError, ActorUnschedulableError) as error:
             raise ResourceError(f"ray: {call.member.name} cannot be started: {error}") from error
         except RayError as error:  # the process, its node or its results are gone
-            return Ending(call, gone=error)
+            return CallEnd(call, gone=error)

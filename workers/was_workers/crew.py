@@ -14,8 +14,9 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from was_search import __version__
+from was_search.coordinator.contracts import Outcome
 from was_search.errors import DeviceLostError, ResourceError, TransientError
-from was_workers.calls import PLACE, PREPARE, Call, Calls, Ending, Outcome
+from was_workers.calls import PLACE, PREPARE, Call, CallEnd, Calls
 from was_workers.members import Member, Quarantine
 from was_workers.threads import ThreadShare
 from was_workers.worker import WorkerInfo
@@ -153,7 +154,7 @@ class Crew:
             if alone:
                 return
 
-    def settle(self, ending: Ending) -> None:
+    def settle(self, ending: CallEnd) -> None:
         """Go on with a worker whose call has ended.
 
         Raises:

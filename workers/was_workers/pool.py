@@ -12,20 +12,19 @@ from typing import Any, TypeVar
 import ray
 
 from was_search.calls import Call, Shared
+from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome
+from was_search.coordinator.health import Health, QuarantinePolicy
+from was_search.coordinator.mapping import map_calls
 from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.worker_range import WorkerRange
-from was_workers.calls import Calls, Outcome
+from was_workers.calls import Calls
 from was_workers.cluster import Cluster
 from was_workers.crew import PREPARE_SECONDS, Crew
-from was_workers.mapping import map_calls
-from was_workers.quarantine import LONGEST_CALL_SECONDS, Health, QuarantinePolicy
 from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
-
-__all__ = ["Outcome", "Pool"]
 
 T = TypeVar("T")
 
@@ -270,7 +269,7 @@ class Pool:
     def map(
         self, calls: Sequence[Call[T]], *, phase: str = "", done: Callable[[], None] = lambda: None, **options: Any
     ) -> list[T]:
-        """Results of ``calls`` in their order; see :func:`was_workers.mapping.map_calls`."""
+        """Results of ``calls`` in their order; see :func:`was_search.coordinator.mapping.map_calls`."""
         return map_calls(self, calls, phase=phase, done=done, **options)
 
     def _wait_for(self, there: Callable[[], bool], what: str, timeout_seconds: float) -> None:

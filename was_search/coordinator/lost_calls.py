@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Hashable, Set
-from typing import Protocol, TypeVar
+from collections.abc import Hashable
+from typing import TypeVar
 
-from was_workers.calls import Outcome
-from was_workers.quarantine import Health
+from was_search.coordinator.contracts import Outcome, WorkerPool
 
 _FAR_TOO_OFTEN = 3
 """A call that was lost so many times ``max_attempts`` is given up, whoever lost it."""
@@ -15,18 +14,8 @@ _FAR_TOO_OFTEN = 3
 CallT = TypeVar("CallT", bound=Hashable)
 
 
-class Crowd(Protocol):
-    """What is needed of the pool."""
-
-    @property
-    def health(self) -> Health: ...
-
-    @property
-    def proven(self) -> Set[int]: ...
-
-
-class Losses:
-    """Counts the losses of calls, and says when one is to be given up.
+class LostCalls:
+    """Counts how often calls were lost, and says when one is to be given up.
 
     That is when ``max_attempts`` workers have lost it; or fewer, where there are no more, and all of them together so
     many times. What a worker lost that is in quarantine since does not count, nor does what it loses on the way
@@ -37,7 +26,7 @@ class Losses:
         max_attempts: of one call.
     """
 
-    def __init__(self, pool: Crowd, max_attempts: int) -> None:
+    def __init__(self, pool: WorkerPool, max_attempts: int) -> None:
         self._pool = pool
         self._max_attempts = max_attempts
         self._by: defaultdict[Hashable, Counter[int]] = defaultdict(Counter)

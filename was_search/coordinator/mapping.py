@@ -5,39 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 from was_search.calls import Call
+from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome, WorkerPool
+from was_search.coordinator.lost_calls import LostCalls
 from was_search.errors import TransientError
 from was_search.logs import bound, bound_fields, event
-from was_workers.calls import Outcome
-from was_workers.losses import Crowd, Losses
-from was_workers.quarantine import LONGEST_CALL_SECONDS
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-class Hands(Crowd, Protocol):
-    """What is needed of the pool."""
-
-    @property
-    def n_idle(self) -> int: ...
-
-    @property
-    def next_idle(self) -> str: ...
-
-    @property
-    def next_index(self) -> int: ...
-
-    def submit(self, call: Call[Any], *, deadline_seconds: float, about: Mapping[str, Any] | None = None) -> int: ...
-
-    def wait(self, timeout_seconds: float) -> list[Outcome]: ...
-
-
 def map_calls(
-    pool: Hands,
+    pool: WorkerPool,
     calls: Sequence[Call[T]],
     *,
     phase: str = "",
@@ -55,9 +37,9 @@ def map_calls(
         calls: one or more.
         phase: for the log, here and on the workers; "" for none.
         done: called after each result.
-        max_attempts: of one call; see :class:`was_workers.losses.Losses`.
+        max_attempts: of one call; see :class:`was_search.coordinator.lost_calls.LostCalls`.
         deadline_seconds: after which a call is taken for lost; before that by measure, see
-            :meth:`was_workers.quarantine.Health.patience`.
+            :meth:`was_search.coordinator.health.Health.patience`.
 
     Raises:
         TransientError: a call was lost too often.
@@ -70,7 +52,7 @@ def map_calls(
 class _Map(Generic[T]):
     def __init__(
         self,
-        pool: Hands,
+        pool: WorkerPool,
         calls: Sequence[Call[T]],
         phase: str,
         done: Callable[[], None],
@@ -87,7 +69,7 @@ class _Map(Generic[T]):
         self._running: dict[int, int] = {}
         self._results: dict[int, T] = {}
         self._attempts: Counter[int] = Counter()
-        self._losses = Losses(pool, max_attempts)
+        self._lost = LostCalls(pool, max_attempts)
 
     def run(self) -> list[T]:
         started = time.monotonic()
@@ -105,7 +87,7 @@ class _Map(Generic[T]):
         return [self._results[number] for number in range(len(self._calls))]
 
     def _hand_out(self) -> None:
-        number = self._losses.next_for(self._pool.next_index, self._waiting)
+        number = self._lost.next_for(self._pool.next_index, self._waiting)
         self._attempts[number] += 1
         about = None
         if self._phase:
@@ -124,8 +106,8 @@ class _Map(Generic[T]):
         if not outcome.lost and not isinstance(error, TransientError):
             raise error
         reason = f"{type(error).__name__}: {error}"
-        if self._losses.lost(number, outcome, reason):
-            name, times = self._calls[number].name, self._losses.count(number)
+        if self._lost.lost(number, outcome, reason):
+            name, times = self._calls[number].name, self._lost.count(number)
             if not outcome.lost:
                 raise error
             raise TransientError(f"{name}: lost {times} times, last on {outcome.worker}: {error}")

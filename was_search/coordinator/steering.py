@@ -6,14 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from was_search.control import NOTHING_SPENT, Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
+from was_search.coordinator.contracts import RunControl, WorkerPool
+from was_search.coordinator.durable import durable
 from was_search.errors import ResourceError
-from was_search.pool_state import PoolState
 from was_search.slots import Slot
 from was_search.worker_range import WorkerRange
-from was_workers.slot_book import durable
 
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 5.0
@@ -24,36 +23,11 @@ _RANK = (EndingKind.STOPPED, EndingKind.DRAINED, EndingKind.CANCELLED)
 _logger = logging.getLogger(__name__)
 
 
-class Desk(Protocol):
-    """Where wishes lie and a run is written down: ``was_storage``'s ControlDesk."""
-
-    def spent_before(self) -> Spent: ...
-
-    def read(self) -> Control: ...
-
-    def beat(self, usage: Usage) -> object: ...
-
-
-class Resizable(Protocol):
-    """What steering needs of the pool."""
-
-    @property
-    def state(self) -> PoolState: ...
-
-    @property
-    def n_loaded(self) -> int: ...
-
-    @property
-    def gpus_per_worker(self) -> float: ...
-
-    def resize(self, n_workers: WorkerRange) -> None: ...
-
-
 class Steering:
     """Knows whether the loop may hand out, and why it is to end.
 
     Args:
-        desk: None where nobody can ask for anything; then only ``drain`` and those limits count that need no
+        run_control: None where nobody can ask for anything; then only ``drain`` and those limits count that need no
             earlier runs' figures.
         pool: resized as asked.
         limits: of the run's own settings; what ``was-search set`` says goes before them.
@@ -65,8 +39,8 @@ class Steering:
 
     def __init__(
         self,
-        desk: Desk | None,
-        pool: Resizable,
+        run_control: RunControl | None,
+        pool: WorkerPool,
         *,
         limits: Limits,
         drain: threading.Event,
@@ -75,13 +49,13 @@ class Steering:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._elsewhere = self._shared = elsewhere
-        self._desk = None if desk is None else durable(desk)
+        self._run_control = None if run_control is None else durable(run_control)
         self._pool = pool
         self._own_limits = self._limits = limits
         self._drain = drain
         self._tally = Tally.of(slots)
         self._clock = clock
-        self._before = Spent() if self._desk is None else self._desk.spent_before()
+        self._before = Spent() if self._run_control is None else self._run_control.spent_before()
         self._last = clock()
         self._next_read = self._next_beat = self._last
         self._seconds = self._gpu_seconds = self._worker_seconds = 0.0
@@ -109,8 +83,8 @@ class Steering:
         control = None
         if self._drain.is_set():
             self._end(Ending(EndingKind.DRAINED, "interrupted"))
-        if self._desk is not None and self._last >= self._next_read:
-            control = self._desk.read()
+        if self._run_control is not None and self._last >= self._next_read:
+            control = self._run_control.read()
             self._next_read = self._last + POLL_SECONDS
             self._obey(control)
         if rule := self._limits.met(self._spent(), self._tally, self._shared):
@@ -121,11 +95,11 @@ class Steering:
 
     def beat(self) -> None:
         """Write down how the run goes."""
-        if self._desk is None:
+        if self._run_control is None:
             return
         own = Spent(self._seconds, self._gpu_seconds)
         pool = self._pool.state
-        self._desk.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool, self.activity))
+        self._run_control.beat(Usage(own, self._worker_seconds, pool.placed, self.paused, pool, self.activity))
         self._next_beat = self._last + BEAT_SECONDS
 
     def _spent(self) -> Spent:
@@ -137,7 +111,7 @@ class Steering:
         passed, self._last = now - self._last, now
         if not self.paused:
             self._seconds += passed
-        if self._desk is not None:
+        if self._run_control is not None:
             worker_seconds = passed * self._pool.n_loaded
             self._worker_seconds += worker_seconds
             self._gpu_seconds += worker_seconds * self._pool.gpus_per_worker

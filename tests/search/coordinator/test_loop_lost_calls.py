@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.workers.loop_doubles import Book, evaluation
+from tests.search.coordinator.loop_doubles import Book, evaluation
+from was_search.coordinator.durable import durable
 from was_search.errors import ModelError, TransientError
 from was_search.slots import SlotState
-from was_workers.slot_book import durable
 
 
 def test_a_lost_call_is_repeated_with_the_same_vector(run) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.workers.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
-from tests.workers.loop_doubles import Pool as AnsweringPool
+from tests.search.coordinator.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
+from tests.search.coordinator.loop_doubles import Pool as AnsweringPool
 from was_search.budget import SparsityBudget
 from was_search.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.steering import Steering
 from was_search.errors import ResourceError, TransientError
 from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
-from was_workers.search import SearchLoop, SearchOptions
-from was_workers.steering import Steering
 
 NOTHING = Spent()
 
@@ -284,7 +285,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
             seeds=seeds(),
             options=options,
             drain=threading.Event(),
-            desk=desk,
+            run_control=desk,
             clock=clock,
         )
 
@@ -413,7 +414,7 @@ def test_slots_whose_vectors_were_chosen_ahead_are_dropped_like_others(loop, mon
         n_workers = n_loaded = 16
         gpus_per_worker = 0.0
 
-    monkeypatch.setattr("tests.workers.test_steering.Pool", Pool)
+    monkeypatch.setattr("tests.search.coordinator.test_steering.Pool", Pool)
     book, desk = ShrinkingBook(160), Desk()
     ahead: list[int] = []
 

@@ -11,6 +11,15 @@ from typing import Any
 
 from was_search.calls import Work
 from was_search.control import LAST_SLOT, Control
+from was_search.coordinator.chooser import Chooser
+from was_search.coordinator.contracts import Outcome, RunControl, SlotStore, WorkerPool
+from was_search.coordinator.descents import Descents
+from was_search.coordinator.durable import durable
+from was_search.coordinator.lost_calls import LostCalls
+from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.search_progress import SearchProgress
+from was_search.coordinator.slot_table import SlotTable
+from was_search.coordinator.steering import Steering
 from was_search.divergence import DenseTop
 from was_search.errors import InfeasibleError, TransientError
 from was_search.hand_out import HandOut, Result
@@ -21,14 +30,6 @@ from was_search.protocol import Evaluation, TokenSet, perplexity
 from was_search.seeds import Seed
 from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
-from was_workers.chooser import Chooser
-from was_workers.descents import Descents
-from was_workers.losses import Losses
-from was_workers.options import SearchOptions, SearchProgress
-from was_workers.pool import Outcome, Pool
-from was_workers.slot_book import SlotBook, durable
-from was_workers.slot_table import SlotTable
-from was_workers.steering import Desk, Steering
 
 _TOGETHER_SECONDS = 0.05
 """Vectors chosen within this time are committed together: a commit costs more than a further trial in it."""
@@ -39,28 +40,25 @@ _HAND_OUT_SECONDS = 1.0
 _EVALUATION = Work(Evaluate.words)
 
 
-__all__ = ["SearchLoop", "SearchOptions", "SearchProgress"]
-
-
 class SearchLoop:
     """Runs a study to its last slot, or until a rule or somebody ends it.
 
     Seeds come first and are evaluated in full, then come the descents' vectors, then a sampler's: see
-    :class:`was_workers.chooser.Chooser`.
+    :class:`was_search.coordinator.chooser.Chooser`.
 
     Args:
-        book: the study's slots, guarded by the coordinator's lock.
+        store: the study's slots, guarded by the coordinator's lock.
         pool: workers.
         data: tokens of the search split.
         histograms: at the operating point.
         shape: the model's.
         seeds: in the order of the first slots.
-        options: see there.
+        options: how it runs.
         top: the dense model's top of ``data``, which makes the divergence from it the fitness; None for the NLL.
         drain: once set, nothing more is handed out and the loop ends with the calls in flight.
-        desk: where others ask for a pause, another number of workers and so on; None where nobody does.
+        run_control: where others ask for a pause, another number of workers and so on; None where nobody does.
         progress: called after every finished slot.
-        clock: seconds, for limits and for how often the desk is asked.
+        clock: seconds, for limits and for how often it is asked.
 
     Attributes:
         ending: how the run ended.
@@ -68,8 +66,8 @@ class SearchLoop:
 
     def __init__(
         self,
-        book: SlotBook,
-        pool: Pool,
+        store: SlotStore,
+        pool: WorkerPool,
         data: TokenSet,
         histograms: Histograms,
         *,
@@ -78,11 +76,11 @@ class SearchLoop:
         options: SearchOptions,
         top: DenseTop | None = None,
         drain: threading.Event,
-        desk: Desk | None = None,
+        run_control: RunControl | None = None,
         progress: Callable[[SearchProgress], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._book = durable(book)
+        self._store = durable(store)
         self._pool = pool
         self._data = pool.share(data)
         self._top = None if top is None else pool.share(top)
@@ -90,10 +88,10 @@ class SearchLoop:
         self._shape = shape
         self._options = options
         self._progress = progress
-        self._slots = SlotTable(book.slots())
+        self._slots = SlotTable(store.slots())
         self._results: list[tuple[Result, dict[str, Any]]] = []
         self._steering = Steering(
-            desk,
+            run_control,
             pool,
             limits=options.limits,
             elsewhere=options.elsewhere,
@@ -104,7 +102,7 @@ class SearchLoop:
         self._pool_shown = pool.state
         self.ending = LAST_SLOT
         self._flight: dict[int, tuple[int, int, float]] = {}
-        self._losses = Losses(pool, options.max_attempts)
+        self._lost = LostCalls(pool, options.max_attempts)
         self._descents: Descents | None = None
         if options.descents is not None and options.descents.epochs:
             self._descents = Descents(
@@ -139,7 +137,7 @@ class SearchLoop:
         if self._descents is not None and self._descents.abandon():
             self._pool.abandon()  # nothing else is in flight; what comes next would wait for them
         self._steering.beat()
-        slots = self._book.slots()
+        slots = self._store.slots()
         if self._steering.ending is not None and not all(slot.state.finished for slot in slots):
             self.ending = self._steering.ending
         return slots
@@ -165,7 +163,7 @@ class SearchLoop:
     def _put_back(self, reason: str) -> None:
         """Requeue what is in flight."""
         for number, _, _ in self._flight.values():
-            self._book.requeue(number, reason)
+            self._store.requeue(number, reason)
         self._flight.clear()
         self._chooser.forget_ahead()
 
@@ -179,7 +177,7 @@ class SearchLoop:
             ahead = self._chooser.ahead
             used = [s.number + 1 for s in self._slots.values() if not (_untouched(s) or s.number in ahead)]
             if max(trials, *used, 0) < len(self._slots):
-                self._keep(self._book.shrink(trials), ahead)
+                self._keep(self._store.shrink(trials), ahead)
         return len(self._slots) != before
 
     def _keep(self, n_slots: int, ahead: set[int]) -> None:
@@ -193,7 +191,7 @@ class SearchLoop:
     def _unfinished(self) -> bool:
         if not self._slots.unfinished:
             # Someone may have extended the study while it ran.
-            self._slots.reload(self._book.slots())
+            self._slots.reload(self._store.slots())
         return self._slots.unfinished
 
     def _hand_out(self) -> bool:
@@ -208,7 +206,7 @@ class SearchLoop:
                     self._report(None)
                 return False
             # Committed before it is sent: an evaluation that no slot knows of cannot happen.
-            attempts = self._book.begin(together, self._options.longest_evaluation_seconds)
+            attempts = self._store.begin(together, self._options.longest_evaluation_seconds)
             for hand_out, attempt in zip(together, attempts, strict=True):
                 self._send(hand_out, attempt)
         return False
@@ -240,11 +238,11 @@ class SearchLoop:
 
     def _about(self, hand_out: HandOut, attempt: int) -> dict[str, Any]:
         """What the worker's log says that it evaluates."""
-        ids = {"slot": hand_out.number, "attempt": attempt, "trial": self._book.trial_of(hand_out.number)}
+        ids = {"slot": hand_out.number, "attempt": attempt, "trial": self._store.trial_of(hand_out.number)}
         return {**bound_fields(), **ids, "worker": hand_out.worker}
 
     def _settle_all(self, outcomes: list[Outcome]) -> list[BaseException]:
-        """Book outcomes, results in one go before anything is put back; returns the errors that end the search."""
+        """Write outcomes down, results together before anything is put back; returns errors that end the search."""
         errors = []
         for outcome in sorted(outcomes, key=lambda outcome: outcome.error is not None):
             if outcome.error is not None:
@@ -257,12 +255,12 @@ class SearchLoop:
     def _commit_results(self) -> None:
         results, self._results = self._results, []
         if results:
-            self._book.finish_all([result for result, _ in results])
+            self._store.finish_all([result for result, _ in results])
         for result, changes in results:
             self._done(result.number, result.state, changes)
 
     def _settle(self, outcome: Outcome) -> BaseException | None:
-        """Book an outcome; returns an error that ends the search, its slot put back."""
+        """Write an outcome down; returns an error that ends the search, its slot put back."""
         if self._descents is not None and self._descents.owns(outcome.ticket):
             return self._descents.settle(outcome)
         if outcome.ticket not in self._flight:
@@ -281,12 +279,12 @@ class SearchLoop:
             return None
         reason = f"{type(error).__name__} on {outcome.worker}: {_first_line(error)}"
         mendable = outcome.lost or isinstance(error, TransientError)
-        spent = mendable and self._losses.lost(number, outcome, f"{type(error).__name__}: {_first_line(error)}")
+        spent = mendable and self._lost.lost(number, outcome, f"{type(error).__name__}: {_first_line(error)}")
         if spent and self._slots.best is not None:
-            times = self._losses.count(number)
+            times = self._lost.count(number)
             self._fail(number, attempt, outcome.worker, seconds, f"lost {times} times; last: {reason}")
             return None
-        self._book.requeue(number, reason)
+        self._store.requeue(number, reason)
         self._refresh(number, state=SlotState.WAITING)
         if spent:
             # Not one evaluation has succeeded: it is not this vector's fault, and no slot is to pay for it.

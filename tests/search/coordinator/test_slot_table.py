@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from was_search.coordinator.slot_table import SlotTable
 from was_search.slots import Slot, SlotState, best_slot, tokens_saved
-from was_workers.slot_table import SlotTable
 
 VECTOR = np.full((2, 7), 0.5)
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from was_search.coordinator.descents import Descents
+from was_search.coordinator.lookahead import Lookahead
+from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.slot_table import SlotTable
 from was_search.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.hand_out import Proposal
+from was_search.origin import Origin, OriginKind
 from was_search.sampling import Suggester
 from was_search.seeds import Seed, point_seed
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot, SlotState, best_slot
 from was_search.space import MonotoneSpace, Space, level_params, make_space, open_distributions
-from was_workers.ahead import Lookahead
-from was_workers.descents import ORIGIN as DESCENT
-from was_workers.descents import Descents
-from was_workers.options import SearchOptions
-from was_workers.slot_table import SlotTable
 
 
 class Chooser:
@@ -58,7 +58,7 @@ class Chooser:
         self._suggester: Suggester | None = None
         self._distributions: Mapping[str, Any] = {}
         self._reference: FloatArray | None = None
-        ended = [s for s in slots.values() if s.origin.startswith("sampler:") and s.losses is not None]
+        ended = [s for s in slots.values() if s.source.kind is OriginKind.SAMPLER and s.losses is not None]
         ended.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
         self._trials: list[FloatArray] = [s.losses for s in ended if s.losses is not None]
 
@@ -77,7 +77,7 @@ class Chooser:
 
     def finished(self, slot: Slot) -> None:
         """Learn from a slot that has just finished."""
-        if slot.origin.startswith("sampler:") and slot.losses is not None:
+        if slot.source.kind is OriginKind.SAMPLER and slot.losses is not None:
             self._trials.append(slot.losses)
         if self._suggester is not None:
             self._suggester.tell(slot.number, slot.state, self._told(slot))
@@ -88,7 +88,7 @@ class Chooser:
         None for seeds and descents' vectors: few, and each may become the centre of the space.
         """
         best = self._slots.best
-        if not self._options.early_stopping or not slot.origin.startswith("sampler:") or best is None:
+        if not self._options.early_stopping or slot.source.kind is not OriginKind.SAMPLER or best is None:
             return None
         assert best.losses is not None
         cuts = rung_cuts(self._trials, best.losses, self._options.rung_keep)
@@ -108,13 +108,13 @@ class Chooser:
         """A vector for the first slot that has none; None if there is none now."""
         if (number := self._slots.first_free()) is None:
             return None
-        missing = [seed for seed in self._seeds if not self._slots.origins[f"seed:{seed.name}"]]
+        missing = [seed for seed in self._seeds if not self._slots.origins[str(Origin.seed(seed.name))]]
         if missing:
             # With fewer slots than seeds the last ones, the best, are kept.
             seed = missing[-self._slots.n_free :][0]
-            return number, self._fixed(number, f"seed:{seed.name}", seed.sparsities)
+            return number, self._fixed(number, Origin.seed(seed.name), seed.sparsities)
         if self._suggester is None:
-            if any(s.origin.startswith("seed:") and not s.state.finished for s in self._slots.values()):
+            if any(s.source.kind is OriginKind.SEED and not s.state.finished for s in self._slots.values()):
                 return None
             if self._descents is not None and not self._descents.finished(self._slots.values()):
                 if (proposal := self._descents.next_proposal()) is None:
@@ -133,7 +133,7 @@ class Chooser:
         self._ahead.append((number, self._sampled(number)))
         return True
 
-    def _fixed(self, number: int, origin: str, sparsities: FloatArray) -> Proposal:
+    def _fixed(self, number: int, origin: Origin, sparsities: FloatArray) -> Proposal:
         """A vector that no sampler suggested."""
         levels = self._shape.levels(sparsities)
         kinds = open_distributions(self._shape.n_blocks)
@@ -151,7 +151,7 @@ class Chooser:
         started = time.perf_counter()
         params = self._suggester.suggest(number)
         sparsities = self._space.sparsities(params)
-        origin, levels = f"sampler:{self._options.sampler}", self._shape.levels(sparsities)
+        origin, levels = Origin.sampler(self._options.sampler), self._shape.levels(sparsities)
         proposal = self._proposal(number, origin, params, self._distributions, levels, sparsities)
         self._lookahead.chose(time.perf_counter() - started)
         return proposal
@@ -168,33 +168,32 @@ class Chooser:
         best = self._centre_slot()
         if best is None:
             return self._seeds[-1]
-        return next(seed for seed in [*self._seeds, *self._descended()] if _origin(seed) == best.origin)
+        return self._points()[best.origin]
 
     def _centre_slot(self) -> Slot | None:
-        return best_slot([s for s in self._slots.values() if s.origin.startswith(("seed:", DESCENT))])
+        return best_slot([s for s in self._slots.values() if s.source.kind in (OriginKind.SEED, OriginKind.DESCENT)])
 
-    def _descended(self) -> list[Seed]:
-        """The descents' vectors with tables made through them."""
-        return [
-            point_seed(slot.origin, slot.sparsities, self._shape)
-            for slot in self._slots.values()
-            if slot.origin.startswith(DESCENT) and slot.sparsities is not None
-        ]
+    def _points(self) -> dict[str, Seed]:
+        """By their slots' origin: the seeds, and the descents' vectors with tables made through them."""
+        points = {str(Origin.seed(seed.name)): seed for seed in self._seeds}
+        for slot in self._slots.values():
+            if slot.source.kind is OriginKind.DESCENT and slot.sparsities is not None:
+                points[slot.origin] = point_seed(slot.origin, slot.sparsities, self._shape)
+        return points
 
     def _in_space(self) -> list[Slot]:
         """Sampled slots, and the seeds that the space holds (one of another table is none), by its parameters."""
         assert self._space is not None
-        fixed = [*self._seeds, *self._descended()]
-        own = {_origin(seed): self._space.locate(seed) for seed in fixed}
+        own = {origin: self._space.locate(seed) for origin, seed in self._points().items()}
         ordered = sorted(self._slots.values(), key=lambda s: s.number)
         seeds = {s.number: params for s in ordered if (params := own.get(s.origin)) is not None}
-        slots = [s for s in ordered if s.number in seeds or s.origin.startswith("sampler:")]
+        slots = [s for s in ordered if s.number in seeds or s.source.kind is OriginKind.SAMPLER]
         return [dataclasses.replace(s, params=seeds.get(s.number, s.params), loss_nats=self._told(s)) for s in slots]
 
     def _proposal(
         self,
         number: int,
-        origin: str,
+        origin: Origin,
         params: dict[str, float],
         distributions: Mapping[str, Any],
         levels: FloatArray,
@@ -205,9 +204,9 @@ class Chooser:
             "sparsities": np.round(sparsities, 4).tolist(),
             **({} if self._options.latency is None else self._options.latency.figures(sparsities)),
         }
-        changes: dict[str, Any] = {"origin": origin, "params": params, "levels": levels, "sparsities": sparsities}
+        changes: dict[str, Any] = {"origin": str(origin), "params": params, "levels": levels, "sparsities": sparsities}
         self._slots[number] = dataclasses.replace(self._slots[number], **changes)
-        return Proposal(origin, params, distributions, levels, sparsities, attrs)
+        return Proposal(str(origin), params, distributions, levels, sparsities, attrs)
 
     def _told(self, slot: Slot) -> float | None:
         """What the sampler is told: of a stopped slot its estimated loss, by the losses of the space's centre.
@@ -219,7 +218,3 @@ class Chooser:
         if self._reference is None:
             return slot.loss_nats
         return estimated_loss(slot.losses, self._reference)
-
-
-def _origin(seed: Seed) -> str:
-    return seed.name if seed.name.startswith(DESCENT) else f"seed:{seed.name}"

@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import TypeVar
 
 from was_search.calls import Held
+from was_search.coordinator.health import Health, QuarantinePolicy
 from was_search.pool_state import PoolState
-from was_workers.quarantine import Health, QuarantinePolicy
 
 T = TypeVar("T")
 

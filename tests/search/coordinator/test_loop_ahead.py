@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from tests.workers.loop_doubles import Book, ManyWorkers, evaluation
+from tests.search.coordinator.loop_doubles import Book, ManyWorkers, evaluation
 from was_search.sampling import Suggester
 from was_search.slots import SlotState
 

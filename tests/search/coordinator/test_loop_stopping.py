@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.workers.loop_doubles import Book, bowl, evaluation, in_steps
+from tests.search.coordinator.loop_doubles import Book, bowl, evaluation, in_steps
 from was_search.sampling import Suggester
 from was_search.slots import Slot, SlotState
 
@@ -31,7 +31,7 @@ def test_without_early_stopping_every_trial_is_evaluated_in_full(run) -> None:
 
 
 def test_rungs_compare_with_the_trials_before(run) -> None:
-    """Losses of eight sequences: a trial that is stopped by its rule has seen fewer."""
+    """LostCalls of eight sequences: a trial that is stopped by its rule has seen fewer."""
     rules: list[Any] = []
 
     def answer(call, s, rule):

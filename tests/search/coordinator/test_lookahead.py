@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from was_workers.ahead import MIN_WORKERS, MOST, Lookahead
+from was_search.coordinator.lookahead import MIN_WORKERS, MOST, Lookahead
 
 
 def measured(evaluation: float, choice: float) -> Lookahead:

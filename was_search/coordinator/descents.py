@@ -12,19 +12,17 @@ import numpy as np
 
 from was_search.budget import Budget
 from was_search.calls import Shared, Work
-from was_search.descent import HIGHEST, DescentOptions, chain_seed
+from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome, WorkerPool
+from was_search.coordinator.lost_calls import LostCalls
+from was_search.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed
 from was_search.errors import TransientError
 from was_search.histogram import Histograms
 from was_search.logs import bound_fields, event
 from was_search.model_calls import Descend, descent_tokens
+from was_search.origin import Origin, OriginKind
 from was_search.protocol import TokenSet
 from was_search.shape import FloatArray
 from was_search.slots import Slot, best_slot
-from was_workers.losses import Losses
-from was_workers.pool import Outcome, Pool
-from was_workers.quarantine import LONGEST_CALL_SECONDS
-
-ORIGIN = "descent:"
 
 _logger = logging.getLogger(__name__)
 
@@ -61,19 +59,19 @@ class Descents:
     do, the chains run again and, being pure, give the same.
 
     Args:
-        plan: see there.
+        plan: epochs, steps and data.
         pool: workers.
         histograms: taken near the seeds, shared.
         budget: of every vector.
         seed: of the chains' sequences.
         seconds_per_token: the slowest a worker may be before a chain is taken for lost; 0: by measure.
-        max_attempts: of one chain; see :class:`was_workers.losses.Losses`.
+        max_attempts: of one chain; see :class:`was_search.coordinator.lost_calls.LostCalls`.
     """
 
     def __init__(
         self,
         plan: DescentPlan,
-        pool: Pool,
+        pool: WorkerPool,
         histograms: Shared[Histograms],
         *,
         budget: Budget,
@@ -89,14 +87,14 @@ class Descents:
         self._seed = seed
         self._deadline = max(60.0, plan.tokens * seconds_per_token) if seconds_per_token else LONGEST_CALL_SECONDS
         self._max_attempts = max_attempts
-        self._losses = Losses(pool, max_attempts)
+        self._lost = LostCalls(pool, max_attempts)
         self._epoch = -1
         self._waiting: deque[int] = deque()
         self._running: dict[int, int] = {}
         self._attempts: Counter[int] = Counter()
         self._start: FloatArray | None = None
         self._ends: dict[int, FloatArray] = {}
-        self._proposals: deque[tuple[str, FloatArray]] = deque()
+        self._proposals: deque[tuple[Origin, FloatArray]] = deque()
 
     @property
     def running(self) -> bool:
@@ -114,8 +112,8 @@ class Descents:
         """Whether no epoch is left to be proposed; starts the next one when the last one's slots have finished."""
         if self._proposals or self.running:
             return False
-        ours = [slot for slot in slots if slot.origin.startswith(ORIGIN)]
-        epoch = 1 + max((int(slot.origin.split(":")[1]) for slot in ours), default=-1)
+        ours = [slot for slot in slots if slot.source.kind is OriginKind.DESCENT]
+        epoch = 1 + max((slot.source.epoch for slot in ours), default=-1)
         if epoch >= self._plan.epochs:
             return all(slot.state.finished for slot in ours)
         if all(slot.state.finished for slot in ours):
@@ -123,7 +121,7 @@ class Descents:
             if best is None or best.sparsities is None:
                 return True
             self._epoch, self._start = epoch, best.sparsities
-            self._ends, self._attempts, self._losses = {}, Counter(), Losses(self._pool, self._max_attempts)
+            self._ends, self._attempts, self._lost = {}, Counter(), LostCalls(self._pool, self._max_attempts)
             self._waiting = deque(range(len(self._plan.steps)))
         return False
 
@@ -131,7 +129,7 @@ class Descents:
         """Give waiting chains to idle workers; whether any was given."""
         waiting = len(self._waiting)
         while self._waiting and self._pool.n_idle:
-            chain = self._losses.next_for(self._pool.next_index, self._waiting)
+            chain = self._lost.next_for(self._pool.next_index, self._waiting)
             self._attempts[chain] += 1
             if self._data is None:
                 self._data = self._pool.share(self._plan.data)
@@ -169,7 +167,7 @@ class Descents:
         return dict.fromkeys(self._running, self._work)
 
     def settle(self, outcome: Outcome) -> BaseException | None:
-        """Book a chain's outcome; returns an error that ends the search."""
+        """Take in a chain's outcome; returns an error that ends the search."""
         chain = self._running.pop(outcome.ticket)
         error = outcome.error
         if error is None:
@@ -182,8 +180,8 @@ class Descents:
         if not outcome.lost and not isinstance(error, TransientError):
             return error
         reason = f"{type(error).__name__}: {error}"
-        if self._losses.lost(chain, outcome, reason):
-            times = self._losses.count(chain)
+        if self._lost.lost(chain, outcome, reason):
+            times = self._lost.count(chain)
             return TransientError(f"a descent was lost {times} times, last on {outcome.worker}: {error}")
         event(_logger, "descent put back", **self._ids(chain), worker=outcome.worker, reason=reason)
         self._waiting.append(chain)
@@ -196,7 +194,7 @@ class Descents:
     def _ids(self, chain: int) -> dict[str, Any]:
         return {"phase": "descent", "epoch": self._epoch, "chain": chain, "attempt": self._attempts[chain]}
 
-    def next_proposal(self) -> tuple[str, FloatArray] | None:
+    def next_proposal(self) -> tuple[Origin, FloatArray] | None:
         """Origin and sparsities [L, 7] of the next vector to evaluate, None if there is none at present."""
         return self._proposals.popleft() if self._proposals else None
 
@@ -204,6 +202,6 @@ class Descents:
         ends = [self._ends[chain] for chain in range(len(self._plan.steps))]
         if len(ends) > 1:
             # First: with fewer slots than vectors it is the one to keep.
-            mean = self._budget.onto(np.mean(ends, axis=0), HIGHEST)
-            self._proposals.append((f"{ORIGIN}{self._epoch}:mean", mean))
-        self._proposals.extend((f"{ORIGIN}{self._epoch}:{chain}", end) for chain, end in enumerate(ends))
+            mean = self._budget.onto(np.mean(ends, axis=0), HIGHEST_DESCENDED)
+            self._proposals.append((Origin.descent(self._epoch, None), mean))
+        self._proposals.extend((Origin.descent(self._epoch, chain), end) for chain, end in enumerate(ends))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.workers.loop_doubles import SHAPE, Book, Pool, seeds
+from tests.search.coordinator.loop_doubles import SHAPE, Book, Pool, seeds
 from was_search.budget import SparsityBudget
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
 from was_search.slots import Slot
-from was_workers.search import SearchLoop, SearchOptions
 
 
 @pytest.fixture

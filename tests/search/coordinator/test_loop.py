@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.workers.loop_doubles import SHAPE, Book, Pool, divergence, evaluation, seeds  # noqa: F401 - for others too
+from tests.search.coordinator.loop_doubles import SHAPE, Book, Pool, divergence, evaluation, seeds  # noqa: F401 - for others too
 from was_search.errors import InfeasibleError
 from was_search.slots import Slot, SlotState
 

@@ -10,17 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.workers.loop_doubles import SHAPE, Book, evaluation, seeds
-from tests.workers.steady_pool import SteadyPool
+from tests.search.coordinator.loop_doubles import SHAPE, Book, evaluation, seeds
+from tests.search.coordinator.steady_pool import SteadyPool
 from was_search.budget import SparsityBudget
 from was_search.control import Limits
+from was_search.coordinator.contracts import Outcome
+from was_search.coordinator.descents import DescentPlan
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
 from was_search.descent import DescentOptions, chain_steps, descend
 from was_search.errors import ModelError, TransientError
 from was_search.model_calls import Descend, Evaluate
 from was_search.slots import SlotState
-from was_workers.descents import DescentPlan
-from was_workers.pool import Outcome
-from was_workers.search import SearchLoop, SearchOptions
 
 BEST = np.clip(0.6 + 0.1 * np.random.default_rng(0).standard_normal((3, 7)), 0.2, 0.9)
 DATA = SimpleNamespace(

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
 
 from was_search.calls import Work
+from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, WorkerPool
 
 _CALLS = 5
 """A worker's last ones of a kind, whose median is its pace."""
@@ -31,9 +31,6 @@ _PATIENCE = 20.0
 
 _LEAST_PATIENCE_SECONDS = 300.0
 """Before, nothing is given up by measure: a machine may swap, a file system may stand still for minutes."""
-
-LONGEST_CALL_SECONDS = 86400.0
-"""No call may take longer unless it was given its own limit; that is all that ends one of a kind not seen yet."""
 
 _REASON = 200
 """Characters of an error that are shown; Ray's are paragraphs."""
@@ -57,17 +54,6 @@ class QuarantinePolicy:
     seconds: float = 600.0
 
 
-class Wards(Protocol):
-    """What is needed of the pool."""
-
-    @property
-    def running(self) -> list[tuple[int, int, float]]: ...
-
-    def quarantine(self, index: int, reason: str, seconds: float) -> bool: ...
-
-    def give_up(self, ticket: int, reason: str) -> None: ...
-
-
 class Health:
     """Knows every worker's pace and failures; workers go by their numbers, which outlast restarts.
 
@@ -75,10 +61,10 @@ class Health:
 
     Args:
         pool: which may refuse: its last worker is never put in quarantine.
-        policy: see there.
+        policy: when and for how long.
     """
 
-    def __init__(self, pool: Wards, policy: QuarantinePolicy) -> None:
+    def __init__(self, pool: WorkerPool, policy: QuarantinePolicy) -> None:
         self._pool = pool
         self._policy = policy
         self._paces: defaultdict[str, _Paces] = defaultdict(_Paces)

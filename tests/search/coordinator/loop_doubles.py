@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.workers.steady_pool import SteadyPool
+from tests.search.coordinator.steady_pool import SteadyPool
 from was_search.budget import SparsityBudget
+from was_search.coordinator.contracts import Outcome
 from was_search.early_stop import StopRule
 from was_search.hand_out import HandOut, Result
 from was_search.model_calls import Evaluate
@@ -19,7 +20,6 @@ from was_search.seeds import baseline_seeds, fisher_seed
 from was_search.shape import ModelShape
 from was_search.slots import Slot, SlotState
 from was_search.table import Table, uniform_table
-from was_workers.pool import Outcome
 
 SHAPE = ModelShape(((8, 8, 8, 8, 8, 8, 16),) * 3, ((8, 4, 4, 8, 16, 16, 8),) * 3)
 GRID = np.linspace(0.0, 0.95, 20)

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search.calibration import PassRunner
+from was_search.coordinator.contracts import WorkerPool
 from was_search.divergence import DenseTop, concatenate
 from was_search.histogram import Histograms
 from was_search.model_calls import Calibrate, FindDenseTop, GreedyBlock, Price
 from was_search.protocol import TokenSet
 from was_search.shape import N_PROJECTIONS, FloatArray, ModelShape
 from was_search.table import Table
-from was_workers.pool import Pool
 
 Advance = Callable[[], None]
 
@@ -31,7 +31,7 @@ def shards(data: TokenSet, n: int) -> list[TokenSet]:
     return [data.part(slice(part[0], part[-1] + batch_size)) for part in parts]
 
 
-def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
+def histogram_runner(pool: WorkerPool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
     """Passes over ``data`` on the pool; ``advance`` is called after each shard."""
     parts = [pool.share(part) for part in shards(data, pool.n_parallel)]
 
@@ -45,13 +45,13 @@ def histogram_runner(pool: Pool, data: TokenSet, *, advance: Advance = lambda: N
     return run_pass
 
 
-def fine_shards(pool: Pool, data: TokenSet) -> list[TokenSet]:
+def fine_shards(pool: WorkerPool, data: TokenSet) -> list[TokenSet]:
     """Four shards a worker: they even out slower ones, and one batch a shard would leave nothing to balance."""
     return shards(data, 4 * pool.n_parallel)
 
 
 def fisher_prices(
-    pool: Pool,
+    pool: WorkerPool,
     data: TokenSet,
     histograms: Histograms,
     grid: FloatArray,
@@ -67,7 +67,7 @@ def fisher_prices(
 
 
 def greedy_table(
-    pool: Pool,
+    pool: WorkerPool,
     data: TokenSet,
     dense: Histograms,
     shape: ModelShape,
@@ -81,7 +81,7 @@ def greedy_table(
     return Table("greedy", tuple(pool.map(calls, phase="greedy table", done=advance)))
 
 
-def dense_top(pool: Pool, data: TokenSet, k: int, *, advance: Advance = lambda: None) -> DenseTop:
+def dense_top(pool: WorkerPool, data: TokenSet, k: int, *, advance: Advance = lambda: None) -> DenseTop:
     """The dense model's top ``k`` at every predicted token of ``data``.
 
     Raises:

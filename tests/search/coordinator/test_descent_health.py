@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.workers.loop_doubles import SHAPE, Book, seeds
-from tests.workers.test_descents import DATA
-from tests.workers.test_descents import Pool as DescendingPool
+from tests.search.coordinator.loop_doubles import SHAPE, Book, seeds
+from tests.search.coordinator.test_descents import DATA
+from tests.search.coordinator.test_descents import Pool as DescendingPool
 from was_search.budget import SparsityBudget
+from was_search.coordinator.contracts import Outcome
+from was_search.coordinator.descents import DescentPlan
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
 from was_search.descent import DescentOptions
 from was_search.errors import TransientError
 from was_search.logs import bound
 from was_search.model_calls import Descend
 from was_search.slots import Slot
-from was_workers.descents import DescentPlan
-from was_workers.pool import Outcome
-from was_workers.search import SearchLoop, SearchOptions
 
 
 class Numbered(DescendingPool):
@@ -124,7 +125,7 @@ def test_a_chain_that_all_workers_lose_ends_the_search() -> None:
 
 def test_every_descent_carries_its_ids_here_and_on_its_worker(caplog) -> None:
     pool = Numbered({0})
-    with bound(study="s"), caplog.at_level(logging.INFO, logger="was_workers.descents"):
+    with bound(study="s"), caplog.at_level(logging.INFO, logger="was_search.coordinator.descents"):
         search(pool)
     first, second = pool.abouts[0], pool.abouts[1]
     assert first.pop("worker") in ("worker-0", "worker-1")

@@ -1,0 +1,1 @@
+"""The coordinator of a search: it chooses vectors, hands them out and takes results in."""
