@@ -198,7 +198,7 @@ def test_a_call_that_outlasts_its_node_comes_back_without_blame(nodes: Nodes, ad
     until(pool, lambda state: state.ready == 2)
     pool.submit(Ask("nap", 600.0))
     ((ticket, index, _),) = pool.running
-    (node,) = [member.place.node for member in pool._crew.members if member.index == index]
+    (node,) = [member.place.node for member in pool._members.all if member.index == index]
     drain(nodes, node, seconds=8)
     found = ended(pool, 1)
     assert [(o.ticket, o.lost, o.blameless, o.index) for o in found] == [(ticket, True, True, index)]

@@ -21,8 +21,8 @@ from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, Mod
 from was_search.worker_range import WorkerRange
 from was_workers.calls import PREPARE, Call, CallEnd, Calls
 from was_workers.cluster import Cluster, connect
-from was_workers.crew import PREPARE_SECONDS, Crew
-from was_workers.members import Member
+from was_workers.member import Member
+from was_workers.members import PREPARE_SECONDS, Members
 from was_workers.pool import Pool
 from was_workers.size import fitting
 from was_workers.threads import ThreadShare
@@ -225,13 +225,13 @@ def test_a_worker_that_dies_while_it_is_about_to_go_is_not_restarted(pool, tmp_p
     opened.submit(Ask("nap", 600.0))
     ticket = opened.submit(Ask("once", tmp_path / "killed", "kill"))
     opened.resize(1)
-    leaving = [member for member in opened._crew.members if member.leaving]
+    leaving = [member for member in opened._members.all if member.leaving]
     lost = []
     while not lost:
         lost = opened.wait(1.0)
     assert [(outcome.ticket, outcome.lost) for outcome in lost] == [(ticket, True)]
     assert opened.n_workers == 1
-    assert len(opened._crew.members) == (1 if leaving[0].info.name in lost[0].worker else 2)
+    assert len(opened._members.all) == (1 if leaving[0].info.name in lost[0].worker else 2)
 
 
 def test_abandoned_calls_never_come_back_and_the_workers_do(pool) -> None:
@@ -272,15 +272,15 @@ def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
 
 def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
-    crew = Crew(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    members = Members(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
     member = Member(0, None)
     ending = CallEnd(Call(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
     for _ in range(100):
-        crew.settle(ending)
+        members.settle(ending)
     assert member.failures == 0
-    assert len(crew._recovering) == 100
+    assert len(members._recovering) == 100
     member.restarting_since -= PREPARE_SECONDS
-    crew.settle(ending)
+    members.settle(ending)
     assert member.failures == 1
 
 
@@ -288,14 +288,14 @@ def test_a_node_without_its_gpu_ends_nothing_while_others_still_load(monkeypatch
     """The first answer may come from the sick one; only the last that fails says that nobody can."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: killed.append(actor))
-    crew = Crew(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
-    crew.members = [Member(i, f"actor-{i}", place=Place("node", "host", i)) for i in range(2)] + [Member(2, "waits")]
+    members = Members(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    members.all = [Member(i, f"actor-{i}", place=Place("node", "host", i)) for i in range(2)] + [Member(2, "waits")]
     error = ResourceError("device: cuda was asked for and no GPU was found")
-    first, second, _ = crew.members
-    crew.settle(CallEnd(Call(first, PREPARE), raised=error))
-    assert (killed, crew.n_given_up) == (["actor-0"], 1)
+    first, second, _ = members.all
+    members.settle(CallEnd(Call(first, PREPARE), raised=error))
+    assert (killed, members.n_given_up) == (["actor-0"], 1)
     with pytest.raises(ResourceError, match="no GPU was found"):
-        crew.settle(CallEnd(Call(second, PREPARE), raised=error))
+        members.settle(CallEnd(Call(second, PREPARE), raised=error))
 
 
 def test_a_machines_processors_are_divided_anew_when_the_pool_changes(

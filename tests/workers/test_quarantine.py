@@ -1,14 +1,12 @@
-"""Quarantine: the rules on numbers alone, then a slow and a failing worker on a real Ray."""
+"""Quarantine: a slow and a failing worker on a real Ray."""
 
 from __future__ import annotations
 
-import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -16,281 +14,20 @@ import was_workers.pool as pool_module
 from tests.search.coordinator.loop_doubles import SHAPE, Book, seeds
 from tests.workers.bowl_worker import bowl_worker, evaluations
 from was_search.budget import SparsityBudget
-from was_search.calls import Work
-from was_search.coordinator.health import Health, QuarantinePolicy
+from was_search.coordinator import health
+from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.pool_state import PoolState
 from was_search.slots import Slot, SlotState
 from was_search.worker_range import WorkerRange
-from was_workers import quarantine
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
 
-EVALUATION = Work("an evaluation")
-
 ENDLESS = 300.0
 """Seconds that no test needs, on however busy a machine: who waits so long is stuck."""
-
-
-class Wards:
-    """A pool that puts in quarantine whom it is told, but for the last of its workers."""
-
-    def __init__(self, n: int) -> None:
-        self.well = set(range(n))
-        self.put: list[tuple[int, str, float]] = []
-        self.running: list[tuple[int, int, float]] = []
-        self.given_up: list[tuple[int, str]] = []
-
-    def give_up(self, ticket: int, reason: str) -> None:
-        self.given_up.append((ticket, reason))
-
-    def quarantine(self, index: int, reason: str, seconds: float) -> bool:
-        if index not in self.well or len(self.well) == 1:
-            return False
-        self.well.remove(index)
-        self.put.append((index, reason, seconds))
-        return True
-
-
-def evaluated(health: Health, paces: dict[int, float], times: int = 3, tokens: int = 100) -> None:
-    for _ in range(times):
-        for worker, seconds in paces.items():
-            health.answered(worker, seconds, Work("an evaluation", tokens))
-
-
-@pytest.mark.parametrize("n_workers", range(1, 8))
-def test_what_is_kept_ready_of_all_paces_is_what_they_say_one_by_one(n_workers: int) -> None:
-    """Among equal paces too; and a new call or a worker that has gone counts at once."""
-    rng = random.Random(n_workers)
-    paces = quarantine._Paces()
-    recent: dict[int, list[float]] = {}
-    for _ in range(60):
-        worker, seconds = rng.randrange(n_workers), float(rng.choice([1, 2, 2, 3]) + rng.choice([0, 0.25]))
-        if rng.random() < 0.1:
-            paces.forget(worker)
-            recent.pop(worker, None)
-        else:
-            paces.add(worker, seconds, 1.0)
-            recent[worker] = [*recent.get(worker, []), seconds][-5:]
-        assert paces.slowest_seconds(2.0) == (2.0 * max(max(r) for r in recent.values()) if recent else None)
-        for own in range(n_workers + 1):
-            others = [median(r) for other, r in recent.items() if other != own]
-            assert paces.usual_seconds(own, 2.0) == (2.0 * median(others) if others else None)
-
-
-def test_a_worker_far_behind_its_peers_is_slow() -> None:
-    wards = Wards(4)
-    evaluated(Health(wards, QuarantinePolicy()), {0: 1.0, 1: 1.2, 2: 3.9, 3: 4.9})
-    assert wards.put == [(3, "slow, 4.1 times its peers' seconds a token", 600.0)]
-
-
-def test_a_worker_is_measured_by_tokens_and_not_by_seconds() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy())
-    for _ in range(5):
-        health.answered(0, 10.0, Work("an evaluation", 1000))
-        health.answered(1, 1.0, Work("an evaluation", 100))
-    assert wards.put == []
-
-
-def test_one_long_evaluation_is_forgiven() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy())
-    evaluated(health, {0: 1.0, 1: 1.0}, 4)
-    health.answered(1, 60.0, Work("an evaluation", 100))
-    evaluated(health, {0: 1.0, 1: 1.0}, 4)
-    assert wards.put == []
-
-
-def test_calls_lost_in_a_row_count_and_one_success_forgives_them() -> None:
-    wards = Wards(3)
-    health = Health(wards, QuarantinePolicy())
-    for _ in range(3):
-        health.lost(0, "GPU out of memory")
-        health.lost(0, "GPU out of memory")
-        health.answered(0, 1.0, Work("an evaluation", 100))
-    assert wards.put == []
-    for _ in range(3):
-        health.lost(1, "it died")
-    assert wards.put == [(1, "3 calls in a row were lost; the last: it died", 600.0)]
-
-
-def test_the_last_worker_is_left_alone() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy(failures=1))
-    health.lost(0, "it died")
-    health.lost(1, "it died")
-    assert [index for index, *_ in wards.put] == [0]
-
-
-def test_each_further_time_is_twice_as_long_up_to_a_limit() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy(failures=1, seconds=10.0))
-    for _ in range(7):
-        health.lost(0, "it died")
-        wards.well.add(0)
-    assert [seconds for _, _, seconds in wards.put] == [10.0, 20.0, 40.0, 80.0, 160.0, 160.0, 160.0]
-
-
-def test_a_call_in_flight_is_overdue_by_its_peers_pace() -> None:
-    wards = Wards(3)
-    health = Health(wards, QuarantinePolicy(slowdown=2.0))
-    wards.running = [(7, 2, 3600.0)]
-    health.look({7: EVALUATION})
-    assert wards.put == [], "nothing is known of its peers"
-    evaluated(health, {0: 4.0, 1: 4.0})
-    wards.running = [(7, 2, 23.9), (8, 2, 3600.0)]
-    health.look({7: EVALUATION})
-    assert wards.put == [], "24 s are three times as long as what is slow; ticket 8 is no evaluation"
-    wards.running = [(7, 2, 24.1)]
-    health.look({7: EVALUATION})
-    assert wards.put == [(2, "slow, at an evaluation for 24 s, 6 times what its peers take", 600.0)]
-
-
-def test_calls_of_another_kind_say_nothing_of_a_pace() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy())
-    for _ in range(4):
-        health.answered(0, 1.0, Work("a calibration pass", 100))
-        health.answered(1, 9.0, Work("a descent", 100))
-    assert wards.put == []
-    for _ in range(3):
-        health.answered(1, 9.0, Work("a calibration pass", 100))
-    assert wards.put == [(1, "slow, 9.0 times its peers' seconds a token", 600.0)]
-
-
-def test_milliseconds_make_nobody_slow() -> None:
-    """Calls of milliseconds take several times as long on a machine that is busy with something else."""
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy())
-    evaluated(health, {0: 0.01, 1: 0.9})
-    assert wards.put == []
-    evaluated(health, {0: 0.01, 1: 1.1}, 5)
-    assert [index for index, *_ in wards.put] == [1]
-
-
-def test_a_processs_first_call_may_take_as_long_as_its_peers_first_ones() -> None:
-    """They compiled their kernels too, and have forgotten it by their fourth call."""
-    wards = Wards(3)
-    health = Health(wards, QuarantinePolicy(slowdown=2.0))
-    evaluated(health, {0: 40.0, 1: 40.0}, 1)
-    evaluated(health, {0: 1.0, 1: 1.0}, 4)
-    wards.running = [(7, 2, 119.0), (8, 1, 5.9)]
-    health.look({7: Work("an evaluation", 100), 8: Work("an evaluation", 100)})
-    assert wards.put == []
-    wards.running = [(8, 1, 60.0)]
-    health.look({8: Work("an evaluation", 100)})
-    assert [index for index, *_ in wards.put] == [1], "it has had its first call"
-    wards.running = [(7, 2, 121.0)]
-    health.look({7: Work("an evaluation", 100)})
-    assert [index for index, *_ in wards.put] == [1, 2]
-
-
-def test_the_tokens_of_a_call_in_flight_count() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy(slowdown=2.0))
-    evaluated(health, {0: 10.0}, tokens=100)
-    wards.running = [(7, 1, 590.0)]
-    health.look({7: Work("an evaluation", 1000)})
-    assert wards.put == []
-    health.look({7: Work("an evaluation", 900)})
-    assert [index for index, *_ in wards.put] == [1]
-
-
-def test_a_loss_is_suspicious_from_the_second_in_a_row_until_nothing_comes_of_it() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy(failures=3))
-    assert [health.lost(0, "it died") for _ in range(3)] == [False, True, True]
-    assert [health.lost(1, "it died") for _ in range(3)] == [False, True, False], "the last one stays"
-
-
-def test_a_short_call_is_never_overdue() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy())
-    evaluated(health, {0: 0.01})
-    wards.running = [(1, 1, 9.0)]
-    health.look({1: EVALUATION})
-    assert wards.put == []
-
-
-def test_zero_is_never() -> None:
-    wards = Wards(3)
-    health = Health(wards, QuarantinePolicy(slowdown=0.0, failures=0))
-    evaluated(health, {0: 1.0, 1: 1.0, 2: 100.0})
-    wards.running = [(1, 2, 1e6)]
-    health.look({1: EVALUATION})
-    for _ in range(9):
-        health.lost(1, "it died")
-    assert wards.put == []
-
-
-DAY = 86400.0
-
-
-def test_patience_is_twenty_times_the_slowest_by_tokens() -> None:
-    health = Health(Wards(1), QuarantinePolicy())
-    for seconds, tokens in [(20.0, 1000), (60.0, 2000), (50.0, 1000)]:
-        health.answered(0, seconds, Work("an evaluation", tokens))
-    assert health.patience(Work("an evaluation", 1000)) == pytest.approx(20 * 50.0)
-    assert health.patience(Work("an evaluation", 400)) == pytest.approx(20 * 20.0)
-    assert health.patience(EVALUATION) == pytest.approx(20 * 100.0), "as the longest one seen, at the slowest pace"
-
-
-def test_patience_is_five_minutes_at_least_and_a_day_at_most() -> None:
-    health = Health(Wards(1), QuarantinePolicy())
-    health.answered(0, 0.1, Work("an evaluation", 100))
-    assert health.patience(EVALUATION) == 300.0
-    health.answered(0, 5000.0, Work("an evaluation", 100))
-    assert health.patience(EVALUATION) == DAY
-
-
-def test_patience_knows_only_what_was_seen_of_the_kind() -> None:
-    """A first call compiles and loads: nothing else tells how long that takes."""
-    health = Health(Wards(2), QuarantinePolicy())
-    health.answered(0, 1.0, Work("a calibration pass", 100))
-    health.answered(0, 1.0, Work("an evaluation"))  # its tokens are not known
-    assert health.patience(Work("an evaluation", 100)) == DAY
-
-
-def test_patience_forgets_what_was_slow_long_ago() -> None:
-    health = Health(Wards(1), QuarantinePolicy())
-    health.answered(0, 600.0, Work("an evaluation", 100))
-    evaluated(health, {0: 30.0}, 4)
-    assert health.patience(EVALUATION) == pytest.approx(20 * 600.0)
-    evaluated(health, {0: 30.0}, 1)
-    assert health.patience(EVALUATION) == pytest.approx(20 * 30.0)
-
-
-@pytest.mark.parametrize("slowdown", [4.0, 0.0])
-def test_a_lone_call_that_hangs_is_given_up(slowdown: float) -> None:
-    wards = Wards(1)
-    health = Health(wards, QuarantinePolicy(slowdown))
-    wards.running = [(7, 0, DAY)]
-    health.look({7: EVALUATION})
-    assert wards.given_up == [], "nothing was seen yet"
-    evaluated(health, {0: 20.0})
-    wards.running = [(7, 0, 399.0), (8, 0, 1e5)]
-    health.look({7: EVALUATION})
-    assert wards.given_up == [], "400 s are twenty times as long; ticket 8 is another's"
-    wards.running = [(7, 0, 401.0)]
-    health.look({7: EVALUATION}, by_measure=False)
-    assert wards.given_up == [], "it has a limit of its own"
-    health.look({7: EVALUATION})
-    assert wards.given_up == [(7, "at an evaluation for 401 s, and 400 s are far longer than any has taken")]
-    assert wards.put == []
-
-
-def test_beside_faster_peers_a_worker_is_put_in_quarantine_instead() -> None:
-    wards = Wards(2)
-    health = Health(wards, QuarantinePolicy())
-    evaluated(health, {0: 20.0, 1: 20.0})
-    wards.running = [(7, 1, 1000.0)]
-    health.look({7: EVALUATION})
-    assert [index for index, *_ in wards.put] == [1]
-    assert wards.given_up == []
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +122,7 @@ def test_the_only_worker_that_hangs_is_restarted_and_loses_no_slot(
     search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     """By measure: there are no peers, and no limit was given."""
-    monkeypatch.setattr(quarantine, "_LEAST_PATIENCE_SECONDS", 12.0)
+    monkeypatch.setattr(health, "_LEAST_PATIENCE_SECONDS", 12.0)
     hang, hung, over = tmp_path / "slow-0", threading.Event(), threading.Event()
 
     def hang_once(state: SearchProgress) -> bool:
@@ -442,9 +179,9 @@ def test_where_all_others_have_gone_a_worker_is_released_before_its_time(search,
     (tmp_path / "slow-0").write_text("4.0")
     _, pool, shown = search(3000, 2, QuarantinePolicy(), lambda state: bool(state.pool.quarantined))
     assert len(shown[-1].quarantined) == 1
-    assert not pool.quarantine(next(m.index for m in pool._crew.members if m.quarantine), "again", 60.0)
-    for member in [m for m in pool._crew.members if m.stays]:
-        pool._crew.restart(member)
+    assert not pool.quarantine(next(m.index for m in pool._members.all if m.quarantine), "again", 60.0)
+    for member in [m for m in pool._members.all if m.stays]:
+        pool._members.restart(member)
     pool._size.keep()
     assert not pool.state.quarantined
     end = time.monotonic() + ENDLESS

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from was_search.errors import ResourceError
-from was_workers.members import Member
+from was_workers.member import Member
 
 PLACE, PREPARE = -2, -1
 """Tickets of the calls that tell where a worker is, and that make it load its model."""

@@ -1,75 +1,284 @@
-"""A pool's workers, as the pool keeps them."""
+"""The pool's workers and their life: started, placed, ready, lost and found again, in quarantine, let go."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from dataclasses import dataclass
-from datetime import datetime
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
-from was_search.pool_state import Quarantined
-from was_workers.worker import Place, WorkerInfo
+import ray
+from ray.exceptions import ActorUnavailableError
+
+from was_search import __version__
+from was_search.coordinator.contracts import Outcome
+from was_search.errors import DeviceLostError, ResourceError, TransientError
+from was_workers.calls import PLACE, PREPARE, Call, CallEnd, Calls
+from was_workers.member import Member, Quarantine
+from was_workers.threads import ThreadShare
+from was_workers.worker import WorkerInfo
+
+PREPARE_SECONDS = 3600.0
+"""For a worker to load its model; a hub id may have to be downloaded."""
+
+_RECOVERIES = 8
+"""Failures in a row to become ready before a worker is given up."""
+
+_GIVEN_UP_SECONDS = 600.0
+"""After which the place of a worker that was given up is tried again."""
+
+_logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Quarantine:
-    """Why a worker is given nothing, since when, and until which monotonic second."""
+class Members:
+    """All workers, and what happens to them. How many there are to be is not its business.
 
-    reason: str
-    until: float
-    since: datetime
-
-
-@dataclass(eq=False)
-class Member:
-    """A worker, from its actor's creation to its end.
+    Args:
+        calls: in flight.
+        new_actor: makes an actor.
+        threads: of each worker.
+        goes: whether the node of this id is about to be taken away.
 
     Attributes:
-        index: its number in the pool.
-        actor: Ray's handle.
-        place: where its process is; None while it waits for a place.
-        info: what it said when it had last loaded its model; None before.
-        ready: its process holds the model.
-        failures: to become ready, in a row.
-        restarting_since: when it was first found to be restarting, by the monotonic clock.
-        leaving: it goes once its call has ended.
-        gone_by: when its node, which is being drained, goes away: seconds since the epoch, ``inf`` if that is open;
-            None where the node stays.
-        quarantine: None where it is well.
+        all: in the order of their start.
+        idle: the ready ones without a call, the next to get one first.
+        outcomes: of calls that have ended and were not handed over yet.
+        last_loss: why the last call was lost.
     """
 
-    index: int
-    actor: Any
-    place: Place | None = None
-    info: WorkerInfo | None = None
-    ready: bool = False
-    failures: int = 0
-    restarting_since: float | None = None
-    leaving: bool = False
-    gone_by: float | None = None
-    quarantine: Quarantine | None = None
+    def __init__(
+        self, calls: Calls, new_actor: Callable[[], Any], *, threads: ThreadShare, goes: Callable[[str], bool]
+    ) -> None:
+        self._calls = calls
+        self._new_actor = new_actor
+        self._goes = goes
+        self.threads = threads
+        self.all: list[Member] = []
+        self.idle: deque[Member] = deque()
+        self.outcomes: list[Outcome] = []
+        self.last_loss = ""
+        self._next_index = 0
+        self._recovering: list[tuple[float, Member]] = []
+        self._given_up: list[float] = []
 
     @property
-    def name(self) -> str:
-        return f"worker-{self.index}" + (f"@{self.info.name}" if self.info else "")
+    def staying(self) -> list[Member]:
+        return [member for member in self.all if member.stays]
 
     @property
-    def going(self) -> bool:
-        """Whether it is only there to end its call."""
-        return self.leaving or self.gone_by is not None
+    def n_ready(self) -> int:
+        return sum(member.ready for member in self.staying)
 
     @property
-    def stays(self) -> bool:
-        """Whether it counts towards the size that was asked for."""
-        return not self.going and self.quarantine is None
+    def n_given_up(self) -> int:
+        """Places of workers that were given up not long ago."""
+        now = time.monotonic()
+        self._given_up = [at for at in self._given_up if now - at < _GIVEN_UP_SECONDS]
+        return len(self._given_up)
 
-    @property
-    def out_of_time(self) -> bool:
-        return self.gone_by is not None and time.time() > self.gone_by
+    def forgive(self) -> None:
+        """Try the places of workers that were given up again."""
+        self._given_up.clear()
 
-    @property
-    def shown(self) -> Quarantined | None:
-        """Its quarantine for people; None where it is well, or goes."""
-        if (held := self.quarantine) is None or self.going:
-            return None
-        return Quarantined(self.name, held.reason, held.since.isoformat(timespec="seconds"))
+    def close(self) -> None:
+        """Kill the actors; calls in flight are lost."""
+        for member in self.all:
+            ray.kill(member.actor, no_restart=True)
+        self.all.clear()
+        self.idle.clear()
+        self._calls.clear()
+
+    def start(self) -> None:
+        """Start one more worker."""
+        member = Member(self._next_index, self._new_actor())
+        self._next_index += 1
+        self.all.append(member)
+        self._locate(member)
+
+    def let_go(self, member: Member) -> None:
+        """End a worker; what it is at is dropped."""
+        ray.kill(member.actor, no_restart=True)
+        self.all.remove(member)
+        self._take_off(member)
+        self._recovering = [entry for entry in self._recovering if entry[1] is not member]
+        self._calls.drop_all_of(member)
+
+    def let_go_if_free(self, member: Member) -> None:
+        """Let a worker go unless it is at a call; then it goes with the call's end."""
+        self._take_off(member)
+        if not self._calls.busy(member):
+            self.let_go(member)
+
+    def restart(self, member: Member) -> None:
+        """Replace the worker's process; what it is at is dropped."""
+        member.place, member.ready = None, False
+        ray.kill(member.actor, no_restart=False)
+        self._calls.drop_all_of(member)
+        self._take_off(member)
+        self._recovering.append((time.monotonic() + 0.25, member))
+
+    def quarantine(self, member: Member, reason: str, seconds: float) -> None:
+        """Give a worker nothing for ``seconds``; the call that it is at comes back as lost, and blameless."""
+        member.quarantine = Quarantine(reason, time.monotonic() + seconds, datetime.now(UTC))
+        self._take_off(member)
+        for call in self._calls.running:
+            if call.member is member:
+                self._calls.drop(call)
+                error = TransientError(f"taken off {member.name}, which is in quarantine: {reason}")
+                self._end(call, error=error, lost=True, blameless=True)
+        _logger.warning("%s is in quarantine for %.0f s: %s", member.name, seconds, reason)
+
+    def end_quarantines(self, wanted: int) -> None:
+        """Release those whose time is up, and the first of all where no other worker is ready.
+
+        Where ``wanted`` others are ready it is let go, else it is restarted.
+        """
+        held = [(m.quarantine.until, m) for m in self.all if m.quarantine is not None and not m.going]
+        for until, member in sorted(held, key=lambda entry: entry[0]):
+            n_ready = self.n_ready
+            alone = n_ready == 0
+            if not alone and time.monotonic() < until:
+                continue
+            member.quarantine = None
+            if n_ready >= wanted and not alone:
+                _logger.warning("%s is let go from quarantine: others are in its place", member.name)
+                self.let_go(member)
+            else:
+                why = "no other worker is ready" if alone else "its time is up"
+                _logger.warning("%s is restarted and released from quarantine: %s", member.name, why)
+                if all(entry[1] is not member for entry in self._recovering):
+                    self.restart(member)
+            if alone:
+                return
+
+    def settle(self, ending: CallEnd) -> None:
+        """Go on with a worker whose call has ended.
+
+        Raises:
+            WasError: it cannot load its model, no other has, and none is trying.
+            ResourceError: it runs another version of was-search.
+        """
+        call, member = ending.call, ending.call.member
+        if ending.gone is not None:
+            self._lost(call, ending.gone)
+        elif ending.raised is not None:
+            self._raised(call, ending.raised)
+        elif call.ticket == PLACE:
+            member.place = ending.value
+            if self._goes(ending.value.node):
+                self.let_go(member)  # it got there just before; another one is started elsewhere
+            else:
+                self._calls.start(member, PREPARE, member.actor.prepare.remote(), PREPARE_SECONDS)
+        elif call.ticket == PREPARE:
+            _require_same_version(ending.value)
+            member.info, member.ready, member.failures, member.restarting_since = ending.value, True, 0, None
+            self.threads.tell(member)
+            self._release(member)
+        else:
+            self._end(call, value=ending.value)
+            self._release(member)
+
+    def turn(self) -> None:
+        """End calls that are overdue, and look for lost workers that may be back."""
+        for call in self._calls.overdue():
+            if not self._calls.drop(call):
+                continue  # went with its worker
+            if call.member.out_of_time and not call.ours:
+                self._lost(call, TimeoutError(f"the node of {call.member.name} was to go by now"))
+            else:
+                self._hung(call, f"no answer from {call.member.name} before the deadline")
+        now = time.monotonic()
+        due = [member for at, member in self._recovering if at <= now]
+        self._recovering = [entry for entry in self._recovering if entry[0] > now]
+        for member in due:
+            self._locate(member)
+
+    def give_up(self, ticket: int, reason: str) -> None:
+        """Take a call in flight for lost, if it still is; its worker's process, which may hang, is replaced."""
+        for call in self._calls.running:
+            if call.ticket == ticket and self._calls.drop(call):
+                _logger.warning("%s is restarted: %s", call.member.name, reason)
+                self._hung(call, f"no answer from {call.member.name}, {reason}")
+
+    def _hung(self, call: Call, words: str) -> None:
+        ray.kill(call.member.actor, no_restart=False)
+        self._lost(call, TimeoutError(words))
+
+    def _raised(self, call: Call, cause: BaseException) -> None:
+        """The call's own code raised ``cause``; the process lives."""
+        member = call.member
+        if isinstance(cause, DeviceLostError):
+            ray.kill(member.actor, no_restart=False)
+            self._lost(call, cause)
+        elif not call.ours:
+            self._release(member)
+            self._end(call, error=cause)
+        elif isinstance(cause, TransientError):
+            self._lost(call, cause)
+        elif any(other.info is not None or other.place is not None for other in self.all if other is not member):
+            # Others have loaded the same model, or may yet: then it is this node that lacks something.
+            _logger.warning("%s cannot load the model and is let go: %s", member.name, cause)
+            self._give_up(member)
+        else:
+            raise cause
+
+    def _lost(self, call: Call, error: BaseException) -> None:
+        """The worker's process is gone, or is no longer waited for."""
+        member = call.member
+        member.place, member.ready = None, False
+        if not call.ours:
+            taken_away = member.gone_by is not None or bool(getattr(error, "preempted", False))
+            self._end(call, error=error, lost=True, blameless=taken_away)
+        self.last_loss = f"{type(error).__name__}: {error}"
+        if call.ours and isinstance(error, ActorUnavailableError) and not member.going:
+            # Still restarting: its node is busy, or there is none for it yet. That is no failure of its own.
+            now = time.monotonic()
+            member.restarting_since = member.restarting_since or now
+            if now - member.restarting_since < PREPARE_SECONDS:
+                self._recovering.append((now + 1.0, member))
+                return
+        member.failures += 1
+        if member.going:
+            self.let_go(member)
+        elif member.failures > _RECOVERIES:
+            self._give_up(member)
+        else:
+            self._recovering.append((time.monotonic() + min(0.25 * 2.0**member.failures, 10.0), member))
+
+    def _give_up(self, member: Member) -> None:
+        """Let a worker go that nothing can be done for; nobody takes its place for a while."""
+        self.let_go(member)
+        self._given_up.append(time.monotonic())
+
+    def _locate(self, member: Member) -> None:
+        """Ask where the worker is: it answers once it has a place, however long that takes."""
+        member.place = None
+        self._calls.start(member, PLACE, member.actor.place.remote(), math.inf)
+
+    def _release(self, member: Member) -> None:
+        """The worker's call has ended: it is idle, or goes."""
+        if member.going:
+            self.let_go(member)
+        elif member.quarantine is None:
+            self.idle.append(member)
+
+    def _take_off(self, member: Member) -> None:
+        if member in self.idle:
+            self.idle.remove(member)
+
+    def _end(self, call: Call, **how: Any) -> None:
+        self.outcomes.append(
+            Outcome(call.ticket, call.member.name, index=call.member.index, seconds=call.seconds, **how)
+        )
+
+
+def _require_same_version(info: WorkerInfo) -> None:
+    """Raise a ResourceError for a worker that runs another version of was-search than this process."""
+    if info.version != __version__:
+        raise ResourceError(
+            f"ray: the worker {info.name} runs was-search {info.version} and the coordinator {__version__}; install "
+            "the same version on every node, or none: the coordinator ships its own packages"
+        )

@@ -20,7 +20,7 @@ from was_search.pool_state import PoolState
 from was_search.worker_range import WorkerRange
 from was_workers.calls import Calls
 from was_workers.cluster import Cluster
-from was_workers.crew import PREPARE_SECONDS, Crew
+from was_workers.members import PREPARE_SECONDS, Members
 from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
@@ -74,13 +74,13 @@ class Pool:
         )
         threads = ThreadShare(spec.threads, divided=divide_threads)
         self._calls = Calls()
-        self._crew = Crew(
+        self._members = Members(
             self._calls,
             lambda: actor_class.remote(dataclasses.replace(spec, threads=threads.each)),
             threads=threads,
             goes=lambda node: self._size.goes(node),
         )
-        self._size = Size(self._crew, cluster, asked, math.inf if useful is None else useful)
+        self._size = Size(self._members, cluster, asked, math.inf if useful is None else useful)
         self._next_ticket = 0
         self.health = Health(self, policy or QuarantinePolicy())
         self._size.keep()
@@ -95,7 +95,7 @@ class Pool:
 
     def close(self) -> None:
         """Kill the actors; calls in flight are lost."""
-        self._crew.close()
+        self._members.close()
 
     def resize(self, n_workers: WorkerRange | int) -> None:
         """Start workers, or let some go, until there are so many; returns at once and loses no call.
@@ -107,7 +107,7 @@ class Pool:
             ResourceError: a local machine lacks the GPUs for so many; nothing is changed.
         """
         self._size.asked = fitting(_as_range(n_workers), self._cluster, self._gpus_per_worker)
-        self._crew.forgive()
+        self._members.forgive()
         self._size.keep()
 
     def need(self, n: int) -> None:
@@ -118,10 +118,10 @@ class Pool:
         """Kill every call in flight; its ticket never comes back. The workers load their model again."""
         for call in self._calls.running:
             if call.member.going:
-                self._crew.let_go(call.member)
+                self._members.let_go(call.member)
             else:
-                self._crew.restart(call.member)
-        self._crew.outcomes.clear()
+                self._members.restart(call.member)
+        self._members.outcomes.clear()
 
     def quarantine(self, index: int, reason: str, seconds: float) -> bool:
         """Give the worker ``index`` no call for ``seconds``; whether that was done.
@@ -131,16 +131,16 @@ class Pool:
         released, or let go where enough others are there. The last worker that is ready is never put in quarantine,
         and where all others have gone the first of those in quarantine is released.
         """
-        member = next((m for m in self._crew.staying if m.index == index), None)
-        if member is None or not any(other.ready for other in self._crew.staying if other is not member):
+        member = next((m for m in self._members.staying if m.index == index), None)
+        if member is None or not any(other.ready for other in self._members.staying if other is not member):
             return False
-        self._crew.quarantine(member, reason, seconds)
+        self._members.quarantine(member, reason, seconds)
         self._size.look_soon()
         return True
 
     def give_up(self, ticket: int, reason: str) -> None:
         """Take a call for lost that hangs: it comes back so, and its worker loads the model again."""
-        self._crew.give_up(ticket, reason)
+        self._members.give_up(ticket, reason)
 
     @property
     def n_workers(self) -> int:
@@ -163,32 +163,32 @@ class Pool:
 
     @property
     def n_idle(self) -> int:
-        return len(self._crew.idle)
+        return len(self._members.idle)
 
     @property
     def next_idle(self) -> str:
         """Name of the worker that the next ``submit`` takes."""
-        return self._crew.idle[0].name
+        return self._members.idle[0].name
 
     @property
     def idle_names(self) -> list[str]:
         """Names of the idle workers in the order that ``submit`` takes them."""
-        return [member.name for member in self._crew.idle]
+        return [member.name for member in self._members.idle]
 
     @property
     def next_index(self) -> int:
         """Number of the worker that the next ``submit`` takes."""
-        return self._crew.idle[0].index
+        return self._members.idle[0].index
 
     @property
     def proven(self) -> frozenset[int]:
         """Numbers of the workers that have held the model, without those that are about to go or in quarantine."""
-        return frozenset(member.index for member in self._crew.staying if member.info is not None)
+        return frozenset(member.index for member in self._members.staying if member.info is not None)
 
     @property
     def infos(self) -> list[WorkerInfo]:
         """Workers that have loaded their model so far."""
-        return [member.info for member in self._crew.members if member.info is not None]
+        return [member.info for member in self._members.all if member.info is not None]
 
     @property
     def state(self) -> PoolState:
@@ -217,7 +217,7 @@ class Pool:
         """
         ticket = self._next_ticket
         self._next_ticket += 1
-        member = self._crew.idle.popleft()
+        member = self._members.idle.popleft()
         reference = member.actor.run.remote(call, None if about is None else dict(about))
         self._calls.start(member, ticket, reference, deadline_seconds)
         return ticket
@@ -229,20 +229,20 @@ class Pool:
             WasError: a worker cannot load its model.
             ResourceError: every worker has been given up.
         """
-        self.turn(0.0 if self._crew.outcomes else timeout_seconds)
-        outcomes, self._crew.outcomes = self._crew.outcomes, []
+        self.turn(0.0 if self._members.outcomes else timeout_seconds)
+        outcomes, self._members.outcomes = self._members.outcomes, []
         return outcomes
 
     def turn(self, timeout_seconds: float) -> None:
         """As ``wait``, but what has ended is kept for the next ``wait``."""
         for call in self._calls.wait(timeout_seconds):
             if (ending := self._calls.take(call)) is not None:
-                self._crew.settle(ending)
-        self._crew.turn()
-        if self._size.due or not self._crew.members:
+                self._members.settle(ending)
+        self._members.turn()
+        if self._size.due or not self._members.all:
             self._size.keep()
-        if not self._crew.members:
-            reason = self._crew.last_loss
+        if not self._members.all:
+            reason = self._members.last_loss
             raise ResourceError(f"every worker was lost and could not be restarted; the last error: {reason}")
 
     def wait_idle(self, timeout_seconds: float = PREPARE_SECONDS) -> None:

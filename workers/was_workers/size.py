@@ -11,8 +11,8 @@ from was_search.errors import ResourceError
 from was_search.pool_state import PoolState
 from was_search.worker_range import WorkerRange
 from was_workers.cluster import Cluster
-from was_workers.crew import Crew
 from was_workers.draining import draining_nodes
+from was_workers.members import Members
 
 _LOOK_SECONDS = 0.5
 """Between two looks at the pool's own size."""
@@ -27,14 +27,14 @@ class Size:
     """Starts workers and lets them go until there are as many as are wanted.
 
     Args:
-        crew: the workers.
+        members: the workers.
         cluster: where they are.
         asked: how many are to be there; see :func:`fitting`.
         useful: at most so many have something to do.
     """
 
-    def __init__(self, crew: Crew, cluster: Cluster, asked: WorkerRange, useful: float) -> None:
-        self._crew = crew
+    def __init__(self, members: Members, cluster: Cluster, asked: WorkerRange, useful: float) -> None:
+        self._members = members
         self._cluster = cluster
         self.asked = asked
         self.useful = useful
@@ -43,11 +43,11 @@ class Size:
 
     @property
     def n_workers(self) -> int:
-        return len(self._crew.staying)
+        return len(self._members.staying)
 
     @property
     def wanted(self) -> int:
-        return self.asked.clamp(int(min(self.useful, self.asked.most))) - self._crew.n_given_up
+        return self.asked.clamp(int(min(self.useful, self.asked.most))) - self._members.n_given_up
 
     @property
     def due(self) -> bool:
@@ -57,7 +57,7 @@ class Size:
     @property
     def state(self) -> PoolState:
         """The workers by what they are at."""
-        members, stay = self._crew.members, self._crew.staying
+        members, stay = self._members.all, self._members.staying
         ready = sum(member.ready for member in stay)
         pending = sum(member.place is None for member in stay)
         return PoolState(
@@ -82,18 +82,18 @@ class Size:
         self._next_look = now + _LOOK_SECONDS
         if now >= self._next_drain_look:
             self._notice_draining()
-        crew, wanted = self._crew, self.wanted
-        crew.end_quarantines(wanted)
-        crew.threads.divide(wanted + sum(member.quarantine is not None for member in crew.members), crew.members)
-        for member in crew.members:  # those that have not gone yet are the first to stay
+        members, wanted = self._members, self.wanted
+        members.end_quarantines(wanted)
+        members.threads.divide(wanted + sum(member.quarantine is not None for member in members.all), members.all)
+        for member in members.all:  # those that have not gone yet are the first to stay
             if member.leaving and member.gone_by is None and self.n_workers < wanted:
                 member.leaving = False
         for _ in range(wanted - self.n_workers):
-            crew.hire()
-        staying = sorted(crew.staying, key=lambda m: (m.place is not None, m.ready, m not in crew.idle, -m.index))
+            members.start()
+        staying = sorted(members.staying, key=lambda m: (m.place is not None, m.ready, m not in members.idle, -m.index))
         for member in staying[: max(0, len(staying) - max(wanted, 0))]:
             member.leaving = True
-            crew.let_go_if_free(member)
+            members.let_go_if_free(member)
 
     def _notice_draining(self) -> None:
         """Take workers off nodes that are about to go."""
@@ -101,13 +101,13 @@ class Size:
         if self._cluster.local:
             return
         self._draining = draining_nodes()
-        for member in list(self._crew.members):
+        for member in list(self._members.all):
             if member.place is None or member.place.node not in self._draining or member.gone_by is not None:
                 continue
             member.gone_by = self._draining[member.place.node]
             left = "" if math.isinf(member.gone_by) else f" in {max(0.0, member.gone_by - time.time()):.0f} s"
             _logger.warning("%s gets no more to do: its node is drained and goes%s", member.name, left)
-            self._crew.let_go_if_free(member)
+            self._members.let_go_if_free(member)
 
 
 def fitting(asked: WorkerRange, cluster: Cluster, gpus_per_worker: float) -> WorkerRange:

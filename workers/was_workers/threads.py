@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from was_workers.members import Member
+from was_workers.member import Member
 
 
 class ThreadShare:
