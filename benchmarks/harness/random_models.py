@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from scripts.make_random_model import SHAPES, draw
 from was_search.inputs import hook_inputs
-from was_search.masking import structure_norms
+from was_search.masked_model import structure_norms
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS, Masks
 from was_search.structure import find_structure
