@@ -83,10 +83,11 @@ def test_a_piece_that_is_missing_makes_it_anew(made, settings, monkeypatch: pyte
     _, _, piece = made
     monkeypatch.setattr(divergence, "PIECE_BYTES", piece)
     with Context(settings) as context:
-        key = divergence.dense_top_key(context)
-        assert divergence._cached(context, key, range(0, 18, 7), (18, 95, K)) is not None
-        assert context.cache.delete("dense-top", divergence._piece_key(key, 7, "log_probs"))
-        assert divergence._cached(context, key, range(0, 18, 7), (18, 95, K)) is None
+        stored = divergence.Pieces(context.cache, divergence.dense_top_key(context), 18, 95, K)
+        assert stored.get() is not None
+        _, log_probs = stored.rows(7)
+        assert context.cache.delete("dense-top", log_probs.key)
+        assert stored.get() is None
 
 
 def test_the_plan_reports_nll_and_was_chosen_by_divergence(made) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from was_search.api.cached import Row, cached
 from was_search.api.context import Context
 from was_search.histogram import Histograms
 from was_search.protocol import content_hash
@@ -52,25 +52,29 @@ def calibrate(context: Context) -> Calibration:
 
 
 def _calibrate(context: Context) -> Calibration:
-    started = time.perf_counter()
     settings = context.settings
     settings.require("model", "data")
-    key = content_hash("histograms", 1, context.model_key, settings.scoring, context.tokens("calibration").protocol)
-    found = context.cache.get("histograms", key, lambda row: _read_calibration(row, key))
-    if found is not None:
-        context.reporter.cached("calibrate", _describe(context), time.perf_counter() - started)
-        return found
+    data = context.tokens("calibration")
+    key = content_hash("histograms", 1, context.model_key, settings.scoring, data.protocol)
 
-    from was_search.coordinator.phases import histogram_runner
+    def make() -> Calibration:
+        from was_search.coordinator.phases import histogram_runner
 
-    data, pool = context.tokens("calibration"), context.pool
-    shape = pool.infos[0].shape
-    with context.phase(f"calibrate on {_describe(context)}", pool.n_parallel) as advance:
-        histograms, _ = histogram_runner(pool, data, advance=advance)(None)
-    # Non-finite scores are refused here, not in a trial.
-    histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))
-    context.cache.put("histograms", key, histograms.to_bytes(), {"shape": shape.to_json()})
-    return Calibration(key, shape, histograms)
+        pool = context.pool
+        shape = pool.infos[0].shape
+        with context.phase(f"calibrate on {data.protocol.brief()}", pool.n_parallel) as advance:
+            histograms, _ = histogram_runner(pool, data, advance=advance)(None)
+        # Non-finite scores are refused here, not in a trial.
+        histograms.thresholds(np.full((shape.n_blocks, 7), 0.5))
+        return Calibration(key, shape, histograms)
+
+    return cached(
+        Row(context.cache, "histograms", key, lambda row: _read_calibration(row, key), _pack_calibration),
+        make,
+        context.reporter,
+        "calibrate",
+        data.protocol.brief(),
+    )
 
 
 def operating_point(context: Context, calibration: Calibration, sparsities: FloatArray, name: str) -> OperatingPoint:
@@ -83,33 +87,32 @@ def operating_point(context: Context, calibration: Calibration, sparsities: Floa
 def _operating_point(
     context: Context, calibration: Calibration, sparsities: FloatArray, key: str, name: str
 ) -> OperatingPoint:
-    from was_search import calibration as maths
+    def make() -> OperatingPoint:
+        from was_search import calibration as maths
+        from was_search.coordinator.phases import histogram_runner
 
-    started = time.perf_counter()
-    found = context.cache.get("operating-point", key, lambda row: _read_point(row, key, calibration.shape))
-    if found is not None:
-        context.reporter.cached(f"calibrate at {name}", "operating point", time.perf_counter() - started)
-        return found
+        with context.phase(f"calibrate at {name}") as advance:
+            runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)
+            return OperatingPoint(
+                key, *maths.operating_point(runner, calibration.histograms, sparsities, calibration.shape)
+            )
 
-    from was_search.coordinator.phases import histogram_runner
-
-    with context.phase(f"calibrate at {name}") as advance:
-        runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)
-        point = OperatingPoint(
-            key, *maths.operating_point(runner, calibration.histograms, sparsities, calibration.shape)
-        )
-    meta = {
-        "thresholds": [[float(v) for v in row] for row in point.thresholds],
-        "achieved": point.achieved.tolist(),
-        "passes": point.passes,
-    }
-    context.cache.put("operating-point", key, point.histograms.to_bytes(), meta)
-    return point
+    return cached(
+        Row(context.cache, "operating-point", key, lambda row: _read_point(row, key, calibration.shape), _pack_point),
+        make,
+        context.reporter,
+        f"calibrate at {name}",
+        "operating point",
+    )
 
 
 def _read_calibration(found: Artifact, key: str) -> Calibration:
     shape = ModelShape.from_json(found.meta["shape"])
     return Calibration(key, shape, Histograms.from_bytes(found.payload, shape.n_blocks))
+
+
+def _pack_calibration(found: Calibration) -> tuple[bytes, dict[str, Any]]:
+    return found.histograms.to_bytes(), {"shape": found.shape.to_json()}
 
 
 def _read_point(found: Artifact, key: str, shape: ModelShape) -> OperatingPoint:
@@ -121,5 +124,10 @@ def _read_point(found: Artifact, key: str, shape: ModelShape) -> OperatingPoint:
     return OperatingPoint(key, histograms, thresholds, achieved, int(found.meta["passes"]))
 
 
-def _describe(context: Context) -> str:
-    return context.tokens("calibration").protocol.brief()
+def _pack_point(point: OperatingPoint) -> tuple[bytes, dict[str, Any]]:
+    meta = {
+        "thresholds": [[float(v) for v in row] for row in point.thresholds],
+        "achieved": point.achieved.tolist(),
+        "passes": point.passes,
+    }
+    return point.histograms.to_bytes(), meta

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -15,9 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from was_search import logs
+from was_search.api.cached import Row, cached
+from was_search.arrays import pack_array, unpack_array
 from was_search.errors import ConfigError, ResourceError
 from was_search.pool_state import PoolState
 from was_search.progress import Advance, Reporter
@@ -321,11 +320,9 @@ class Context:
         text, options = self._text(split), self._token_options(n, self.placement.dtype)
         self.require_positions()
         key = content_hash("tokens", 2, text.name, split, text.sha256, self.source.tokenizer_hash(), options)
-        if (found := self.cache.get("tokens", key, _read_tokens)) is not None:
-            return found
-        data = _tokenise(self.source, text, options)
-        self.cache.put("tokens", key, pack_array(data.tokens), {"protocol": data.protocol.to_json()})
-        return data
+        return cached(
+            Row(self.cache, "tokens", key, _read_tokens, _pack_tokens), lambda: _tokenise(self.source, text, options)
+        )
 
     @property
     def plans_folder(self) -> Path:
@@ -345,34 +342,12 @@ def _read_tokens(found: Artifact) -> TokenSet:
     return data
 
 
+def _pack_tokens(data: TokenSet) -> tuple[bytes, dict[str, Any]]:
+    return pack_array(data.tokens), {"protocol": data.protocol.to_json()}
+
+
 def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> TokenSet:
     from was_search.model import load_tokenizer
     from was_search.tokens import tokenise
 
     return tokenise(text, load_tokenizer(source), **options)
-
-
-def pack_array(array: npt.NDArray[Any]) -> bytes:
-    """An array as npy bytes, never pickled."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def unpack_array(payload: bytes, shape: tuple[int | None, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array from :func:`pack_array`, if it is of this ``shape`` (None: any width) and ``dtype``.
-
-    Raises:
-        ValueError: another shape, type or length; nothing is taken from memory for what a wrong header claims.
-    """
-    stream = io.BytesIO(payload)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"npy version must be 1.0, got {version}")
-    there, by_columns, kind = np.lib.format.read_array_header_1_0(stream)
-    fits = len(there) == len(shape) and all(want in (None, got) for want, got in zip(shape, there, strict=True))
-    if not fits or by_columns or kind != np.dtype(dtype):
-        raise ValueError(f"{np.dtype(dtype)} {shape} is wanted, got {kind} {there}")
-    if len(payload) - stream.tell() != math.prod(there) * kind.itemsize:
-        raise ValueError(f"{kind} {there} is claimed, got {len(payload) - stream.tell()} bytes")
-    return np.frombuffer(payload, kind, offset=stream.tell()).reshape(there).copy()

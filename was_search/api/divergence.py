@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.cached import Row, array_row, cached
+from was_search.api.context import Context
 from was_search.divergence import ENTRY_BYTES, DenseTop, check_top_k, concatenate
 from was_search.protocol import content_hash
+
+if TYPE_CHECKING:
+    from was_storage.cache import ArtifactCache
 
 PIECE_BYTES = 64 * 2**20
 """Of one cached row: a database takes many of these more gladly than one of all, and no number of sequences is too
@@ -43,48 +47,64 @@ def dense_top_key(context: Context) -> str:
 
 
 def _dense_top(context: Context) -> DenseTop:
-    started = time.perf_counter()
-    data, k, key = context.tokens("search"), context.settings.kl_top_k, dense_top_key(context)
-    sequence_bytes = data.protocol.predicted_per_sequence * k * ENTRY_BYTES
-    step = max(1, PIECE_BYTES // sequence_bytes)
-    starts = range(0, len(data.tokens), step)
+    data, k = context.tokens("search"), context.settings.kl_top_k
     name = f"dense top {k}"
-    shape = (len(data.tokens), data.protocol.predicted_per_sequence, k)
-    if (found := _cached(context, key, starts, shape)) is not None:
-        context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
-        return found
 
-    from was_search.coordinator import phases
+    def make() -> DenseTop:
+        from was_search.coordinator import phases
 
-    pool = context.pool
-    parts = len(phases.fine_shards(pool, data))
-    with context.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
-        top = phases.dense_top(pool, data, k, advance=advance)
-    for start in starts:
-        piece = top[start : start + step]
-        context.cache.put("dense-top", _piece_key(key, start, "indices"), pack_array(piece.indices))
-        context.cache.put("dense-top", _piece_key(key, start, "log_probs"), pack_array(piece.log_probs))
-    return top
+        pool = context.pool
+        parts = len(phases.fine_shards(pool, data))
+        with context.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
+            return phases.dense_top(pool, data, k, advance=advance)
 
-
-def _cached(context: Context, key: str, starts: range, shape: tuple[int, int, int]) -> DenseTop | None:
-    """All pieces of ``shape`` [n, predicted, k], or None where one is missing: a killed run may have put only some."""
-    n, predicted, k = shape
-
-    def piece(start: int, name: str, width: int, dtype: type[np.generic]) -> Any:
-        wanted = (min(starts.step, n - start), predicted, width)
-        return context.cache.get(
-            "dense-top", _piece_key(key, start, name), lambda row: unpack_array(row.payload, wanted, dtype)
-        )
-
-    pieces = []
-    for start in starts:
-        indices, log_probs = piece(start, "indices", k, np.int32), piece(start, "log_probs", k + 1, np.float32)
-        if indices is None or log_probs is None:
-            return None
-        pieces.append(DenseTop(indices, log_probs))
-    return concatenate(pieces)
+    return cached(
+        Pieces(context.cache, dense_top_key(context), len(data.tokens), data.protocol.predicted_per_sequence, k),
+        make,
+        context.reporter,
+        name,
+        data.protocol.brief(),
+    )
 
 
-def _piece_key(key: str, start: int, name: str) -> str:
-    return content_hash(key, start, PIECE_BYTES, name)
+@dataclass(frozen=True)
+class Pieces:
+    """The dense top of n sequences, [n, predicted, k], in pieces of :data:`PIECE_BYTES`.
+
+    A killed run may have put only some of them; then there is none.
+    """
+
+    cache: ArtifactCache
+    key: str
+    n: int
+    predicted: int
+    k: int
+
+    def get(self) -> DenseTop | None:
+        pieces = []
+        for start in self._starts:
+            rows = self.rows(start)
+            indices, log_probs = rows[0].get(), rows[1].get()
+            if indices is None or log_probs is None:
+                return None
+            pieces.append(DenseTop(indices, log_probs))
+        return concatenate(pieces)
+
+    def put(self, value: DenseTop) -> None:
+        for start in self._starts:
+            piece = value[start : start + self._starts.step]
+            for row, array in zip(self.rows(start), (piece.indices, piece.log_probs), strict=True):
+                row.put(array)
+
+    @property
+    def _starts(self) -> range:
+        return range(0, self.n, max(1, PIECE_BYTES // (self.predicted * self.k * ENTRY_BYTES)))
+
+    def rows(self, start: int) -> tuple[Row[Any], Row[Any]]:
+        size = min(self._starts.step, self.n - start)
+
+        def row(name: str, width: int, dtype: type[np.generic]) -> Row[Any]:
+            key = content_hash(self.key, start, PIECE_BYTES, name)
+            return array_row(self.cache, "dense-top", key, (size, self.predicted, width), dtype)
+
+        return row("indices", self.k, np.int32), row("log_probs", self.k + 1, np.float32)

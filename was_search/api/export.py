@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search import __version__, logs
+from was_search.api.cached import array_row, cached
 from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
-from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.context import Context
 from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.latency import budget_of, predictions
 from was_search.api.page import report_study
 from was_search.api.search import SearchResult
+from was_search.arrays import pack_array, unpack_array
 from was_search.calls import Shared
 from was_search.divergence import DenseTop
 from was_search.errors import ConfigError, StorageError, StudyError
@@ -337,11 +339,12 @@ def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...],
     key = content_hash("norms", 1, context.model_key, context.settings.scoring, context.placement.dtype)
     shape = calibration.shape
     width = sum(sum(row) for row in shape.in_features)
-    flat = context.cache.get("norms", key, lambda row: unpack_array(row.payload, (width,), np.float32))
-    if flat is None:
+
+    def make() -> npt.NDArray[np.float32]:
         (rows,) = context.pool.map([Norms()])
-        flat = np.concatenate([norm for row in rows for norm in row])
-        context.cache.put("norms", key, pack_array(flat))
+        return np.concatenate([norm for row in rows for norm in row])
+
+    flat = cached(array_row(context.cache, "norms", key, (width,), np.float32), make)
     ends = np.cumsum([width for row in shape.in_features for width in row])
     parts = iter(np.split(flat, ends[:-1]))
     return tuple(tuple(next(parts) for _ in row) for row in shape.in_features)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
-import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from was_search import __version__
+from was_search.api.cached import cached
 from was_search.api.context import Context
 from was_search.api.latency import CACHED_AS, SPREAD_WARNED, model_shape, read_profile, shape_key
 from was_search.errors import ConfigError
@@ -24,6 +24,9 @@ from was_search.latency_fit import FUSED, SINGLE, check, check_summary, fit, lau
 from was_search.protocol import content_hash
 from was_search.time_budget import speedups
 from was_search.weight_format import AS_STORED, WeightFormat
+
+if TYPE_CHECKING:
+    from was_storage.cache import ArtifactCache
 
 _CONFIG = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Of the model's configuration: what decides the rest of a step beside the shape of its projections."""
@@ -60,21 +63,41 @@ def profile(
     _check_options(context, rows, kv_length, steps, rounds, check_vectors)
     compiled = context.placement_here.device.startswith("cuda") if compiled is None else compiled
     key = _key(context, rows, kv_length, compiled)
-    started = time.perf_counter()
-    found = None if again else context.cache.get(CACHED_AS, key, read_profile)
-    if found is not None and found.check.get("vectors", 0) >= check_vectors:
-        context.reporter.cached("profile", found.describe(), time.perf_counter() - started)
-        comparison: list[dict[str, float]] = []
-    else:
-        found, comparison = _measure(context, rows, kv_length, steps, rounds, check_vectors, compiled)
-        payload = json.dumps(found.to_json(), allow_nan=False).encode()
-        meta = {"shape": shape_key(found.shape), "conditions": _conditions(found), "hash": found.hash}
-        meta["weights"] = found.weights
-        context.cache.replace(CACHED_AS, key, payload, meta)
+    comparison: list[dict[str, float]] = []
+
+    def make() -> LatencyProfile:
+        made, compared = _measure(context, rows, kv_length, steps, rounds, check_vectors, compiled)
+        comparison.extend(compared)
+        return made
+
+    place = _Measured(context.cache, key, check_vectors, again)
+    found = cached(place, make, context.reporter, "profile", LatencyProfile.describe)
     if output is not None:
         found.save(output)
     _show(context, found, comparison, output)
     return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A profile's row of the cache, which a later measurement replaces.
+
+    One with fewer than ``check_vectors`` compared is not taken, and none with ``again``.
+    """
+
+    cache: ArtifactCache
+    key: str
+    check_vectors: int
+    again: bool
+
+    def get(self) -> LatencyProfile | None:
+        found = None if self.again else self.cache.get(CACHED_AS, self.key, read_profile)
+        return found if found is not None and found.check.get("vectors", 0) >= self.check_vectors else None
+
+    def put(self, value: LatencyProfile) -> None:
+        payload = json.dumps(value.to_json(), allow_nan=False).encode()
+        meta = {"shape": shape_key(value.shape), "conditions": _conditions(value), "hash": value.hash}
+        self.cache.replace(CACHED_AS, self.key, payload, {**meta, "weights": value.weights})
 
 
 def _check_options(context: Context, rows: int, kv_length: int, steps: int, rounds: int, check_vectors: int) -> None:

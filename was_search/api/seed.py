@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from was_search.api.cached import Row, array_row, cached
 from was_search.api.calibrate import Calibration, calibrate
-from was_search.api.context import Context, pack_array, unpack_array
+from was_search.api.context import Context
 from was_search.api.latency import budget_of
 from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
@@ -82,28 +82,30 @@ def _descent_options(settings: Settings) -> DescentOptions:
 
 def seed_descent(context: Context, calibration: Calibration, start: FloatArray) -> FloatArray:
     """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``, on one worker."""
-    started = time.perf_counter()
     settings, data = context.settings, context.slope_tokens
     options = _descent_options(settings)
     budget = budget_of(context, calibration.shape)
     parts = (calibration.key, data.protocol, start, budget.identity, vars(options), SEED_SEQUENCES, settings.seed)
     key = content_hash("seed-descent", 3, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
-    wanted = calibration.shape.params.shape
-    found = context.cache.get("descent", key, lambda row: unpack_array(row.payload, wanted, np.float64))
-    if found is not None:
-        context.reporter.cached(name, data.protocol.brief(), time.perf_counter() - started)
-        return found
 
-    from was_search.model_calls import Descend
+    def make() -> FloatArray:
+        from was_search.model_calls import Descend
 
-    pool = context.pool
-    with context.phase(name):
-        histograms = pool.share(calibration.histograms)
-        call = Descend(pool.share(data), histograms, start, budget, options, SEED_SEQUENCES, settings.seed)
-        (sparsities,) = pool.map([call], phase="seed descent")
-    context.cache.put("descent", key, pack_array(sparsities))
-    return sparsities
+        pool = context.pool
+        with context.phase(name):
+            histograms = pool.share(calibration.histograms)
+            call = Descend(pool.share(data), histograms, start, budget, options, SEED_SEQUENCES, settings.seed)
+            (end,) = pool.map([call], phase="seed descent")
+        return end
+
+    return cached(
+        array_row(context.cache, "descent", key, calibration.shape.params.shape, np.float64),
+        make,
+        context.reporter,
+        name,
+        data.protocol.brief(),
+    )
 
 
 def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) -> FloatArray:
@@ -116,21 +118,21 @@ def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) 
 def _fisher_prices(
     context: Context, calibration: Calibration, grid: FloatArray, data: TokenSet, key: str
 ) -> FloatArray:
-    started = time.perf_counter()
-    wanted = (*calibration.shape.params.shape, len(grid))
-    found = context.cache.get("prices", key, lambda row: unpack_array(row.payload, wanted, np.float64))
-    if found is not None:
-        context.reporter.cached("price (Fisher)", data.protocol.brief(), time.perf_counter() - started)
-        return found
+    def make() -> FloatArray:
+        from was_search.coordinator import phases
 
-    from was_search.coordinator import phases
+        pool = context.pool
+        parts = len(phases.fine_shards(pool, data))
+        with context.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
+            return phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
 
-    pool = context.pool
-    parts = len(phases.fine_shards(pool, data))
-    with context.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
-        prices = phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
-    context.cache.put("prices", key, pack_array(prices))
-    return prices
+    return cached(
+        array_row(context.cache, "prices", key, (*calibration.shape.params.shape, len(grid)), np.float64),
+        make,
+        context.reporter,
+        "price (Fisher)",
+        data.protocol.brief(),
+    )
 
 
 def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
@@ -151,23 +153,31 @@ def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
 
 def greedy_table(context: Context, calibration: Calibration) -> Table:
     """The component-level greedy by block-output error (TEAL, WAS), a block a call."""
-    started = time.perf_counter()
     data = _first(context.tokens("calibration"), context.settings.greedy_sequences)
     key = content_hash("greedy", 3, calibration.key, data.protocol, GREEDY_STEP)
     shape = calibration.shape
-    found = context.cache.get("greedy", key, lambda row: _read_table(row, shape))
-    if found is not None:
-        context.reporter.cached("greedy table", data.protocol.brief(), time.perf_counter() - started)
-        return found
 
-    from was_search.coordinator import phases
+    def make() -> Table:
+        from was_search.coordinator import phases
 
-    with context.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
-        table = phases.greedy_table(
-            context.pool, data, calibration.histograms, shape, step=GREEDY_STEP, advance=advance
-        )
-    context.cache.put("greedy", key, b"", {"table": table.to_json()})
-    return table
+        with context.phase(f"greedy table on {data.protocol.brief()}", shape.n_blocks) as advance:
+            return phases.greedy_table(
+                context.pool, data, calibration.histograms, shape, step=GREEDY_STEP, advance=advance
+            )
+
+    return cached(
+        Row(
+            context.cache,
+            "greedy",
+            key,
+            lambda row: _read_table(row, shape),
+            lambda table: (b"", {"table": table.to_json()}),
+        ),
+        make,
+        context.reporter,
+        "greedy table",
+        data.protocol.brief(),
+    )
 
 
 def _read_table(found: Artifact, shape: ModelShape) -> Table:
