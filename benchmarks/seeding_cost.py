@@ -34,7 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "seeding_cost.jsonl"
 
 EVALUATED, CALIBRATED, PRICED, ROUNDS, PER_ROUND = 64, 64, 32, 8, 16
 """Sequences of an evaluation, of a calibration pass and of prices; rounds of the seed's descent and their sequences:
-the defaults of ``was_search.settings`` and ``was_search.api.seed``."""
+the defaults of ``was_search.settings`` and ``was_search.api.seeding``."""
 
 
 def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ def modules(package: str) -> list[Path]:
 
 def is_composition_root(path: Path) -> bool:
     core = PACKAGES["was_search"]
+    if path == core / "__init__.py":  # gives public names of all packages, each when it is asked for
+        return True
     return (path.parent == core and path.name.startswith("cli")) or path.parent == core / "api"
 
 
@@ -157,6 +160,15 @@ def test_no_outer_folder_is_a_package(folder):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_is_one(package):
     assert (PACKAGES[package] / "__init__.py").is_file()
+
+
+def test_no_function_shadows_the_module_it_comes_from():
+    """After ``import was_search.api``, the attribute of a module's name is that module."""
+    from was_search import api
+
+    stems = {path.stem for path in (PACKAGES["was_search"] / "api").glob("*.py")} - {"__init__"}
+    assert not stems & set(api.__all__)
+    assert all(inspect.ismodule(getattr(api, stem)) for stem in stems if hasattr(api, stem))
 
 
 def test_importing_the_kernels_imports_no_triton():

@@ -1,3 +1,92 @@
-"""was-search: find how much of each layer's input an LLM can skip while decoding."""
+"""was-search: find how much of each layer's input an LLM can skip while decoding.
+
+The names below are the public ones; every other name may change without notice. Importing the package imports neither
+torch nor Ray: a name is fetched when it is first used.
+
+    Settings      what to do: model, data, budget and every option of the command line
+    Context       opens what steps need (database, workers, tokens) and closes it
+    run           calibrate, seed, search, export and compare, skipping what is cached
+    calibrate     score histograms of the dense model
+    seed          the seed vectors of a study
+    search        create or resume a study
+    export        write the plan of a study's best vector
+    evaluate      perplexity of the dense model and of a plan
+    generate      decode text with a plan, or densely
+    Plan          an exported plan, with its figures
+    sparsify      let a loaded model decode with a plan
+    load_sparse   a folder with plan and weights, ready to decode
+    WasError      what all of these raise for what a user can mend
+
+A step takes a context, and most of them nothing else:
+
+>>> from pathlib import Path
+>>> import was_search as was
+>>> demo = Path(was.__file__).parent / "demo_data"
+>>> settings = was.Settings(
+...     model=str(demo / "model"), data=str(demo / "text"), device="cpu", sequence_length=128, test_sequences=8
+... )
+>>> with was.Context(settings) as context:  # doctest: +ELLIPSIS
+...     (dense,) = was.evaluate(context, None)
+...     words = was.generate(context, None, "def main(", max_new_tokens=4)
+def main(...
+>>> dense.protocol.describe()
+'text [test] sha256:5b9521c2, 8 x 128 tokens, float32, batch 4, no BOS, first 1 token(s) dense'
+>>> words.tokens
+4
+
+The whole job, on a machine with a GPU, and what comes of it in a model of transformers:
+
+    with was.Context(was.Settings(model="meta-llama/Llama-3.2-1B", data="wikitext2", target=0.6)) as context:
+        plan = was.Plan.load(was.run(context).plan)
+    handle = was.sparsify(model, plan)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from was_kernels import load_sparse, sparsify
+    from was_search.api import Context, calibrate, evaluate, export, generate, run, search, seed
+    from was_search.errors import WasError
+    from was_search.plan import Plan
+    from was_search.settings import Settings
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "Plan",
+    "Settings",
+    "WasError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "export",
+    "generate",
+    "load_sparse",
+    "run",
+    "search",
+    "seed",
+    "sparsify",
+]
+
+_MODULES = {
+    "Plan": "was_search.plan",
+    "Settings": "was_search.settings",
+    "WasError": "was_search.errors",
+    "load_sparse": "was_kernels",
+    "sparsify": "was_kernels",
+}
+"""Where a public name is defined; those that are not here, in :mod:`was_search.api`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES.get(name, "was_search.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -48,7 +48,7 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
     """Markdown lines on what was exported, from a study's ``report``; none before the first export.
 
     Args:
-        report: as ``was_search.api.export`` writes it, with ``comparison`` once ``run`` has compared.
+        report: as ``was_search.api.exporting`` writes it, with ``comparison`` once ``run`` has compared.
     """
     if "exported" not in report or "gap_nats" not in report:
         return []

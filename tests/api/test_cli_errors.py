@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from was_search import cli
-from was_search.api.demo import DEMO_FOLDER
+from was_search.api.demonstration import DEMO_FOLDER
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
 from was_search.shape import ModelShape
 from was_storage.studies import StudyStore

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
 import json
 
@@ -13,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from tests.workers.small_run import assert_each_finished_once, small_settings
-from was_search.api import Context, calibrate, divergence, export, search, status
-from was_search.api.search import identity, study_name
+from was_search.api import Context, calibrate, divergence, export, exporting, search, status
+from was_search.api.study import identity, study_name
 from was_search.errors import ConfigError, StudyError
 from was_search.evaluation import dense_top as direct_top
 from was_search.model import load_model, resolve_model
@@ -104,13 +103,12 @@ def test_the_winner_is_the_contender_of_least_divergence(
     made, settings, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two are told apart by figures put in their place: by NLL the other one would win."""
-    module = importlib.import_module("was_search.api.export")  # the package's attribute is the function
     result, _, _ = made
     best = next(s for s in result.slots if s.origin.startswith("sampler:") and s.state is SlotState.COMPLETE)
     result = dataclasses.replace(
         result, slots=[dataclasses.replace(s, loss_nats=-1.0) if s is best else s for s in result.slots]
     )
-    real = module.measure
+    real = exporting.measure
 
     def measure(context, calibration, requests):
         found = real(context, calibration, requests)
@@ -122,20 +120,19 @@ def test_the_winner_is_the_contender_of_least_divergence(
                 found[i] = dataclasses.replace(found[i], evaluation=changed)
         return found
 
-    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(exporting, "measure", measure)
     with Context(dataclasses.replace(settings, plan=str(tmp_path / "plan"))) as context:
-        plan = Plan.load(module.export(context, result))
+        plan = Plan.load(exporting.export(context, result))
     assert plan.provenance["origin"] == "seed:fisher"
     assert (plan.metrics["search"]["kl_nats"], plan.metrics["search"]["loss_nats"]) == (0.25, 3.0)
 
 
 def test_the_dense_model_diverges_by_nothing(made, settings) -> None:
     """The first thing that this context asks of its workers."""
-    module = importlib.import_module("was_search.api.export")
     with Context(settings) as context:
-        request = module.Request("dense", "search", None, by_fitness=True)
-        (found,) = module.measure(context, calibrate(context), [request])
-        (again,) = module.measure(context, calibrate(context), [request])
+        request = exporting.Request("dense", "search", None, by_fitness=True)
+        (found,) = exporting.measure(context, calibrate(context), [request])
+        (again,) = exporting.measure(context, calibrate(context), [request])
     # the top was cached by workers of the same kind, in the same batches
     np.testing.assert_allclose(found.evaluation.losses, 0.0, atol=1e-6)
     assert found.evaluation.nll_nats() > 1.0

@@ -18,9 +18,20 @@ from optuna.artifacts import get_all_artifact_meta
 
 from tests.workers.small_run import assert_each_finished_once, coarse_greedy, environment, small_settings
 from was_kernels import sparsify
-from was_search.api import Context, calibrate, evaluate, evaluate_on_tasks, export, run, search, sensitivity
-from was_search.api.demo import DEMO_FOLDER
-from was_search.api.search import identity, study_name
+from was_search.api import (
+    Context,
+    calibrate,
+    evaluate,
+    evaluate_on_tasks,
+    evaluation,
+    export,
+    run,
+    search,
+    seeding,
+    sensitivity,
+)
+from was_search.api.demonstration import DEMO_FOLDER
+from was_search.api.study import identity, study_name
 from was_search.cli_decode import load_plan
 from was_search.errors import ConfigError, StudyError
 from was_search.masked_model import MaskedModel
@@ -150,9 +161,8 @@ def test_a_study_of_other_settings_is_refused_with_the_differences(made, change,
 def test_a_study_of_another_seed_recipe_is_refused(made, monkeypatch) -> None:
     """Another version's steps and prices make other seeds, so their study is another one under the same options."""
     settings, result = made
-    module = sys.modules["was_search.api.seed"]  # as an attribute of the package, the name is the function's
-    monkeypatch.setattr(module, "SEED_DESCENT", dataclasses.replace(SEED_DESCENT, step=0.06))
-    monkeypatch.setattr(module, "PRICES", 3)
+    monkeypatch.setattr(seeding, "SEED_DESCENT", dataclasses.replace(SEED_DESCENT, step=0.06))
+    monkeypatch.setattr(seeding, "PRICES", 3)
     named = r"prices: study has 4, asked for 3\n  seed descent: study has .*step 0\.04, asked for .*step 0\.06$"
     named_study = dataclasses.replace(settings, study=result.search.study)
     with Context(named_study) as context, pytest.raises(StudyError, match=named):
@@ -221,7 +231,7 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
 
 
 def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(sys.modules["was_search.api.evaluate"], "load_for", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation, "load_for", lambda *_: pytest.fail("loaded"))
     with (
         Context(small_settings(storage="embedded")) as context,
         pytest.raises(ConfigError, match="no task, group or tag 'nosuch'"),
@@ -241,7 +251,7 @@ def test_tasks_are_of_masked_text_whatever_a_plan_does_with_prompts(made, monkey
 
     monkeypatch.setattr("was_search.tasks.evaluate_tasks", logits)
     monkeypatch.setattr("was_search.tasks.check_tasks", lambda *_, **__: None)
-    monkeypatch.setattr(sys.modules["was_search.api.evaluate"], "_show_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluation, "_show_tasks", lambda *_: None)
     found = {}
     for prefill in ("masked", "dense"):
         plan = dataclasses.replace(Plan.load(result.plan), prefill=prefill)

@@ -11,8 +11,8 @@ import pytest
 
 from tests.workers.small_run import assert_each_finished_once, coarse_greedy, small_settings
 from was_search.api import Context, change, export, interpolate, may_interpolate, run_max_increase, run_targets, seed
-from was_search.api.calibrate import calibrate
-from was_search.api.search import search
+from was_search.api.calibration import calibrate
+from was_search.api.study import search
 from was_search.bracket import BracketEnd
 from was_search.budget import SparsityBudget
 from was_search.control import Overrides

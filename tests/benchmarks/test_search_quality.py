@@ -166,7 +166,7 @@ def test_the_steps_are_those_of_the_product():
 
 
 def test_the_defaults_are_the_demos():
-    from was_search.api.demo import DEMO_OPTIONS
+    from was_search.api.demonstration import DEMO_OPTIONS
 
     setup = Setup(device="cpu")
     for name in ("sequence_length", "batch_size", *(f"{n}_sequences" for n in ("calibration", "search", "test"))):

@@ -28,7 +28,7 @@ from tests.deploy.shells import ROOT, Machine, Terminal
 from tests.servers.ports import free_port
 from tests.servers.postgres import TcpServer
 from tests.workers.small_run import SMALL
-from was_search.api.demo import DEMO_FOLDER
+from was_search.api.demonstration import DEMO_FOLDER
 from was_search.errors import StorageError
 from was_search.plan import Plan
 

@@ -16,7 +16,7 @@ from scripts.make_random_model import make_random_model
 from tests.kernels.tiny_models import tiny_model, tiny_plan
 from was_kernels import load_sparse, sparsify
 from was_search.api import Context, add_weights, bench, evaluate, generate
-from was_search.api.demo import DEMO_FOLDER
+from was_search.api.demonstration import DEMO_FOLDER
 from was_search.checkpoint import resolve_model
 from was_search.cli_decode import load_plan
 from was_search.column_layout import COLUMNS_NAME, save_columns

@@ -141,7 +141,7 @@ def test_an_oracle_uses_all_sequences_before_any_comes_again_and_repeats_itself(
 @pytest.mark.slow
 def test_slopes_on_the_demo_checkpoint_predict_what_happens():
     """Central differences of the loss on the same tokens, a kind of projection at a time, at 60 %."""
-    from was_search.api.demo import DEMO_FOLDER
+    from was_search.api.demonstration import DEMO_FOLDER
     from was_search.model import load_model, load_tokenizer, resolve_model
     from was_search.text import load_text
     from was_search.tokens import tokenise

@@ -12,9 +12,9 @@ from sqlalchemy import text
 
 from tests.workers.small_run import coarse_greedy, small_settings
 from was_search.api import Context, calibrate, seed
-from was_search.api.calibrate import operating_point
+from was_search.api.calibration import operating_point
 from was_search.api.divergence import dense_top
-from was_search.api.export import Request, _norms, measure
+from was_search.api.exporting import Request, _norms, measure
 from was_storage.cache import Artifact, ArtifactCache
 from was_storage.database import Database
 

@@ -13,7 +13,7 @@ from scripts.make_random_model import make_random_model
 from tests.search.profiles import synthetic_profile
 from tests.security.bounded import bounded
 from was_search import cli
-from was_search.api.demo import DEMO_FOLDER
+from was_search.api.demonstration import DEMO_FOLDER
 from was_search.shape import ModelShape
 
 SECONDS = 60

@@ -27,7 +27,7 @@ from tests.security.conftest import Logins
 from tests.security.tcp_server import password_of
 from tests.security.test_dashboard_user import contents
 from tests.workers.small_run import environment
-from was_search.api.demo import DEMO_FOLDER
+from was_search.api.demonstration import DEMO_FOLDER
 from was_search.cli import app
 from was_search.errors import StorageError, TransientError
 from was_search.settings import Settings

@@ -21,7 +21,7 @@ from tests.servers.ray_head import START_SECONDS, jobs_at
 from tests.storage.small_study import finish, hand_out, new_study
 from tests.workers.test_jobs import head  # noqa: F401 - a fixture
 from was_search.api import Context
-from was_search.api.doctor import _postgres
+from was_search.api.machine_checks import _postgres
 from was_search.cli import app
 from was_search.errors import StorageError
 from was_search.settings import Settings

@@ -15,7 +15,7 @@ import torch
 
 from tests.search.conftest import VOCABULARY, build_llama
 from tests.workers.small_run import environment
-from was_search.api.demo import DEMO_FOLDER
+from was_search.api.demonstration import DEMO_FOLDER
 from was_search.calls import Call, Held
 from was_search.errors import ModelError
 from was_search.histogram import Histograms

@@ -17,7 +17,7 @@ from was_search.shape import FloatArray, ModelShape
 from was_search.time_budget import TimeBudget
 
 if TYPE_CHECKING:
-    from was_search.api.calibrate import OperatingPoint
+    from was_search.api.calibration import OperatingPoint
     from was_storage.cache import Artifact, ArtifactInfo
 
 CACHED_AS = "profile"

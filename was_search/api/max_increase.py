@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from was_search.api.context import Context
-from was_search.api.search import study_name
+from was_search.api.study import study_name
 from was_search.api.targets import (
     DrainedError,
     TargetRun,

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from was_search.api.calibrate import Calibration
+from was_search.api.calibration import Calibration
 from was_search.api.context import Context
 from was_search.api.latency import budget_of, profile_of
 from was_search.api.notify import failure_words
-from was_search.api.seed import sensitivity
+from was_search.api.seeding import sensitivity
 from was_search.api.steered import Run
 from was_search.control import Ending, EndingKind
 from was_search.coordinator.search_progress import SearchProgress

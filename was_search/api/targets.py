@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from was_search.api.comparison import STEP_COLUMNS, Row, RunResult, narrow, run, step_caption, step_cells
 from was_search.api.context import Context
 from was_search.api.latency import check_target, profile_of
-from was_search.api.run import STEP_COLUMNS, Row, RunResult, narrow, run, step_caption, step_cells
-from was_search.api.search import model_label, require_name, study_name
 from was_search.api.steered import elsewhere
+from was_search.api.study import model_label, require_name, study_name
 from was_search.control import EndingKind, Tally, limits_of
 from was_search.errors import ConfigError, StudyError
 from was_search.pareto import Point, dominated, pareto_figure

@@ -28,7 +28,7 @@ def warm_seeds(context: Context) -> list[Seed]:
         StudyError: the earlier study does not exist, is this one, has no complete trial, or is of another model or
             score.
     """
-    from was_search.api.search import study_name
+    from was_search.api.study import study_name
 
     settings = context.settings
     if not settings.warm_start:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from was_search.api.context import Context
-from was_search.api.evaluate import load_for
+from was_search.api.evaluation import load_for
 from was_search.errors import ConfigError
 from was_search.plan import Plan
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from was_search import __version__, logs
 from was_search.api.cached import array_row, cached
-from was_search.api.calibrate import Calibration, OperatingPoint, calibrate, operating_point
+from was_search.api.calibration import Calibration, OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import dense_top, dense_top_key
 from was_search.api.latency import budget_of, predictions
 from was_search.api.page import report_study
-from was_search.api.search import SearchResult
+from was_search.api.study import SearchResult
 from was_search.arrays import pack_array, unpack_array
 from was_search.calls import Shared
 from was_search.divergence import DenseTop
@@ -323,8 +323,8 @@ def plan_gap_nats(plan: Plan) -> float:
 
 def stored_result(context: Context) -> SearchResult:
     """The study of the settings as it stands in the database, without running anything of it."""
-    from was_search.api.search import identity, require_name
-    from was_search.api.seed import seed
+    from was_search.api.seeding import seed
+    from was_search.api.study import identity, require_name
     from was_storage.studies import StudyStore
 
     name = require_name(context)

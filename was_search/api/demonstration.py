@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from was_search.api.comparison import RunResult, next_commands, run
 from was_search.api.context import Context
-from was_search.api.generate import generate
-from was_search.api.run import RunResult, next_commands, run
+from was_search.api.decoding import generate
 from was_search.plan import Plan
 from was_search.settings import Settings
 

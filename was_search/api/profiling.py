@@ -134,7 +134,7 @@ def _measure(
 
     from was_kernels.decode_profile import StepClock, typical_seconds
     from was_kernels.decode_timing import DecodeStep
-    from was_search.api.evaluate import load_for
+    from was_search.api.evaluation import load_for
     from was_search.quantised import quantise_projections
     from was_search.structure import find_structure
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from was_search import logs
-from was_search.api.calibrate import OperatingPoint, calibrate, operating_point
+from was_search.api.calibration import OperatingPoint, calibrate, operating_point
 from was_search.api.context import Context
-from was_search.api.export import Figures, Request, measure, write_plan
+from was_search.api.exporting import Figures, Request, measure, write_plan
 from was_search.api.latency import budget_title, profile_of
 from was_search.api.notify import announced
 from was_search.api.page import report_study
-from was_search.api.search import SearchResult, search
+from was_search.api.study import SearchResult, search
 from was_search.control import EndingKind
 from was_search.latency import LatencyProfile
 from was_search.origin import Origin, OriginKind

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from was_search import logs
-from was_search.api.calibrate import calibrate, operating_point
+from was_search.api.calibration import calibrate, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.latency import (
@@ -20,7 +20,7 @@ from was_search.api.latency import (
 )
 from was_search.api.notify import announced
 from was_search.api.page import LivePage, kept_fresh, study_page
-from was_search.api.seed import descent_words, seed, seed_identity
+from was_search.api.seeding import descent_words, seed, seed_identity
 from was_search.api.steered import elsewhere, over_already, written_down
 from was_search.api.warm import warm_seeds
 from was_search.control import LAST_SLOT, TOGETHER, Ending, EndingKind, limits_of

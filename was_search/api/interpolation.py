@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from was_search.api.calibrate import calibrate, operating_point
+from was_search.api.calibration import calibrate, operating_point
 from was_search.api.context import Context
-from was_search.api.export import Request, make_plan, measure, plan_gap_nats
-from was_search.api.search import identity, model_label, study_name
+from was_search.api.exporting import Request, make_plan, measure, plan_gap_nats
+from was_search.api.study import identity, model_label, study_name
 from was_search.api.warm import winner
 from was_search.budget import SparsityBudget
 from was_search.descent import HIGHEST_DESCENDED

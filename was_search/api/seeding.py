@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from was_search.api.cached import Row, array_row, cached
-from was_search.api.calibrate import Calibration, calibrate
+from was_search.api.calibration import Calibration, calibrate
 from was_search.api.context import Context
 from was_search.api.latency import budget_of
 from was_search.api.warm import warm_seeds
