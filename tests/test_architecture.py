@@ -70,7 +70,7 @@ def is_composition_root(path: Path) -> bool:
     core = PACKAGES["was_search"]
     if path == core / "__init__.py":  # gives public names of all packages, each when it is asked for
         return True
-    return (path.parent == core and path.name.startswith("cli")) or path.parent == core / "api"
+    return (path.parent == core and path.name.startswith("cli")) or core / "api" in path.parents
 
 
 def is_entry(path: Path) -> bool:

@@ -63,28 +63,13 @@ def seed(call: Call) -> None:
     """Make the seed vectors and show what each projection costs."""
     from was_search import api
     from was_search.api.latency import budget_of
-    from was_search.shape import PROJECTIONS
+    from was_search.api.reports.seeds import show_seeds
 
     def step(context: Any) -> None:
-        seeds = api.seed(context)
-        rows = [[seed.name, *(f"{100 * level:.0f}" for level in seed.levels)] for seed in seeds]
-        columns = ["seed", *(str(b) for b in range(len(seeds[0].levels)))]
-        context.reporter.table("Levels by block, %", columns, rows)
-        costs = api.sensitivity(context, api.calibrate(context))
-        share = round(budget_of(context, api.calibrate(context).shape).flat, 4)
-        context.reporter.table(
-            f"Price of dropping {100 * share:g} % of a projection's inputs, and what the seed drops",
-            ["block", *PROJECTIONS],
-            [
-                [str(b), *(f"{1e3 * c:.3g} ({100 * s:.0f} %)" for c, s in zip(cost, row, strict=True))]
-                for b, (cost, row) in enumerate(zip(costs, seeds[-1].sparsities, strict=True))
-            ],
-            caption="Fisher price, millinats per token for 1 % of all projections' weights; in brackets the seed's",
-        )
-        found: dict[str, Any] = {
-            seed.name: {"levels": seed.levels.tolist(), "sparsities": seed.sparsities.tolist()} for seed in seeds
-        }
-        context.reporter.result({**found, "sensitivity": costs.tolist()})
+        calibration = api.calibrate(context)
+        seeds = api.seed(context, calibration)
+        share = budget_of(context, calibration.shape).flat
+        show_seeds(context.reporter, seeds, api.sensitivity(context, calibration), share)
 
     call.run(step)
 

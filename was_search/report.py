@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from was_search.statistics import Interval
+
+if TYPE_CHECKING:
+    from was_search.plan import Plan
 
 GAP_MEANING = (
     "gap: (search loss - dense search loss) - (test loss - dense test loss), nats per token; overfitting to the "
@@ -81,3 +84,9 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
                     f"[{row[key]['low']:+.4f}, {row[key]['high']:+.4f}] (paired by sequence; negative is better)."
                 )
     return [*lines, ""]
+
+
+def plan_gap_nats(plan: Plan) -> float:
+    """The gap between the splits of a plan's own figures; see :data:`GAP_MEANING`."""
+    dense, search, test = plan.metrics["dense"], plan.metrics["search"], plan.metrics["test"]
+    return gap_nats(*(m["loss_nats"] for m in (search, dense["search"], test, dense["test"])))

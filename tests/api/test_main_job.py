@@ -251,7 +251,7 @@ def test_tasks_are_of_masked_text_whatever_a_plan_does_with_prompts(made, monkey
 
     monkeypatch.setattr("was_search.tasks.evaluate_tasks", logits)
     monkeypatch.setattr("was_search.tasks.check_tasks", lambda *_, **__: None)
-    monkeypatch.setattr(evaluation, "_show_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluation, "show_tasks", lambda *_: None)
     found = {}
     for prefill in ("masked", "dense"):
         plan = dataclasses.replace(Plan.load(result.plan), prefill=prefill)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from was_search.api.context import Context
-from was_search.api.max_increase import conclusion, run_max_increase
+from was_search.api.max_increase import run_max_increase
+from was_search.api.reports.max_increase import conclusion
 from was_search.bracket import find_highest
 from was_search.errors import ConfigError
 from was_search.settings import Settings

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from was_search.api.study_status import duration, status_line, status_rows
+from was_search.api.reports.status import duration, status_line, status_rows
 from was_search.control import Control, Overrides, Spent, Wish
 from was_search.overview import RunRecord, SlotLine, Snapshot, failures_by_reason, overview, to_json
 from was_search.pool_state import PoolState, Quarantined

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,16 @@ from was_search.api.exporting import Figures, Request, measure, write_plan
 from was_search.api.latency import budget_title, profile_of
 from was_search.api.notify import announced
 from was_search.api.page import report_study
+from was_search.api.reports.comparison import SEED_ROW, show_comparison
 from was_search.api.study import SearchResult, search
 from was_search.control import EndingKind
 from was_search.latency import LatencyProfile
 from was_search.origin import Origin, OriginKind
 from was_search.plan import Plan, require_writable
-from was_search.protocol import perplexity
-from was_search.report import GAP_MEANING, gap_nats, interval_json
+from was_search.protocol import SPLITS
+from was_search.report import gap_nats, interval_json
 from was_search.statistics import Interval, paired_interval
 
-SEED_ROW = "fisher seed"
 _ROW_NAMES = {"fisher": SEED_ROW, "warm": "warm seed"}
 
 
@@ -94,7 +91,14 @@ def run(context: Context) -> RunResult:
         with logs.bound(study=found.study):
             folder = write_plan(context, found)
             rows = compare(context, found, Plan.load(folder))
-        show(context, rows)
+        timed = all(row.step is not None for row in rows)
+        show_comparison(
+            context.reporter,
+            rows,
+            budget_title(context.settings),
+            profile_of(context) if timed else None,
+            {split: context.tokens(split).protocol.describe() for split in SPLITS},
+        )
         values = [row.to_json(context) for row in rows]
         _remember(context, found, values)
         context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
@@ -145,57 +149,6 @@ def _step(profile: LatencyProfile, test: Figures | None) -> dict[str, float]:
     return profile.figures(np.clip(test.evaluation.achieved, 0.0, 1.0))
 
 
-def show(context: Context, rows: list[Row]) -> None:
-    """Print the comparison with its protocols."""
-    timed = all(row.step is not None for row in rows)
-    profile = profile_of(context) if timed else None
-    body = []
-    for row in rows:
-        achieved = (row.calibration_achieved, row.search.achieved, row.test.achieved)
-        body.append(
-            [
-                row.name,
-                f"{100 * row.nominal:.2f}",
-                " ".join(f"{100 * v:.1f}" for v in achieved),
-                f"{row.search.evaluation.loss_nats:.4f}",
-                f"{row.test.evaluation.loss_nats:.4f}",
-                f"{perplexity(row.test.evaluation.loss_nats):.3f}",
-                f"{row.gap_nats:+.4f}" if row.nominal else "",
-                narrow(row.against_uniform),
-                narrow(row.against_seed),
-                *step_cells(row.step),
-            ]
-        )
-    context.reporter.table(
-        f"Results at a budget of {budget_title(context.settings)}",
-        [
-            "",
-            "nomi-\nnal %",
-            "achieved %\nc/s/t",
-            "search\nnats",
-            "test\nnats",
-            "test\nppl",
-            "gap",
-            "test -\nuniform",
-            f"test -\n{SEED_ROW}",
-            *(STEP_COLUMNS if timed else ()),
-        ],
-        body,
-        caption="\n".join(
-            [
-                "nats per token; achieved sparsity on the calibration, search and test split",
-                "test - X: difference on the test split, paired by sequence, 95 % interval; negative is better",
-                GAP_MEANING,
-                *([] if profile is None else [step_caption(profile)]),
-                *(
-                    f"{split}: {context.tokens(split).protocol.describe()}"
-                    for split in ("calibration", "search", "test")
-                ),
-            ]
-        ),
-    )
-
-
 def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]]) -> None:
     """Add the comparison to the study's report and note."""
     from was_storage.studies import StudyStore
@@ -205,43 +158,7 @@ def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]])
     report_study(context, found.study, found.seeds, calibrate(context))
 
 
-STEP_COLUMNS = ("step\nms", "step\nspeed")
-
-
-def step_cells(step: dict[str, float] | None) -> list[str]:
-    """A predicted step for :data:`STEP_COLUMNS`; nothing where there is none."""
-    return [] if step is None else [f"{step['predicted_ms']:.3f}", f"{step['predicted_speedup']:.2f}x"]
-
-
-def step_caption(profile: LatencyProfile) -> str:
-    """What :data:`STEP_COLUMNS` are."""
-    return f"step: one decoding step, predicted at the sparsities achieved on the test split: {profile.describe()}"
-
-
-def narrow(interval: Interval | None) -> str:
-    """An interval for a table's narrow column; "" for none."""
-    return "" if interval is None else str(interval).replace(" ", "")
-
-
 def _interval(test: Figures, baseline: Figures) -> Interval | None:
     if len(test.evaluation.losses) < 2:
         return None
     return paired_interval(test.evaluation.losses, baseline.evaluation.losses)
-
-
-def next_commands(context: Context, found: SearchResult, folder: Path) -> list[str]:
-    """Commands worth trying after a run, as they can be typed here."""
-    started_as = Path(sys.argv[0])
-    if shutil.which("was-search"):
-        program = "was-search"
-    elif started_as.name == "was-search":
-        program = os.path.relpath(started_as)
-    else:
-        program = "python -m was_search.cli"
-    storage = "" if context.settings.storage == "embedded" else " --storage URL"
-    return [
-        f"{program} dashboard --study {found.study}{storage}",
-        f"{program} status --study {found.study}{storage}",
-        f"{program} evaluate --plan {folder} --split search",
-        f"{program} generate --plan {folder} --prompt 'def main():' --max-new-tokens 64",
-    ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from was_search.api.comparison import RunResult, next_commands, run
+from was_search.api.comparison import RunResult, run
 from was_search.api.context import Context
 from was_search.api.decoding import generate
+from was_search.api.reports.comparison import next_commands
 from was_search.plan import Plan
 from was_search.settings import Settings
 
@@ -47,6 +48,6 @@ def demo(context: Context, *, prompt: str = "def read_lines(path):\n", max_new_t
     context.reporter.note("\nDecoding with the plan:")
     generate(context, Plan.load(result.plan), prompt, max_new_tokens=max_new_tokens)
     context.reporter.note(f"\nPlan: {result.plan}\nNext:")
-    for command in next_commands(context, result.search, result.plan):
+    for command in next_commands(context.settings.storage, result.search.study, result.plan):
         context.reporter.text(f"  {command}")
     return result

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from was_search.api.context import Context
+from was_search.api.reports.evaluation import show_evaluations, show_tasks
 from was_search.plan import Plan
-from was_search.protocol import Evaluation, EvaluationProtocol, perplexity
-from was_search.statistics import paired_interval
-from was_search.weight_format import AS_STORED, brief, canonical
+from was_search.protocol import Evaluation, EvaluationProtocol
+from was_search.weight_format import AS_STORED, canonical
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +61,7 @@ def evaluate(
     results = []
     for name in dict.fromkeys(wanted):
         results.append(_evaluate(context.rounded(name), plan, split, gpus))
-    _show(context, results, plan)
+    show_evaluations(context.reporter, results, plan)
     return results
 
 
@@ -131,7 +129,7 @@ def evaluate_on_tasks(
             sparsify(model, everywhere, dense_above=None) as sparse,
         ):
             results["plan"] = evaluate_tasks(sparse, tokenizer, tasks, **options)
-    _show_tasks(context, results, limit)
+    show_tasks(context.reporter, results, limit)
     return results
 
 
@@ -160,83 +158,3 @@ def load_for(
     if plan is not None:
         plan.require_shape(structure.shape)
     return model, structure
-
-
-def _show(context: Context, results: list[PlanEvaluation], plan: Plan | None) -> None:
-    """One table of all formats; the JSON is the last one's, with all under ``weights`` if there are several."""
-    several = len(results) > 1
-    rows: list[list[str]] = []
-    for result in results:
-        suffix = f", {brief(result.weights)}" if several else ""
-        against = result.dense if result is results[0] else results[0].dense
-        rows.append(_row(f"dense{suffix}", 0.0, 0.0, result.dense, against))
-        if plan is not None and result.sparse is not None and result.achieved is not None:
-            name = f"plan ({plan.provenance.get('study', '?')}){suffix}"
-            rows.append(_row(name, plan.shape.sparsity(plan.sparsities), result.achieved, result.sparse, against))
-    last = results[-1]
-    caption = [last.protocol.describe()]
-    if several:
-        caption = [results[0].protocol.describe(), "the same sequences for all formats of the weights"]
-    if plan is not None and any(result.weights != plan.weights for result in results):
-        caption.append(f"the plan's thresholds were calibrated for {brief(plan.weights)}")
-    first = f"dense, {brief(results[0].weights)}" if several else "dense"
-    context.reporter.table(
-        f"Perplexity on the {last.protocol.split} split",
-        ["", "nominal", "achieved", "nats/token", "perplexity", f"difference to {first}, 95 %"],
-        rows,
-        caption="\n".join(caption),
-    )
-    value = _json(last, plan)
-    if several:
-        value["weights"] = {result.weights: _json(result, plan) for result in results}
-    context.reporter.result(value)
-
-
-def _row(name: str, nominal: float, achieved: float, found: Evaluation, against: Evaluation) -> list[str]:
-    gap = paired_interval(found.losses, against.losses) if found is not against and len(found.losses) > 1 else ""
-    return [
-        name,
-        f"{100 * nominal:.2f} %",
-        f"{100 * achieved:.2f} %",
-        f"{found.loss_nats:.4f}",
-        f"{perplexity(found.loss_nats):.3f}",
-        str(gap),
-    ]
-
-
-def _json(result: PlanEvaluation, plan: Plan | None) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "protocol": result.protocol.to_json(),
-        "dense": {"loss_nats": result.dense.loss_nats, "perplexity": perplexity(result.dense.loss_nats)},
-    }
-    if plan is not None and result.sparse is not None and result.achieved is not None:
-        value["plan"] = {
-            "loss_nats": result.sparse.loss_nats,
-            "perplexity": perplexity(result.sparse.loss_nats),
-            "nominal_sparsity": plan.shape.sparsity(plan.sparsities),
-            "achieved_sparsity": result.achieved,
-        }
-    return value
-
-
-def _show_tasks(context: Context, results: Mapping[str, list[TaskResult]], limit: int | None) -> None:
-    rows = []
-    for i, dense in enumerate(results["dense"]):
-        row = [f"{dense.task} ({dense.metric}, n={dense.n})", _figure(dense)]
-        if "plan" in results:
-            row.append(_figure(results["plan"][i]))
-        rows.append(row)
-    caption = "lm-eval, figure ± standard error" + (f", first {limit} items of each task" if limit else "")
-    columns = ["task", "dense", "plan"][: len(results) + 1]
-    context.reporter.table("Tasks", columns, rows, caption=caption)
-    context.reporter.result(
-        {
-            "tasks": {name: [{**vars(task)} for task in found] for name, found in results.items()},
-            "limit": limit,
-        }
-    )
-
-
-def _figure(result: TaskResult) -> str:
-    error = "" if result.stderr is None or not np.isfinite(result.stderr) else f" ± {result.stderr:.4f}"
-    return f"{result.value:.4f}{error}"

@@ -28,7 +28,7 @@ from was_search.model_calls import EvaluateThresholds, Norms
 from was_search.origin import Origin, OriginKind
 from was_search.plan import Plan, require_writable
 from was_search.protocol import Evaluation, content_hash, perplexity
-from was_search.report import gap_nats
+from was_search.report import plan_gap_nats
 from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.slots import Slot
 from was_search.weight_format import AS_STORED
@@ -313,12 +313,6 @@ def make_plan(
             **predictions(context, calibration.shape, sparsities, point),
         },
     )
-
-
-def plan_gap_nats(plan: Plan) -> float:
-    """The gap between the splits (see :mod:`was_search.report`) of a plan's own figures."""
-    dense, search, test = plan.metrics["dense"], plan.metrics["search"], plan.metrics["test"]
-    return gap_nats(*(m["loss_nats"] for m in (search, dense["search"], test, dense["test"])))
 
 
 def stored_result(context: Context) -> SearchResult:

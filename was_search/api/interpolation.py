@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from was_search.api.calibration import calibrate, operating_point
 from was_search.api.context import Context
-from was_search.api.exporting import Request, make_plan, measure, plan_gap_nats
+from was_search.api.exporting import Request, make_plan, measure
+from was_search.api.reports.interpolation import show_interpolated
 from was_search.api.study import identity, model_label, study_name
 from was_search.api.warm import winner
 from was_search.budget import SparsityBudget
 from was_search.descent import HIGHEST_DESCENDED
 from was_search.errors import ConfigError, StudyError
-from was_search.plan import Plan, require_writable
+from was_search.plan import require_writable
 from was_search.protocol import content_hash
-from was_search.report import increase
 from was_search.shape import FloatArray, ModelShape
 from was_search.slots import Slot
 
@@ -108,7 +108,8 @@ def interpolate(context: Context) -> Path:
     digest = content_hash(below.to_json(), above.to_json(), sparsities)[:8]
     label = f"{model_label(context)}-{round(100 * target, 2):g}-interpolated-{digest}"
     folder = plan.save(context.default_plan_folder(label))
-    _say(context, plan, below, above, folder)
+    protocols = [context.tokens(split).protocol.describe() for split in ("search", "test")]
+    show_interpolated(context.reporter, plan, below, above, folder, protocols)
     return folder
 
 
@@ -170,43 +171,4 @@ def _one_sided(context: Context, below: Neighbour | None, above: Neighbour | Non
         f"interpolate: no study of this model, data and score {missing} {target} has a complete trial ({has}); "
         f"run 'was-search run' with a --target {missing} {target}, or search this one with "
         f"--target {context.settings.target:g}"
-    )
-
-
-def _say(context: Context, plan: Plan, below: Neighbour, above: Neighbour, folder: Path) -> None:
-    metrics, dense = plan.metrics, plan.metrics["dense"]
-    rows = []
-    for name, figures in (("dense", dense), ("interpolated", metrics)):
-        more = increase(figures["test"]["loss_nats"], dense["test"]["loss_nats"])
-        sparse = name != "dense"
-        rows.append(
-            [
-                name,
-                f"{100 * plan.budget:.2f}" if sparse else "0.00",
-                " ".join(f"{100 * (plan.achieved[s] if sparse else 0.0):.1f}" for s in plan.achieved),
-                f"{figures['search']['loss_nats']:.4f}",
-                f"{figures['test']['loss_nats']:.4f}",
-                f"{figures['test']['perplexity']:.3f}",
-                f"{100 * more:+.2f} %" if sparse else "",
-            ]
-        )
-    context.reporter.table(
-        "Interpolated, not searched",
-        ["", "nomi-\nnal %", "achieved %\nc/s/t", "search\nnats", "test\nnats", "test\nppl", "test ppl\nover dense"],
-        rows,
-        caption="\n".join(context.tokens(split).protocol.describe() for split in ("search", "test")),
-    )
-    context.reporter.note(
-        f"interpolated between {below.study} ({100 * below.target:g} %, slot {below.slot.number}) and "
-        f"{above.study} ({100 * above.target:g} %, slot {above.slot.number}), not searched"
-    )
-    context.reporter.result(
-        {
-            "interpolated": plan.provenance["interpolated"],
-            "searched": False,
-            "metrics": metrics,
-            "achieved": plan.achieved,
-            "gap_nats": plan_gap_nats(plan),
-            "plan": str(folder),
-        }
     )

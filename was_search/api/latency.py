@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from was_search.api.context import Context
+from was_search.api.reports.profile import SPREAD_WARNED
 from was_search.budget import Budget, SparsityBudget
 from was_search.errors import ConfigError
 from was_search.latency import LatencyProfile
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from was_storage.cache import Artifact, ArtifactInfo
 
 CACHED_AS = "profile"
-
-SPREAD_WARNED = 0.02
-"""Of a profile whose device was too busy, which is said."""
 
 
 def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProfile | None:

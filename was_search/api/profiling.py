@@ -17,12 +17,12 @@ import numpy as np
 from was_search import __version__
 from was_search.api.cached import cached
 from was_search.api.context import Context
-from was_search.api.latency import CACHED_AS, SPREAD_WARNED, model_shape, read_profile, shape_key
+from was_search.api.latency import CACHED_AS, model_shape, read_profile, shape_key
+from was_search.api.reports.profile import show_profile
 from was_search.errors import ConfigError
 from was_search.latency import VERSION, LatencyProfile
 from was_search.latency_fit import FUSED, SINGLE, check, check_summary, fit, launch_kinds, n_measurements
 from was_search.protocol import content_hash
-from was_search.time_budget import speedups
 from was_search.weight_format import AS_STORED, WeightFormat
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def profile(
     found = cached(place, make, context.reporter, "profile", LatencyProfile.describe)
     if output is not None:
         found.save(output)
-    _show(context, found, comparison, output)
+    show_profile(context.reporter, found, comparison, output)
     return found
 
 
@@ -220,48 +220,3 @@ def _conditions(found: LatencyProfile) -> str:
     """What must be alike for one profile to replace another, for people too."""
     held = "" if found.weights == AS_STORED else f", {found.weights}"
     return f"{found.device}, {found.dtype}{held}, {found.rows} row(s), {found.kv_length} positions"
-
-
-def _show(context: Context, found: LatencyProfile, comparison: list[dict[str, float]], output: Path | None) -> None:
-    levels = (0.0, 0.25, 0.5, 0.6, 0.75, 0.9)
-    flat = np.ones(found.shape.params.shape)
-    seconds = found.predict(np.stack([level * flat for level in levels]))
-    context.reporter.table(
-        "Predicted decoding step, all projections alike",
-        ["sparsity", "ms", "over the dense step"],
-        [
-            [f"{100 * s:g} %", f"{1e3 * t:.3f}", f"{found.speedup(t):.2f}x"]
-            for s, t in zip(levels, seconds, strict=True)
-        ],
-        caption=found.describe(),
-    )
-    if comparison:
-        context.reporter.table(
-            f"{len(comparison)} random vectors that took no part in the profile",
-            ["sparsity", "predicted ms", "measured ms", "error"],
-            [
-                [
-                    f"{100 * row['sparsity']:.1f} %",
-                    f"{row['predicted_ms']:.3f}",
-                    f"{row['measured_ms']:.3f}",
-                    f"{100 * row['error']:+.2f} %",
-                ]
-                for row in comparison
-            ],
-        )
-    if found.check:
-        context.reporter.note(
-            f"{found.check['vectors']} unseen vectors: error at most {100 * found.check['max_error']:.2f} %, "
-            f"{100 * found.check['mean_error']:.2f} % in the mean"
-        )
-    if found.spread > SPREAD_WARNED:
-        context.reporter.note(
-            f"the same step took {100 * found.spread:.1f} % more or less from one time to the next: predictions are no "
-            "better than that; measure with nothing else on the device, and with --again"
-        )
-    least, most = speedups(found)
-    context.reporter.note(f"speed-ups from {least:.3f} (nothing skipped) to {most:.3f} can be asked for")
-    if output is not None:
-        context.reporter.note(f"profile: {output}")
-    value = {**found.summary(), "speedups": [least, most], "output": None if output is None else str(output)}
-    context.reporter.result({"profile": value, "rows": comparison})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from was_search.api.context import Context
 from was_search.api.evaluation import load_for
+from was_search.api.reports.step_times import show_steps
 from was_search.errors import ConfigError
 from was_search.latency import LatencyProfile
 from was_search.plan import Plan
@@ -148,7 +148,15 @@ def bench(
             finally:
                 handle.restore()
             advance()
-    _show(context, found, backend, bandwidth, batch, kv_length)
+    show_steps(
+        context.reporter,
+        found,
+        place=context.placement_here,
+        backend=backend,
+        bandwidth=bandwidth,
+        batch=batch,
+        kv_length=kv_length,
+    )
     if plan is not None and batch > DENSE_ABOVE:
         context.reporter.note(
             f"steps of more than {DENSE_ABOVE} rows keep every channel: nearly all would be read for one row or another"
@@ -173,33 +181,3 @@ def _profile(context: Context, shape: ModelShape, batch: int, kv_length: int) ->
         context.reporter.note(f"no prediction: the profile is of {', '.join(other)}")
         return None
     return found
-
-
-def _show(context: Context, found: list[StepTimes], backend: str, bandwidth: float, batch: int, kv_length: int) -> None:
-    predicted = any(row.predicted_ms is not None for row in found)
-    rows = [
-        [
-            row.name,
-            f"{100 * row.sparsity:.1f} %",
-            "all" if row.live_channels is None else f"{row.live_channels:.0f}",
-            f"{row.p50_ms:.3f} ({row.p20_ms:.3f} to {row.p80_ms:.3f})",
-            f"{row.tokens_per_s:.1f}",
-            f"{row.read_bytes / 1e6:.1f}",
-            f"{100 * row.limit_ms / row.p50_ms:.0f} %",
-            f"{found[0].p50_ms / row.p50_ms:.2f}x",
-            *([f"{row.predicted_ms:.3f}" if row.predicted_ms is not None else ""] if predicted else []),
-        ]
-        for row in found
-    ]
-    context.reporter.table(
-        f"One decode step, {batch} row{'s' if batch > 1 else ''}, {kv_length} positions in the cache",
-        ["", "skipped", "live channels", "ms, median (20 to 80 %)", "tokens/s", "MB read", "of the limit", "speed"]
-        + ["predicted ms"] * predicted,
-        rows,
-    )
-    context.reporter.note(
-        f"{context.placement_here.device}, {context.placement_here.dtype}, {backend}; the limit is reading those bytes "
-        f"at {bandwidth / 1e9:.1f} GB/s, measured here"
-    )
-    value: dict[str, Any] = {"bandwidth_bytes_per_s": bandwidth, "backend": backend, "rows": [asdict(r) for r in found]}
-    context.reporter.result(value)

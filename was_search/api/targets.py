@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from was_search.api.comparison import STEP_COLUMNS, Row, RunResult, narrow, run, step_caption, step_cells
+from was_search.api.comparison import Row, RunResult, run
 from was_search.api.context import Context
 from was_search.api.latency import check_target, profile_of
+from was_search.api.reports.targets import asked_words, increase_on_test, show_targets
 from was_search.api.steered import elsewhere
 from was_search.api.study import model_label, require_name, study_name
 from was_search.control import EndingKind, Tally, limits_of
 from was_search.errors import ConfigError, StudyError
 from was_search.pareto import Point, dominated, pareto_figure
 from was_search.protocol import content_hash, perplexity
-from was_search.report import increase, interval_json
+from was_search.report import interval_json
 from was_search.slots import SlotState
 from was_search.study_names import folder_name
 
@@ -35,7 +36,7 @@ class TargetRun:
     @property
     def words(self) -> str:
         """The target for people."""
-        return _words(self.target, self.by_time)
+        return asked_words(self.target, self.by_time)
 
     @property
     def study(self) -> str:
@@ -99,7 +100,7 @@ def run_targets(context: Context) -> TargetsResult:
     runs: list[TargetRun] = []
     unsearched: list[float] = []
     for number, (target, each) in enumerate(zip(targets, siblings, strict=True), 1):
-        context.reporter.note(f"\ntarget {_words(target, by_time)} ({number} of {len(targets)})")
+        context.reporter.note(f"\ntarget {asked_words(target, by_time)} ({number} of {len(targets)})")
         try:
             done = run_at(each)
         except DrainedError:
@@ -111,10 +112,6 @@ def run_targets(context: Context) -> TargetsResult:
     if not runs:
         raise nothing_complete()
     return TargetsResult(runs, report_targets(context, runs, unsearched), drained=False, unsearched=tuple(unsearched))
-
-
-def _words(target: float, by_time: bool) -> str:
-    return f"{target:g}x" if by_time else f"{100 * target:g} %"
 
 
 def _siblings(context: Context, targets: tuple[float, ...], *, by_time: bool) -> list[Context]:
@@ -191,7 +188,8 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
     points += [_point("uniform", run, run.uniform) for run in runs]
     lesser = dominated(points)[: len(runs)]
     protocol = context.tokens("test").protocol.describe()
-    _show(context, runs, lesser, protocol, unsearched)
+    timed = all(each.best.step is not None for each in runs)
+    show_targets(context.reporter, runs, lesser, protocol, unsearched, profile_of(context) if timed else None)
     dense = perplexity(runs[0].dense.test.evaluation.loss_nats)
     figure = pareto_figure(points, dense, protocol)
     path = _folder(context, runs) / "pareto.html"
@@ -214,11 +212,6 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
     return path
 
 
-def increase_on_test(run: TargetRun) -> float:
-    """Perplexity of the best over the dense model's on the test split, less 1."""
-    return increase(run.best.test.evaluation.loss_nats, run.dense.test.evaluation.loss_nats)
-
-
 def _point(method: str, run: TargetRun, row: Row) -> Point:
     loss = row.test.evaluation.loss_nats
     predicted_ms = None if row.step is None else row.step["predicted_ms"]
@@ -231,74 +224,6 @@ def _folder(context: Context, runs: list[TargetRun]) -> Path:
     if context.settings.study:
         return Path("was-runs") / folder_name(context.settings.study)
     return Path("was-runs") / f"{model_label(context)}-targets-{content_hash([run.study for run in runs])[:8]}"
-
-
-def _show(
-    context: Context, runs: list[TargetRun], lesser: list[bool], protocol: str, unsearched: Sequence[float]
-) -> None:
-    timed = all(each.best.step is not None for each in runs)
-    profile = profile_of(context) if timed else None
-    body = []
-    for each, bad in zip(runs, lesser, strict=True):
-        best = each.best
-        achieved = (best.calibration_achieved, best.search.achieved, best.test.achieved)
-        body.append(
-            [
-                each.words,
-                f"{100 * best.nominal:.2f}",
-                " ".join(f"{100 * v:.1f}" for v in achieved),
-                f"{best.search.evaluation.loss_nats:.4f}",
-                f"{best.test.evaluation.loss_nats:.4f}",
-                f"{perplexity(best.test.evaluation.loss_nats):.3f}",
-                f"{100 * increase_on_test(each):+.2f} %",
-                f"{best.gap_nats:+.4f}",
-                narrow(best.against_uniform),
-                "yes" if bad else "no",
-                each.cut_short_by or "no",
-                *step_cells(best.step),
-            ]
-        )
-    dense = runs[0].dense.test.evaluation.loss_nats
-    context.reporter.table(
-        "Best of each target",
-        [
-            "target",
-            "nomi-\nnal %",
-            "achieved %\nc/s/t",
-            "search\nnats",
-            "test\nnats",
-            "test\nppl",
-            "test ppl\nover dense",
-            "gap",
-            "test -\nuniform",
-            "domi-\nnated",
-            "cut\nshort",
-            *(STEP_COLUMNS if timed else ()),
-        ],
-        body,
-        caption="\n".join(
-            [
-                f"dense: {dense:.4f} nats per token on the test split, perplexity {perplexity(dense):.3f}",
-                "dominated: another best or uniform drops as much on the test split (to 0.1 points) and is better",
-                *_cut_short_words(runs, unsearched),
-                protocol,
-                *([] if profile is None else [step_caption(profile)]),
-            ]
-        ),
-    )
-
-
-def _cut_short_words(runs: list[TargetRun], unsearched: Sequence[float]) -> list[str]:
-    lines = [
-        f"cut short: {100 * run.target:g} % by {run.result.search.ending.detail}; "
-        f"{run.result.search.count(SlotState.WAITING)} of {len(run.result.search.slots)} trials were never begun"
-        for run in runs
-        if run.cut_short_by
-    ]
-    if unsearched:
-        names = ", ".join(_words(target, runs[0].by_time) for target in unsearched)
-        lines.append(f"no plan, as no trial was complete when a limit ended the search: {names}")
-    return lines
 
 
 def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What steps show people: each takes values and a reporter, and returns nothing."""
