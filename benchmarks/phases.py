@@ -39,7 +39,7 @@ def main() -> None:
         _timed(phases, "fingerprint", lambda: context.fingerprint)
         _timed(phases, "start Ray and load", lambda: context.pool, context)
         calibration = _timed(phases, "calibrate", lambda: calibrate(context), context)
-        _timed(phases, "seed", lambda: seed(context, calibration), context)
+        _timed(phases, "seed", lambda: seed(context), context)
         result = _timed(phases, "search", lambda: search(context), context)
         row = {
             "model": context.source.display_name,

@@ -62,14 +62,13 @@ def calibrate(call: Call) -> None:
 def seed(call: Call) -> None:
     """Make the seed vectors and show what each projection costs."""
     from was_search import api
-    from was_search.api.latency import budget_of
+    from was_search.api.question import Question
     from was_search.api.reports.seeds import show_seeds
 
     def step(context: Any) -> None:
-        calibration = api.calibrate(context)
-        seeds = api.seed(context, calibration)
-        share = budget_of(context, calibration.shape).flat
-        show_seeds(context.reporter, seeds, api.sensitivity(context, calibration), share)
+        question = Question.of(context)
+        seeds = api.seed(context, question)
+        show_seeds(context.reporter, seeds, api.sensitivity(context, question), question.budget.flat)
 
     call.run(step)
 

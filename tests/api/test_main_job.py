@@ -20,7 +20,6 @@ from tests.workers.small_run import assert_each_finished_once, coarse_greedy, en
 from was_kernels import sparsify
 from was_search.api import (
     Context,
-    calibrate,
     evaluate,
     evaluate_on_tasks,
     evaluation,
@@ -31,6 +30,7 @@ from was_search.api import (
     sensitivity,
 )
 from was_search.api.demonstration import DEMO_FOLDER
+from was_search.api.question import Question
 from was_search.api.study import identity, study_name
 from was_search.cli_decode import load_plan
 from was_search.errors import ConfigError, StudyError
@@ -131,7 +131,7 @@ def test_the_sparse_runtimes_logits_match_the_masked_reference(made) -> None:
 def test_sensitivity_is_read_from_the_cached_prices(made) -> None:
     settings, _ = made
     with Context(settings) as context:
-        costs = sensitivity(context, calibrate(context))
+        costs = sensitivity(context, Question.of(context))
         assert "pool" not in vars(context)
     assert costs.shape == (12, 7)
     assert costs.min() > 0.0  # a square, and 60 % of any input matters on some token

@@ -40,7 +40,7 @@ def everything(context: Context) -> dict[str, Any]:
     context._results.clear()
     context._tokens.clear()
     calibration = calibrate(context)
-    seeds = seed(context, calibration)
+    seeds = seed(context)
     point = operating_point(context, calibration, seeds[-1].sparsities, "the seed")
     top = dense_top(context)
     assert top is not None

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from was_search import logs
-from was_search.api.calibration import OperatingPoint, calibrate, operating_point
+from was_search.api.calibration import OperatingPoint, operating_point
 from was_search.api.context import Context
 from was_search.api.exporting import Figures, Request, measure, write_plan
-from was_search.api.latency import budget_title, profile_of
+from was_search.api.latency import budget_title
 from was_search.api.notify import announced
 from was_search.api.page import report_study
 from was_search.api.reports.comparison import SEED_ROW, show_comparison
@@ -96,7 +96,7 @@ def run(context: Context) -> RunResult:
             context.reporter,
             rows,
             budget_title(context.settings),
-            profile_of(context) if timed else None,
+            found.question.latency if timed else None,
             {split: context.tokens(split).protocol.describe() for split in SPLITS},
         )
         values = [row.to_json(context) for row in rows]
@@ -111,7 +111,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
     split and are compared at it.
     """
-    calibration = calibrate(context)
+    calibration = found.question.calibration
     vectors = {_ROW_NAMES.get(seed.name, seed.name): seed.sparsities for seed in found.seeds}
     is_seed = Origin.parse(plan.provenance["origin"]).kind is OriginKind.SEED
     vectors[f"best (slot {plan.provenance['slot']}{', seed' if is_seed else ''})"] = plan.sparsities
@@ -121,7 +121,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
     requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
     figures = measure(context, calibration, requests)
     rows: list[Row] = []
-    profile = profile_of(context, calibration.shape)
+    profile = found.question.latency
     by_name = {name: figures[2 * i : 2 * i + 2] for i, name in enumerate(points)}
     dense_search, dense_test = by_name["dense"]
     for name, point in points.items():
@@ -155,7 +155,7 @@ def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]])
 
     store = StudyStore(context.database)
     store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
-    report_study(context, found.study, found.seeds, calibrate(context))
+    report_study(context, found.study, found.seeds, found.question)
 
 
 def _interval(test: Figures, baseline: Figures) -> Interval | None:

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from was_search import __version__, logs
 from was_search.api.cached import array_row, cached
-from was_search.api.calibration import Calibration, OperatingPoint, calibrate, operating_point
+from was_search.api.calibration import Calibration, OperatingPoint, operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import dense_top, dense_top_key
-from was_search.api.latency import budget_of, predictions
+from was_search.api.latency import predictions
 from was_search.api.page import report_study
+from was_search.api.question import Question
 from was_search.api.study import SearchResult
 from was_search.arrays import pack_array, unpack_array
 from was_search.calls import Shared
@@ -176,7 +177,7 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     result = result or stored_result(context)
     with logs.bound(study=result.study):
         folder = write_plan(context, result)
-        report_study(context, result.study, result.seeds, calibrate(context))
+        report_study(context, result.study, result.seeds, result.question)
     return folder
 
 
@@ -224,7 +225,8 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         raise StudyError(
             f"study {result.study!r} has no complete trial yet; search first, or raise the limit that ended it"
         )
-    calibration = calibrate(context)
+    question = result.question
+    calibration = question.calibration
     contenders = [Contender(f"best (slot {best.number})", best)]
     if best.source.kind is not OriginKind.SEED:
         contenders += [Contender("fisher seed", s) for s in result.slots if s.source == Origin.seed("fisher")]
@@ -242,7 +244,7 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         )
     plan = make_plan(
         context,
-        calibration,
+        question,
         chosen.name,
         chosen.sparsities,
         point,
@@ -274,7 +276,7 @@ def write_plan(context: Context, result: SearchResult) -> Path:
 
 def make_plan(
     context: Context,
-    calibration: Calibration,
+    question: Question,
     name: str,
     sparsities: FloatArray,
     point: OperatingPoint,
@@ -282,6 +284,7 @@ def make_plan(
     origin: dict[str, Any],
 ) -> Plan:
     """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
+    calibration = question.calibration
     test, dense_search, dense_test = measure(
         context,
         calibration,
@@ -295,7 +298,7 @@ def make_plan(
         shape=calibration.shape,
         weights=context.settings.weights,
         score=context.settings.score,
-        budget=budget_of(context, calibration.shape).nominal(sparsities),
+        budget=question.budget.nominal(sparsities),
         dense_prefix=context.settings.dense_prefix,
         prefill=context.settings.prefill,
         sparsities=sparsities,
@@ -310,7 +313,7 @@ def make_plan(
         provenance={
             **origin,
             **_provenance(context, point),
-            **predictions(context, calibration.shape, sparsities, point),
+            **predictions(question.latency, sparsities, point),
         },
     )
 
@@ -324,9 +327,9 @@ def stored_result(context: Context) -> SearchResult:
     name = require_name(context)
     store = StudyStore(context.database)
     store.get(name)  # an unknown name, too, is said before anything is calibrated
-    calibration = calibrate(context)
-    store.require_same(name, identity=identity(context), shape=calibration.shape.to_json())
-    return SearchResult(name, store.slots(name), seed(context, calibration), drained=False)
+    question = Question.of(context)
+    store.require_same(name, identity=identity(context), shape=question.shape.to_json())
+    return SearchResult(name, store.slots(name), seed(context, question), question, drained=False)
 
 
 def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from was_search.api.calibration import calibrate, operating_point
+from was_search.api.calibration import operating_point
 from was_search.api.context import Context
 from was_search.api.exporting import Request, make_plan, measure
+from was_search.api.question import Question
 from was_search.api.reports.interpolation import show_interpolated
 from was_search.api.study import identity, model_label, study_name
 from was_search.api.warm import winner
@@ -90,8 +91,8 @@ def interpolate(context: Context) -> Path:
     below, above = _neighbours(context)
     if below is None or above is None:
         raise StudyError(_one_sided(context, below, above))
-    calibration = calibrate(context)
-    shape = calibration.shape
+    question = Question.of(context)
+    calibration, shape = question.calibration, question.shape
     sparsities = between(below, above, shape, target)
     name = f"interpolated at {100 * target:g} %"
     point = operating_point(context, calibration, sparsities, name)
@@ -104,7 +105,7 @@ def interpolate(context: Context) -> Path:
         "searched": False,
         "interpolated": {"below": below.to_json(), "above": above.to_json(), "share_of_above": share},
     }
-    plan = make_plan(context, calibration, name, sparsities, point, on_search, origin)
+    plan = make_plan(context, question, name, sparsities, point, on_search, origin)
     digest = content_hash(below.to_json(), above.to_json(), sparsities)[:8]
     label = f"{model_label(context)}-{round(100 * target, 2):g}-interpolated-{digest}"
     folder = plan.save(context.default_plan_folder(label))

@@ -170,10 +170,9 @@ def budget_title(settings: Settings) -> str:
 
 
 def predictions(
-    context: Context, shape: ModelShape, sparsities: FloatArray, point: OperatingPoint
+    profile: LatencyProfile | None, sparsities: FloatArray, point: OperatingPoint
 ) -> dict[str, dict[str, Any]]:
     """What a plan says of its decoding step, under ``step``; {} where no profile is known."""
-    profile = profile_of(context, shape)
     if profile is None:
         return {}
     achieved = profile.figures(np.clip(point.achieved, 0.0, 1.0))

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from was_search.api.calibration import Calibration
 from was_search.api.context import Context
-from was_search.api.latency import budget_of, profile_of
 from was_search.api.notify import failure_words
+from was_search.api.question import Question
 from was_search.api.seeding import sensitivity
 from was_search.api.steered import Run
 from was_search.control import Ending, EndingKind
@@ -31,19 +30,19 @@ _LAST_PATIENCE_SECONDS = 20.0
 _logger = logging.getLogger(__name__)
 
 
-def study_page(context: Context, study: str, seeds: list[Seed], calibration: Calibration) -> StudyPage:
+def study_page(context: Context, study: str, seeds: list[Seed], question: Question) -> StudyPage:
     """What the page of ``study`` shows all the time."""
     settings = context.settings
     return StudyPage(
         study=study,
-        target=budget_of(context, calibration.shape).flat,
+        target=question.budget.flat,
         fitness=settings.fitness,
         kl_top_k=settings.kl_top_k,
         protocol=context.tokens("search").protocol.describe(),
         seeds={seed.name: seed.levels for seed in seeds},
-        sensitivity=sensitivity(context, calibration),
+        sensitivity=sensitivity(context, question),
         settings=settings.to_json(),
-        latency=profile_of(context, calibration.shape),
+        latency=question.latency,
     )
 
 
@@ -116,7 +115,7 @@ def kept_fresh(live: LivePage, run: Run, *, least_seconds: float = 15.0) -> Iter
     live.write_last(run.ending)
 
 
-def report_study(context: Context, study: str, seeds: list[Seed], calibration: Calibration) -> None:
+def report_study(context: Context, study: str, seeds: list[Seed], question: Question) -> None:
     """Write the page of a study that has been exported; a coordinator that runs it does so itself."""
     from was_search.overview import overview
     from was_storage.overview import read_snapshot
@@ -127,6 +126,6 @@ def report_study(context: Context, study: str, seeds: list[Seed], calibration: C
     found = overview(snapshot)
     play = f"{found.play}: {found.play_detail}" if found.play_detail else found.play
     slots = StudyStore(context.database).slots(study)
-    page = study_page(context, study, seeds, calibration)
+    page = study_page(context, study, seeds, question)
     note = page.note(slots, len(slots), play, snapshot.report, datetime.now(UTC))
     show_idle(context.database, study, note, page.figures(slots))

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from was_search.api.cached import Row, array_row, cached
-from was_search.api.calibration import Calibration, calibrate
+from was_search.api.calibration import Calibration
 from was_search.api.context import Context
-from was_search.api.latency import budget_of
+from was_search.api.question import Question
 from was_search.api.warm import warm_seeds
 from was_search.descent import DescentOptions
 from was_search.protocol import TokenSet, content_hash
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from was_storage.cache import Artifact
 
 
-def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]:
+def seed(context: Context, question: Question | None = None) -> list[Seed]:
     """The study's seeds at the target: uniform, greedy-uniform if asked for, the warm start's if there is one, Fisher.
 
     All that is costly is cached.
@@ -45,13 +45,12 @@ def seed(context: Context, calibration: Calibration | None = None) -> list[Seed]
     settings = context.settings
     settings.require_one_target()
     warm = warm_seeds(context)
-    calibration = calibration or calibrate(context)
-    shape = calibration.shape
+    question = question or Question.of(context)
+    calibration, budget, shape = question.calibration, question.budget, question.shape
     greedy = greedy_table(context, calibration) if settings.greedy_sequences else None
-    budget = budget_of(context, shape)
     fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, budget)
     if settings.seed_rounds:
-        fisher = point_seed("fisher", seed_descent(context, calibration, fisher.sparsities), shape)
+        fisher = point_seed("fisher", seed_descent(context, question, fisher.sparsities), shape)
     return [*baseline_seeds(budget, greedy), *warm, fisher]
 
 
@@ -80,11 +79,11 @@ def _descent_options(settings: Settings) -> DescentOptions:
     return replace(SEED_DESCENT, rounds=settings.seed_rounds)
 
 
-def seed_descent(context: Context, calibration: Calibration, start: FloatArray) -> FloatArray:
+def seed_descent(context: Context, question: Question, start: FloatArray) -> FloatArray:
     """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``, on one worker."""
     settings, data = context.settings, context.slope_tokens
     options = _descent_options(settings)
-    budget = budget_of(context, calibration.shape)
+    calibration, budget = question.calibration, question.budget
     parts = (calibration.key, data.protocol, start, budget.identity, vars(options), SEED_SEQUENCES, settings.seed)
     key = content_hash("seed-descent", 3, *parts)
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
@@ -135,7 +134,7 @@ def _fisher_prices(
     )
 
 
-def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
+def sensitivity(context: Context, question: Question) -> FloatArray:
     """What dropping the target's share of each projection's inputs costs alone, from the dense model's prices.
 
     The share of a budget of time is the flat sparsity that meets it. Returns [L, 7], nats per token for one percent of
@@ -143,9 +142,8 @@ def sensitivity(context: Context, calibration: Calibration) -> FloatArray:
     """
     from was_search.pricing import DEFAULT_GRID as GRID
 
-    shape = calibration.shape
-    target = budget_of(context, shape).flat
-    prices = fisher_prices(context, calibration, GRID)
+    shape, target = question.shape, question.budget.flat
+    prices = fisher_prices(context, question.calibration, GRID)
     at_target = np.apply_along_axis(lambda curve: np.interp(target, GRID, curve), -1, prices)
     percent_dropped = 100.0 * target * shape.params / shape.params.sum()
     return np.asarray(at_target / percent_dropped, np.float64)

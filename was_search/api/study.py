@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from was_search import logs
-from was_search.api.calibration import calibrate, operating_point
+from was_search.api.calibration import operating_point
 from was_search.api.context import Context
 from was_search.api.divergence import check_fitness, dense_top
 from was_search.api.latency import (
-    budget_of,
     check_target,
-    profile_of,
     target_identity,
     target_label,
 )
 from was_search.api.notify import announced
 from was_search.api.page import LivePage, kept_fresh, study_page
+from was_search.api.question import Question
 from was_search.api.seeding import descent_words, seed, seed_identity
 from was_search.api.steered import elsewhere, over_already, written_down
 from was_search.api.warm import warm_seeds
@@ -49,6 +48,7 @@ class SearchResult:
     study: str
     slots: list[Slot]
     seeds: list[Seed]
+    question: Question
     drained: bool
     ending: Ending = LAST_SLOT
 
@@ -92,8 +92,9 @@ def _search_named(context: Context, name: str) -> SearchResult:
 
     settings = context.settings
     asked_since = ControlStore(context.database).now()
-    calibration = calibrate(context)
-    seeds = seed(context, calibration)
+    question = Question.of(context)
+    calibration = question.calibration
+    seeds = seed(context, question)
     store = StudyStore(context.database)
     record = store.open_or_create(
         name,
@@ -109,7 +110,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
         slots = book.slots()
         ending = over_already(context, book, slots)
         if ending is not None:
-            result = SearchResult(name, slots, seeds, drained=False, ending=ending)
+            result = SearchResult(name, slots, seeds, question, drained=False, ending=ending)
             words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")
             context.reporter.cached("search", f"study {name}, {words}", time.perf_counter() - started)
             return result
@@ -118,8 +119,8 @@ def _search_named(context: Context, name: str) -> SearchResult:
         from was_search.coordinator.options import SearchOptions
 
         options = SearchOptions(
-            budget=budget_of(context, calibration.shape),
-            latency=profile_of(context, calibration.shape),
+            budget=question.budget,
+            latency=question.latency,
             sampler=settings.sampler,
             space=settings.space,
             radius=settings.radius,
@@ -135,7 +136,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
         )
         top = dense_top(context)
         pool = context.pool
-        page = LivePage(book, study_page(context, name, seeds, calibration), slots, record.report)
+        page = LivePage(book, study_page(context, name, seeds, question), slots, record.report)
         with (
             written_down(context, book, asked_since) as run,
             kept_fresh(page, run) as refresher,
@@ -164,7 +165,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
             )
             slots = loop.run()
             run.ending = loop.ending
-    result = SearchResult(name, slots, seeds, drained=loop.ending.interrupted, ending=loop.ending)
+    result = SearchResult(name, slots, seeds, question, drained=loop.ending.interrupted, ending=loop.ending)
     if loop.ending.kind is EndingKind.STOPPED:
         context.reporter.note(f"search {loop.ending}; {result.count(SlotState.WAITING)} trial(s) were never begun")
     return result

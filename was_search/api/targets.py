@@ -9,7 +9,7 @@ from typing import Any
 
 from was_search.api.comparison import Row, RunResult, run
 from was_search.api.context import Context
-from was_search.api.latency import check_target, profile_of
+from was_search.api.latency import check_target
 from was_search.api.reports.targets import asked_words, increase_on_test, show_targets
 from was_search.api.steered import elsewhere
 from was_search.api.study import model_label, require_name, study_name
@@ -189,7 +189,9 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
     lesser = dominated(points)[: len(runs)]
     protocol = context.tokens("test").protocol.describe()
     timed = all(each.best.step is not None for each in runs)
-    show_targets(context.reporter, runs, lesser, protocol, unsearched, profile_of(context) if timed else None)
+    show_targets(
+        context.reporter, runs, lesser, protocol, unsearched, runs[0].result.search.question.latency if timed else None
+    )
     dense = perplexity(runs[0].dense.test.evaluation.loss_nats)
     figure = pareto_figure(points, dense, protocol)
     path = _folder(context, runs) / "pareto.html"
