@@ -43,7 +43,7 @@ def small_settings(**overrides: Any) -> Settings:
 def coarse_greedy() -> Iterator[None]:
     """The greedy table in 19 steps a block instead of 76, for what runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["was_search.api.seed"], "GREEDY_STEP", 0.05)
+        patch.setattr("was_search.api.seeding.GREEDY_STEP", 0.05)
         yield
 
 
