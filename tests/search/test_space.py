@@ -264,7 +264,7 @@ def test_every_space_refuses_a_radius_that_is_not_positive(name):
 def test_refuses_a_seed_of_another_shape(kind):
     seed = seed_of()
     with pytest.raises(InfeasibleError, match=r"seed: sparsities of shape \(12, 7\) needed, got \(11, 7\)"):
-        kind(SHAPE, Seed("short", seed.table, seed.levels[1:], seed.sparsities[1:]), 0.6)
+        kind(SparsityBudget(SHAPE, 0.6), Seed("short", seed.table, seed.levels[1:], seed.sparsities[1:]))
 
 
 def test_refuses_a_temperature_range_without_the_centre():
