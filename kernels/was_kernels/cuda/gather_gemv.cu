@@ -74,81 +74,13 @@ struct Group {
     Projection part[PARTS];
 };
 
-// Weights are read once a step: they should not push out what is read again.
-__device__ __forceinline__ unsigned long long read_once() {
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ uint4 stream(const u16* p, unsigned long long policy) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p), "l"(policy));
-    return v;
-}
-
-#if BITS < 16
-struct Words {
-    u32 word[WORDS];
-};
-
-__device__ __forceinline__ Words stream_words(const u8* p, unsigned long long policy) {
-    Words v;
-#if WORDS == 4
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "l"(p), "l"(policy));
-#elif WORDS == 2
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-                 : "=r"(v.word[0]), "=r"(v.word[1])
-                 : "l"(p), "l"(policy));
-#else
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v.word[0]) : "l"(p), "l"(policy));
-#endif
-    return v;
-}
-
-__device__ __forceinline__ float half_low(u32 v) {
-    float f;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(v));
-    return f;
-}
-
-__device__ __forceinline__ float half_high(u32 v) {
-    float f;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(v));
-    return f;
-}
-
-// The c-th code of a word, exact: at 8 bits q itself, out of 2^23 + q; at 4 bits 1 + q / 16, put into the mantissa.
-__device__ __forceinline__ float code(u32 word, int c) {
-#if BITS == 8
-    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | c)) - 8388608.0f;
-#else
-    const u32 moved = 4 * c <= 19 ? word << (19 - 4 * c) : word >> (4 * c - 19);
-    return __uint_as_float((moved & 0x00780000u) | 0x3f800000u);
-#endif
-}
-#endif
-
+#include "weights.cuh"
 #if MMA
-__device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
-__device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
-
-// sums [16 outputs, 8 rows] += weights [16 outputs, 16 channels] times inputs [16 channels, 8 rows], as lanes hold them.
-__device__ __forceinline__ void multiply(float* sums, const u32* weights, u32 input0, u32 input1) {
-    asm volatile(
-#if BF16
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#include "accumulate_mma.cuh"
+#elif BITS == 16
+#include "accumulate_half.cuh"
 #else
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(input0), "r"(input1));
-}
+#include "accumulate_rounded.cuh"
 #endif
 
 // A share owns every SHARES-th stripe of 16 channels: neighbours tend to be kept together.
@@ -369,124 +301,19 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int in_block = (warp % ACROSS) * 64 + group_lane * 8;
     const int column = first_column + in_block;
     const bool there = column < own.width;
-    const u16* weight = own.weight + column;
     float total[TILES][4][4];  // [tile of rows][pair of outputs][output 0 and rows 2q, 2q + 1; output 1 likewise]
 #pragma unroll
     for (int i = 0; i < TILES * 16; i++) (&total[0][0][0])[i] = 0.0f;
-    for (int first = warp / ACROSS * (STEPS * 16); first < n; first += DEEP * STEPS * 16) {
-        uint4 v[STEPS][4];
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            const int i = first + s * 16 + quarter * 2;
-            const u32 near = *reinterpret_cast<const u32*>(list + i), far = *reinterpret_cast<const u32*>(list + i + 8);
-            const u32 channel[4] = {near & 0xffffu, near >> 16, far & 0xffffu, far >> 16};
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                v[s][k] = make_uint4(0u, 0u, 0u, 0u);
-                if (there && i + (k & 1) + (k / 2) * 8 < n) v[s][k] = stream(weight + channel[k] * own.stride, policy);
-            }
-        }
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            const int i = first + s * 16 + quarter * 2;
-            u32 input[TILES][2];
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                input[t][0] = *reinterpret_cast<const u32*>(&values[t * 8 + group_lane][i]);
-                input[t][1] = *reinterpret_cast<const u32*>(&values[t * 8 + group_lane][i + 8]);
-            }
-            const u32 word[4][4] = {{v[s][0].x, v[s][0].y, v[s][0].z, v[s][0].w},
-                                    {v[s][1].x, v[s][1].y, v[s][1].z, v[s][1].w},
-                                    {v[s][2].x, v[s][2].y, v[s][2].z, v[s][2].w},
-                                    {v[s][3].x, v[s][3].y, v[s][3].z, v[s][3].w}};
-#pragma unroll
-            for (int w = 0; w < 4; w++) {
-                const u32 weights[4] = {low_halves(word[0][w], word[1][w]), high_halves(word[0][w], word[1][w]),
-                                        low_halves(word[2][w], word[3][w]), high_halves(word[2][w], word[3][w])};
-#pragma unroll
-                for (int t = 0; t < TILES; t++) multiply(total[t][w], weights, input[t][0], input[t][1]);
-            }
-        }
-    }
+    accumulate(total, list, values, n, own, there ? column : -1, policy);
 #else
     const int column = first_column + (lane % LANES) * PER_LANE;
     if (column >= own.width) n = 0;
-    const Stored* weight = own.weight + (BITS == 16 ? column : column * BITS / 8);
     float total[ROWS][PER_LANE];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) total[r][c] = 0.0f;
-#if BITS == 16
-    for (int first = thread / LANES; first < n; first += GROUPS * UNROLL) {
-        uint4 v[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            const int i = first + u * GROUPS;
-            v[u] = make_uint4(0u, 0u, 0u, 0u);
-            if (i < n) v[u] = stream(weight + list[i] * own.stride, policy);
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            const int i = first + u * GROUPS;
-            const u32 word[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const float value = i < n ? values[i][r] : 0.0f;
-#pragma unroll
-                for (int w = 0; w < 4; w++) {
-                    total[r][2 * w] += low(word[w]) * value;
-                    total[r][2 * w + 1] += high(word[w]) * value;
-                }
-            }
-        }
-    }
-
-#else
-    const u32* scales = own.scales + column / GROUP;
-    float common[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) common[r] = 0.0f;
-    for (int first = thread / LANES; first < n; first += GROUPS * UNROLL) {
-        Words v[UNROLL];
-        u32 pair[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            const int i = first + u * GROUPS;
-            pair[u] = 0u;
-#pragma unroll
-            for (int w = 0; w < WORDS; w++) v[u].word[w] = 0u;
-            if (i < n) {
-                v[u] = stream_words(weight + list[i] * own.stride, policy);
-                pair[u] = __ldg(scales + list[i] * own.groups);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            const int i = first + u * GROUPS;
-            // At 4 bits a code is 1 + q / 16: 16 scales of it are scale * q and 16 scales too much.
-            const float scale = half_low(pair[u]) * (BITS == 4 ? 16.0f : 1.0f);
-            const float offset = half_high(pair[u]) - (BITS == 4 ? scale : 0.0f);
-            float scaled[ROWS];
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const float value = i < n ? values[i][r] : 0.0f;
-                scaled[r] = value * scale;
-                common[r] += value * offset;
-            }
-#pragma unroll
-            for (int c = 0; c < PER_LANE; c++) {
-                const float q = code(v[u].word[c * BITS / 32], c % (32 / BITS));
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) total[r][c] += q * scaled[r];
-            }
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int c = 0; c < PER_LANE; c++) total[r][c] += common[r];
-#endif
+    accumulate(total, list, values, n, own, column, policy);
 #endif
 
     // Warps in shared memory, then blocks: [column block, gate or up, share, row, column].
