@@ -23,7 +23,7 @@ lint: $(VENV)/.installed
 
 # The page of all options, from the table that they are made of.
 docs: $(VENV)/.installed
-	$(BIN)/python -m was_search.cli_options_page docs/options.md
+	$(BIN)/python -m was_search.service.cli.options_page docs/options.md
 
 # The long chaos run; a short one is among the tests.
 chaos: $(VENV)/.installed

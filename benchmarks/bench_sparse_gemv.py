@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
-from was_kernels.column_weight import ColumnWeight, SparseMap
-from was_kernels.decode_timing import read_bandwidth
-from was_kernels.gather_gemv import gather_gemv
-from was_kernels.gather_launch import counters
-from was_kernels.gather_step import GatherStep
-from was_kernels.sparse_gemv import sparse_gemv
+from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.gather_gemv import gather_gemv
+from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_step import GatherStep
+from was_kernels.ops.sparse_gemv import sparse_gemv
+from was_kernels.timing.step import read_bandwidth
 
 RESULTS = Path(__file__).parent / "results" / "sparse_gemv.jsonl"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

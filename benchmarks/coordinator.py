@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.summary:
         print(summary(read_rows(options.output)))
         return
-    from was_storage.embedded import EmbeddedServer
+    from was_storage.server.embedded import EmbeddedServer
 
     with tempfile.TemporaryDirectory(prefix="was-scale-") as made:
         home = options.home or Path(made)
@@ -106,7 +106,7 @@ def measure(server: Any, case: Case) -> dict[str, Any]:
         known = connection.execute(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name}).scalar()
     if known is None:
         from benchmarks.harness.coordinator_study import make_history
-        from was_storage.database import Database
+        from was_storage.server.database import Database
 
         with Database.open(server.url(f"{name}_new")) as database:
             make_history(database, case.finished)
@@ -130,12 +130,12 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     """The coordinator with virtual workers, in this process."""
     from benchmarks.harness.coordinator_study import BUDGET, RADIUS, SHAPE, STUDY, open_study, page, seed
     from benchmarks.harness.virtual_pool import VirtualPool, Window
-    from was_search.api.page import LivePage
     from was_search.coordinator.loop import SearchLoop
     from was_search.coordinator.options import SearchOptions
-    from was_search.refresher import Refresher
-    from was_search.sampling import Suggester
-    from was_storage.database import Database
+    from was_search.process.refresher import Refresher
+    from was_search.service.watching.page import LivePage
+    from was_search.studies.sampling import Suggester
+    from was_storage.server.database import Database
 
     marks = {"imports": time.time() - spawned_at}
     statements: Counter[str] = Counter()

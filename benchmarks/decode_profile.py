@@ -23,11 +23,11 @@ from benchmarks.harness.conditions import conditions
 from benchmarks.harness.random_models import DTYPES, build
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
-from was_kernels.decode_profile import StepClock, typical_seconds
-from was_kernels.decode_timing import DecodeStep
-from was_search.latency import LatencyProfile
-from was_search.latency_fit import FUSED, SINGLE, check, check_summary, fit, launch_kinds
-from was_search.structure import find_structure
+from was_kernels.timing.profile import StepClock, typical_seconds
+from was_kernels.timing.step import DecodeStep
+from was_search.checkpoints.structure import find_structure
+from was_search.decode_time.fit import FUSED, SINGLE, check, check_summary, fit, launch_kinds
+from was_search.decode_time.profile import LatencyProfile
 
 RESULTS = Path(__file__).parent / "results" / "decode_profile.jsonl"
 

@@ -27,13 +27,13 @@ from benchmarks.harness.conditions import conditions
 from benchmarks.harness.random_models import DTYPES, build, plan_at
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
-from was_kernels.decode_timing import DecodeStep, other_bytes, projection_bytes, read_bandwidth
-from was_kernels.runtime import sparsify
-from was_search.fingerprint import fingerprint
-from was_search.model import resolve_model
-from was_search.quantised import quantise_projections
+from was_kernels.runtime.sparse_model import sparsify
+from was_kernels.timing.step import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+from was_search.checkpoints.fingerprint import fingerprint
+from was_search.checkpoints.load import resolve_model
+from was_search.checkpoints.quantised import quantise_projections
+from was_search.checkpoints.structure import find_structure
 from was_search.shape import MASKS
-from was_search.structure import find_structure
 from was_search.weight_format import AS_STORED, WeightFormat, canonical
 
 RESULTS = Path(__file__).parent / "results" / "decode_step.jsonl"

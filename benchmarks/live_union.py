@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.problem import Engine, Setup
-from was_search.calibration import operating_point
+from was_search.masks.calibration import operating_point
 from was_search.shape import N_PROJECTIONS, FloatArray
 
 ROWS = (1, 2, 4, 8, 16)

@@ -20,20 +20,20 @@ import numpy as np
 
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
-from was_search.budget import SparsityBudget
-from was_search.calibration import operating_point
-from was_search.calls import Held
-from was_search.descent import DescentOptions
-from was_search.histogram import Histograms
-from was_search.model import load_tokenizer, pick_device, resolve_model
-from was_search.model_calls import Calibrate, Descend, EvaluateThresholds, Price
-from was_search.pricing import DEFAULT_GRID
-from was_search.protocol import Evaluation, TokenSet
-from was_search.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed
+from was_search.checkpoints.load import load_tokenizer, pick_device, resolve_model
+from was_search.coordinator.calls import Held
+from was_search.coordinator.model_calls import Calibrate, Descend, EvaluateThresholds, Price
+from was_search.masks.calibration import operating_point
+from was_search.masks.histogram import Histograms
+from was_search.masks.intervals import paired_interval
+from was_search.masks.pricing import DEFAULT_GRID
 from was_search.shape import MASKS, FloatArray, Masks
-from was_search.statistics import paired_interval
-from was_search.text import load_text
-from was_search.tokens import tokenise
+from was_search.texts.protocol import Evaluation, TokenSet
+from was_search.texts.splits import load_text
+from was_search.texts.tokens import tokenise
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.descent import DescentOptions
+from was_search.vectors.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed
 from was_workers.worker import Worker, WorkerSpec
 
 RESULTS = Path(__file__).parent / "results" / "mask_sharing.jsonl"

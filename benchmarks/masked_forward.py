@@ -29,12 +29,12 @@ from benchmarks.harness.conditions import conditions
 from benchmarks.harness.random_models import DTYPES, build, plan_at
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
-from was_kernels.ops import ops_for
-from was_kernels.runtime import sparsify
-from was_search.evaluation import evaluate_thresholds
-from was_search.masked_model import MaskedModel
+from was_kernels.pass_ops import ops_for
+from was_kernels.runtime.sparse_model import sparsify
+from was_search.masks.evaluation import evaluate_thresholds
+from was_search.masks.masked_model import MaskedModel
 from was_search.plan import Plan
-from was_search.protocol import EvaluationProtocol, TokenSet
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
 
 RESULTS = Path(__file__).parent / "results" / "masked_forward.jsonl"
 

@@ -15,11 +15,14 @@ from typing import Any
 
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
-from was_search.api import Context, calibrate, search, seed
-from was_search.model_calls import PeakBytes
-from was_search.progress import RichReporter
-from was_search.settings import Settings
-from was_search.settings_file import load_settings
+from was_search.coordinator.model_calls import PeakBytes
+from was_search.service.context import Context
+from was_search.service.reports.progress import RichReporter
+from was_search.service.settings import Settings
+from was_search.service.settings_file import load_settings
+from was_search.service.steps.calibration import calibrate
+from was_search.service.steps.seeding import seed
+from was_search.service.steps.study import search
 
 RESULTS = Path(__file__).resolve().parent / "results" / "phases.jsonl"
 

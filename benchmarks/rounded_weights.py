@@ -19,18 +19,18 @@ import torch
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import append_row
-from was_search.budget import SparsityBudget
-from was_search.calibration import histogram_pass, operating_point
-from was_search.calls import Held
-from was_search.histogram import Histograms
-from was_search.masked_model import structure_norms
-from was_search.model_calls import Descend, EvaluateThresholds, Price
-from was_search.pricing import DEFAULT_GRID
-from was_search.protocol import perplexity
-from was_search.rounding import round_groups
-from was_search.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed, point_seed
+from was_search.checkpoints.rounding import round_groups
+from was_search.checkpoints.structure import Structure
+from was_search.coordinator.calls import Held
+from was_search.coordinator.model_calls import Descend, EvaluateThresholds, Price
+from was_search.masks.calibration import histogram_pass, operating_point
+from was_search.masks.histogram import Histograms
+from was_search.masks.masked_model import structure_norms
+from was_search.masks.pricing import DEFAULT_GRID
 from was_search.shape import N_PROJECTIONS, FloatArray
-from was_search.structure import Structure
+from was_search.texts.protocol import perplexity
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.seeds import SEED_DESCENT, SEED_SEQUENCES, fisher_seed, point_seed
 from was_search.weight_format import AS_STORED, WeightFormat
 from was_workers.worker import Worker, WorkerSpec
 

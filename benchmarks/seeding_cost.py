@@ -20,21 +20,21 @@ import torch
 
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
-from was_search.budget import SparsityBudget
-from was_search.calls import Held
-from was_search.descent import DescentOptions
-from was_search.evaluation import sequence_nats
-from was_search.model_calls import Calibrate, Descend, EvaluateThresholds, PeakBytes, Price
-from was_search.pricing import DEFAULT_GRID
-from was_search.protocol import EvaluationProtocol, TokenSet
+from was_search.coordinator.calls import Held
+from was_search.coordinator.model_calls import Calibrate, Descend, EvaluateThresholds, PeakBytes, Price
+from was_search.masks.evaluation import sequence_nats
+from was_search.masks.pricing import DEFAULT_GRID
 from was_search.shape import N_PROJECTIONS, IntArray
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.descent import DescentOptions
 from was_workers.worker import Worker, WorkerSpec
 
 RESULTS = Path(__file__).resolve().parent / "results" / "seeding_cost.jsonl"
 
 EVALUATED, CALIBRATED, PRICED, ROUNDS, PER_ROUND = 64, 64, 32, 8, 16
 """Sequences of an evaluation, of a calibration pass and of prices; rounds of the seed's descent and their sequences:
-the defaults of ``was_search.settings`` and ``was_search.api.seeding``."""
+the defaults of ``was_search.service.settings`` and ``was_search.service.steps.seeding``."""
 
 
 def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) -> dict[str, Any]:

@@ -23,12 +23,12 @@ import torch
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
 from scripts import make_random_model as maker
-from was_search.column_layout import save_columns
-from was_search.fingerprint import fingerprint
-from was_search.masked_model import structure_norms
-from was_search.model import load_model, resolve_model
+from was_search.checkpoints.column_layout import save_columns
+from was_search.checkpoints.fingerprint import fingerprint
+from was_search.checkpoints.load import load_model, resolve_model
+from was_search.checkpoints.structure import find_structure
+from was_search.masks.masked_model import structure_norms
 from was_search.plan import Plan
-from was_search.structure import find_structure
 
 RESULTS = Path(__file__).parent / "results" / "start_time.jsonl"
 WAYS = ("transposed", "laid out")

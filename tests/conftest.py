@@ -24,8 +24,8 @@ from tests.stuck import (  # noqa: F401  hooks of pytest
     pytest_timeout_cancel_timer,
     pytest_timeout_set_timer,
 )
-from was_storage.database import Database
-from was_storage.embedded import EmbeddedServer
+from was_storage.server.database import Database
+from was_storage.server.embedded import EmbeddedServer
 
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this is one of several processes that run tests at once, on processors that they share."""

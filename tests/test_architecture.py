@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
 import inspect
 import subprocess
 import sys
@@ -25,6 +27,11 @@ ALLOWED = {
     "was_workers": {"was_workers", "was_search", "was_kernels"},
     "was_kernels": {"was_kernels", "was_search"},
 }
+ROOMS = (
+    *("errors", "shape", "weight_format", "process", "plan"),
+    *("vectors", "checkpoints", "texts", "masks", "decode_time", "studies", "coordinator", "service"),
+)
+"""The core's folders, and the modules beside them, in the order in which they may know of each other."""
 OUTER = ("storage", "workers", "kernels", "deploy", "benchmarks", "scripts", "tests")
 
 
@@ -66,15 +73,12 @@ def modules(package: str) -> list[Path]:
     return sorted(p for p in PACKAGES[package].rglob("*.py") if "demo_data" not in p.parts)
 
 
-def is_composition_root(path: Path) -> bool:
+def is_service(path: Path) -> bool:
+    """Whether the module may import every package: the folder on top, and the two doors to it."""
     core = PACKAGES["was_search"]
-    if path == core / "__init__.py":  # gives public names of all packages, each when it is asked for
+    if path in (core / "__init__.py", core / "__main__.py"):  # public names, each when it is asked for; the command
         return True
-    return (path.parent == core and path.name.startswith("cli")) or core / "api" in path.parents
-
-
-def is_entry(path: Path) -> bool:
-    return is_composition_root(path) or path.name == "__main__.py"
+    return core / "service" in path.parents
 
 
 def ours(found: Import) -> str:
@@ -93,61 +97,81 @@ def identify(value: object) -> str:
 def test_imports_follow_the_arrows(package, path):
     for found in imports(path):
         if ours(found) and ours(found) not in ALLOWED[package]:
-            assert is_composition_root(path), f"{path.relative_to(ROOT)} imports {found.module}"
+            assert is_service(path), f"{path.relative_to(ROOT)} imports {found.module}"
             assert found.inside or found.typing_only, f"{path.relative_to(ROOT)} imports {found.module} at the top"
 
 
 @pytest.mark.parametrize(("package", "path"), EVERY, ids=identify)
-def test_only_the_composition_root_knows_itself(package, path):
-    """Nothing below imports the api or the command line."""
-    if is_entry(path):
-        return
+def test_nothing_below_imports_the_service(package, path):
+    if not is_service(path):
+        for found in imports(path):
+            assert not found.module.startswith("was_search.service"), f"imports {found.module}"
+
+
+def room(module: str) -> str:
+    """The folder of the core that ``module`` lies in; a module beside the folders is a room of its own."""
+    return module.split(".")[1] if module.count(".") else ""
+
+
+def test_the_rooms_are_the_cores_folders():
+    folders = {path.parent.name for path in PACKAGES["was_search"].glob("*/__init__.py")}
+    assert folders == set(ROOMS) - {"errors", "shape", "weight_format", "plan"}
+
+
+@pytest.mark.parametrize("path", [path for path in modules("was_search") if not is_service(path)], ids=identify)
+def test_a_room_imports_only_rooms_before_it(path):
+    """What only type checkers read counts too: whoever reads a room has read what it speaks of."""
+    mine = ROOMS.index(room(name_of(path)))
     for found in imports(path):
-        assert not found.module.startswith(("was_search.api", "was_search.cli")), f"imports {found.module}"
+        if ours(found) == "was_search" and found.module.count("."):
+            assert ROOMS.index(room(found.module)) <= mine, f"imports {found.module}"
 
 
-def op_modules() -> list[Path]:
-    """Modules of the kernels that register an op or import triton, and all others of the kernels that these import."""
-    by_name = {f"was_kernels.{path.stem}": path for path in modules("was_kernels") if path.stem != "__init__"}
-    found: set[Path] = set()
-    waiting = [
-        path
-        for path in by_name.values()
-        if "custom_op(" in path.read_text(encoding="utf-8")
-        or any(i.module.split(".")[0] == "triton" for i in imports(path))
-    ]
-    while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting.extend(by_name[i.module] for i in imports(path) if i.module in by_name)
-    return sorted(found)
+def name_of(path: Path) -> str:
+    """The dotted name of the module in ``path``; of a package's ``__init__`` the package's."""
+    *parts, stem = [*_package(path), path.stem]
+    return ".".join(parts if stem == "__init__" else [*parts, stem])
 
 
-@pytest.mark.parametrize("path", op_modules(), ids=identify)
+def test_no_import_closes_a_circle():
+    """Neither at import nor inside a function, where a circle shows only once somebody calls it."""
+    by_name = {name_of(path): path for _, path in EVERY if path.name != "__init__.py"}
+    before = {
+        name: {i.module for i in imports(path) if not i.typing_only and i.module in by_name} - {name}
+        for name, path in by_name.items()
+    }
+    tuple(graphlib.TopologicalSorter(before).static_order())  # a CycleError names the circle
+
+
+STEPS = [path for path in modules("was_search") if path.parent.name in ("steps", "targets", "watching")]
+OPS = sorted(path for path in (PACKAGES["was_kernels"] / "ops").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", OPS, ids=identify)
 def test_ops_know_nothing_of_ours(path):
     """An op takes torch, triton and other ops only; what it means in plain torch is part of it."""
     tops = {i.module.split(".")[0] for i in imports(path)} - set(sys.stdlib_module_names)
     assert tops <= {"torch", "triton", "was_kernels"}
 
 
-def test_the_ops_are_found():
-    stems = {path.stem for path in op_modules()}
-    assert {"gather_gemv", "sparse_gemv", "attend", "step_ends", "score_mask", "reference", "nvrtc"} <= stems
-    assert not {"runtime", "sparse_linear", "decode_block"} & stems
+@pytest.mark.parametrize("path", modules("was_kernels"), ids=identify)
+def test_ops_are_registered_and_triton_is_imported_in_their_folder_only(path):
+    if path not in OPS:
+        assert "custom_op(" not in path.read_text(encoding="utf-8")
+        assert not any(i.module.split(".")[0] == "triton" for i in imports(path))
 
 
-def test_the_core_imports_no_service_at_the_top():
+def test_the_core_imports_no_server_at_the_top():
     """Reading the core needs no database, no Ray and no GPU."""
     for path in modules("was_search"):
         tops = {i.module.split(".")[0] for i in imports(path) if not i.inside and not i.typing_only}
         assert not tops & {"ray", "sqlalchemy", "alembic", "psycopg2", "triton"}, path
 
 
-def test_below_the_composition_root_the_core_never_imports_ray():
+def test_below_the_service_the_core_never_imports_ray():
     """Not even inside a function: the search's loop knows its workers by a contract."""
     for path in modules("was_search"):
-        if not is_composition_root(path):
+        if not is_service(path):
             assert not any(i.module.split(".")[0] == "ray" for i in imports(path)), path
 
 
@@ -163,12 +187,21 @@ def test_every_package_is_one(package):
 
 
 def test_no_function_shadows_the_module_it_comes_from():
-    """After ``import was_search.api``, the attribute of a module's name is that module."""
-    from was_search import api
+    """A package's ``__init__`` gives no name of one of its modules: the attribute of that name is the module."""
+    for package in PACKAGES:
+        for path in modules(package):
+            if path.name == "__init__.py":
+                given = importlib.import_module(name_of(path))
+                stems = {other.stem for other in path.parent.glob("*.py")} - {"__init__", "__main__"}
+                assert not stems & set(getattr(given, "__all__", ()))
+                assert all(inspect.ismodule(getattr(given, stem)) for stem in stems if stem in vars(given))
 
-    stems = {path.stem for path in (PACKAGES["was_search"] / "api").glob("*.py")} - {"__init__"}
-    assert not stems & set(api.__all__)
-    assert all(inspect.ismodule(getattr(api, stem)) for stem in stems if hasattr(api, stem))
+
+@pytest.mark.parametrize("path", STEPS, ids=identify)
+def test_no_step_has_the_name_of_its_function(path):
+    """``study`` holds ``search``: so that nobody who imports the one gets the other."""
+    functions = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    assert path.stem not in functions
 
 
 def test_importing_the_kernels_imports_no_triton():

@@ -15,8 +15,8 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 
-from was_search.cli import app
-from was_search.metrics import StudyMetrics
+from was_search.service.cli.main import app
+from was_search.service.reports.metrics import StudyMetrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -48,10 +48,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from was_kernels import load_sparse, sparsify
-    from was_search.api import Context, calibrate, evaluate, export, generate, run, search, seed
     from was_search.errors import WasError
     from was_search.plan import Plan
-    from was_search.settings import Settings
+    from was_search.service.context import Context
+    from was_search.service.settings import Settings
+    from was_search.service.steps.calibration import calibrate
+    from was_search.service.steps.comparison import run
+    from was_search.service.steps.decoding import generate
+    from was_search.service.steps.evaluation import evaluate
+    from was_search.service.steps.exporting import export
+    from was_search.service.steps.seeding import seed
+    from was_search.service.steps.study import search
 
 __version__ = "0.1.0"
 
@@ -73,19 +80,27 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Context": "was_search.service.context",
     "Plan": "was_search.plan",
-    "Settings": "was_search.settings",
+    "Settings": "was_search.service.settings",
     "WasError": "was_search.errors",
+    "calibrate": "was_search.service.steps.calibration",
+    "evaluate": "was_search.service.steps.evaluation",
+    "export": "was_search.service.steps.exporting",
+    "generate": "was_search.service.steps.decoding",
     "load_sparse": "was_kernels",
+    "run": "was_search.service.steps.comparison",
+    "search": "was_search.service.steps.study",
+    "seed": "was_search.service.steps.seeding",
     "sparsify": "was_kernels",
 }
-"""Where a public name is defined; those that are not here, in :mod:`was_search.api`."""
+"""Where a public name is defined."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES.get(name, "was_search.api")), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -16,10 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from was_search.close_names import did_you_mean_path
 from was_search.errors import ConfigError, PlanError
-from was_search.score import SCORE_KINDS, ScoreKind
-from was_search.shape import PROJECTIONS, FloatArray, ModelShape
+from was_search.process.close_names import did_you_mean_path
+from was_search.shape import PROJECTIONS, SCORE_KINDS, FloatArray, ModelShape, ScoreKind
 from was_search.weight_format import AS_STORED, WeightFormat, describe
 
 SCHEMA_VERSION = 1

@@ -15,6 +15,10 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 N_PROJECTIONS = len(PROJECTIONS)
 
+ScoreKind = Literal["l1", "l2", "none"]
+SCORE_KINDS: tuple[ScoreKind, ...] = ("l1", "l2", "none")
+"""Norms in the weight-aware score."""
+
 Masks = Literal["separate", "shared"]
 MASKS: tuple[Masks, ...] = get_args(Masks)
 """``separate``: each projection has a mask of its own. ``shared``: q, k and v have one, and so have gate and up."""

@@ -10,10 +10,10 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from benchmarks.harness.ledger import Ledger, Score
-from was_search.budget import project
 from was_search.errors import ConfigError
 from was_search.shape import FloatArray, ModelShape
-from was_search.table import Table
+from was_search.vectors.budget import project
+from was_search.vectors.table import Table
 
 
 @dataclass(frozen=True)

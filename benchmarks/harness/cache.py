@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from was_search.protocol import content_hash
+from was_search.texts.protocol import content_hash
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.harness.virtual_pool import SEQUENCES, TOKENS
-from was_search.budget import SparsityBudget
-from was_search.page import StudyPage
-from was_search.seeds import Seed
+from was_search.service.reports.page import StudyPage
 from was_search.shape import FloatArray, ModelShape
-from was_search.slots import SlotState
-from was_search.space import LevelSpace, level_params, open_distributions
-from was_search.table import uniform_table
-from was_storage.database import Database
-from was_storage.studies import StudyStore
+from was_search.studies.slots import SlotState
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.seeds import Seed
+from was_search.vectors.space import LevelSpace, level_params, open_distributions
+from was_search.vectors.table import uniform_table
+from was_storage.server.database import Database
+from was_storage.studies.store import StudyStore
 
 STUDY = "scale"
 BLOCKS = 32
@@ -54,7 +54,7 @@ def attrs(sparsities: FloatArray) -> dict[str, object]:
 
 def make_history(database: Database, finished: int) -> None:
     """A study of ``finished`` slots that are finished: the seed and steps around it, every third stopped early."""
-    from was_search.hand_out import HandOut, Proposal, Result
+    from was_search.studies.hand_outs import HandOut, Proposal, Result
 
     around, first = space(), seed()
     rng = np.random.default_rng(0)

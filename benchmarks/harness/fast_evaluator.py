@@ -1,9 +1,9 @@
 """Evaluate many vectors on one small model: thresholds on the device, forwards replayed from CUDA graphs.
 
-The results are those of :func:`was_search.evaluation.evaluate_thresholds`, which it is tested against. Nothing in the
-forward may ask the host: thresholds are a tensor that the hooks read, and attention is a function of our own without
-a mask. transformers would compare position ids on the host before it decides to need no mask, and build one while a
-graph is captured, where it cannot compare.
+The results are those of :func:`was_search.masks.evaluation.evaluate_thresholds`, which it is tested against. Nothing in
+the forward may ask the host: thresholds are a tensor that the hooks read, and attention is a function of our own
+without a mask. transformers would compare position ids on the host before it decides to need no mask, and build one
+while a graph is captured, where it cannot compare.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from benchmarks.harness.fast_mask import masks
 from benchmarks.harness.replays import CHUNKS, Replays
-from was_search.divergence import DenseTop, bucket_log_probs, divergence
-from was_search.evaluation import sequence_nats
-from was_search.masked_model import MaskedModel
-from was_search.protocol import TokenSet
+from was_search.masks.divergence import DenseTop, bucket_log_probs, divergence
+from was_search.masks.evaluation import sequence_nats
+from was_search.masks.masked_model import MaskedModel
 from was_search.shape import FloatArray, IntArray
+from was_search.texts.protocol import TokenSet
 
 _ATTENTION = "was_causal"
 

@@ -1,9 +1,9 @@
 """Mask with thresholds that lie on the device, one for each sequence, and count what is dropped.
 
-``y_sj = x_sj if abs(x_sj) * norm_j >= threshold_s else 0`` for sequence s. ``was_kernels.score_mask`` takes the
+``y_sj = x_sj if abs(x_sj) * norm_j >= threshold_s else 0`` for sequence s. ``was_kernels.ops.score_mask`` takes the
 threshold as a number, which a CUDA graph freezes at its capture. Here the kernel reads it from memory, so that one
 graph serves every vector, and several at once. Positions inside the dense prefix keep all channels. The semantics are
-those of ``was_search.score.masked``, but for NaN inputs at a threshold of 0.
+those of ``was_search.masks.score.masked``, but for NaN inputs at a threshold of 0.
 """
 
 # No `from __future__ import annotations` here: Triton's interpreter reads the annotations of a kernel.
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 
-from was_search.masked_model import MaskedModel
-from was_search.score import scores
+from was_search.masks.masked_model import MaskedModel
+from was_search.masks.score import scores
 
 _BLOCK = 2048
 

@@ -1,6 +1,6 @@
 """Take score histograms of one small model again and again, replayed from CUDA graphs.
 
-The results are those of :func:`was_search.calibration.histogram_pass`, which it is tested against.
+The results are those of :func:`was_search.masks.calibration.histogram_pass`, which it is tested against.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from benchmarks.harness.fast_evaluator import use_causal_attention
 from benchmarks.harness.fast_mask import masks
 from benchmarks.harness.replays import CHUNKS, Replays
-from was_search.histogram import N_BINS, Histograms
-from was_search.masked_model import MaskedModel
-from was_search.protocol import TokenSet
+from was_search.masks.histogram import N_BINS, Histograms
+from was_search.masks.masked_model import MaskedModel
 from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.texts.protocol import TokenSet
 
 
 class FastPasses:
-    """Passes over ``data``; what :data:`was_search.calibration.PassRunner` describes. Not thread-safe.
+    """Passes over ``data``; what :data:`was_search.masks.calibration.PassRunner` describes. Not thread-safe.
 
     Changes the model's attention implementation as :class:`benchmarks.harness.fast_evaluator.FastEvaluator` does.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from was_search.early_stop import StopRule
+from was_search.masks.early_stop import StopRule
 from was_search.shape import FloatArray, IntArray, ModelShape
 
 STOP_EVERY = 8

@@ -13,15 +13,15 @@ import optuna
 
 from benchmarks.harness.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
 from benchmarks.harness.ledger import Exhausted, Ledger, Score
-from was_search.budget import SparsityBudget
-from was_search.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed, chain_steps
 from was_search.errors import ConfigError
-from was_search.fitness import FitnessName
-from was_search.sampling import SamplerName, Suggester
-from was_search.seeds import Seed
 from was_search.shape import FloatArray, ModelShape
-from was_search.slots import SlotState
-from was_search.space import HIGHEST_SAMPLED, SPACES, MonotoneSpace, Space, make_space
+from was_search.studies.fitness import FitnessName
+from was_search.studies.sampling import SamplerName, Suggester
+from was_search.studies.slots import SlotState
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed, chain_steps
+from was_search.vectors.seeds import Seed
+from was_search.vectors.space import HIGHEST_SAMPLED, SPACES, MonotoneSpace, Space, make_space
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
 
 EPOCHS, CHAINS, PER_ROUND, KL_TOP_K = 2, 2, 24, 64
 CHAIN = DescentOptions(rounds=24)
-"""Those of ``was_search.settings.Settings``, which needs more packages than a GPU machine may have."""
+"""Those of ``was_search.service.settings.Settings``, which needs more packages than a GPU machine may have."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What all methods share at one target, and the model that evaluates and confirms their vectors.
 
-Tables, seeds and thresholds are made once, by the same steps as ``was_search.api`` makes them, here without Ray and
+Tables, seeds and thresholds are made once, by the same steps as a run makes them, here without Ray and
 Postgres: in one process, on one device.
 """
 
@@ -17,21 +17,23 @@ from benchmarks.harness.cache import ArrayCache, Arrays
 from benchmarks.harness.fast_evaluator import FastEvaluator
 from benchmarks.harness.fast_passes import FastPasses
 from benchmarks.harness.methods import KL_TOP_K
-from was_search.budget import SparsityBudget
-from was_search.calibration import operating_point
-from was_search.calls import Held
-from was_search.descent import DescentOptions
+from was_search.checkpoints.fingerprint import fingerprint
+from was_search.checkpoints.load import load_tokenizer, pick_device, pick_dtype, resolve_model
+from was_search.coordinator.calls import Held
+from was_search.coordinator.model_calls import Descend, GreedyBlock, Price
 from was_search.errors import ConfigError
-from was_search.evaluation import dense_top
-from was_search.fingerprint import fingerprint
-from was_search.fitness import FitnessName
-from was_search.histogram import Histograms
-from was_search.model import load_tokenizer, pick_device, pick_dtype, resolve_model
-from was_search.model_calls import Descend, GreedyBlock, Price
-from was_search.pricing import DEFAULT_GRID
-from was_search.protocol import SPLITS, TokenSet, perplexity
-from was_search.score import SCORE_KINDS, ScoreKind
-from was_search.seeds import (
+from was_search.masks.calibration import operating_point
+from was_search.masks.evaluation import dense_top
+from was_search.masks.histogram import Histograms
+from was_search.masks.pricing import DEFAULT_GRID
+from was_search.shape import N_PROJECTIONS, SCORE_KINDS, FloatArray, IntArray, ModelShape, ScoreKind
+from was_search.studies.fitness import FitnessName
+from was_search.texts.protocol import SPLITS, TokenSet, perplexity
+from was_search.texts.splits import load_text
+from was_search.texts.tokens import tokenise
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.descent import DescentOptions
+from was_search.vectors.seeds import (
     GREEDY_STEP,
     SEED_DESCENT,
     SEED_SEQUENCES,
@@ -40,10 +42,7 @@ from was_search.seeds import (
     fisher_seed,
     point_seed,
 )
-from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
-from was_search.table import BlockTable, Table
-from was_search.text import load_text
-from was_search.tokens import tokenise
+from was_search.vectors.table import BlockTable, Table
 from was_workers.worker import Worker, WorkerSpec
 
 DEMO = Path(__file__).resolve().parents[2] / "was_search" / "demo_data"
@@ -250,7 +249,7 @@ class Engine:
 
 
 def prepare(engine: Engine, targets: list[float]) -> list[Problem]:
-    """Seeds and shared thresholds at each target, as ``was_search.api`` makes them."""
+    """Seeds and shared thresholds at each target, as a run makes them."""
     setup, shape = engine.setup, engine.shape
     dense, _ = engine.run_pass(None)
     greedy = Table("greedy", tuple(engine.block_table(b, dense) for b in range(shape.n_blocks)))

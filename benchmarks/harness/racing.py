@@ -14,17 +14,17 @@ import numpy as np
 
 from benchmarks.harness.ledger import Ledger, Score
 from benchmarks.harness.methods import Descents, Method, Run, Task, register, start
-from was_search.early_stop import StopRule, estimated_loss, rung_cuts
-from was_search.sampling import SamplerName, Suggester
-from was_search.seeds import point_seed
+from was_search.masks.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.shape import FloatArray
-from was_search.slots import SlotState
-from was_search.space import Space
+from was_search.studies.sampling import SamplerName, Suggester
+from was_search.studies.slots import SlotState
+from was_search.vectors.seeds import point_seed
+from was_search.vectors.space import Space
 
 TRIALS = 120
 
 RULE: dict[str, float] = {"significance": 0.1, "keep": 0.5}
-"""That of ``was_search.settings.Settings``, which needs more packages than a GPU machine may have."""
+"""That of ``was_search.service.settings.Settings``, which needs more packages than a GPU machine may have."""
 
 
 def race(

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from scripts.make_random_model import SHAPES, draw
-from was_search.inputs import hook_inputs
-from was_search.masked_model import structure_norms
+from was_search.checkpoints.structure import find_structure
+from was_search.masks.inputs import hook_inputs
+from was_search.masks.masked_model import structure_norms
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS, Masks
-from was_search.structure import find_structure
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CALIBRATION_TOKENS = 512

@@ -18,8 +18,8 @@ from benchmarks.harness.ledger import Ledger, OutOfTime
 from benchmarks.harness.methods import METHODS, Task, run_method
 from benchmarks.harness.problem import Engine, Problem, Setup
 from was_search.errors import ConfigError
-from was_search.protocol import content_hash
-from was_search.space import SPACES
+from was_search.texts.protocol import content_hash
+from was_search.vectors.space import SPACES
 
 SPACES_BY_DEFAULT = ("levels", "additive", "full")
 

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from was_search.calls import Call, Held
+from was_search.coordinator.calls import Call, Held
 from was_search.coordinator.contracts import Outcome
 from was_search.coordinator.health import Health, QuarantinePolicy
-from was_search.model_calls import Evaluate
-from was_search.pool_state import PoolState
-from was_search.protocol import Evaluation
+from was_search.coordinator.model_calls import Evaluate
+from was_search.studies.pool_state import PoolState
+from was_search.texts.protocol import Evaluation
 
 T = TypeVar("T")
 

@@ -7,17 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from was_kernels.runtime import SparseModel, sparsify
-    from was_kernels.saved import load_sparse
-    from was_kernels.sparse_linear import SparseLinear
+    from was_kernels.runtime.saved import load_sparse
+    from was_kernels.runtime.sparse_linear import SparseLinear
+    from was_kernels.runtime.sparse_model import SparseModel, sparsify
 
 __all__ = ["SparseLinear", "SparseModel", "available", "load_sparse", "sparsify"]
 
 _LAZY = {
-    "SparseLinear": "was_kernels.sparse_linear",
-    "SparseModel": "was_kernels.runtime",
-    "load_sparse": "was_kernels.saved",
-    "sparsify": "was_kernels.runtime",
+    "SparseLinear": "was_kernels.runtime.sparse_linear",
+    "SparseModel": "was_kernels.runtime.sparse_model",
+    "load_sparse": "was_kernels.runtime.saved",
+    "sparsify": "was_kernels.runtime.sparse_model",
 }
 
 

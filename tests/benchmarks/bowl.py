@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from was_search.budget import SparsityBudget, project
-from was_search.seeds import Seed, baseline_seeds, fisher_seed
 from was_search.shape import ModelShape
-from was_search.table import BlockTable, Table
+from was_search.vectors.budget import SparsityBudget, project
+from was_search.vectors.seeds import Seed, baseline_seeds, fisher_seed
+from was_search.vectors.table import BlockTable, Table
 
 L = 6
 SHAPE = ModelShape(((8, 8, 8, 8, 8, 8, 16),) * L, ((8, 4, 4, 8, 16, 16, 8),) * L)

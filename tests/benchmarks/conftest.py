@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.harness.ledger import Ledger
 from benchmarks.harness.methods import Task
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, Bowl, seeds
-from was_search.protocol import EvaluationProtocol, TokenSet
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from benchmarks.coordinator import Case, main, measure, summary
 from benchmarks.harness.coordinator_study import STUDY, make_history
 from benchmarks.harness.rows import read_rows
 from benchmarks.harness.virtual_pool import VirtualPool, Window
-from was_search.calls import Held
-from was_search.model_calls import Evaluate
-from was_search.slots import SlotState
-from was_storage.database import Database
-from was_storage.embedded import EmbeddedServer
-from was_storage.studies import StudyStore
+from was_search.coordinator.calls import Held
+from was_search.coordinator.model_calls import Evaluate
+from was_search.studies.slots import SlotState
+from was_storage.server.database import Database
+from was_storage.server.embedded import EmbeddedServer
+from was_storage.studies.store import StudyStore
 
 VECTOR = np.full((32, 7), 0.6)
 CALL = Evaluate(Held(None), Held(None), VECTOR)

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.harness.random_models import plan_at
 from benchmarks.masked_forward import evaluations, measure, medians
-from tests.kernels.tiny_models import masked_logits, tiny_model
+from tests.doubles.tiny_models import masked_logits, tiny_model
 from was_search.plan import Plan
 
 

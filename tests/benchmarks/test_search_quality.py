@@ -16,8 +16,8 @@ from benchmarks.harness import methods, problem, racing
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main
-from was_search.seeds import SEED_DESCENT
-from was_search.settings import Settings
+from was_search.service.settings import Settings
+from was_search.vectors.seeds import SEED_DESCENT
 from was_workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,7 @@ def test_the_steps_are_those_of_the_product():
 
 
 def test_the_defaults_are_the_demos():
-    from was_search.api.demonstration import DEMO_OPTIONS
+    from was_search.service.steps.demonstration import DEMO_OPTIONS
 
     setup = Setup(device="cpu")
     for name in ("sequence_length", "batch_size", *(f"{n}_sequences" for n in ("calibration", "search", "test"))):

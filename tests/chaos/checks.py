@@ -13,9 +13,9 @@ from optuna.trial import TrialState
 from tests.chaos.cluster import STUDY, UNDISTURBED, Cluster, Exit
 from tests.chaos.counted_worker import vector_name
 from tests.chaos.faults import Hit
-from was_search.slots import Slot, SlotState
-from was_storage.database import Database
-from was_storage.studies import StudyStore
+from was_search.studies.slots import Slot, SlotState
+from was_storage.server.database import Database
+from was_storage.studies.store import StudyStore
 
 _ENDS = {
     "another coordinator is running it": "refused",

@@ -24,7 +24,7 @@ from tests.chaos import processes
 from tests.chaos.counted_worker import FOLDER, EvaluationLog, vector_name
 from tests.servers.ports import free_port
 from tests.servers.postgres import TcpServer
-from was_search.api.demonstration import DEMO_FOLDER
+from was_search.service.steps.demonstration import DEMO_FOLDER
 
 SEARCH: dict[str, Any] = {
     "target": 0.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import was_workers.pool
 from tests.chaos.counted_worker import CountedWorker
-from was_search.cli import main
+from was_search.service.cli.main import main
 
 if __name__ == "__main__":
     was_workers.pool.Worker = CountedWorker  # type: ignore[misc]

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from was_search.calls import Call
-from was_search.model_calls import Evaluate
+from was_search.coordinator.calls import Call
+from was_search.coordinator.model_calls import Evaluate
 from was_workers.worker import Ids, Worker
 
 T = TypeVar("T")

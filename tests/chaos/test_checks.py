@@ -15,7 +15,7 @@ from tests.chaos import checks
 from tests.chaos.cluster import Exit
 from tests.chaos.counted_worker import EvaluationLog, vector_name
 from tests.chaos.faults import Hit
-from was_search.slots import Slot, SlotState
+from was_search.studies.slots import Slot, SlotState
 
 
 def slot(number: int, **changes: Any) -> Slot:

@@ -25,12 +25,12 @@ import yaml
 from tests.chaos import processes
 from tests.deploy.guide import Block, Chapter, chapter
 from tests.deploy.shells import ROOT, Machine, Terminal
+from tests.doubles.small_run import SMALL
 from tests.servers.ports import free_port
 from tests.servers.postgres import TcpServer
-from tests.workers.small_run import SMALL
-from was_search.api.demonstration import DEMO_FOLDER
 from was_search.errors import StorageError
 from was_search.plan import Plan
+from was_search.service.steps.demonstration import DEMO_FOLDER
 
 GUIDE: Chapter = chapter(ROOT / "deploy" / "README.md", "By hand")
 RAY_HERE = (

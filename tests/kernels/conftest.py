@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.where import INTERPRETER
-from was_kernels import decode_block, decode_model, runtime
+from was_kernels.runtime import decode_block, decode_model, sparse_model
 
 
 @pytest.fixture(params=["interpreter"] if INTERPRETER else [pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -43,5 +43,7 @@ def dtype(op_device: str, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
         return torch.bfloat16
     for module in (decode_block, decode_model):
         monkeypatch.setattr(module, "HALF", (torch.float32,))
-    monkeypatch.setattr(runtime, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference")
+    monkeypatch.setattr(
+        sparse_model, "_choose_backend", lambda backend, _: "cuda" if backend == "cuda" else "reference"
+    )
     return torch.float32

@@ -53,7 +53,7 @@ _FUNCTION = re.compile(r"__device__ __forceinline__ [^;{]*?\b(\w+)\([^{;]*\) \{"
 
 
 class EmulatedGpu:
-    """Compiles sources into ``folder`` and runs them; takes the place of :func:`was_kernels.nvrtc.cuda_kernel`.
+    """Compiles sources into ``folder`` and runs them; takes the place of :func:`was_kernels.ops.nvrtc.cuda_kernel`.
 
     Attributes:
         seed: of the order in which a launch's blocks run.

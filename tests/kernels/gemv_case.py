@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.kernels.gemv_group import rounded
-from was_kernels.column_weight import ColumnWeight, SparseMap
-from was_kernels.reference import sparse_gemv_reference
-from was_kernels.sparse_gemv import Tiling as Tiling
-from was_kernels.sparse_gemv import _launch, sparse_gemv
-from was_search.rounding import dequantise
+from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.reference import sparse_gemv_reference
+from was_kernels.ops.sparse_gemv import Tiling as Tiling
+from was_kernels.ops.sparse_gemv import _launch, sparse_gemv
+from was_search.checkpoints.rounding import dequantise
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(33, 1), (127, 65), (300, 200), (64, 128), (1, 7)]

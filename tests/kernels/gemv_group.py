@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from was_kernels.column_weight import ColumnWeight, SparseMap
-from was_kernels.gather_gemv import gather_gemv
-from was_kernels.gather_launch import counters
-from was_kernels.gather_step import GatherStep
-from was_search.rounding import dequantise, quantise
+from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.gather_gemv import gather_gemv
+from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_step import GatherStep
+from was_search.checkpoints.rounding import dequantise, quantise
 from was_search.weight_format import WeightFormat
 
 HALF = [torch.float16, torch.bfloat16]

@@ -9,28 +9,28 @@ import pytest
 import torch
 
 import was_kernels
-from was_kernels.ops import Ops, ops_for
-from was_kernels.reference import score_mask_reference
-from was_search.score import mask_input, masked
+from was_kernels.ops.reference import score_mask_reference
+from was_kernels.pass_ops import Ops, ops_for
+from was_search.masks.score import mask_input, masked
 
-KERNELS = Path(was_kernels.__file__).parents[1]
+KERNELS = Path(was_kernels.__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["was_kernels", "was_kernels.runtime", "was_kernels.ops"])
+@pytest.mark.parametrize("module", ["was_kernels", "was_kernels.runtime.sparse_model", "was_kernels.pass_ops"])
 def test_importing_imports_no_triton_kernels(module):
     path = [str(KERNELS), str(KERNELS.parent)]
     if module == "was_kernels":
         then = "assert not {'triton', 'torch'} & set(sys.modules)"
     else:
-        then = "assert not {'was_kernels.score_mask', 'was_kernels.launch'} & set(sys.modules)"
+        then = "assert not {'was_kernels.ops.score_mask', 'was_kernels.ops.launch'} & set(sys.modules)"
     code = f"import sys; sys.path[:0] = {path!r}; import {module}; {then}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
 def test_what_the_package_shows():
-    from was_kernels.runtime import SparseModel, sparsify
-    from was_kernels.sparse_linear import SparseLinear
+    from was_kernels.runtime.sparse_linear import SparseLinear
+    from was_kernels.runtime.sparse_model import SparseModel, sparsify
 
     assert was_kernels.sparsify is sparsify
     assert was_kernels.SparseLinear is SparseLinear

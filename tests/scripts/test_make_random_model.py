@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from was_search.model import load_model, load_tokenizer, resolve_model
-from was_search.structure import find_structure
-from was_search.tokens import adds_bos
+from was_search.checkpoints.load import load_model, load_tokenizer, resolve_model
+from was_search.checkpoints.structure import find_structure
+from was_search.texts.tokens import adds_bos
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

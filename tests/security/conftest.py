@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.security.tcp_server import GuardedServer
-from was_storage.database import Database
-from was_storage.roles import COORDINATOR, READER, init_roles
+from was_storage.server.database import Database
+from was_storage.server.roles import COORDINATOR, READER, init_roles
 
 
 @dataclass(frozen=True)

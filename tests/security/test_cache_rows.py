@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
-from tests.workers.small_run import coarse_greedy, small_settings
-from was_search.api import Context, calibrate, seed
-from was_search.api.calibration import operating_point
-from was_search.api.divergence import dense_top
-from was_search.api.exporting import Request, _norms, measure
-from was_storage.cache import Artifact, ArtifactCache
-from was_storage.database import Database
+from tests.doubles.small_run import coarse_greedy, small_settings
+from was_search.service.context import Context
+from was_search.service.steps.calibration import calibrate, operating_point
+from was_search.service.steps.dense_predictions import dense_top
+from was_search.service.steps.exporting import Request, _norms, measure
+from was_search.service.steps.seeding import seed
+from was_storage.server.database import Database
+from was_storage.studies.cache import Artifact, ArtifactCache
 
 pytestmark = [pytest.mark.postgres, pytest.mark.ray, pytest.mark.slow]
 

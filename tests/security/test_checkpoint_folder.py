@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM
 
 from scripts.make_random_model import make_random_model
 from tests.security.bounded import bounded
-from was_search.checkpoint import resolve_model
+from was_search.checkpoints.files import resolve_model
+from was_search.checkpoints.fingerprint import fingerprint
+from was_search.checkpoints.load import load_model, load_tokenizer
 from was_search.errors import ModelError
-from was_search.fingerprint import fingerprint
-from was_search.model import load_model, load_tokenizer
 
 
 @pytest.fixture

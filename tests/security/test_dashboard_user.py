@@ -21,16 +21,16 @@ import optuna_dashboard.artifact._backend
 import pytest
 from sqlalchemy import text
 
+from tests.doubles.small_study import finish, hand_out, new_study, propose
 from tests.security.conftest import Logins
 from tests.security.tcp_server import password_of
-from tests.storage.small_study import finish, hand_out, new_study, propose
-from tests.storage.test_plan_files import plan_in
-from was_search.slots import SlotState
-from was_storage.dashboard import open_dashboard
-from was_storage.database import Database
-from was_storage.plan_files import archive, attach_plan
-from was_storage.studies import StudyRecord, StudyStore
-from was_storage.study_page import annotate
+from tests.storage.dashboard.test_plan_files import plan_in
+from was_search.studies.slots import SlotState
+from was_storage.dashboard.app import open_dashboard
+from was_storage.dashboard.plan_files import archive, attach_plan
+from was_storage.dashboard.study_page import annotate
+from was_storage.server.database import Database
+from was_storage.studies.store import StudyRecord, StudyStore
 
 pytestmark = pytest.mark.postgres
 

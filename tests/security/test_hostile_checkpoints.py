@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from scripts.make_random_model import make_random_model
-from tests.search.profiles import synthetic_profile
+from tests.doubles.profiles import synthetic_profile
 from tests.security.bounded import bounded
-from was_search import cli
-from was_search.api.demonstration import DEMO_FOLDER
+from was_search.service.cli import main
+from was_search.service.steps.demonstration import DEMO_FOLDER
 from was_search.shape import ModelShape
 
 SECONDS = 60
@@ -101,7 +101,7 @@ def test_every_command_refuses_it_at_once(
     arguments += ["--model", str(folder), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["was-search", name, *arguments])
     with bounded(SECONDS), pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     printed = " ".join(capsys.readouterr().err.split())
     assert end.value.code == 1, printed
     assert "Traceback" not in printed

@@ -23,15 +23,15 @@ from sqlalchemy import make_url
 from typer.testing import CliRunner
 
 from scripts.make_random_model import make_random_model
+from tests.doubles.small_run import environment
 from tests.security.conftest import Logins
 from tests.security.tcp_server import password_of
 from tests.security.test_dashboard_user import contents
-from tests.workers.small_run import environment
-from was_search.api.demonstration import DEMO_FOLDER
-from was_search.cli import app
 from was_search.errors import StorageError, TransientError
-from was_search.settings import Settings
-from was_storage.database import Database
+from was_search.service.cli.main import app
+from was_search.service.settings import Settings
+from was_search.service.steps.demonstration import DEMO_FOLDER
+from was_storage.server.database import Database
 
 pytestmark = pytest.mark.postgres
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.small_study import new_study
 from tests.security.certificates import Pair, authority, signed
 from tests.servers.ports import free_port
-from tests.storage.small_study import new_study
-from was_storage.dashboard import open_dashboard
-from was_storage.database import Database
+from was_storage.dashboard.app import open_dashboard
+from was_storage.server.database import Database
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")

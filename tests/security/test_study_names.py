@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from tests.storage.small_study import new_study
-from was_search.cli import app
-from was_search.control import Wish
+from tests.doubles.small_study import new_study
 from was_search.errors import StudyError
-from was_search.study_names import check_name, folder_name
-from was_storage.control import ControlStore
-from was_storage.database import Database
-from was_storage.studies import StudyStore
+from was_search.service.cli.main import app
+from was_search.studies.control import Wish
+from was_search.studies.names import check_name, folder_name
+from was_storage.server.database import Database
+from was_storage.studies.control import ControlStore
+from was_storage.studies.store import StudyStore
 
 NAMES = [
     "x'; DROP TABLE was.study; --",

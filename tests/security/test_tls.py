@@ -13,23 +13,23 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
+from tests.doubles.small_study import finish, hand_out, new_study
 from tests.security.certificates import Pair, authority, signed
 from tests.security.conftest import Logins
 from tests.security.tcp_server import OWNER, GuardedServer, password_of, programs_with_tls
 from tests.servers.postgres import Tls
 from tests.servers.ray_head import START_SECONDS, jobs_at
-from tests.storage.small_study import finish, hand_out, new_study
 from tests.workers.test_jobs import head  # noqa: F401 - a fixture
-from was_search.api import Context
-from was_search.api.machine_checks import _postgres
-from was_search.cli import app
 from was_search.errors import StorageError
-from was_search.settings import Settings
-from was_search.slots import SlotState
-from was_storage.database import Database
-from was_storage.embedded import EmbeddedServer
-from was_storage.studies import StudyStore
-from was_storage.urls import display_url, normalise_url
+from was_search.service.cli.main import app
+from was_search.service.context import Context
+from was_search.service.settings import Settings
+from was_search.service.watching.machine_checks import _postgres
+from was_search.studies.slots import SlotState
+from was_storage.server.database import Database
+from was_storage.server.embedded import EmbeddedServer
+from was_storage.server.urls import display_url, normalise_url
+from was_storage.studies.store import StudyStore
 
 PROGRAMS = programs_with_tls()
 

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from tests.servers.ports import free_port
-from was_storage import postgres_binaries
+from was_storage.server import postgres_binaries
 
 
 @dataclass(frozen=True)

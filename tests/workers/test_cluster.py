@@ -11,7 +11,7 @@ import time
 import pytest
 import ray
 
-from was_search.signals import Terminated, terminable
+from was_search.process.signals import Terminated, terminable
 from was_workers.cluster import connect
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.doubles.small_run import environment
 from tests.servers.ray_head import START_SECONDS, jobs_at, ray_head
-from tests.workers.small_run import environment
-from was_search.cli import app
 from was_search.errors import ConfigError, ResourceError
+from was_search.service.cli.main import app
 from was_workers import jobs
 from was_workers.jobs import Jobs, refuse_secrets
 

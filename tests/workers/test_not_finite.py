@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.search.conftest import VOCABULARY, build_llama
-from tests.workers.small_run import environment
-from was_search.api.demonstration import DEMO_FOLDER
-from was_search.calls import Call, Held
+from tests.doubles.small_run import environment
+from tests.was_search.conftest import VOCABULARY, build_llama
+from was_search.coordinator.calls import Call, Held
+from was_search.coordinator.model_calls import Calibrate, EvaluateThresholds, FindDenseTop, GreedyBlock, Price
 from was_search.errors import ModelError
-from was_search.histogram import Histograms
-from was_search.model_calls import Calibrate, EvaluateThresholds, FindDenseTop, GreedyBlock, Price
-from was_search.protocol import EvaluationProtocol, TokenSet
+from was_search.masks.histogram import Histograms
+from was_search.service.steps.demonstration import DEMO_FOLDER
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_workers.worker import Worker, WorkerSpec
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (4, 17))
@@ -108,7 +108,7 @@ def test_gradients_that_overflow_alone_are_told_of_prices(make_worker, monkeypat
     worker.run(Calibrate(Held(DATA), None))
     sums = np.zeros((3, 7, 2))
     sums[2, 6, 1] = np.inf
-    monkeypatch.setattr("was_search.model_calls.price_sums", lambda *args, **options: (sums, 64))
+    monkeypatch.setattr("was_search.coordinator.model_calls.price_sums", lambda *args, **options: (sums, 64))
     with pytest.raises(
         ModelError, match=r"^prices .* in bfloat16 .*; it needs more range or digits: use --dtype float32$"
     ):
@@ -117,7 +117,9 @@ def test_gradients_that_overflow_alone_are_told_of_prices(make_worker, monkeypat
 
 def test_float32_without_a_bad_weight_has_nothing_wider(make_worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = make_worker(lambda model: None)
-    monkeypatch.setattr("was_search.model_calls.price_sums", lambda *args, **options: (np.full((3, 7, 2), np.nan), 64))
+    monkeypatch.setattr(
+        "was_search.coordinator.model_calls.price_sums", lambda *args, **options: (np.full((3, 7, 2), np.nan), 64)
+    )
     with pytest.raises(ModelError, match=r"float32 has the widest range there is: check the checkpoint"):
         worker.run(Price(DATA, LEVELS))
 

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 import was_workers.pool as pool_module
-from tests.search.coordinator.loop_doubles import SHAPE, Book, seeds
-from tests.workers.ask import Ask
-from tests.workers.bowl_worker import bowl_worker, evaluations
-from was_search.budget import SparsityBudget
+from tests.doubles.ask import Ask
+from tests.doubles.bowl_worker import bowl_worker, evaluations
+from tests.doubles.loop_doubles import SHAPE, Book, seeds
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.errors import TransientError
-from was_search.logs import bound
-from was_search.pool_state import PoolState
-from was_search.slots import SlotState
+from was_search.process.logs import bound
+from was_search.studies.pool_state import PoolState
+from was_search.studies.slots import SlotState
+from was_search.vectors.budget import SparsityBudget
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec

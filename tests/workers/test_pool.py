@@ -14,11 +14,11 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 import was_workers.pool as pool_module
-from tests.workers.ask import Ask
-from tests.workers.bowl_worker import bowl_worker
+from tests.doubles.ask import Ask
+from tests.doubles.bowl_worker import bowl_worker
 from was_search import __version__
 from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
-from was_search.worker_range import WorkerRange
+from was_search.studies.worker_range import WorkerRange
 from was_workers.calls import PREPARE, Call, CallEnd, Calls
 from was_workers.cluster import Cluster, connect
 from was_workers.member import Member

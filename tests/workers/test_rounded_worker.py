@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.workers.small_run import small_settings
-from was_search.api import Context
-from was_search.budget import SparsityBudget
-from was_search.calls import Held
-from was_search.descent import DescentOptions
-from was_search.histogram import Histograms
-from was_search.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, Norms, Price
+from tests.doubles.small_run import small_settings
+from was_search.coordinator.calls import Held
+from was_search.coordinator.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, Norms, Price
+from was_search.masks.histogram import Histograms
+from was_search.service.context import Context
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.descent import DescentOptions
 from was_workers.worker import Worker, WorkerSpec
 
 

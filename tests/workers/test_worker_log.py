@@ -10,13 +10,21 @@ import numpy as np
 import pytest
 
 from scripts.make_random_model import make_random_model
-from tests.search.conftest import make_data as data_of  # noqa: F401 - a fixture
-from was_search.budget import SparsityBudget
-from was_search.calls import Call, Held
-from was_search.descent import DescentOptions
-from was_search.histogram import Histograms
-from was_search.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, FindDenseTop, GreedyBlock, Price
-from was_search.protocol import TokenSet
+from tests.was_search.conftest import make_data as data_of  # noqa: F401 - a fixture
+from was_search.coordinator.calls import Call, Held
+from was_search.coordinator.model_calls import (
+    Calibrate,
+    Descend,
+    Evaluate,
+    EvaluateThresholds,
+    FindDenseTop,
+    GreedyBlock,
+    Price,
+)
+from was_search.masks.histogram import Histograms
+from was_search.texts.protocol import TokenSet
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.descent import DescentOptions
 from was_workers.worker import Worker, WorkerSpec
 
 TOKENS = np.random.default_rng(0).integers(0, 200, (8, 17))

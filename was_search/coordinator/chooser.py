@@ -14,14 +14,14 @@ from was_search.coordinator.descents import Descents
 from was_search.coordinator.lookahead import Lookahead
 from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.slot_table import SlotTable
-from was_search.early_stop import StopRule, estimated_loss, rung_cuts
-from was_search.hand_out import Proposal
-from was_search.origin import Origin, OriginKind
-from was_search.sampling import Suggester
-from was_search.seeds import Seed, point_seed
+from was_search.masks.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.shape import FloatArray, ModelShape
-from was_search.slots import Slot, SlotState, best_slot
-from was_search.space import MonotoneSpace, Space, level_params, make_space, open_distributions
+from was_search.studies.hand_outs import Proposal
+from was_search.studies.origin import Origin, OriginKind
+from was_search.studies.sampling import Suggester
+from was_search.studies.slots import Slot, SlotState, best_slot
+from was_search.vectors.seeds import Seed, point_seed
+from was_search.vectors.space import MonotoneSpace, Space, level_params, make_space, open_distributions
 
 
 class Chooser:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from was_search.calls import Call, Shared
-from was_search.control import Control, Spent, Usage
-from was_search.hand_out import HandOut, Result
-from was_search.pool_state import PoolState
-from was_search.slots import Slot
-from was_search.worker_range import WorkerRange
+from was_search.coordinator.calls import Call, Shared
+from was_search.studies.control import Control, Spent, Usage
+from was_search.studies.hand_outs import HandOut, Result
+from was_search.studies.pool_state import PoolState
+from was_search.studies.slots import Slot
+from was_search.studies.worker_range import WorkerRange
 
 if TYPE_CHECKING:
     from was_search.coordinator.health import Health

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from was_search.budget import Budget
-from was_search.calls import Shared, Work
+from was_search.coordinator.calls import Shared, Work
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome, WorkerPool
 from was_search.coordinator.lost_calls import LostCalls
-from was_search.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed
+from was_search.coordinator.model_calls import Descend, descent_tokens
 from was_search.errors import TransientError
-from was_search.histogram import Histograms
-from was_search.logs import bound_fields, event
-from was_search.model_calls import Descend, descent_tokens
-from was_search.origin import Origin, OriginKind
-from was_search.protocol import TokenSet
+from was_search.masks.histogram import Histograms
+from was_search.process.logs import bound_fields, event
 from was_search.shape import FloatArray
-from was_search.slots import Slot, best_slot
+from was_search.studies.origin import Origin, OriginKind
+from was_search.studies.slots import Slot, best_slot
+from was_search.texts.protocol import TokenSet
+from was_search.vectors.budget import Budget
+from was_search.vectors.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed
 
 _logger = logging.getLogger(__name__)
 

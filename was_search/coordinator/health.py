@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from was_search.calls import Work
+from was_search.coordinator.calls import Work
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, WorkerPool
 
 _CALLS = 5

@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from was_search.calls import Work
-from was_search.control import LAST_SLOT, Control
+from was_search.coordinator.calls import Work
 from was_search.coordinator.chooser import Chooser
 from was_search.coordinator.contracts import Outcome, RunControl, SlotStore, WorkerPool
 from was_search.coordinator.descents import Descents
 from was_search.coordinator.durable import durable
 from was_search.coordinator.lost_calls import LostCalls
+from was_search.coordinator.model_calls import Evaluate
 from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.coordinator.slot_table import SlotTable
 from was_search.coordinator.steering import Steering
-from was_search.divergence import DenseTop
 from was_search.errors import InfeasibleError, TransientError
-from was_search.hand_out import HandOut, Result
-from was_search.histogram import Histograms
-from was_search.logs import bound_fields
-from was_search.model_calls import Evaluate
-from was_search.protocol import Evaluation, TokenSet, perplexity
-from was_search.seeds import Seed
+from was_search.masks.divergence import DenseTop
+from was_search.masks.histogram import Histograms
+from was_search.process.logs import bound_fields
 from was_search.shape import ModelShape
-from was_search.slots import Slot, SlotState
+from was_search.studies.control import LAST_SLOT, Control
+from was_search.studies.hand_outs import HandOut, Result
+from was_search.studies.slots import Slot, SlotState
+from was_search.texts.protocol import Evaluation, TokenSet, perplexity
+from was_search.vectors.seeds import Seed
 
 _TOGETHER_SECONDS = 0.05
 """Vectors chosen within this time are committed together: a commit costs more than a further trial in it."""

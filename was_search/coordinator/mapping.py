@@ -8,11 +8,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from was_search.calls import Call
+from was_search.coordinator.calls import Call
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome, WorkerPool
 from was_search.coordinator.lost_calls import LostCalls
 from was_search.errors import TransientError
-from was_search.logs import bound, bound_fields, event
+from was_search.process.logs import bound, bound_fields, event
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)

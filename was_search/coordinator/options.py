@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from was_search.budget import Budget
-from was_search.control import NO_LIMITS, Limits, Spent
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS
 from was_search.coordinator.descents import DescentPlan
-from was_search.latency import LatencyProfile
-from was_search.sampling import SamplerName
-from was_search.space import SpaceName
+from was_search.decode_time.profile import LatencyProfile
+from was_search.studies.control import NO_LIMITS, Limits, Spent
+from was_search.studies.sampling import SamplerName
+from was_search.vectors.budget import Budget
+from was_search.vectors.space import SpaceName
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a search runs; see :class:`was_search.settings.Settings` for each.
+    """How a search runs; see :class:`was_search.service.settings.Settings` for each.
 
     ``budget`` is what every vector spends; ``latency`` predicts what trials record of their decoding step;
     ``elsewhere`` is what other studies of the same command have spent of its limits on time.

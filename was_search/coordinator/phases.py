@@ -11,14 +11,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from was_search.calibration import PassRunner
 from was_search.coordinator.contracts import WorkerPool
-from was_search.divergence import DenseTop, concatenate
-from was_search.histogram import Histograms
-from was_search.model_calls import Calibrate, FindDenseTop, GreedyBlock, Price
-from was_search.protocol import TokenSet
+from was_search.coordinator.model_calls import Calibrate, FindDenseTop, GreedyBlock, Price
+from was_search.masks.calibration import PassRunner
+from was_search.masks.divergence import DenseTop, concatenate
+from was_search.masks.histogram import Histograms
 from was_search.shape import N_PROJECTIONS, FloatArray, ModelShape
-from was_search.table import Table
+from was_search.texts.protocol import TokenSet
+from was_search.vectors.table import Table
 
 Advance = Callable[[], None]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from was_search.pool_state import PoolState
-from was_search.slots import Slot
+from was_search.studies.pool_state import PoolState
+from was_search.studies.slots import Slot
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable
 
-from was_search.slots import Slot, SlotState
+from was_search.studies.slots import Slot, SlotState
 
 
 class SlotTable(dict[int, Slot]):
@@ -64,7 +64,7 @@ class SlotTable(dict[int, Slot]):
 
     @property
     def saved(self) -> float:
-        """See :func:`was_search.slots.tokens_saved`."""
+        """See :func:`was_search.studies.slots.tokens_saved`."""
         return 1.0 - self._seen / (self._evaluations * self._longest) if self._seen else 0.0
 
     def take_ready(self) -> int | None:

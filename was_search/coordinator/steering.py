@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from was_search.control import NOTHING_SPENT, Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
 from was_search.coordinator.contracts import RunControl, WorkerPool
 from was_search.coordinator.durable import durable
 from was_search.errors import ResourceError
-from was_search.slots import Slot
-from was_search.worker_range import WorkerRange
+from was_search.studies.control import NOTHING_SPENT, Control, Ending, EndingKind, Limits, Spent, Tally, Usage, Wish
+from was_search.studies.slots import Slot
+from was_search.studies.worker_range import WorkerRange
 
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 5.0

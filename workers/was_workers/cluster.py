@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from was_search.errors import ResourceError
-from was_search.redaction import SECRET_VARIABLES
-from was_search.signals import Terminated, handler_kept
+from was_search.process.redaction import SECRET_VARIABLES
+from was_search.process.signals import Terminated, handler_kept
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it where it starts a job."""

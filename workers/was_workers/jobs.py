@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from was_search.errors import ConfigError, ResourceError
-from was_search.redaction import ENVIRONMENT, redacted, secret_of
+from was_search.process.redaction import ENVIRONMENT, redacted, secret_of
 from was_workers.cluster import package_folders
 
 ENTRYPOINT = "python -m was_search"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from was_search.pool_state import Quarantined
+from was_search.studies.pool_state import Quarantined
 from was_workers.worker import Place, WorkerInfo
 
 

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import ray
 
-from was_search.calls import Call, Shared
+from was_search.coordinator.calls import Call, Shared
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome
 from was_search.coordinator.health import Health, QuarantinePolicy
 from was_search.coordinator.mapping import map_calls
 from was_search.errors import ResourceError
-from was_search.pool_state import PoolState
-from was_search.worker_range import WorkerRange
+from was_search.studies.pool_state import PoolState
+from was_search.studies.worker_range import WorkerRange
 from was_workers.calls import Calls
 from was_workers.cluster import Cluster
 from was_workers.members import PREPARE_SECONDS, Members

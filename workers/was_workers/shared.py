@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 import ray
 from ray.exceptions import RayError
 
-from was_search.calls import Call, Held
+from was_search.coordinator.calls import Call, Held
 from was_search.errors import TransientError
 
 T = TypeVar("T")

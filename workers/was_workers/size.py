@@ -8,8 +8,8 @@ import os
 import time
 
 from was_search.errors import ResourceError
-from was_search.pool_state import PoolState
-from was_search.worker_range import WorkerRange
+from was_search.studies.pool_state import PoolState
+from was_search.studies.worker_range import WorkerRange
 from was_workers.cluster import Cluster
 from was_workers.draining import draining_nodes
 from was_workers.members import Members

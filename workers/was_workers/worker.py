@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from was_search import __version__
-from was_search.calls import Call
+from was_search.coordinator.calls import Call
 from was_search.errors import DeviceLostError, TransientError
-from was_search.finite import NotFiniteError, not_finite
-from was_search.logs import bound, configure, event
-from was_search.score import ScoreKind
-from was_search.shape import Masks, ModelShape
+from was_search.masks.finite import NotFiniteError, not_finite
+from was_search.process.logs import bound, configure, event
+from was_search.shape import Masks, ModelShape, ScoreKind
 from was_search.weight_format import AS_STORED
 from was_workers.shared import SharedMemory
 
 if TYPE_CHECKING:
-    from was_search.masked_model import MaskedModel
+    from was_search.masks.masked_model import MaskedModel
 
 T = TypeVar("T")
 
@@ -161,9 +160,9 @@ class _Loaded:
 def _load(spec: WorkerSpec) -> _Loaded:
     import torch
 
-    from was_kernels.ops import ops_for
-    from was_search.masked_model import MaskedModel
-    from was_search.model import load_model, resolve_model
+    from was_kernels.pass_ops import ops_for
+    from was_search.checkpoints.load import load_model, resolve_model
+    from was_search.masks.masked_model import MaskedModel
 
     started = time.perf_counter()
     if spec.threads:

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from benchmarks.harness.fast_evaluator import FastEvaluator
-from was_search.divergence import DenseTop
-from was_search.evaluation import dense_top, evaluate_thresholds
-from was_search.masked_model import MaskedModel
-from was_search.structure import find_structure
+from was_search.checkpoints.structure import find_structure
+from was_search.masks.divergence import DenseTop
+from was_search.masks.evaluation import dense_top, evaluate_thresholds
+from was_search.masks.masked_model import MaskedModel
 
 THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
 THRESHOLDS[0, 3] = 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness.fast_mask import device_mask
-from was_search.score import masked
+from was_search.masks.score import masked
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 9, 128), (5, 33, 24)]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from benchmarks.harness.fast_passes import FastPasses
-from was_search.calibration import histogram_pass
-from was_search.masked_model import MaskedModel
+from was_search.masks.calibration import histogram_pass
+from was_search.masks.masked_model import MaskedModel
 
 THRESHOLDS = np.random.default_rng(1).uniform(0.0, 1.0, (3, 7)).astype(np.float32)
 

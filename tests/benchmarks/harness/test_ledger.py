@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.harness.ledger import Exhausted, OutOfTime
 from tests.benchmarks.bowl import N_SEQUENCES, TOKENS, L
-from was_search.early_stop import Cut, StopRule
+from was_search.masks.early_stop import Cut, StopRule
 
 UNIFORM = np.full((L, 7), 0.6)
 

@@ -9,10 +9,10 @@ import pytest
 from benchmarks.harness import racing
 from benchmarks.harness.methods import METHODS, Method, register, run_method, start
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
-from was_search import descent
-from was_search.budget import SparsityBudget
 from was_search.errors import ConfigError
-from was_search.space import SPACES
+from was_search.vectors import descent
+from was_search.vectors.budget import SparsityBudget
+from was_search.vectors.space import SPACES
 
 RULES = list(racing.RULES)
 SEARCHES = [

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from benchmarks.harness.random_models import plan_at
-from tests.kernels.tiny_models import masked_logits, tiny_model
-from was_search.masked_model import MaskedModel
-from was_search.masking import Masking
-from was_search.structure import find_structure
+from tests.doubles.tiny_models import masked_logits, tiny_model
+from was_search.checkpoints.structure import find_structure
+from was_search.masks.masked_model import MaskedModel
+from was_search.masks.masking import Masking
 
 
 @pytest.mark.parametrize("masks", ["separate", "shared"])

@@ -12,7 +12,7 @@ from benchmarks.harness.problem import Problem
 from benchmarks.harness.runs import jobs, pairs, results, run_job
 from tests.benchmarks.bowl import SHAPE, TARGET, seeds
 from was_search.errors import ConfigError
-from was_search.protocol import EvaluationProtocol, TokenSet
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
 
 PROBLEM = Problem(TARGET, SHAPE, seeds(), b"")
 

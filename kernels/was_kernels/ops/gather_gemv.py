@@ -1,0 +1,119 @@
+"""Sparse projections of one decoding step that share an input, in one launch of CUDA C++ (``cuda/gather_gemv.cu``).
+
+A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it is plain torch of the same meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.gather_launch import launch_gather
+from was_kernels.ops.gather_step import GatherStep, gather_reference
+
+
+@torch.library.custom_op(
+    "was::gather_gemv",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor[] columns, Tensor[] scales, int bits, int group, int[] widths, Tensor[] norms, "
+        "float[] thresholds, Tensor?[] biases, Tensor arrived, bool gated=False, Tensor? norm_weight=None, "
+        "float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, bool early=False) -> Tensor"
+    ),
+)
+def _gather_gemv_op(
+    x: Tensor,
+    columns: list[Tensor],
+    scales: list[Tensor],
+    bits: int,
+    group: int,
+    widths: list[int],
+    norms: list[Tensor],
+    thresholds: list[float],
+    biases: list[Tensor | None],
+    arrived: Tensor,
+    gated: bool = False,
+    norm_weight: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+    dense: Tensor | None = None,
+    early: bool = False,
+) -> Tensor:
+    """:func:`gather_gemv` laid out flat, as an op's schema must be; no ``scales`` where nothing is rounded."""
+    kinds: list[Tensor | None] = [*scales] or [None] * len(columns)
+    weights = [ColumnWeight(c, s, bits, group, width) for c, s, width in zip(columns, kinds, widths, strict=True)]
+    maps = [SparseMap(*parts) for parts in zip(weights, norms, thresholds, biases, strict=True)]
+    step = GatherStep(x, maps, gated, norm_weight, epsilon, residual, dense)
+    step.require()
+    if not x.is_cuda:
+        return gather_reference(step)
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.storage_offset() % 8:
+        step = replace(step, x=x.contiguous())
+    if residual is not None:
+        step = replace(step, residual=residual.contiguous())
+    return launch_gather(step, arrived, early=early)[0]
+
+
+@_gather_gemv_op.register_fake
+def _(
+    x: Tensor,
+    columns: list[Tensor],
+    scales: list[Tensor],
+    bits: int,
+    group: int,
+    widths: list[int],
+    norms: list[Tensor],
+    thresholds: list[float],
+    biases: list[Tensor | None],
+    arrived: Tensor,
+    gated: bool = False,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    return x.new_empty((x.shape[0], widths[0] if gated else sum(widths)))
+
+
+def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Tensor:
+    """The sparse projections of ``step`` in one launch.
+
+    Each projection and each row of x has its own mask. Weights of a channel that all rows drop are not read. Sums are
+    float32 in a fixed order: the same inputs give the same bits on the same device. An infinite input that is kept
+    gives what is not finite; with rounded weights possibly NaN where the exact result is infinite.
+
+    Args:
+        step: of an x that is a tensor.
+        arrived: from :func:`was_kernels.ops.gather_launch.counters`; not to be shared by kernels that may run at once.
+        early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
+            ``x``; norms and ``norm_weight`` are read before it has ended.
+
+    Returns:
+        [B, sum of widths], or [B, width] when gated.
+
+    Raises:
+        ValueError: shapes, dtypes or counts other than these.
+    """
+    step.require_one_format()
+    weights = [sparse.weight for sparse in step.maps]
+    y: Tensor = torch.ops.was.gather_gemv(
+        step.x,
+        [weight.columns for weight in weights],
+        [weight.scales for weight in weights if weight.scales is not None],
+        weights[0].bits,
+        weights[0].group,
+        [weight.width for weight in weights],
+        [sparse.norms for sparse in step.maps],
+        [sparse.threshold for sparse in step.maps],
+        [sparse.bias for sparse in step.maps],
+        arrived,
+        step.gated,
+        step.norm_weight,
+        step.epsilon,
+        step.residual,
+        step.dense,
+        early,
+    )
+    return y

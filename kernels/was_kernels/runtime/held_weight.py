@@ -1,0 +1,87 @@
+"""The weight of a linear map while it runs a plan: laid out for the kernels, and given back afterwards."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from was_kernels.ops.column_weight import ColumnWeight
+from was_search.checkpoints.quantised import QuantisedLinear
+from was_search.checkpoints.structure import Projection
+
+
+class HeldWeight(Protocol):
+    """What :class:`was_kernels.runtime.sparse_linear.SparseLinear` knows of a weight."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """What the linear map holds: its parameter, or the packed buffer."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the linear map computes in."""
+        ...
+
+    @property
+    def columns(self) -> ColumnWeight:
+        """As the kernels read it, the same memory."""
+        ...
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The dense product with x [..., in_features]."""
+        ...
+
+    def restore(self) -> None:
+        """Lay the weight out as it was, bit for bit."""
+        ...
+
+
+class StoredWeight:
+    """A linear's own parameter, so that its identity, name and dtype stay; only its storage becomes column-major.
+
+    One weight at a time exists twice, for the moment of the copy.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.tensor = linear.weight
+        self.dtype = linear.weight.dtype
+        self.tensor.data = self.tensor.data.t().contiguous().t()
+
+    @property
+    def columns(self) -> ColumnWeight:
+        return ColumnWeight.as_stored(self.tensor.t())
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.tensor, bias)
+
+    def restore(self) -> None:
+        self.tensor.data = self.tensor.data.contiguous()
+
+
+class RoundedWeight:
+    """A packed weight, which is column-major as it is, so nothing is copied or has to be restored.
+
+    Dense products write the weight out for the time that they take.
+    """
+
+    def __init__(self, linear: QuantisedLinear) -> None:
+        form = linear.form
+        self.tensor = linear.packed
+        self.dtype = linear.dtype
+        self.columns = ColumnWeight(linear.packed, linear.scales, form.bits, form.group, linear.out_features)
+        self._dense_weight = linear.dense_weight
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self._dense_weight(x.dtype), bias)
+
+    def restore(self) -> None:
+        """Nothing was changed."""
+
+
+def hold(linear: Projection) -> HeldWeight:
+    """Take over the weight of ``linear``, which must not be used until it is restored."""
+    return RoundedWeight(linear) if isinstance(linear, QuantisedLinear) else StoredWeight(linear)

@@ -1,0 +1,39 @@
+"""Start a sparse model from a folder that holds its plan and its weights as the runtime reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from was_kernels.runtime.sparse_model import Backend, SparseModel, sparsify
+from was_search.checkpoints.load import load_model, resolve_model
+from was_search.errors import ModelError
+from was_search.plan import Plan
+
+
+def load_sparse(
+    folder: Path | str, *, device: str = "auto", dtype: str = "auto", backend: Backend = "auto"
+) -> SparseModel:
+    """The model of a folder that ``was-search export --with-weights`` has written, running its plan.
+
+    Weights are mapped from the files column-major as they are needed: on CPU nothing is copied or transposed, on a
+    GPU each is copied once. The handle's ``restore()`` gives a dense model with row-major weights.
+
+    Args:
+        folder: with ``columns.json``, weights, plan, configuration and tokenizer.
+        device: as :func:`was_search.checkpoints.load.load_model` takes it.
+        dtype: ``auto`` is the stored one.
+        backend: as :func:`sparsify` takes it.
+
+    Raises:
+        ModelError: not such a folder, or one that is not whole.
+        PlanError: the plan cannot be read, or is of another model than the weights.
+        ResourceError: the device or backend is not there.
+    """
+    source = resolve_model(str(folder))
+    if source.columns is None:
+        raise ModelError(
+            f"model: {source.folder} holds no column-major weights; write them with 'was-search export --with-weights'"
+        )
+    plan = Plan.load(source.folder)
+    model = load_model(source, device=device, dtype=source.columns.dtype if dtype == "auto" else dtype)
+    return sparsify(model, plan, backend=backend, fingerprint=source.columns.fingerprint)

@@ -1,0 +1,144 @@
+"""A linear map that skips the weights of dropped input channels."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from was_kernels.ops.column_weight import MAX_ROWS, SparseMap
+from was_kernels.ops.gather_gemv import gather_gemv
+from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
+from was_kernels.ops.reference import kept_channels, score_mask_reference
+from was_kernels.runtime.counting import ProjectionCount
+from was_kernels.runtime.held_weight import hold
+from was_kernels.runtime.positions import DensePrefix
+from was_search.checkpoints.structure import Projection
+
+DENSE_ABOVE = 8
+"""Rows of a one-token step above which it keeps every channel, unless told otherwise.
+
+Rows keep channels almost independently: at 50 % and 8 rows all but 0.4 % of the weights must be read anyway, so that
+little is left to be saved. A Llama-2-7B's step of 8 rows still takes 0.97 of what torch.compile makes of the dense one
+(H100, 50 %), which hardly grows with the rows; that of 16 rows took 1.4 times as long as that of 8.
+"""
+
+
+class SparseLinear(nn.Module):
+    """Replaces an ``nn.Linear`` or a :class:`was_search.checkpoints.quantised.QuantisedLinear`: weight column-major,
+    inputs masked.
+
+    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded) or the
+    Triton one (``triton=True``), unless they have more than ``dense_above`` rows, which makes them dense; everything
+    else masks the input and multiplies densely. For inference: none passes a gradient.
+
+    Args:
+        linear: what is replaced; it shares its parameters, and must not be used until :meth:`restore_layout`.
+        norms: float32 [in_features], on the weight's device.
+        threshold: the score under which a channel is dropped; zero or less drops nothing.
+        prefix: tells which tokens are dense; None masks every token.
+        triton: use the Triton kernels.
+        dense_prompts: mask one-token steps only.
+        counters: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
+        dense_above: one-token steps of more rows keep every channel; None: none do.
+
+    Attributes:
+        held: the weight.
+        weight: the linear's parameter, or its packed buffer.
+        dtype: what the model computes in.
+        channel_bytes: of the weight, scales and offsets with it, of one input channel.
+    """
+
+    def __init__(
+        self,
+        linear: Projection,
+        norms: Tensor,
+        threshold: float,
+        *,
+        prefix: DensePrefix | None,
+        triton: bool,
+        dense_prompts: bool = False,
+        counters: Tensor | None = None,
+        dense_above: int | None = DENSE_ABOVE,
+    ) -> None:
+        super().__init__()
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.bias = linear.bias
+        self.norms: Tensor
+        self.register_buffer("norms", norms, persistent=False)
+        self.threshold = threshold
+        self.count: ProjectionCount | None = None
+        self._prefix = prefix
+        self._triton = triton
+        self._dense_prompts = dense_prompts
+        self._dense_above = sys.maxsize if dense_above is None else dense_above
+        self._mask_op = score_mask_reference
+        if triton:
+            from was_kernels.ops.score_mask import score_mask
+            from was_kernels.ops.sparse_gemv import sparse_gemv
+
+            self._mask_op = score_mask
+            self._gemv = sparse_gemv
+        self.train(linear.training)
+        self.held = hold(linear)
+        self.weight = self.held.tensor
+        columns = self.held.columns
+        self.dtype = self.held.dtype
+        self.channel_bytes = columns.channel_bytes
+        self._max_rows = columns.max_rows
+        fits = self.out_features % columns.multiple == 0 and self.in_features <= MAX_CHANNELS and self.dtype in HALF
+        self._counters = counters if fits else None
+
+    @property
+    def sparse(self) -> SparseMap:
+        """What the kernels take."""
+        return SparseMap(self.held.columns, self.norms, self.threshold, self.bias)
+
+    def restore_layout(self) -> None:
+        """Put the weight back as it was, bit for bit; the replaced linear may be used again."""
+        self.held.restore()
+
+    def step_threshold(self, rows: int) -> float:
+        """That of a one-token step: zero, which keeps every channel, where it has more than ``dense_above`` rows."""
+        return 0.0 if rows > self._dense_above else self.threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        rows = x.numel() // self.in_features
+        one_token = x.dim() < 3 or x.shape[-2] == 1
+        dense = None if self._prefix is None else self._prefix.dense(x)
+        threshold = self.step_threshold(rows) if one_token else self.threshold
+        if self.count is not None and one_token:
+            self.count.add(kept_channels(x.reshape(rows, -1), self.norms, threshold), dense)
+        if threshold <= 0.0 or (self._dense_prompts and not one_token):
+            return self.held.multiply(x, self.bias)
+        if one_token:
+            y = self._few_rows(x.reshape(rows, self.in_features), dense)
+            if y is not None:
+                return y.view(*x.shape[:-1], self.out_features)
+        return self.held.multiply(self._mask_op(x, self.norms, self.threshold, dense), self.bias)
+
+    def _few_rows(self, x: Tensor, dense: Tensor | None) -> Tensor | None:
+        """The sparse product of x [B, in_features], or None where no kernel takes it."""
+        rows = x.shape[0]
+        if x.dtype != self.dtype:
+            return None
+        if self._counters is not None and rows <= self._max_rows:
+            return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self._counters, early=True)
+        if self._triton and rows <= MAX_ROWS:
+            return self._gemv(x, self.sparse, dense)
+        return None
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, threshold={self.threshold:.4g}, "
+            f"{'triton' if self._triton else 'reference'}"
+        )
+
+
+def norms_like(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` as float32 on the device of the weight."""
+    return values.to(device=device, dtype=torch.float32).contiguous()

@@ -1,0 +1,1 @@
+"""optuna-dashboard on our database: pages of studies, plans to download."""

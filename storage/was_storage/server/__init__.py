@@ -1,0 +1,1 @@
+"""The database: embedded or by URL, its schema, migrations and roles."""

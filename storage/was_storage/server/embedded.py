@@ -1,0 +1,224 @@
+"""An embedded real Postgres: started by its first user, stopped by its last, shared by all in between."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from platformdirs import user_data_dir
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import NullPool
+
+from was_search.errors import StorageError
+from was_search.process.signals import undisturbed
+from was_storage.server import postgres_binaries
+from was_storage.server.file_lock import LockedFile
+from was_storage.server.socket_folder import HOME_VARIABLE, choose_socket_folder, remove_stale_pid, running_socket
+from was_storage.server.translation import translated
+from was_storage.server.urls import DRIVER, display_url
+
+DATABASE = "was"
+_DUPLICATE_DATABASE = ("42P04", "23505")
+_logger = logging.getLogger(__name__)
+
+
+def default_home() -> Path:
+    """``WAS_SEARCH_HOME``, else /var/lib/was-search for root, else the user's data folder."""
+    override = os.environ.get(HOME_VARIABLE)
+    if override:
+        return Path(override)
+    if os.geteuid() == 0:
+        return Path("/var/lib/was-search")
+    return Path(user_data_dir("was-search", appauthor=False))
+
+
+class EmbeddedServer:
+    """One use of the Postgres server in a folder.
+
+    Ownership: every :meth:`start` is one user and must be closed; interpreter exit closes what was left
+    open. A process that dies is noticed by the locks it loses, so the next last user still stops the
+    server. Several processes, and several uses in one, share the server. Threads may share a use; only its
+    maker closes it.
+
+    Three kinds of file locks lie beside the data folder: ``.lock`` orders starting and stopping,
+    ``.users/`` holds one locked file a user, ``.running`` is locked by the server's own processes as long
+    as one lives.
+    """
+
+    def __init__(self, folder: Path, socket_folder: Path, user: LockedFile) -> None:
+        self.folder = folder
+        self.socket_folder = socket_folder
+        self._user: LockedFile | None = user
+        self._pid = os.getpid()
+        atexit.register(self.close)
+
+    @classmethod
+    def start(cls, folder: Path) -> EmbeddedServer:
+        """Use the server whose data is in ``folder``; makes the folder and starts the server where needed.
+
+        Args:
+            folder: the data folder, made if missing (its parent too). As root it must not lie in a private
+                folder.
+
+        Raises:
+            StorageError: the folder cannot be used, is private to root, belongs to another Postgres version
+                or is in use on another machine; or the server does not start.
+        """
+        folder = Path(folder).expanduser().resolve()
+        account = postgres_binaries.server_account()
+        postgres_binaries.check_reachable(folder, account)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _guarded(folder):
+                if not folder.exists():
+                    postgres_binaries.initialise(folder, account)
+                return cls._use(folder)
+        except OSError as error:
+            raise StorageError(
+                f"embedded Postgres: {folder} cannot be used ({error.strerror or error}); "
+                f"set {HOME_VARIABLE} to another folder"
+            ) from error
+
+    @classmethod
+    def _use(cls, folder: Path) -> EmbeddedServer:
+        deadline = time.monotonic() + postgres_binaries.START_SECONDS
+        while time.monotonic() < deadline:
+            with undisturbed():  # a signal between the server's start and the note of its user would leave it to nobody
+                socket_folder = _start_or_find(folder)
+                if socket_folder is not None:
+                    return cls(folder, socket_folder, _new_user(folder))
+            time.sleep(0.1)
+        raise StorageError(
+            f"embedded Postgres in {folder} runs but cannot be reached from here: another machine or "
+            f"container uses the folder. Give each its own {HOME_VARIABLE}, or share a Postgres by URL"
+        )
+
+    def url(self, database: str = DATABASE) -> str:
+        """Connection URL of ``database``, which is created if missing.
+
+        Raises:
+            StorageError: the server is closed or refuses.
+        """
+        if self._user is None:
+            raise StorageError("embedded Postgres: this use of the server is closed")
+        _create_database(self.socket_folder, database)
+        return _url(self.socket_folder, database).render_as_string(hide_password=False)
+
+    def close(self) -> None:
+        """End this use; the last one stops the server, and no signal cuts that off. Idempotent; never fails."""
+        if self._user is None or os.getpid() != self._pid:
+            return
+        with undisturbed():
+            user, self._user = self._user, None
+            atexit.unregister(self.close)
+            self._end(user)
+
+    def _end(self, user: LockedFile) -> None:
+        try:
+            with _guarded(self.folder):
+                user.remove()
+                if not _live_users(self.folder):
+                    postgres_binaries.stop(self.folder, postgres_binaries.server_account())
+                    if self.socket_folder != self.folder:
+                        self.socket_folder.rmdir()
+        except (OSError, StorageError) as error:
+            _logger.warning("embedded Postgres in %s was not stopped: %s", self.folder, error)
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    lock = LockedFile.take(folder.with_name(folder.name + ".lock"), wait=True)
+    assert lock is not None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _users_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".users")
+
+
+def _new_user(folder: Path) -> LockedFile:
+    users = _users_folder(folder)
+    users.mkdir(exist_ok=True)
+    user = LockedFile.take(users / f"{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    assert user is not None
+    return user
+
+
+def _live_users(folder: Path) -> bool:
+    alive = False
+    for path in sorted(_users_folder(folder).glob("*")):
+        stale = LockedFile.take(path)
+        if stale is None:
+            alive = True
+        else:
+            stale.remove()
+    return alive
+
+
+def _start_or_find(folder: Path) -> Path | None:
+    """Start the server unless it runs; returns its socket's folder, None while one that runs does not answer."""
+    running = LockedFile.take(folder.with_name(folder.name + ".running"))
+    if running is not None:
+        try:
+            return _start(folder, running)
+        finally:
+            running.close()
+    socket_folder = running_socket(folder)
+    return socket_folder if socket_folder is not None and _answers(socket_folder) else None
+
+
+def _start(folder: Path, running: LockedFile) -> Path:
+    account = postgres_binaries.server_account()
+    remove_stale_pid(folder)
+    socket_folder = choose_socket_folder(folder)
+    if socket_folder != folder:
+        postgres_binaries.hand_over(socket_folder, account)
+    postgres_binaries.start(folder, socket_folder, account, running.fd)
+    return socket_folder
+
+
+def _url(socket_folder: Path, database: str) -> URL:
+    query = {"host": str(socket_folder)}
+    return URL.create(DRIVER, username=postgres_binaries.SUPERUSER, database=database, query=query)
+
+
+def _answers(socket_folder: Path) -> bool:
+    engine = create_engine(_url(socket_folder, "postgres"), poolclass=NullPool, connect_args={"connect_timeout": 5})
+    try:
+        with engine.connect():
+            return True
+    except OperationalError:
+        return False
+
+
+def _create_database(socket_folder: Path, database: str) -> None:
+    url = _url(socket_folder, "postgres")
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    shown = display_url(url.render_as_string())
+    with translated(shown, opening=True), engine.connect() as connection:
+        known = connection.execute(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database})
+        if known.scalar() is not None:
+            return
+        quoted = database.replace('"', '""')
+        try:
+            connection.execute(text(f'CREATE DATABASE "{quoted}"'.replace(":", "\\:")))
+        except DBAPIError as error:
+            if getattr(error.orig, "pgcode", None) not in _DUPLICATE_DATABASE:  # else another process was faster
+                raise

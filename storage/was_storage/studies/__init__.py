@@ -1,0 +1,1 @@
+"""Studies in the database: slots, Optuna's trials, controls, caches."""

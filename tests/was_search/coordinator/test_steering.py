@@ -1,0 +1,431 @@
+"""The loop under wishes and limits, without Ray or Postgres: a desk, a book and a pool in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.doubles.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
+from tests.doubles.loop_doubles import Pool as AnsweringPool
+from was_search.coordinator.loop import SearchLoop
+from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.steering import Steering
+from was_search.errors import ResourceError, TransientError
+from was_search.studies.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
+from was_search.studies.pool_state import PoolState
+from was_search.studies.slots import Slot, SlotState
+from was_search.studies.worker_range import WorkerRange
+from was_search.vectors.budget import SparsityBudget
+
+NOTHING = Spent()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Desk:
+    """Wishes in memory; ``beats`` are what was written down."""
+
+    def __init__(self, before: Spent = NOTHING, **overrides: Any) -> None:
+        self.before = before
+        self.wish = Wish.RUN
+        self.overrides = Overrides(**overrides)
+        self.book: Book | None = None
+        self.reads = 0
+        self.beats: list[Usage] = []
+
+    def spent_before(self) -> Spent:
+        return self.before
+
+    def read(self) -> Control:
+        self.reads += 1
+        return Control(self.wish, self.overrides, len(self.book.rows) if self.book else 0)
+
+    def beat(self, usage: Usage) -> None:
+        self.beats.append(usage)
+
+
+class Workers:
+    """A pool as steering sees it."""
+
+    def __init__(self, n: int = 2, gpus: float = 0.5) -> None:
+        self.range = WorkerRange(n, n)
+        self.gpus_per_worker = gpus
+        self.sizes: list[str] = []
+        self.lost = 0
+
+    @property
+    def n_loaded(self) -> int:
+        return self.range.least - self.lost
+
+    @property
+    def state(self) -> PoolState:
+        return PoolState(str(self.range), ready=self.n_loaded)
+
+    def resize(self, n_workers: WorkerRange) -> None:
+        if n_workers.least > 8:
+            raise ResourceError("this machine has 4 GPUs")
+        self.sizes.append(str(n_workers))
+        self.range = n_workers
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def steering(clock: Clock) -> Callable[..., Steering]:
+    def make(desk: Desk | None, limits: Limits = NO_LIMITS, **more: Any) -> Steering:
+        options = {"pool": Workers(), "drain": threading.Event(), "slots": (), **more}
+        return Steering(desk, limits=limits, clock=clock, **options)
+
+    return make
+
+
+def test_the_database_is_asked_once_a_second(steering, clock: Clock) -> None:
+    desk = Desk()
+    steered = steering(desk)
+    for _ in range(40):
+        steered.steer()
+        clock.now += 0.25
+    assert desk.reads == 10
+    assert len(desk.beats) == 2  # every five seconds
+
+
+def test_time_is_counted_with_pauses_left_out_and_gpus_with_them(steering, clock: Clock) -> None:
+    desk = Desk()
+    steered = steering(desk)
+    steered.steer()
+    clock.now += 4.0
+    desk.wish = Wish.PAUSE
+    steered.steer()
+    assert steered.paused
+    assert not steered.open
+    clock.now += 10.0
+    steered.steer()
+    steered.beat()
+    assert desk.beats[-1] == Usage(
+        Spent(4.0, 14.0), worker_seconds=28.0, workers=2, paused=True, pool=PoolState("2", ready=2)
+    )
+    desk.wish = Wish.RUN
+    clock.now += 1.0
+    steered.steer()
+    assert steered.open
+    assert desk.beats[-1].paused is False, "that it goes on is written down at once"
+
+
+def test_limits_count_earlier_runs_and_can_be_changed(steering, clock: Clock) -> None:
+    desk = Desk(Spent(90.0, 1000.0))
+    steered = steering(desk, Limits(max_seconds=100.0))
+    clock.now += 5.0
+    desk.overrides = Overrides(max_seconds=200.0)
+    steered.steer()
+    clock.now += 20.0
+    steered.steer()
+    assert steered.ending is None
+    desk.overrides = Overrides(max_seconds=200.0, max_gpu_seconds=1025.0)
+    clock.now += 1.0
+    steered.steer()
+    assert steered.ending.kind is EndingKind.STOPPED
+    assert steered.ending.detail == "max_gpu_seconds: 1026 GPU seconds, the limit is 1025"
+
+
+def test_what_other_studies_of_the_command_have_spent_counts(steering, clock: Clock) -> None:
+    desk = Desk(Spent(20.0, 0.0))
+    steered = steering(desk, Limits(max_seconds=100.0), elsewhere=Spent(75.0, 0.0))
+    clock.now += 4.0
+    steered.steer()
+    assert steered.ending is None
+    clock.now += 1.0
+    steered.steer()
+    assert steered.ending.detail == "max_seconds: 100 s of searching for all targets, the limit is 100 s"
+
+
+def test_a_limit_that_was_set_for_the_study_is_its_own(steering, clock: Clock) -> None:
+    desk = Desk(Spent(20.0, 0.0), max_seconds=30.0)
+    steered = steering(desk, Limits(max_seconds=100.0), elsewhere=Spent(175.0, 0.0))
+    clock.now += 9.0
+    steered.steer()
+    assert steered.ending is None
+    clock.now += 1.0
+    steered.steer()
+    assert steered.ending.detail == "max_seconds: 30 s of searching, the limit is 30 s"
+
+
+def test_a_cancel_goes_before_a_drain_and_a_drain_before_a_rule(steering, clock: Clock) -> None:
+    desk = Desk()
+    steered = steering(desk, Limits(max_seconds=1.0))
+    kinds = []
+    for wish in (Wish.RUN, Wish.DRAIN, Wish.RUN, Wish.CANCEL, Wish.DRAIN):
+        clock.now += 2.0
+        desk.wish = wish
+        steered.steer()
+        kinds.append(steered.ending.kind)
+    assert kinds == ["stopped", "drained", "drained", "cancelled", "cancelled"]
+
+
+def test_the_pool_is_resized_once_for_each_number_asked(steering, clock: Clock, caplog) -> None:
+    desk, workers = Desk(), Workers(2)
+    steered = steering(desk, pool=workers)
+    for asked in (None, 3, 3, 99, 99, "2:6", 1, None):
+        desk.overrides = Overrides(workers=asked)
+        steered.steer()
+        clock.now += 1.0
+    assert workers.sizes == ["3", "2:6", "1"]
+    assert caplog.text.count("the number of workers stays 3: this machine has 4 GPUs") == 1
+
+
+def test_a_worker_that_was_given_up_is_not_asked_for_again(steering, clock: Clock) -> None:
+    desk, workers = Desk(workers=3), Workers(2)
+    steered = steering(desk, pool=workers)
+    steered.steer()
+    workers.lost = 1
+    clock.now += 5.0
+    steered.steer()
+    assert workers.sizes == ["3"]
+    assert desk.beats[-1].workers == 2
+
+
+def test_a_restart_of_the_database_is_waited_for(steering, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    class Restarting(Desk):
+        def read(self) -> Control:
+            control = super().read()
+            if self.reads < 4:
+                raise TransientError("the database restarts")
+            return control
+
+    desk = Restarting()
+    desk.wish = Wish.DRAIN
+    steered = steering(desk)
+    steered.steer()
+    assert desk.reads == 4
+    assert steered.ending.kind is EndingKind.DRAINED
+
+
+def test_without_a_desk_ctrl_c_and_limits_hold(steering, clock: Clock) -> None:
+    drain = threading.Event()
+    steered = steering(None, Limits(max_failures=1), drain=drain, slots=[Slot(0, SlotState.WAITING)])
+    steered.steer()
+    assert steered.ending is None
+    steered.finished(Slot(0, SlotState.FAILED))
+    steered.steer()
+    assert steered.ending.kind is EndingKind.STOPPED
+    drain.set()
+    steered.steer()
+    assert steered.ending.kind is EndingKind.DRAINED
+
+
+class ShrinkingBook(Book):
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.shrunk: list[int] = []
+
+    def shrink(self, n_slots: int) -> int:
+        used = [slot.number + 1 for slot in self.rows if slot.sparsities is not None]
+        del self.rows[max(n_slots, *used, 0) :]
+        self.shrunk.append(len(self.rows))
+        return len(self.rows)
+
+
+class Pool(AnsweringPool):
+    n_workers = n_loaded = 2
+    gpus_per_worker = 0.0
+    abandoned = 0
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+        self._running.clear()
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
+    """``loop(book, desk, each)``: a loop whose clock advances a second a turn; ``each(turn)`` is called in it."""
+
+    def make(book: Book, desk: Desk, each: Callable[[int], object] = lambda turn: None, **limits: Any) -> SearchLoop:
+        options = SearchOptions(
+            budget=SparsityBudget(SHAPE, 0.6),
+            sampler="random",
+            radius=0.1,
+            seed=0,
+            early_stopping=True,
+            significance=0.1,
+            rung_keep=0.5,
+            trial_timeout=60.0,
+            max_attempts=3,
+            limits=Limits(**limits),
+        )
+        desk.book = book
+        pool = Pool(lambda call, sparsities, rule: evaluation(sparsities))
+        turns = iter(range(10_000))
+        wait = pool.wait
+
+        def turn(timeout_seconds: float):
+            clock.now += 1.0
+            each(next(turns))
+            return wait(timeout_seconds)
+
+        monkeypatch.setattr(pool, "wait", turn)
+        return SearchLoop(
+            book,
+            pool,
+            "tokens",
+            "histograms",
+            shape=SHAPE,
+            seeds=seeds(),
+            options=options,
+            drain=threading.Event(),
+            run_control=desk,
+            clock=clock,
+        )
+
+    return make
+
+
+def finished(book: Book) -> int:
+    return sum(slot.state.finished for slot in book.rows)
+
+
+def test_a_paused_loop_ends_what_is_in_flight_and_stays(loop) -> None:
+    book, desk = ShrinkingBook(12), Desk()
+    seen: list[tuple[int, int]] = []
+
+    def each(turn: int) -> None:
+        if turn == 4:
+            desk.wish = Wish.PAUSE
+        if 8 <= turn < 20:
+            seen.append((finished(book), sum(slot.state is SlotState.RUNNING for slot in book.rows)))
+        if turn == 20:
+            desk.wish = Wish.RUN
+
+    run = loop(book, desk, each)
+    slots = run.run()
+    assert len(set(seen)) == 1
+    assert seen[0][1] == 0
+    assert 4 <= seen[0][0] < 12
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert run.ending.kind is EndingKind.FINISHED
+    assert all(slot.attempt == 1 for slot in slots)
+
+
+def test_drain_ends_with_what_is_in_flight(loop) -> None:
+    book, desk = ShrinkingBook(20), Desk()
+    run = loop(book, desk, lambda turn: setattr(desk, "wish", Wish.DRAIN) if turn == 6 else None)
+    slots = run.run()
+    assert run.ending.kind is EndingKind.DRAINED
+    assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.WAITING}
+    assert 6 <= finished(book) < 12
+
+
+def test_cancel_puts_back_what_is_in_flight(loop) -> None:
+    book, desk = ShrinkingBook(20), Desk()
+    run = loop(book, desk, lambda turn: setattr(desk, "wish", Wish.CANCEL) if turn == 6 else None)
+    run.run()
+    assert run.ending.kind is EndingKind.CANCELLED
+    assert run._pool.abandoned == 1
+    assert {slot.state for slot in book.rows} == {SlotState.COMPLETE, SlotState.WAITING}
+    back = [slot for slot in book.rows if slot.error == "cancelled"]
+    assert back
+    assert all(slot.sparsities is not None and slot.attempt == 1 for slot in back)
+    desk.wish = Wish.RUN
+    again = loop(book, desk).run()
+    assert all(slot.state is SlotState.COMPLETE for slot in again)
+    assert sorted(book.finishes) == list(range(20))
+
+
+def test_slots_are_added_and_dropped_while_it_runs(loop) -> None:
+    book, desk = ShrinkingBook(8), Desk()
+
+    def each(turn: int) -> None:
+        if turn == 3:
+            book.rows.extend(Slot(n, SlotState.WAITING) for n in range(8, 30))
+        if turn == 12:
+            desk.overrides = Overrides(trials=20)
+        if turn == 25:
+            desk.overrides = Overrides(trials=2)  # long gone
+
+    slots = loop(book, desk, each).run()
+    assert [slot.number for slot in slots] == list(range(20))
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert book.shrunk == [20]
+
+
+def test_fewer_trials_than_were_begun_end_with_those(loop) -> None:
+    book, desk = ShrinkingBook(30), Desk()
+    run = loop(book, desk, lambda turn: setattr(desk, "overrides", Overrides(trials=1)) if turn == 9 else None)
+    slots = run.run()
+    assert 9 <= len(slots) < 14
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert run.ending.kind is EndingKind.FINISHED
+
+
+def test_patience_ends_the_search_and_a_higher_one_goes_on(loop) -> None:
+    book, desk = ShrinkingBook(40), Desk()
+    run = loop(book, desk, patience=6)
+    slots = run.run()
+    # The uniform seed is best: six more trials, and one that was in flight.
+    assert run.ending.kind is EndingKind.STOPPED
+    assert run.ending.detail.startswith("patience: no better loss in ")
+    assert finished(book) in (7, 8)
+    assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.WAITING}
+    before = finished(book)
+    assert loop(book, desk, patience=6).run() == book.slots()
+    assert finished(book) == before, "the same limit hands nothing out"
+    loop(book, desk, patience=12).run()
+    assert finished(book) in (before + 5, before + 6, before + 7)
+
+
+def test_failures_end_the_search(loop) -> None:
+    book, desk = ShrinkingBook(40), Desk()
+    run = loop(book, desk, max_failures=3)
+    run._pool.answer = lambda call, s, rule: evaluation(s, float("nan") if call % 2 else None)
+    run.run()
+    assert run.ending.detail == "max_failures: 3 trial(s) failed, the limit is 3"
+    assert sum(slot.state is SlotState.FAILED for slot in book.rows) in (3, 4)
+
+
+def test_a_rule_met_with_the_last_slot_is_an_ordinary_end(loop) -> None:
+    run = loop(ShrinkingBook(7), Desk(), patience=6)
+    assert all(slot.state.finished for slot in run.run())
+    assert run.ending.kind is EndingKind.FINISHED
+
+
+def test_the_last_figures_are_written_down(loop) -> None:
+    desk = Desk()
+    loop(ShrinkingBook(9), desk).run()
+    assert desk.beats[-1].spent.seconds == pytest.approx(desk.beats[-1].worker_seconds / 2)
+    assert desk.beats[-1].spent.seconds > 5.0
+
+
+def test_slots_whose_vectors_were_chosen_ahead_are_dropped_like_others(loop, monkeypatch) -> None:
+    """They are in nobody's hands: a vector that no one asked for keeps no slot, and none is handed out twice."""
+
+    class Pool(ManyWorkers):
+        n_workers = n_loaded = 16
+        gpus_per_worker = 0.0
+
+    monkeypatch.setattr("tests.was_search.coordinator.test_steering.Pool", Pool)
+    book, desk = ShrinkingBook(160), Desk()
+    ahead: list[int] = []
+
+    def each(turn: int) -> None:
+        desk.overrides = Overrides(trials=max(160 - turn, 40))
+        ahead.append(len(run._chooser.ahead))
+
+    run = loop(book, desk, each)
+    slots = run.run()
+    assert max(ahead) >= 1
+    assert len(slots) < 160
+    assert [slot.number for slot in slots] == list(range(len(slots)))
+    assert all(slot.state is SlotState.COMPLETE for slot in slots)
+    assert sorted(book.finishes) == list(range(len(slots)))

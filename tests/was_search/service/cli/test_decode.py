@@ -1,0 +1,201 @@
+"""``generate`` and ``bench`` on the packaged demo checkpoint with a plan that a few lines make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from accelerate import dispatch_model
+from typer.testing import CliRunner
+
+from tests.doubles.tiny_models import tiny_plan
+from was_search.checkpoints.fingerprint import fingerprint
+from was_search.checkpoints.load import load_model, resolve_model
+from was_search.errors import ConfigError, PlanError
+from was_search.service.cli.main import app
+from was_search.service.steps.demonstration import demo_settings
+
+run = CliRunner().invoke
+
+
+def make_plan(folder: Path, weights: str = "none") -> Path:
+    """A plan of 50 % for the demo checkpoint, with the demo's settings."""
+    settings = demo_settings()
+    source = resolve_model(settings.model)
+    made = tiny_plan(load_model(source, dtype="float32", device="cpu", weights=weights))
+    short = {"sequence_length": 64, "test_sequences": 8}
+    provenance = {"settings": {"model": settings.model, "data": settings.data, **short}, "study": "none"}
+    return dataclasses.replace(made, fingerprint=fingerprint(source), provenance=provenance).save(folder)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_plan(tmp_path_factory.mktemp("decode") / "plan")
+
+
+@pytest.fixture(scope="module")
+def rounded_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_plan(tmp_path_factory.mktemp("decode") / "rounded", "int4")
+
+
+def result_of(output: str) -> dict:
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return next(line for line in lines if line["event"] == "result")
+
+
+def test_bench_times_dense_beside_the_plan(plan):
+    found = run(app, ["bench", "--plan", str(plan), "--kv-length", "40", "--steps", "6", "--device", "cpu", "--json"])
+    assert found.exit_code == 0, found.output
+    result = result_of(found.output)
+    dense, sparse = result["rows"]
+    assert (dense["name"], sparse["name"]) == ("dense", "plan")
+    assert dense["sparsity"] == 0.0 and dense["live_channels"] is None
+    assert 0.3 < sparse["sparsity"] < 0.7
+    assert sparse["read_bytes"] < 0.8 * dense["read_bytes"]
+    for row in result["rows"]:
+        assert 0.0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["p50_ms"])
+        assert row["limit_ms"] == pytest.approx(1e3 * row["read_bytes"] / result["bandwidth_bytes_per_s"])
+    assert "reference" in result["backend"]
+
+
+def test_bench_prints_a_table(plan):
+    found = run(app, ["bench", "--plan", str(plan), "--batch", "2", "--kv-length", "32", "--steps", "3"])
+    assert found.exit_code == 0, found.output
+    assert "One decode step, 2 rows, 32 positions" in found.output
+    assert "live" in found.output and "tokens/s" in found.output
+    assert "keep every channel" not in found.output
+
+
+def test_bench_says_when_nothing_is_skipped_for_the_rows(plan):
+    given = ["bench", "--plan", str(plan), "--batch", "9", "--kv-length", "32", "--steps", "1", "--device", "cpu"]
+    found = run(app, given)
+    assert found.exit_code == 0, found.output
+    assert "steps of more than 8 rows keep every channel" in " ".join(found.output.split())
+    found = run(app, [*given, "--json"])
+    dense, sparse = result_of(found.output)["rows"]
+    assert sparse["sparsity"] == 0.0
+    assert sparse["read_bytes"] == dense["read_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "batch: must be at least 1, got 0"),
+        (["--kv-length", "8"], "kv_length: must be at least 32, got 8"),
+        (["--steps", "0"], "steps: must be at least 1"),
+        (["--batch", "4000"], "tokens of test text, there are"),
+    ],
+)
+def test_bench_refuses(plan, options, message):
+    found = run(app, ["bench", "--plan", str(plan), *options])
+    assert isinstance(found.exception, ConfigError)
+    assert message in str(found.exception)
+
+
+def test_generate_counts_what_was_skipped(plan):
+    given = ["generate", "--plan", str(plan), "--prompt", "def area(radius):\n", "--max-new-tokens", "40", "--json"]
+    found = run(app, given)
+    assert found.exit_code == 0, found.output
+    result = result_of(found.output)
+    assert result["tokens"] == 40
+    assert 0.3 < result["achieved"] < 0.7
+
+
+def test_over_several_gpus_the_text_and_the_figures_are_the_same(plan, monkeypatch):
+    """There is one CPU here: accelerate's hooks are on the blocks, what they move stays where it is."""
+    import was_search.checkpoints.load as model_module
+
+    prompt = ["generate", "--plan", str(plan), "--prompt", "def area(radius):\n", "--max-new-tokens", "12", "--json"]
+    text = ["evaluate", "--plan", str(plan), "--test-sequences", "8", "--json"]
+    alone = [result_of(run(app, arguments).output) for arguments in (prompt, text)]
+    asked: list[int] = []
+    ordinary = model_module.load_model
+
+    def spread(source, *, dtype, device, weights, gpus):
+        asked.append(gpus)
+        model = ordinary(source, dtype=dtype, device=device, weights=weights)
+        parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+        parts += [f"model.layers.{i}" for i in range(len(model.model.layers))]
+        return dispatch_model(model, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+
+    monkeypatch.setattr(model_module, "load_model", spread)
+    hooked = [result_of(run(app, [*arguments, "--gpus", "2"]).output) for arguments in (prompt, text)]
+    assert asked == [2, 2]
+    assert hooked[0]["text"] == alone[0]["text"]
+    assert hooked[0]["achieved"] == alone[0]["achieved"]
+    assert hooked[1] == alone[1]
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["evaluate"]])
+def test_several_gpus_need_several_gpus(plan, command):
+    found = run(app, [*command, "--plan", str(plan), "--device", "cpu", "--gpus", "2"])
+    assert isinstance(found.exception, ConfigError)
+    assert "gpus: must be 1 with --device cpu, got 2" in str(found.exception)
+
+
+def test_generate_with_rounded_weights(rounded_plan):
+    given = ["generate", "--plan", str(rounded_plan), "--prompt", "def area(radius):\n", "--max-new-tokens", "8"]
+    found = run(app, [*given, "--json"])
+    assert found.exit_code == 0, found.output
+    assert 0.3 < result_of(found.output)["achieved"] < 0.7
+    found = run(app, [*given, "--weights", "none"])
+    assert isinstance(found.exception, PlanError)
+    assert "plan is for int4 weights in groups of 128 outputs (int4:128), the model has weights as stored" in str(
+        found.exception
+    )
+
+
+def test_bench_compares_rounded_weights_with_those_stored(rounded_plan):
+    given = ["bench", "--plan", str(rounded_plan), "--kv-length", "32", "--steps", "3", "--device", "cpu", "--json"]
+    found = run(app, given)
+    assert found.exit_code == 0, found.output
+    dense, sparse = result_of(found.output)["rows"]
+    assert (dense["name"], sparse["name"]) == ("dense", "plan, int4:128")
+    assert sparse["read_bytes"] < 0.5 * dense["read_bytes"]  # the head, the same in both, is a quarter
+
+
+def test_evaluate_shows_the_weights_as_stored_beside(rounded_plan):
+    found = run(app, ["evaluate", "--plan", str(rounded_plan), "--device", "cpu", "--json"])
+    assert found.exit_code == 0, found.output
+    result = result_of(found.output)
+    assert list(result["weights"]) == ["none", "int4:128"]
+    stored, rounded = result["weights"].values()
+    assert stored["protocol"]["weights"] == "none" and rounded["protocol"]["weights"] == "int4:128"
+    assert result["plan"] == rounded["plan"] and result["dense"] == rounded["dense"]
+    assert stored["dense"]["loss_nats"] != rounded["dense"]["loss_nats"]
+    assert abs(stored["dense"]["loss_nats"] - rounded["dense"]["loss_nats"]) < 0.1
+    assert stored["plan"]["achieved_sparsity"] == pytest.approx(rounded["plan"]["achieved_sparsity"], abs=0.03)
+
+
+def test_evaluate_compares_formats(plan):
+    found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", "--weights", "none,int8,int4:32"])
+    assert found.exit_code == 0, found.output
+    shown = " ".join(found.output.split())
+    stored = ("dense, weights as stored", "difference to dense, weights as stored", "calibrated for weights as stored")
+    for text in ("int8:128 weights", "int4:32 weights", *stored):
+        assert text in shown
+    assert "none weights" not in shown
+    found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", "--weights", "int3"])
+    assert isinstance(found.exception, ConfigError)
+    assert "weights: must be none, int8 or int4" in str(found.exception)
+
+
+def test_a_protocol_names_rounded_weights():
+    from was_search.service.context import Context
+
+    with Context(demo_settings(weights="int4", device="cpu")) as context:
+        words = context.tokens_uncached("test").protocol.describe()
+    assert "float32, int4 weights in groups of 128 outputs, batch 8" in words
+
+
+def test_cache_keys_tell_formats_apart():
+    from was_search.service.context import Context
+
+    keys = set()
+    for weights in ("none", "int8", "int4", "int4:64", "int4:128"):
+        with Context(demo_settings(weights=weights, device="cpu")) as context:
+            keys.add(context.model_key)
+    assert len(keys) == 4  # int4 is int4:128

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import dataclass, field, replace
+
+import pytest
+from rich.console import Console
+
+from was_search.service.reports.progress import JsonReporter, QuietReporter, Reporter, RichReporter, _Quarantined
+from was_search.studies.pool_state import PoolState, Quarantined
+from was_search.studies.slots import Slot, SlotState
+
+PROTOCOL = "a.txt [search] sha256:01234567, 10 x 128 tokens"
+
+
+@dataclass(frozen=True)
+class State:
+    total: int = 20
+    finished: int = 0
+    stopped: int = 0
+    saved: float = 0.0
+    failed: int = 0
+    best: Slot | None = None
+    current: Slot | None = None
+    activity: str = ""
+    pool: PoolState = field(default_factory=PoolState)
+
+
+STATES = [
+    State(),
+    State(finished=1, best=(slot := Slot(3, SlotState.COMPLETE, loss_nats=1.25, nll_nats=1.25)), current=slot),
+    State(finished=4, stopped=1, saved=0.125, failed=1, best=slot, current=Slot(7, SlotState.FAILED)),
+]
+
+
+@pytest.fixture
+def rich():
+    return RichReporter(Console(file=io.StringIO(), highlight=False, width=160))
+
+
+def shown(reporter: RichReporter) -> str:
+    return reporter.console.file.getvalue()
+
+
+def use(reporter: Reporter) -> None:
+    with reporter.phase(f"calibrate on {PROTOCOL}", 2) as advance:
+        advance()
+        advance()
+    with reporter.search("study [/x]", PROTOCOL) as show:
+        for state in STATES:
+            show(state)
+    reporter.cached("price [q]", PROTOCOL, 0.5)
+    reporter.note("plan: /data/[/x]/plan :dog:")
+    reporter.table("Title [t]", ["", "[c]"], [["[search]", "[/]"]], caption=PROTOCOL)
+    reporter.result({"a": 1})
+    reporter.text("generated [search] :dog:")
+
+
+def test_square_brackets_are_shown(rich):
+    """Protocols, study names and paths hold them; taken for markup they would vanish or be an error."""
+    use(rich)
+    text = shown(rich)
+    assert f"calibrate on {PROTOCOL}" in text
+    assert f"study study [/x], losses on {PROTOCOL}" in text
+    assert f"price [q]: cached ({PROTOCOL}, 0.50 s)" in text
+    assert "plan: /data/[/x]/plan :dog:" in text
+    assert "Title [t]" in text
+    assert "[c]" in text
+    assert "[search]" in text
+    assert "generated [search] :dog:" in text
+
+
+def test_the_search_line(rich):
+    with rich.search("s", PROTOCOL) as show:
+        for state in STATES:
+            show(state)
+    text = shown(rich)
+    assert "search 4/20 trials, best 1.2500 nats (ppl 3.490, #3)" in text
+    assert "25 % stopped early (12 % of the tokens saved), 1 failed" in text
+
+
+def test_the_search_line_of_a_divergence(rich):
+    """The perplexity is that of the text: exp of a divergence is none."""
+    best = Slot(3, SlotState.COMPLETE, loss_nats=0.25, nll_nats=1.25)
+    with rich.search("s", PROTOCOL, "kl") as show:
+        show(State(finished=1, best=best, current=best))
+    assert "best 0.2500 nats of KL (ppl 3.490, #3)" in shown(rich)
+
+
+def test_json_of_a_divergence(capsys):
+    best = Slot(3, SlotState.COMPLETE, loss_nats=0.25, nll_nats=1.25)
+    with JsonReporter().search("s", PROTOCOL, "kl") as show:
+        show(State(finished=1, best=best, current=best))
+    event = json.loads(capsys.readouterr().out)
+    assert (event["fitness"], event["best_loss_nats"], event["best_nll_nats"]) == ("kl", 0.25, 1.25)
+
+
+def test_a_search_that_shows_nothing(rich):
+    with rich.search("s", PROTOCOL):
+        pass
+    assert "trials" not in shown(rich)
+
+
+def test_a_loss_beyond_every_perplexity(rich):
+    with rich.search("s", PROTOCOL) as show:
+        show(replace(STATES[1], best=Slot(3, SlotState.COMPLETE, loss_nats=5000.0, nll_nats=5000.0)))
+    assert "best 5000.0000 nats (ppl inf, #3)" in shown(rich)
+
+
+def test_a_phase_that_fails_is_not_marked_done(rich):
+    with pytest.raises(RuntimeError, match="inside"), rich.phase("calibrate"):
+        raise RuntimeError("inside")
+    assert "✓" not in shown(rich)
+
+
+SICK = PoolState("4", ready=3, quarantined=(Quarantined("worker-1@h:7", "slow, 9 times", "2026-01-01T00:00:00"),))
+
+
+def test_a_phase_shows_workers_in_quarantine(rich) -> None:
+    state = [PoolState("4", ready=4)]
+    with rich.phase("calibrate", 2, lambda: state[0]) as advance:
+        advance()
+        state[0] = SICK
+    assert re.search(r"calibrate \d+\.\d s, 1 worker\(s\) in quarantine\n", shown(rich))
+    with rich.phase("price", 2, lambda: PoolState("4", ready=4)):
+        pass
+    assert re.search(r"price \d+\.\d s\n", shown(rich))
+
+
+def test_a_bar_asks_for_them_while_the_phase_waits() -> None:
+    column = _Quarantined(lambda: SICK)
+    assert column.render(None).plain == "1 worker(s) in quarantine"
+    assert _Quarantined(PoolState).render(None).plain == ""
+
+
+def test_json_names_workers_in_quarantine_at_the_end_of_a_phase(capsys) -> None:
+    with JsonReporter().phase("calibrate", 2, lambda: SICK):
+        pass
+    with JsonReporter().phase("price", 2):
+        pass
+    ends = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["state"] == "finished"]
+    assert ends[0]["quarantined"][0]["worker"] == "worker-1@h:7"
+    assert "quarantined" not in ends[1]
+
+
+def test_long_phases_are_told_in_minutes(rich, monkeypatch):
+    times = iter([0.0, 600.0])
+    monkeypatch.setattr("was_search.service.reports.progress.time.perf_counter", lambda: next(times))
+    with rich.phase("calibrate"):
+        pass
+    assert "calibrate 10.0 min" in shown(rich)
+
+
+def test_json_is_one_object_a_line(capsys):
+    use(JsonReporter())
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == [
+        "phase", "phase", "trial", "trial", "trial", "phase", "note", "result", "text",
+    ]  # fmt: skip
+    started, finished = events[:2]
+    assert (started["state"], started["total"], finished["state"]) == ("started", 2, "finished")
+    assert finished["seconds"] >= 0
+    assert events[2]["best_loss_nats"] is None
+    assert events[3] == {
+        "event": "trial",
+        "study": "study [/x]",
+        "protocol": PROTOCOL,
+        "finished": 1,
+        "total": 20,
+        "stopped": 0,
+        "tokens_saved": 0.0,
+        "failed": 0,
+        "workers": {"ready": 0, "loading": 0, "pending": 0, "draining": 0, "quarantined": 0},
+        "fitness": "nll",
+        "best_loss_nats": 1.25,
+        "best_nll_nats": 1.25,
+        "slot": 3,
+        "loss_nats": 1.25,
+        "nll_nats": 1.25,
+    }
+    assert (events[5]["state"], events[5]["detail"]) == ("cached", PROTOCOL)
+    assert events[6]["text"] == "plan: /data/[/x]/plan :dog:"
+    assert events[7] == {"event": "result", "a": 1}
+    assert events[8]["text"] == "generated [search] :dog:"
+
+
+def test_a_program_sees_only_the_text_asked_for(capsys):
+    use(Reporter())
+    assert capsys.readouterr().out == "generated [search] :dog:\n"
+
+
+def test_quiet_shows_tables_and_texts_and_nothing_of_the_way(capsys):
+    use(QuietReporter())
+    found = capsys.readouterr().out
+    assert found.endswith("generated [search] :dog:\n")
+    assert found.lstrip().startswith("Title [t]")
+    assert not any(words in found for words in ("calibrate", "price", "plan:", "trials", "✓"))

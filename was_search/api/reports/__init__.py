@@ -1,1 +1,0 @@
-"""What steps show people: each takes values and a reporter, and returns nothing."""

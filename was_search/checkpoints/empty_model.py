@@ -1,0 +1,104 @@
+"""The model that a checkpoint's configuration describes, without weights: the one way to build a model before loading.
+
+A configuration comes from anywhere, and building what it describes takes time and memory for each layer of it. So all
+that is known of the checkpoint is compared with it first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from was_search.checkpoints.files import ModelSource, read_config, reason
+from was_search.checkpoints.limits import check_values
+from was_search.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+_SLACK = 1.5
+"""Weights described for each one that is stored; tied ones are stored once or twice."""
+
+
+def empty_model(source: ModelSource) -> nn.Module:
+    """The causal language model of a checkpoint, on torch's device ``meta``; no weight is read and no code fetched.
+
+    Raises:
+        ModelError: an architecture that transformers does not hold or that is no causal language model, values that
+            :func:`check_values` refuses, or more layers or weights than the checkpoint's files hold.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(source)
+    tensors, stored = _stored(source)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
+    if layers > tensors:
+        raise ModelError(
+            f"model: {source.folder}: the configuration has {layers} layers, the weights are {tensors} tensors; "
+            "not a whole causal language model"
+        )
+    try:
+        with torch.device("meta"):
+            empty: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+        described = sum(weight.numel() for weight in empty.parameters())
+    except Exception as error:
+        raise ModelError(
+            f"model: {source.folder}: no model can be made of its configuration ({reason(error)})"
+        ) from error
+    if described > _SLACK * stored:
+        raise ModelError(
+            f"model: {source.folder}: the configuration describes {described:,} weights, the files hold {stored:,}; "
+            "not a whole causal language model"
+        )
+    return empty
+
+
+def _config(source: ModelSource) -> PretrainedConfig:
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = read_config(source)
+    check_values(source.folder, values)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if "auto_map" in values:
+            raise ModelError(
+                f"model: {source.folder} (model_type {kind!r}) needs code of its own, which is never run; "
+                "use a model whose architecture transformers holds"
+            )
+        raise ModelError(
+            f"model: transformers {transformers.__version__} knows no model_type {kind!r} ({source.folder}); "
+            "a newer transformers may"
+        )
+    other = ModelError(f"model: {source.folder} is a {kind} model, not a causal language model")
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise other
+    try:
+        config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"model: {source.folder / 'config.json'} is not valid ({reason(error)})") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise other
+    found: PretrainedConfig = config
+    return found
+
+
+def _stored(source: ModelSource) -> tuple[int, int]:
+    """Tensors of the checkpoint's files, and elements of all of them."""
+    from safetensors import safe_open
+
+    tensors = stored = 0
+    for path in source.weight_files():
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensors += 1
+                elements = 1
+                for width in file.get_slice(name).get_shape():
+                    elements *= width
+                stored += elements
+    return tensors, stored

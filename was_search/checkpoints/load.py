@@ -1,0 +1,236 @@
+"""Load a model and its tokenizer from a checkpoint. Remote code is never run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from was_search.checkpoints.column_layout import column_state
+from was_search.checkpoints.empty_model import empty_model
+from was_search.checkpoints.files import ModelSource, reason, resolve_model
+from was_search.errors import ConfigError, ModelError, ResourceError
+from was_search.weight_format import AS_STORED, WeightFormat
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "DTYPES",
+    "ModelSource",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "resolve_model",
+]
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights and activations may be."""
+
+
+def load_tokenizer(source: ModelSource | str, revision: str = "") -> Any:
+    """The tokenizer of a checkpoint, given as a source, a folder or a hub id.
+
+    Raises:
+        ModelError: the checkpoint is not there or has no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    if isinstance(source, str):
+        source = resolve_model(source, revision)
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"model: {source.folder} has no tokenizer that can be read ({reason(error)})") from error
+
+
+def load_model(
+    source: ModelSource | str,
+    *,
+    revision: str = "",
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    weights: str = AS_STORED,
+    gpus: int = 1,
+) -> nn.Module:
+    """A causal language model in evaluation mode with frozen weights.
+
+    Args:
+        source: as :func:`resolve_model` returns it, or a name for it.
+        revision: of a name that is a hub id.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` as in :func:`pick_dtype`.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``.
+        device_map: spreads the blocks over several devices, as transformers takes it; then ``device`` is not used.
+        weights: ``int8`` or ``int4``, with a group as in ``int4:64``: the projections' weights are rounded, one after
+            another. They pass by way of main memory, so that the device never holds more than one unrounded.
+        gpus: above 1, spread the blocks over the first so many GPUs; ``device`` must be ``cuda`` or ``auto`` then.
+
+    Raises:
+        ModelError: unreadable or incomplete weights, a model that needs code of its own, or one that is not a
+            causal language model.
+        ResourceError: no GPU for ``cuda``, accelerate is missing for ``device_map``, or the devices are too small: what
+            lies on a disk, or in main memory beside GPUs, would be moved for every forward.
+        ConfigError: an unknown dtype, device or format of weights, or no number of GPUs that fits the device.
+        torch.OutOfMemoryError: the GPU is too full.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from was_search.checkpoints.quantised import quantise_projections
+    from was_search.checkpoints.structure import find_structure
+
+    device = pick_device(device)
+    memory = None
+    if gpus != 1:
+        device_map, memory = "balanced", gpu_memory(gpus, device)
+    dtype = pick_dtype(dtype, device)
+    if isinstance(source, str):
+        source = resolve_model(source, revision)
+    if device_map is not None and not _has_accelerate():
+        raise ResourceError(
+            "a model over several GPUs needs the package accelerate, which is not installed in "
+            f"{sys.executable}; pip install 'accelerate>=1.1'"
+        )
+    form = WeightFormat.parse(weights)
+    empty_model(source)  # refuses what must not be loaded
+    placement = device_map
+    if placement is None and device != "cpu" and form is None and _has_accelerate():
+        placement = {"": device}  # straight to the GPU, not by way of main memory
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device_map": placement, "output_loading_info": True}
+    if memory is not None:
+        options["max_memory"] = memory
+    try:
+        with _quiet():
+            loaded: Any
+            if source.columns is not None:
+                loaded = _from_columns(source, options)
+            else:
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    source.folder, use_safetensors=True, trust_remote_code=False, **options
+                )
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model: {source.folder} cannot be loaded as a causal language model ({reason(error)})"
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random ones
+        raise ModelError(
+            f"model: {source.folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
+            "not a whole causal language model"
+        )
+    if device_map is not None:
+        _require_no_offload(getattr(model, "hf_device_map", {}))
+    model.requires_grad_(False)
+    if form is not None:
+        quantise_projections(find_structure(model, "shared"), form, torch.device(device) if placement is None else None)
+    if placement is None:
+        model.to(device)
+    frozen: nn.Module = model.eval()
+    return frozen
+
+
+def _from_columns(source: ModelSource, options: dict[str, Any]) -> Any:
+    """As from_pretrained, with the folder's tensors as they lie: transformers keeps a tensor's strides."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = kind.from_pretrained(None, config=config, state_dict=column_state(source), **options)
+    if loaded[0].can_generate() and (source.folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        loaded[0].generation_config = GenerationConfig.from_pretrained(source.folder)
+    return loaded
+
+
+def _require_no_offload(placed: dict[str, Any]) -> None:
+    """Refuse modules that have no place on the devices that compute."""
+    places = {str(place) for place in placed.values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        left = sorted(name for name, place in placed.items() if str(place) in ("cpu", "disk"))
+        raise ResourceError(
+            f"the model does not fit its GPUs: {len(left)} part(s) are left over, as {left[0]}; give it more of them "
+            "(--gpus-per-worker, or --gpus), or a smaller --dtype"
+        )
+
+
+def gpu_memory(gpus: int, device: str) -> dict[int, int]:
+    """Bytes of each of the first ``gpus`` GPUs that weights may take, where a model is spread over them.
+
+    A tenth of what is free is left for activations and the cache.
+
+    Raises:
+        ConfigError: ``gpus`` is below 1, or ``device`` is not ``cuda``: a spread model lies on no single device.
+        ResourceError: there are fewer.
+    """
+    import torch
+
+    if gpus < 1:
+        raise ConfigError(f"gpus: must be at least 1, got {gpus}")
+    if device != "cuda":
+        raise ConfigError(f"gpus: must be 1 with --device {device}, got {gpus}")
+    if gpus > torch.cuda.device_count():
+        raise ResourceError(f"gpus: {gpus} were asked for and this process sees {torch.cuda.device_count()}")
+    return {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in range(gpus)}
+
+
+def pick_device(asked: str) -> str:
+    """``asked`` itself, or for ``auto`` ``cuda`` where there is a GPU and else ``cpu``.
+
+    Raises:
+        ConfigError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        ResourceError: that GPU is not there.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        return "cuda" if count else "cpu"
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", asked)
+    if found is None:
+        raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, got {asked!r}")
+    if asked != "cpu" and int(found[1] or 0) >= count:
+        there = f"only {count} found" if count else "no GPU was found"
+        raise ResourceError(f"device: {asked} was asked for and {there}; use --device cpu")
+    return asked
+
+
+def pick_dtype(asked: str, device: str) -> str:
+    """``asked`` itself, or for ``auto`` ``bfloat16`` on a GPU and ``float32`` on CPU.
+
+    Raises:
+        ConfigError: neither ``auto`` nor one of :data:`DTYPES`.
+    """
+    if asked == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    if asked not in DTYPES:
+        raise ConfigError(f"dtype: must be one of auto, {', '.join(DTYPES)}, got {asked!r}")
+    return asked
+
+
+def _has_accelerate() -> bool:
+    return find_spec("accelerate") is not None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, whose state is put back."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()

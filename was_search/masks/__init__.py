@@ -1,0 +1,1 @@
+"""Passes of a masked model: scores, histograms, prices, slopes, losses."""

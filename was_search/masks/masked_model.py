@@ -1,0 +1,90 @@
+"""A model that can be masked, with what every pass over it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from was_search.checkpoints.structure import Structure, find_structure, weight_of
+from was_search.masks.ops import PLAIN, Ops
+from was_search.masks.score import column_norms, combined_norms
+from was_search.shape import Masks, ModelShape, ScoreKind
+from was_search.texts.protocol import TokenSet
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedModel:
+    """A causal LM, its blocks and the norms of its weights: what a worker holds and every pass takes.
+
+    Attributes:
+        model: on one device, or its blocks on several; its parameters may be frozen.
+        structure: its blocks.
+        norms: from :func:`structure_norms`.
+        ops: the operations of the passes.
+        recompute: backward passes keep the activations of one block at a time, for one more forward.
+    """
+
+    model: nn.Module
+    structure: Structure
+    norms: list[list[Tensor]]
+    ops: Ops = PLAIN
+    recompute: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        score: ScoreKind,
+        masks: Masks = "separate",
+        *,
+        ops: Ops = PLAIN,
+        recompute: bool = False,
+    ) -> MaskedModel:
+        """``model`` with its structure found and its norms taken.
+
+        Raises:
+            ModelError: as :func:`was_search.checkpoints.structure.find_structure`.
+        """
+        structure = find_structure(model, masks)
+        return cls(model, structure, structure_norms(structure, score), ops, recompute)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.structure.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def block_devices(self) -> list[torch.device]:
+        """Where each block is: what is learnt of a block lies there too."""
+        return [row[0].device for row in self.norms]
+
+    def batches(self, data: TokenSet) -> Iterator[Tensor]:
+        """The sequences of ``data`` in their order, on the model's device: int64 [at most batch_size, length] each."""
+        size = data.protocol.batch_size
+        for start in range(0, len(data.tokens), size):
+            yield torch.as_tensor(data.tokens[start : start + size], dtype=torch.long, device=self.device)
+
+    def block(self, number: int) -> MaskedModel:
+        """The same model of which one block alone is masked."""
+        structure = Structure((self.structure.blocks[number],), self.structure.masks)
+        return replace(self, structure=structure, norms=[self.norms[number]])
+
+
+def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]:
+    """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices.
+
+    Projections that share a mask have one tensor: the norms of their weights stacked upon one another. Rounded weights
+    count as what they mean, not as what they were.
+    """
+    rows: list[list[Tensor]] = [[] for _ in structure.blocks]
+    for masked in structure.inputs():
+        norms = combined_norms([column_norms(weight_of(linear), kind) for linear in masked.linears], kind)
+        rows[masked.block].extend([norms] * len(masked.members))
+    return rows

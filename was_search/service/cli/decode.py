@@ -1,0 +1,162 @@
+"""Commands that use a plan: how good it is, text, and how fast; and the profile that predicts a step's time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from was_search.checkpoints.column_layout import COLUMNS_NAME
+from was_search.errors import ConfigError
+from was_search.plan import Plan
+from was_search.service.cli.command import Call, Commands
+from was_search.service.options import Group
+from was_search.service.settings import Settings
+from was_search.service.settings_file import load_settings
+
+commands = Commands("Use a plan")
+
+Gpus = Annotated[int, typer.Option("--gpus", help="GPUs that the model is spread over, whole blocks on each.")]
+PlanIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="Folder of a plan, alone or with its weights; the settings it was made with are the defaults."
+    ),
+]
+
+
+@commands.command(Group.MODEL, Group.TEXT, Group.CALIBRATION, "search_sequences")
+def evaluate(
+    call: Call,
+    *,
+    plan: PlanIn = None,
+    split: Annotated[str, typer.Option(help="Split to evaluate on: calibration, search or test.")] = "test",
+    tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Formats to compare, such as none,int8,int4; if not given, the plan's and none. Tasks take one."
+        ),
+    ] = "",
+    gpus: Gpus = 1,
+) -> None:
+    """Measure the perplexity, or tasks, of a plan and of the dense model."""
+    from was_search import api
+    from was_search.texts.protocol import SPLITS
+
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
+    loaded, base = load_plan(plan)
+    formats = [form.strip() for form in weights.split(",") if form.strip()]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if len(formats) == 1:
+        call.flags.update(weights=formats[0])
+
+    def step(context: Any) -> Any:
+        if not names:
+            return api.evaluate(context, loaded, split, formats, gpus=gpus)
+        if len(formats) > 1:
+            raise ConfigError(f"weights: tasks take one format, got {weights!r}")
+        return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
+
+    call.run(step, base)
+
+
+@commands.command(Group.MODEL)
+def generate(
+    call: Call,
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    plan: PlanIn = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    gpus: Gpus = 1,
+) -> None:
+    """Decode greedily with a plan's sparse runtime, or densely without a plan."""
+    from was_search import api
+
+    loaded, base = load_plan(plan)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "gpus": gpus}
+    call.run(lambda context: api.generate(context, loaded, prompt, **options), base)
+
+
+@commands.command(Group.MODEL, "data", "test_sequences")
+def bench(
+    call: Call,
+    *,
+    plan: PlanIn = None,
+    batch: Annotated[int, typer.Option(help="Rows that decode together.")] = 1,
+    kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps timed for each row of the table.")] = 50,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile's dense step too.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="File of 'was-search profile': print what it predicts too.")
+    ] = None,
+) -> None:
+    """Time one decode step, dense and with a plan, and show how much it reads."""
+    from was_search import api
+
+    loaded, base = load_plan(plan)
+    call.flags.update(profile=profile)
+    call.run(
+        lambda context: api.bench(context, loaded, batch=batch, kv_length=kv_length, steps=steps, compiled=compiled),
+        base,
+    )
+
+
+@commands.command(Group.MODEL, Group.STORAGE)
+def profile(
+    call: Call,
+    *,
+    rows: Annotated[int, typer.Option(help="Rows that decode together, at most 8.")] = 1,
+    kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps timed for each point.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds over all points; a point's time is their median.")] = 3,
+    check: Annotated[
+        int, typer.Option(help="Number of random vectors to time and to compare with their predictions.")
+    ] = 0,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Time torch.compile's dense step too; on a GPU it is the default."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write the profile to, for --profile.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure even if the database has a profile.")] = False,
+) -> None:
+    """Measure how a decode step's time depends on sparsity on this device, to predict it for any vector."""
+    from was_search import api
+
+    call.run(
+        lambda context: api.profile(
+            context,
+            rows=rows,
+            kv_length=kv_length,
+            steps=steps,
+            rounds=rounds,
+            check_vectors=check,
+            compiled=compiled,
+            output=output,
+            again=again,
+        )
+    )
+
+
+def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
+    """A plan and the settings that it was made with."""
+    if folder is None:
+        return None, None
+    plan = Plan.load(folder)
+    recorded = plan.provenance.get("settings")
+    made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    if (folder / COLUMNS_NAME).is_file():
+        made_with |= {"model": str(folder), "dtype": "auto"}
+        return plan, load_settings(None, made_with)
+    return plan, load_settings(None, {**made_with, "revision": plan.revision, "weights": plan.weights})
+
+
+_OF_A_PLAN = (
+    *("model", "data", "device", "dtype", "score", "masks", "seed", "sequence_length", "stride", "batch_size"),
+    *("dense_prefix", "calibration_sequences", "search_sequences", "test_sequences"),
+)
+"""Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""

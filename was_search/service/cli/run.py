@@ -1,0 +1,159 @@
+"""Commands of the main job: its steps one by one, all of them, and the demo."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from was_search.service.cli.command import EXIT_DRAINED, EXIT_ERROR, Call, Commands, stderr
+from was_search.service.options import Group
+
+commands = Commands("Find a plan")
+
+_CALIBRATE = (Group.MODEL, Group.TEXT, Group.CALIBRATION, Group.CLUSTER, Group.STORAGE)
+_SEED = (*_CALIBRATE, Group.TARGET, Group.SEEDS)
+_SEARCH = (*_SEED, Group.SEARCH, Group.DESCENTS, Group.LIMITS, Group.FAILURES)
+
+
+@commands.command(*_SEARCH, Group.TARGETS, Group.PLAN)
+def run(call: Call) -> None:
+    """Calibrate, seed, search, export and compare, skipping what is cached; for one target or several."""
+    from was_search import api
+
+    def step(context: Any) -> bool:
+        if context.settings.budgets or context.settings.speedups:
+            return bool(api.run_targets(context).drained)
+        if context.settings.increase_limit is not None:
+            best = api.run_max_increase(context)
+            if not best.drained and best.answer is None:
+                raise typer.Exit(EXIT_ERROR)  # what was asked for does not exist, and was said
+            if best.answer is not None:
+                context.reporter.note(f"plan: {best.answer.result.plan}")
+            return bool(best.drained)
+        found = api.run(context)
+        if found.plan is not None:
+            context.reporter.note(f"plan: {found.plan}")
+        return bool(found.search.drained)
+
+    _end(call.run(step))
+
+
+@commands.command(*_CALIBRATE)
+def calibrate(call: Call) -> None:
+    """Take score histograms of the dense model on the calibration split."""
+    from was_search import api
+
+    def step(context: Any) -> None:
+        found = api.calibrate(context)
+        shape = found.shape
+        context.reporter.note(
+            f"{shape.n_blocks} blocks, {shape.params.sum() / 1e6:,.1f} M weights in the seven projections"
+        )
+        context.reporter.result({"key": found.key, "shape": shape.to_json()})
+
+    call.run(step)
+
+
+@commands.command(*_SEED)
+def seed(call: Call) -> None:
+    """Make the seed vectors and show what each projection costs."""
+    from was_search import api
+    from was_search.service.reports.seeds import show_seeds
+    from was_search.service.steps.question import Question
+
+    def step(context: Any) -> None:
+        question = Question.of(context)
+        seeds = api.seed(context, question)
+        show_seeds(context.reporter, seeds, api.sensitivity(context, question), question.budget.flat)
+
+    call.run(step)
+
+
+@commands.command(*_SEARCH)
+def search(call: Call) -> None:
+    """Create or resume a study and run it to its last trial."""
+    from was_search import api
+    from was_search.studies.fitness import fitness_words
+
+    def step(context: Any) -> bool:
+        found = api.search(context)
+        fitness = context.settings.fitness
+        best = found.best
+        if best is not None and best.loss_nats is not None:
+            words = fitness_words(fitness, best.loss_nats, best.nll_nats)
+            context.reporter.note(
+                f"best: slot {best.number} ({best.origin}), {words}, on {context.tokens('search').protocol.describe()}"
+            )
+        context.reporter.result(
+            {
+                "study": found.study,
+                "best_slot": best.number if best else None,
+                "fitness": fitness,
+                "best_loss_nats": best.loss_nats if best else None,
+                "best_nll_nats": best.nll_nats if best else None,
+                "drained": found.drained,
+                "ending": str(found.ending),
+            }
+        )
+        return bool(found.drained)
+
+    _end(call.run(step))
+
+
+@commands.command(*_SEARCH, Group.PLAN)
+def export(
+    call: Call,
+    *,
+    interpolate: Annotated[
+        bool,
+        typer.Option(
+            "--interpolate",
+            help="Do not look for a study of the target: write the vector between the nearest studies below and above.",
+        ),
+    ] = False,
+    with_weights: Annotated[
+        bool,
+        typer.Option(
+            "--with-weights",
+            help="Add the model's weights, laid out for decoding, its configuration and tokenizer: a folder to serve.",
+        ),
+    ] = False,
+) -> None:
+    """Re-calibrate the best vector of a study and write the plan.
+
+    Where the target has no study and studies below and above have, the plan lies between theirs.
+    """
+    from was_search import api
+
+    def step(context: Any) -> None:
+        interpolated = interpolate or api.may_interpolate(context)
+        folder = api.interpolate(context) if interpolated else api.export(context)
+        if with_weights:
+            api.add_weights(context, folder)
+        context.reporter.note(f"plan: {folder}")
+        context.reporter.result({"plan": str(folder)})
+
+    call.run(step)
+
+
+@commands.command(Group.STORAGE, "trials", "workers", "target", Group.PLAN)
+def demo(call: Call) -> None:
+    """Run the whole main job on the packaged demo checkpoint, on CPU."""
+    from was_search import api
+
+    found = call.run(api.demo, api.demo_settings())
+    _end(found.search.drained)
+
+
+def _end(drained: bool) -> None:
+    if drained:
+        stderr().print(
+            "interrupted: what has finished is saved, the rest waits; resume with\n"
+            f"  was-search {escape(shlex.join(sys.argv[1:]))}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_DRAINED)

@@ -1,0 +1,1 @@
+"""What people see: each report takes values and shows or writes them."""

@@ -1,0 +1,288 @@
+"""What a user sees while a step runs: one bar per phase, notes, tables; or JSON lines; or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from was_search.coordinator.search_progress import SearchProgress
+from was_search.studies.fitness import UNITS, FitnessName
+from was_search.studies.pool_state import PoolState
+from was_search.texts.protocol import perplexity
+
+Advance = Callable[[], None]
+
+
+class Reporter:
+    """Shows only texts that were asked for: what a program that uses the library gets; the base of the others."""
+
+    @contextmanager
+    def phase(
+        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+    ) -> Iterator[Advance]:
+        """A phase of ``total`` parts on ``workers``; the value advances it by one part."""
+        yield lambda: None
+
+    @contextmanager
+    def search(
+        self, name: str, protocol: str, fitness: FitnessName = "nll"
+    ) -> Iterator[Callable[[SearchProgress], None]]:
+        """The search phase; losses shown are of ``fitness`` on the split named by ``protocol``."""
+        yield lambda _: None
+
+    def cached(self, name: str, detail: str, seconds: float) -> None:
+        """A phase that was read from the cache."""
+
+    def note(self, text: str) -> None:
+        """A line for people, shown as it is."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        """A table for people."""
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None]]:
+        """A table of two columns that is shown again and again; called with its title, its rows, and a line that
+        says the same where no terminal can be redrawn."""
+        yield lambda title, rows, line: None
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The step's result, for programs."""
+
+    def text(self, text: str) -> None:
+        """Output that was asked for, such as generated text: shown in every mode for people."""
+        sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with what JSON has no number for (nan, inf) as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+class JsonReporter(Reporter):
+    """One JSON object a line on standard output; ``event`` names its kind."""
+
+    def _emit(self, event: str, **values: Any) -> None:
+        sys.stdout.write(json.dumps(_finite({"event": event, **values}), default=str, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+    @contextmanager
+    def phase(
+        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+    ) -> Iterator[Advance]:
+        started = time.perf_counter()
+        self._emit("phase", name=name, state="started", total=total)
+        yield lambda: None
+        held = workers().to_json()["quarantined"]
+        self._emit(
+            "phase",
+            name=name,
+            state="finished",
+            seconds=round(time.perf_counter() - started, 3),
+            **({"quarantined": held} if held else {}),
+        )
+
+    @contextmanager
+    def search(
+        self, name: str, protocol: str, fitness: FitnessName = "nll"
+    ) -> Iterator[Callable[[SearchProgress], None]]:
+        def show(progress: SearchProgress) -> None:
+            self._emit(
+                "trial",
+                study=name,
+                protocol=protocol,
+                finished=progress.finished,
+                total=progress.total,
+                stopped=progress.stopped,
+                tokens_saved=round(progress.saved, 4),
+                failed=progress.failed,
+                fitness=fitness,
+                best_loss_nats=progress.best.loss_nats if progress.best else None,
+                best_nll_nats=progress.best.nll_nats if progress.best else None,
+                workers=progress.pool.counts,
+                slot=progress.current.number if progress.current else None,
+                loss_nats=progress.current.loss_nats if progress.current else None,
+                nll_nats=progress.current.nll_nats if progress.current else None,
+            )
+
+        yield show
+
+    def cached(self, name: str, detail: str, seconds: float) -> None:
+        self._emit("phase", name=name, state="cached", detail=detail, seconds=round(seconds, 3))
+
+    def note(self, text: str) -> None:
+        self._emit("note", text=text)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        self._emit("result", **value)
+
+    def text(self, text: str) -> None:
+        self._emit("text", text=text)
+
+
+_MARKS = {"ok": "green", "missing": "red", "none": "yellow"}
+"""Colours of cells that hold just one of these words."""
+
+
+class QuietReporter(Reporter):
+    """What a command was asked for and nothing of the way there: its tables and texts (``--quiet``)."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        self.console.print(_table(title, columns, rows, caption))
+
+    def text(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+class RichReporter(QuietReporter):
+    """Bars, notes and tables on a terminal; plain lines where standard output is none.
+
+    Names, protocols and notes hold square brackets (``[search]``), which rich would take for its markup.
+    """
+
+    @contextmanager
+    def phase(
+        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+    ) -> Iterator[Advance]:
+        started = time.perf_counter()
+        with self._bar(_Quarantined(workers)) as bar:
+            task = bar.add_task(escape(name), total=total)
+            yield lambda: bar.advance(task)
+        held = "".join(f", {words}" for words in _quarantined(workers()))
+        self.console.print(f"[green]✓[/] {escape(name)} [dim]{_clock(time.perf_counter() - started)}[/]{held}")
+
+    @contextmanager
+    def search(
+        self, name: str, protocol: str, fitness: FitnessName = "nll"
+    ) -> Iterator[Callable[[SearchProgress], None]]:
+        started = time.perf_counter()
+        first: list[int] = []
+        last: list[SearchProgress] = []
+        self.console.print(f"  study [bold]{escape(name)}[/], losses on {escape(protocol)}", soft_wrap=True)
+        with self._bar(TextColumn("{task.fields[figures]}")) as bar:
+            task = bar.add_task("search", total=None, figures="")
+
+            def show(progress: SearchProgress) -> None:
+                first.append(progress.finished)
+                last[:] = [progress]
+                minutes = (time.perf_counter() - started) / 60
+                rate = (progress.finished - first[0]) / minutes if minutes > 0 else 0.0
+                bar.update(
+                    task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate, fitness)
+                )
+
+            yield show
+        if last:
+            done = last[0]
+            rate = (done.finished - first[0]) / max((time.perf_counter() - started) / 60, 1e-9)
+            figures = _figures(done, rate, fitness, current=False)
+            self.console.print(
+                f"[green]✓[/] search {done.finished}/{done.total} trials, {figures} "
+                f"[dim]{_clock(time.perf_counter() - started)}[/]"
+            )
+
+    def cached(self, name: str, detail: str, seconds: float) -> None:
+        self.console.print(f"[green]✓[/] {escape(name)}: cached [dim]({escape(detail)}, {seconds:.2f} s)[/]")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None]]:
+        if not self.console.is_terminal:
+            yield lambda title, rows, line: self.note(line)
+            return
+        with Live(console=self.console, auto_refresh=False) as live:
+            yield lambda title, rows, line: live.update(_table(title, ["", ""], rows), refresh=True)
+
+    def _bar(self, *extra: ProgressColumn) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            *extra,
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> RichTable:
+    table = RichTable(title=escape(title), caption=escape(caption), title_justify="left", caption_justify="left")
+    for i, column in enumerate(columns):
+        numbers = i > 0 and all(not row[i] or row[i][0] in "+-.0123456789" for row in rows)
+        table.add_column(escape(column), justify="right" if numbers else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(Text(cell, style=_MARKS.get(cell, "")) for cell in row))
+    return table
+
+
+def _figures(progress: SearchProgress, rate: float, fitness: FitnessName, *, current: bool = True) -> str:
+    parts = [escape(progress.activity)] if progress.activity else []
+    if (best := progress.best) is not None:
+        shown = "" if best.nll_nats is None else f"ppl {perplexity(best.nll_nats):.3f}, "
+        parts.append(f"best {best.loss_nats:.4f} {UNITS[fitness]} ({shown}#{best.number})")
+    if current and progress.current is not None and progress.current.loss_nats is not None:
+        parts.append(f"current {progress.current.loss_nats:.4f}")
+    parts.append(f"{rate:.1f} trials/min")
+    stopped = f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early"
+    parts.append(f"{stopped} ({100 * progress.saved:.0f} % of the tokens saved)" if progress.stopped else stopped)
+    parts += _quarantined(progress.pool)
+    if progress.failed:
+        parts.append(f"[red]{progress.failed} failed[/]")
+    return ", ".join(parts)
+
+
+def _quarantined(pool: PoolState) -> list[str]:
+    """How many workers are in quarantine, in words; [] for none."""
+    held = len(pool.quarantined)
+    return [f"[yellow]{held} worker(s) in quarantine[/]"] if held else []
+
+
+class _Quarantined(ProgressColumn):
+    """The workers in quarantine at the moment: a phase that waits for one has nothing else to show."""
+
+    def __init__(self, workers: Callable[[], PoolState]) -> None:
+        super().__init__()
+        self._workers = workers
+
+    def render(self, task: Task) -> Text:
+        return Text.from_markup(" ".join(_quarantined(self._workers())))
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,164 @@
+"""All steps, skipping what is cached, and the table that compares the winner with its baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from was_search.decode_time.profile import LatencyProfile
+from was_search.masks.intervals import Interval, paired_interval
+from was_search.plan import Plan, require_writable
+from was_search.process import logs
+from was_search.service.context import Context
+from was_search.service.reports.comparison import SEED_ROW, show_comparison
+from was_search.service.reports.study_report import gap_nats, interval_json
+from was_search.service.steps.calibration import OperatingPoint, operating_point
+from was_search.service.steps.decode_time import budget_title
+from was_search.service.steps.exporting import Figures, Request, measure, write_plan
+from was_search.service.steps.study import SearchResult, search
+from was_search.service.watching.notify import announced
+from was_search.service.watching.page import report_study
+from was_search.studies.control import EndingKind
+from was_search.studies.origin import Origin, OriginKind
+from was_search.texts.protocol import SPLITS
+
+_ROW_NAMES = {"fisher": SEED_ROW, "warm": "warm seed"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on the search and the test split, at its own operating point.
+
+    Attributes:
+        name: as tables show it.
+        nominal: the parameter-weighted sparsity asked for.
+        search: figures on the search split.
+        test: figures on the test split.
+        calibration_achieved: counted on the calibration split.
+        gap_nats: see :data:`was_search.service.reports.study_report.GAP_MEANING`.
+        against_uniform: difference on the test split; None where there is nothing to compare.
+        against_seed: likewise, to the Fisher seed.
+        step: the decoding step predicted at what was achieved on the test split; None where no profile is known.
+    """
+
+    name: str
+    nominal: float
+    search: Figures
+    test: Figures
+    calibration_achieved: float
+    gap_nats: float
+    against_uniform: Interval | None
+    against_seed: Interval | None
+    step: dict[str, float] | None = None
+
+    def to_json(self, context: Context) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "nominal_sparsity": self.nominal,
+            "achieved_on_calibration": self.calibration_achieved,
+            "search": self.search.to_json(context),
+            "test": self.test.to_json(context),
+            "gap_nats": self.gap_nats,
+            "test_against_uniform": interval_json(self.against_uniform),
+            "test_against_fisher_seed": interval_json(self.against_seed),
+            **({} if self.step is None else {"step": self.step}),
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``run`` made: the search, the plan's folder and the comparison.
+
+    No plan where the search was interrupted, or, of several targets, ended by a limit before its first complete trial.
+    """
+
+    search: SearchResult
+    plan: Path | None
+    rows: list[Row]
+
+
+def run(context: Context) -> RunResult:
+    """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report."""
+    require_writable(context.plans_folder)  # a plan is written once all has been done
+    with announced(context):
+        found = search(context)
+        if found.drained or (context.together and found.best is None and found.ending.kind is EndingKind.STOPPED):
+            # Of several targets, the others are exported.
+            return RunResult(found, None, [])
+        with logs.bound(study=found.study):
+            folder = write_plan(context, found)
+            rows = compare(context, found, Plan.load(folder))
+        timed = all(row.step is not None for row in rows)
+        show_comparison(
+            context.reporter,
+            rows,
+            budget_title(context.settings),
+            found.question.latency if timed else None,
+            {split: context.tokens(split).protocol.describe() for split in SPLITS},
+        )
+        values = [row.to_json(context) for row in rows]
+        _remember(context, found, values)
+        context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
+        return RunResult(found, folder, rows)
+
+
+def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
+    """Dense, the seeds and the exported plan on the search and test splits.
+
+    Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
+    split and are compared at it.
+    """
+    calibration = found.question.calibration
+    vectors = {_ROW_NAMES.get(seed.name, seed.name): seed.sparsities for seed in found.seeds}
+    is_seed = Origin.parse(plan.provenance["origin"]).kind is OriginKind.SEED
+    vectors[f"best (slot {plan.provenance['slot']}{', seed' if is_seed else ''})"] = plan.sparsities
+    points: dict[str, OperatingPoint | None] = {"dense": None}
+    for name, sparsities in vectors.items():
+        points[name] = operating_point(context, calibration, sparsities, name)
+    requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
+    figures = measure(context, calibration, requests)
+    rows: list[Row] = []
+    profile = found.question.latency
+    by_name = {name: figures[2 * i : 2 * i + 2] for i, name in enumerate(points)}
+    dense_search, dense_test = by_name["dense"]
+    for name, point in points.items():
+        on_search, on_test = by_name[name]
+        rows.append(
+            Row(
+                name,
+                0.0 if point is None else calibration.shape.sparsity(vectors[name]),
+                on_search,
+                on_test,
+                0.0 if point is None else calibration.shape.sparsity(point.achieved),
+                gap_nats(*(f.evaluation.loss_nats for f in (on_search, dense_search, on_test, dense_test))),
+                None if name in ("dense", "uniform") else _interval(on_test, by_name["uniform"][1]),
+                None if name in ("dense", SEED_ROW) else _interval(on_test, by_name[SEED_ROW][1]),
+                None if profile is None else _step(profile, None if name == "dense" else on_test),
+            )
+        )
+    return rows
+
+
+def _step(profile: LatencyProfile, test: Figures | None) -> dict[str, float]:
+    """The dense step (None), or the one predicted at the sparsities that were counted."""
+    if test is None:
+        return {"predicted_ms": 1e3 * profile.dense_seconds, "predicted_speedup": 1.0}
+    return profile.figures(np.clip(test.evaluation.achieved, 0.0, 1.0))
+
+
+def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]]) -> None:
+    """Add the comparison to the study's report and note."""
+    from was_storage.studies.store import StudyStore
+
+    store = StudyStore(context.database)
+    store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
+    report_study(context, found.study, found.seeds, found.question)
+
+
+def _interval(test: Figures, baseline: Figures) -> Interval | None:
+    if len(test.evaluation.losses) < 2:
+        return None
+    return paired_interval(test.evaluation.losses, baseline.evaluation.losses)

@@ -1,0 +1,53 @@
+"""The whole main job on the packaged demo checkpoint, on CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from was_search.plan import Plan
+from was_search.service.context import Context
+from was_search.service.reports.comparison import next_commands
+from was_search.service.settings import Settings
+from was_search.service.steps.comparison import RunResult, run
+from was_search.service.steps.decoding import generate
+
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo_data"
+
+DEMO_OPTIONS: dict[str, Any] = {
+    "model": str(DEMO_FOLDER / "model"),
+    "data": str(DEMO_FOLDER / "text"),
+    "target": 0.6,
+    "trials": 48,
+    "workers": 2,
+    "ray": "local",
+    "device": "cpu",
+    "sequence_length": 256,
+    "calibration_sequences": 96,
+    "pricing_sequences": 32,
+    "greedy_sequences": 4,
+    "descent_epochs": 1,
+    "descent_rounds": 16,
+    "search_sequences": 64,
+    "test_sequences": 192,
+    "batch_size": 8,
+}
+"""What the demo sets; everything else has its default. The descent is shorter than that, to keep it to minutes."""
+
+
+def demo_settings(**overrides: Any) -> Settings:
+    """The demo's settings with ``overrides``."""
+    return Settings(**{**DEMO_OPTIONS, **overrides})
+
+
+def demo(context: Context, *, prompt: str = "def read_lines(path):\n", max_new_tokens: int = 48) -> RunResult:
+    """Run everything, decode a few tokens with the plan and print what to try next."""
+    result = run(context)
+    if result.plan is None:
+        return result
+    context.reporter.note("\nDecoding with the plan:")
+    generate(context, Plan.load(result.plan), prompt, max_new_tokens=max_new_tokens)
+    context.reporter.note(f"\nPlan: {result.plan}\nNext:")
+    for command in next_commands(context.settings.storage, result.search.study, result.plan):
+        context.reporter.text(f"  {command}")
+    return result

@@ -1,0 +1,110 @@
+"""The dense model's top predictions on the search split: what the fitness ``kl`` compares with. Cached in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from was_search.masks.divergence import ENTRY_BYTES, DenseTop, check_top_k, concatenate
+from was_search.service.context import Context
+from was_search.service.steps.caching import Row, array_row, cached
+from was_search.texts.protocol import content_hash
+
+if TYPE_CHECKING:
+    from was_storage.studies.cache import ArtifactCache
+
+PIECE_BYTES = 64 * 2**20
+"""Of one cached row: a database takes many of these more gladly than one of all, and no number of sequences is too
+large."""
+
+
+def check_fitness(context: Context) -> None:
+    """Raise ConfigError if the model's configuration says that its vocabulary is below ``kl_top_k``.
+
+    A configuration that does not say it is no error here: the workers check the model itself.
+    """
+    from was_search.checkpoints.files import read_config
+
+    if context.settings.fitness == "kl":
+        vocabulary = read_config(context.source).get("vocab_size")
+        if isinstance(vocabulary, int):
+            check_top_k(context.settings.kl_top_k, vocabulary)
+
+
+def dense_top(context: Context) -> DenseTop | None:
+    """The dense model's top on the search split, computed once and cached; None for the fitness ``nll``."""
+    if context.settings.fitness == "nll":
+        return None
+    return context.once("dense top", lambda: _dense_top(context))
+
+
+def dense_top_key(context: Context) -> str:
+    """Names the result of :func:`dense_top` in the cache."""
+    protocol, device = context.tokens("search").protocol, context.placement.device
+    return content_hash("dense-top", 1, context.model_key, protocol, device, context.settings.kl_top_k)
+
+
+def _dense_top(context: Context) -> DenseTop:
+    data, k = context.tokens("search"), context.settings.kl_top_k
+    name = f"dense top {k}"
+
+    def make() -> DenseTop:
+        from was_search.coordinator import phases
+
+        pool = context.pool
+        parts = len(phases.fine_shards(pool, data))
+        with context.phase(f"{name} on {data.protocol.brief()}", parts) as advance:
+            return phases.dense_top(pool, data, k, advance=advance)
+
+    return cached(
+        Pieces(context.cache, dense_top_key(context), len(data.tokens), data.protocol.predicted_per_sequence, k),
+        make,
+        context.reporter,
+        name,
+        data.protocol.brief(),
+    )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The dense top of n sequences, [n, predicted, k], in pieces of :data:`PIECE_BYTES`.
+
+    A killed run may have put only some of them; then there is none.
+    """
+
+    cache: ArtifactCache
+    key: str
+    n: int
+    predicted: int
+    k: int
+
+    def get(self) -> DenseTop | None:
+        pieces = []
+        for start in self._starts:
+            rows = self.rows(start)
+            indices, log_probs = rows[0].get(), rows[1].get()
+            if indices is None or log_probs is None:
+                return None
+            pieces.append(DenseTop(indices, log_probs))
+        return concatenate(pieces)
+
+    def put(self, value: DenseTop) -> None:
+        for start in self._starts:
+            piece = value[start : start + self._starts.step]
+            for row, array in zip(self.rows(start), (piece.indices, piece.log_probs), strict=True):
+                row.put(array)
+
+    @property
+    def _starts(self) -> range:
+        return range(0, self.n, max(1, PIECE_BYTES // (self.predicted * self.k * ENTRY_BYTES)))
+
+    def rows(self, start: int) -> tuple[Row[Any], Row[Any]]:
+        size = min(self._starts.step, self.n - start)
+
+        def row(name: str, width: int, dtype: type[np.generic]) -> Row[Any]:
+            key = content_hash(self.key, start, PIECE_BYTES, name)
+            return array_row(self.cache, "dense-top", key, (size, self.predicted, width), dtype)
+
+        return row("indices", self.k, np.int32), row("log_probs", self.k + 1, np.float32)

@@ -1,0 +1,370 @@
+"""Step 4: the plan. The winner is re-calibrated at its own point, checked against the seed, and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search import __version__
+from was_search.coordinator.calls import Shared
+from was_search.coordinator.model_calls import EvaluateThresholds, Norms
+from was_search.errors import ConfigError, StorageError, StudyError
+from was_search.masks.divergence import DenseTop
+from was_search.plan import Plan, require_writable
+from was_search.process import logs
+from was_search.service.arrays import pack_array, unpack_array
+from was_search.service.context import Context
+from was_search.service.reports.study_report import plan_gap_nats
+from was_search.service.steps.caching import array_row, cached
+from was_search.service.steps.calibration import Calibration, OperatingPoint, operating_point
+from was_search.service.steps.decode_time import predictions
+from was_search.service.steps.dense_predictions import dense_top, dense_top_key
+from was_search.service.steps.question import Question
+from was_search.service.steps.study import SearchResult
+from was_search.service.watching.page import report_study
+from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.studies.origin import Origin, OriginKind
+from was_search.studies.slots import Slot
+from was_search.texts.protocol import Evaluation, content_hash, perplexity
+from was_search.weight_format import AS_STORED
+
+if TYPE_CHECKING:
+    from was_storage.studies.cache import Artifact
+    from was_workers.pool import Pool
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A slot that may be exported, with the name it has in tables."""
+
+    name: str
+    slot: Slot
+
+    @property
+    def sparsities(self) -> FloatArray:
+        assert self.slot.sparsities is not None
+        return self.slot.sparsities
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One evaluation of one candidate on one split, with what was counted."""
+
+    evaluation: Evaluation
+    split: str
+    achieved: float
+
+    def to_json(self, context: Context) -> dict[str, Any]:
+        nll = self.evaluation.nll_nats()
+        by_divergence = {} if self.evaluation.nats is None else {"kl_nats": self.evaluation.loss_nats}
+        return {
+            **by_divergence,
+            "loss_nats": nll,
+            "perplexity": perplexity(nll),
+            "achieved_sparsity": self.achieved,
+            "tokens": self.evaluation.tokens,
+            "protocol": context.tokens(self.split).protocol.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation: a candidate (None: the dense model) at its own operating point on a split.
+
+    By NLL, or with ``by_fitness`` by the study's fitness, on the search split.
+    """
+
+    name: str
+    split: str
+    point: OperatingPoint | None
+    by_fitness: bool = False
+
+
+def measure(context: Context, calibration: Calibration, requests: list[Request]) -> list[Figures]:
+    """Evaluate the ``requests``, those that are not cached side by side on the workers; results in their order."""
+    started = time.perf_counter()
+    found = [_cached(context, request) for request in requests]
+    missing = [i for i, evaluation in enumerate(found) if evaluation is None]
+    if missing:
+        pool = context.pool
+        calls = [
+            EvaluateThresholds(
+                context.tokens(requests[i].split), _thresholds(requests[i]), _top(context, pool, requests[i])
+            )
+            for i in missing
+        ]
+        names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
+        with context.phase(f"evaluate {names}", len(calls)) as advance:
+            evaluations = pool.map(calls, phase="evaluate", done=advance)
+            for i, evaluation in zip(missing, evaluations, strict=True):
+                found[i] = evaluation
+                _remember(context, requests[i], evaluation)
+    else:
+        context.reporter.cached("evaluate", f"{len(requests)} evaluations", time.perf_counter() - started)
+    return [
+        Figures(evaluation, request.split, calibration.shape.sparsity(evaluation.achieved))
+        for evaluation, request in zip(found, requests, strict=True)
+        if evaluation is not None
+    ]
+
+
+def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
+    return None if request.point is None else request.point.thresholds
+
+
+def _by_divergence(context: Context, request: Request) -> bool:
+    return request.by_fitness and context.settings.fitness == "kl"
+
+
+def _top(context: Context, pool: Pool, request: Request) -> Shared[DenseTop] | None:
+    """The dense top, shared; None for the NLL."""
+    top = dense_top(context) if _by_divergence(context, request) else None
+    return None if top is None else context.once("dense top, shared", lambda: pool.share(top))
+
+
+def _key(context: Context, request: Request) -> str:
+    protocol = context.tokens(request.split).protocol
+    settings, device = context.settings, context.placement.device
+    parts = ["evaluation", 2, context.model_key, settings.scoring, protocol, device, _thresholds(request)]
+    if _by_divergence(context, request):
+        parts.append(dense_top_key(context))
+    return content_hash(*parts)
+
+
+def _cached(context: Context, request: Request) -> Evaluation | None:
+    n = len(context.tokens(request.split).tokens)
+    by_divergence = _by_divergence(context, request)
+
+    def read(found: Artifact) -> Evaluation:
+        rows = unpack_array(found.payload, (2, n) if by_divergence else (n,), np.float64)
+        losses, *nats = np.atleast_2d(rows)
+        achieved = np.asarray(found.meta["achieved"], np.float64)
+        if achieved.ndim != 2 or achieved.shape[1] != N_PROJECTIONS:
+            raise ValueError(f"achieved: [L, {N_PROJECTIONS}] is wanted, got {achieved.shape}")
+        tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
+        return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
+
+    return context.cache.get("evaluation", _key(context, request), read)
+
+
+def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
+    meta = {
+        "tokens": evaluation.tokens,
+        "seconds": evaluation.seconds,
+        "achieved": evaluation.achieved.tolist(),
+    }
+    losses = evaluation.losses
+    if evaluation.nats is not None:
+        losses = np.stack([losses, evaluation.nats])
+        _remember(context, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())
+    context.cache.put("evaluation", _key(context, request), pack_array(losses), meta)
+
+
+def export(context: Context, result: SearchResult | None = None) -> Path:
+    """Write the plan of the study's best vector, and what the dashboard shows of it; returns the plan's folder.
+
+    Raises:
+        StudyError: no such study, or none of its slots is complete.
+        PlanError: the plan's folder cannot be written.
+    """
+    require_writable(context.plans_folder)
+    result = result or stored_result(context)
+    with logs.bound(study=result.study):
+        folder = write_plan(context, result)
+        report_study(context, result.study, result.seeds, result.question)
+    return folder
+
+
+def add_weights(context: Context, folder: Path) -> Path:
+    """Add to the plan in ``folder`` the model's weights as decoding reads them; then it is all that a server needs.
+
+    The weights keep the checkpoint's dtype, unless the settings name another.
+
+    Raises:
+        PlanError: the plan is of another model, or the folder cannot be written.
+        ConfigError: the plan is for rounded weights.
+    """
+    from was_search.checkpoints.column_layout import save_columns
+    from was_search.checkpoints.files import read_config
+    from was_search.checkpoints.load import DTYPES, load_model
+
+    plan = Plan.load(folder)
+    plan.require_model(context.fingerprint, plan.shape)
+    if plan.weights != AS_STORED:
+        raise ConfigError(
+            f"with_weights: {plan.weights} weights are laid out when they are rounded, at loading; leave it out"
+        )
+    config = read_config(context.source)
+    stored, dtype = config.get("dtype", config.get("torch_dtype")), context.settings.dtype
+    if dtype == "auto":
+        dtype = stored if stored in DTYPES else "bfloat16"
+    with context.reporter.phase(f"write weights for decoding, {dtype}"):
+        return save_columns(load_model(context.source, dtype=dtype), plan, context.source, folder)
+
+
+def write_plan(context: Context, result: SearchResult) -> Path:
+    """Write the plan of the study's best vector and add it to the study's report; returns the plan's folder.
+
+    The winner and the best seed are re-calibrated at their own points and compared by the study's fitness on the
+    search split at equal achieved sparsity; the better one is exported, and the plan says which.
+
+    Raises:
+        StudyError: none of the study's slots is complete.
+    """
+    from was_storage.dashboard.plan_files import attach_plan
+    from was_storage.studies.store import StudyStore
+
+    best = result.best
+    if best is None or best.sparsities is None:
+        raise StudyError(
+            f"study {result.study!r} has no complete trial yet; search first, or raise the limit that ended it"
+        )
+    question = result.question
+    calibration = question.calibration
+    contenders = [Contender(f"best (slot {best.number})", best)]
+    if best.source.kind is not OriginKind.SEED:
+        contenders += [Contender("fisher seed", s) for s in result.slots if s.source == Origin.seed("fisher")]
+    points = [operating_point(context, calibration, c.sparsities, c.name) for c in contenders]
+    on_search = measure(
+        context,
+        calibration,
+        [Request(c.name, "search", p, by_fitness=True) for c, p in zip(contenders, points, strict=True)],
+    )
+    winner = min(range(len(contenders)), key=lambda i: on_search[i].evaluation.loss_nats)
+    chosen, point, figures = contenders[winner], points[winner], on_search[winner]
+    if winner:
+        context.reporter.note(
+            f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
+        )
+    plan = make_plan(
+        context,
+        question,
+        chosen.name,
+        chosen.sparsities,
+        point,
+        figures,
+        {
+            "study": result.study,
+            "slot": chosen.slot.number,
+            "origin": chosen.slot.origin,
+            "trial_loss_nats": chosen.slot.loss_nats,
+        },
+    )
+    folder = plan.save(context.default_plan_folder(result.study))
+    exported = {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved}
+    StudyStore(context.database).set_report(
+        result.study,
+        {
+            "exported": {**exported, "best_slot": best.number},
+            "metrics": plan.metrics,
+            "gap_nats": plan_gap_nats(plan),
+            **({"step": plan.provenance["step"]} if "step" in plan.provenance else {}),
+        },
+    )
+    try:
+        attach_plan(context.database, result.study, folder)
+    except StorageError as error:
+        context.reporter.note(f"the plan is not shown in optuna-dashboard: {error}")
+    return folder
+
+
+def make_plan(
+    context: Context,
+    question: Question,
+    name: str,
+    sparsities: FloatArray,
+    point: OperatingPoint,
+    on_search: Figures,
+    origin: dict[str, Any],
+) -> Plan:
+    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
+    calibration = question.calibration
+    test, dense_search, dense_test = measure(
+        context,
+        calibration,
+        [Request(name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
+    )
+    dense = {"search": dense_search.to_json(context), "test": dense_test.to_json(context)}
+    return Plan(
+        model=context.source.display_name,
+        revision=context.source.revision,
+        fingerprint=context.fingerprint,
+        shape=calibration.shape,
+        weights=context.settings.weights,
+        score=context.settings.score,
+        budget=question.budget.nominal(sparsities),
+        dense_prefix=context.settings.dense_prefix,
+        prefill=context.settings.prefill,
+        sparsities=sparsities,
+        thresholds=point.thresholds,
+        norms=_norms(context, calibration),
+        achieved={
+            "calibration": calibration.shape.sparsity(point.achieved),
+            "search": on_search.achieved,
+            "test": test.achieved,
+        },
+        metrics={"search": on_search.to_json(context), "test": test.to_json(context), "dense": dense},
+        provenance={
+            **origin,
+            **_provenance(context, point),
+            **predictions(question.latency, sparsities, point),
+        },
+    )
+
+
+def stored_result(context: Context) -> SearchResult:
+    """The study of the settings as it stands in the database, without running anything of it."""
+    from was_search.service.steps.seeding import seed
+    from was_search.service.steps.study_identity import identity, require_name
+    from was_storage.studies.store import StudyStore
+
+    name = require_name(context)
+    store = StudyStore(context.database)
+    store.get(name)  # an unknown name, too, is said before anything is calibrated
+    question = Question.of(context)
+    store.require_same(name, identity=identity(context), shape=question.shape.to_json())
+    return SearchResult(name, store.slots(name), seed(context, question), question, drained=False)
+
+
+def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
+    key = content_hash("norms", 1, context.model_key, context.settings.scoring, context.placement.dtype)
+    shape = calibration.shape
+    width = sum(sum(row) for row in shape.in_features)
+
+    def make() -> npt.NDArray[np.float32]:
+        (rows,) = context.pool.map([Norms()])
+        return np.concatenate([norm for row in rows for norm in row])
+
+    flat = cached(array_row(context.cache, "norms", key, (width,), np.float32), make)
+    ends = np.cumsum([width for row in shape.in_features for width in row])
+    parts = iter(np.split(flat, ends[:-1]))
+    return tuple(tuple(next(parts) for _ in row) for row in shape.in_features)
+
+
+def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    settings = dataclasses.asdict(context.settings)
+    if settings["profile"]:
+        settings["profile"] = str(Path(settings["profile"]).resolve())
+    del settings["storage"], settings["notify"]
+    settings["model"], settings["revision"] = context.source.location, context.source.revision
+    if Path(context.settings.data).exists():
+        settings["data"] = str(Path(context.settings.data).resolve())
+    return {
+        "calibration_passes": point.passes,
+        "calibration_protocol": context.tokens("calibration").protocol.to_json(),
+        "settings": settings,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "was-search": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "optuna")},
+        },
+    }

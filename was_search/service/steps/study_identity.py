@@ -1,0 +1,103 @@
+"""What makes a study that study: its identity, and the name that is made of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from was_search.service.context import Context
+from was_search.service.settings import Settings
+from was_search.service.steps.decode_time import target_identity, target_label
+from was_search.studies.fitness import fitness_identity
+from was_search.texts.protocol import content_hash
+from was_search.vectors.descent import DescentOptions, chain_steps
+from was_search.vectors.seeds import GREEDY_STEP, PRICES, SEED_DESCENT, SEED_SEQUENCES
+
+
+def identity(context: Context) -> dict[str, Any]:
+    """What makes a study that study: another value of any of these is another study."""
+    settings = context.settings
+    search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
+    return {
+        "model": context.fingerprint,
+        "weights": settings.weights,
+        **target_identity(context),
+        "score": settings.score,
+        "masks": settings.masks,
+        "sampler": settings.sampler,
+        "space": settings.space,
+        "radius": settings.radius,
+        "seed": settings.seed,
+        **seed_identity(settings),
+        "descents": _descents_words(settings),
+        "search data": search_protocol.to_json(),
+        "calibration data": calibration.to_json(),
+        **fitness_identity(settings.fitness, settings.kl_top_k),
+    }
+
+
+def _descents_words(settings: Settings) -> str:
+    if not settings.descent_epochs:
+        return "none"
+    steps = chain_steps(settings.descent_chains)
+    chains = descent_words(search_descent_options(settings), settings.descent_sequences, steps)
+    return f"epochs {settings.descent_epochs}, {chains}"
+
+
+def search_descent_options(settings: Settings) -> DescentOptions:
+    """How one chain of the search descends."""
+    return DescentOptions(rounds=settings.descent_rounds)
+
+
+def study_name(context: Context) -> str:
+    """The settings' study name, or one made of model, data, target, sampler and a hash of the identity."""
+    settings = context.settings
+    if settings.study:
+        return settings.study
+    digest = content_hash(identity(context))[:8]
+    return f"{model_label(context)}-{target_label(settings)}-{settings.sampler}-{digest}"
+
+
+def require_name(context: Context) -> str:
+    """The study's name, if it is one, and free or taken by the study of these settings.
+
+    Raises:
+        StudyError: it is not; each setting that differs is listed.
+    """
+    from was_storage.studies.store import StudyStore
+
+    name = study_name(context)
+    StudyStore(context.database).require_free_or_same(name, identity=identity(context))
+    return name
+
+
+def model_label(context: Context) -> str:
+    """The model's name as it may stand in a study's name and a folder's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
+
+
+def seed_identity(settings: Settings) -> dict[str, Any]:
+    """What decides the seeds besides model, data and target: a part of a study's identity."""
+    greedy, descends = f"sequences {settings.greedy_sequences}, step {GREEDY_STEP:g}", settings.seed_rounds > 0
+    return {
+        "pricing sequences": settings.pricing_sequences,
+        "prices": PRICES,
+        "greedy table": greedy if settings.greedy_sequences else "none",
+        "slope sequences": settings.slope_sequences,
+        "seed descent": descent_words(seed_descent_options(settings), SEED_SEQUENCES) if descends else "none",
+        "warm start": settings.warm_start or None,
+    }
+
+
+def descent_words(options: DescentOptions, sequences: int, steps: tuple[float, ...] = ()) -> str:
+    """Every number of a descent, for a study's identity; ``steps`` are those of chains side by side."""
+    shown = {name: f"{value:g}" for name, value in {**vars(options), "sequences": sequences}.items()}
+    if steps:
+        shown["step"] = " and ".join(f"{step:g}" for step in steps)
+    return ", ".join(f"{name} {value}" for name, value in sorted(shown.items()))
+
+
+def seed_descent_options(settings: Settings) -> DescentOptions:
+    """How the Fisher seed descends from its prices."""
+    return replace(SEED_DESCENT, rounds=settings.seed_rounds)

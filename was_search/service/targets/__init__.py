@@ -1,0 +1,1 @@
+"""Runs of more than one target, and targets that follow from studies."""

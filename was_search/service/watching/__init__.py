@@ -1,0 +1,1 @@
+"""Looking at studies and steering them, from any machine that reaches the database."""

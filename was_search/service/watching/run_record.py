@@ -1,0 +1,83 @@
+"""A search's run as others see it: what was asked of it before, and how it went, in the database."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from was_search.errors import WasError
+from was_search.process.logs import event
+from was_search.service.context import Context
+from was_search.service.watching.notify import failure_words
+from was_search.studies.control import LAST_SLOT, Ending, EndingKind, Spent, Tally, Wish, limits_of
+from was_search.studies.slots import Slot
+
+if TYPE_CHECKING:
+    from was_storage.studies.control import ControlDesk
+    from was_storage.studies.session import CoordinatorSession
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run that is being written down; ``ending`` is to be set at its end."""
+
+    desk: ControlDesk
+    ending: Ending
+
+
+def over_already(context: Context, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
+    """How the study has ended before anything was started: all slots have finished, or a limit is met."""
+    from was_storage.studies.control import ControlDesk
+
+    if all(slot.state.finished for slot in slots):
+        return LAST_SLOT
+    desk = ControlDesk(context.database, book)
+    overrides = desk.read().overrides
+    limits = overrides.limits(limits_of(vars(context.settings)))
+    rule = limits.met(desk.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, book.name)))
+    return Ending(EndingKind.STOPPED, rule) if rule else None
+
+
+def elsewhere(context: Context, study: str) -> Spent:
+    """What the other studies of the command have spent of its limits on time."""
+    from was_storage.studies.control import ControlStore
+
+    return ControlStore(context.database).spent(context.together - {study})
+
+
+@contextmanager
+def written_down(context: Context, book: CoordinatorSession, asked_since: datetime) -> Iterator[Run]:
+    """Begin a run and write down how the block ends.
+
+    Args:
+        context: see there.
+        book: the coordinator's session.
+        asked_since: the database's time when the command began: what was asked before it is an old story.
+    """
+    from was_storage.studies.control import ControlDesk
+
+    desk = ControlDesk(context.database, book)
+    before = desk.open(gpus_per_worker=context.placement.gpus_per_worker, asked_since=asked_since)
+    standing = desk.read().wish
+    if before.ends and standing is Wish.RUN:
+        words = {Wish.DRAIN: "drained", Wish.CANCEL: "cancelled"}[before]
+        context.reporter.note(f"study {book.name} was {words}; it goes on")
+    elif standing is Wish.PAUSE:
+        context.reporter.note(f"study {book.name} is paused; 'was-search resume {book.name}' lets it go on")
+    run = Run(desk, LAST_SLOT)
+    event(_logger, "search begun", study=book.name, epoch=book.epoch)
+    try:
+        yield run
+    except BaseException as error:
+        event(_logger, "search failed", logging.ERROR, study=book.name, error=failure_words(error))
+        with suppress(WasError):  # the first error is the one to tell; status sees a coordinator that went away
+            desk.close(Ending(EndingKind.FAILED, failure_words(error)))
+        raise
+    desk.close(run.ending)
+    event(_logger, "search ended", study=book.name, ending=str(run.ending))

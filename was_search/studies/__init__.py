@@ -1,0 +1,1 @@
+"""What a study is: slots, origins, samplers, controls, and where it stands."""
