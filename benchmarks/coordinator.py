@@ -133,7 +133,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
     from was_search.coordinator.loop import SearchLoop
     from was_search.coordinator.options import SearchOptions
     from was_search.process.refresher import Refresher
-    from was_search.service.watching.page import LivePage
+    from was_search.service.watching.live_page import LivePage
     from was_search.studies.sampling import Suggester
     from was_storage.server.database import Database
 

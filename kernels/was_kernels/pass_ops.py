@@ -1,4 +1,4 @@
-"""The operations that calibration, pricing, slopes and evaluation run on, chosen for a device."""
+"""The operations that passes over the model are made of (``was_search.masks.ops``), chosen for a device."""
 
 from __future__ import annotations
 

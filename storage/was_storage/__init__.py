@@ -1,1 +1,1 @@
-"""Postgres: engine, schema, studies, slots, caches."""
+"""Postgres: the server and its schema, studies and what is kept for them, and the dashboard."""

@@ -1,4 +1,4 @@
-"""The search loop's surroundings without Ray or Postgres: a book in memory and a pool that answers as it is told."""
+"""What the search loop needs without Ray or Postgres: slots in memory, and a pool that answers as it is told."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.doubles.bowl_worker import bowl_worker
 from was_search import __version__
 from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
 from was_search.studies.worker_range import WorkerRange
-from was_workers.calls import PREPARE, Call, CallEnd, Calls
+from was_workers.calls_in_flight import PREPARE, Call, CallEnd, Calls
 from was_workers.cluster import Cluster, connect
 from was_workers.member import Member
 from was_workers.members import PREPARE_SECONDS, Members

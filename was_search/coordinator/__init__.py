@@ -1,1 +1,1 @@
-"""The coordinator of a search: it chooses vectors, hands them out and takes results in."""
+"""The coordinator of a search: its loop, the calls that it gives to workers, and contracts of pool and storage."""

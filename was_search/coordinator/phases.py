@@ -1,4 +1,6 @@
-"""Calibration, pricing, the greedy baseline and the dense model's predictions, spread over the workers of a pool.
+"""Whole passes on a pool: calibration, pricing, the greedy baseline and the dense model's predictions.
+
+Each cuts its data into shards, a call each, and merges what the workers return.
 
 Shards are cut at whole batches, so the batches, and with them every rounding, are the same whatever the number
 of workers; counts and sums are merged in the order of the shards.

@@ -1,4 +1,7 @@
-"""The coordinator's picture of the study's slots, with what is asked of it at every event kept up to date."""
+"""The coordinator's copy of the study's slots in memory, with counts and the best kept up to date.
+
+The table in the database is in ``was_storage.server.schema``.
+"""
 
 from __future__ import annotations
 

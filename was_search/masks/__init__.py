@@ -1,1 +1,1 @@
-"""Passes of a masked model: scores, histograms, prices, slopes, losses."""
+"""Passes of one masked model in one process: scores, histograms, prices, slopes, losses."""

@@ -1,4 +1,4 @@
-"""The operations that calibration, pricing, slopes and evaluation run on, one implementation of each."""
+"""The four operations that passes over the model are made of, as a set: plain torch, or fused kernels on a GPU."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people type and call. It composes all other packages, and nothing below imports it."""
+"""What people type and call: options, commands, steps and reports. It uses all packages; none of them imports it."""

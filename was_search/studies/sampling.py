@@ -1,4 +1,4 @@
-"""Choose the next vector: Optuna's samplers on an in-memory study that is re-fed from finished slots.
+"""Samplers: Optuna's, by name, on an in-memory study that is fed again from finished slots.
 
 Nothing here knows of Postgres or Ray. Sampler state is never persisted: a new :class:`Suggester` told of the
 same slots goes on from there.

@@ -1,1 +1,1 @@
-"""Ray: the evaluation actor, the pool and the coordinator."""
+"""Ray: the worker process, the pool of workers, and jobs. What workers are asked is in `was_search.coordinator`."""

@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError
 from was_search import __version__
 from was_search.coordinator.contracts import Outcome
 from was_search.errors import DeviceLostError, ResourceError, TransientError
-from was_workers.calls import PLACE, PREPARE, Call, CallEnd, Calls
+from was_workers.calls_in_flight import PLACE, PREPARE, Call, CallEnd, Calls
 from was_workers.member import Member, Quarantine
 from was_workers.threads import ThreadShare
 from was_workers.worker import WorkerInfo

@@ -18,7 +18,7 @@ from was_search.coordinator.mapping import map_calls
 from was_search.errors import ResourceError
 from was_search.studies.pool_state import PoolState
 from was_search.studies.worker_range import WorkerRange
-from was_workers.calls import Calls
+from was_workers.calls_in_flight import Calls
 from was_workers.cluster import Cluster
 from was_workers.members import PREPARE_SECONDS, Members
 from was_workers.shared import RayShared

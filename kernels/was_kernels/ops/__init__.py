@@ -1,1 +1,1 @@
-"""Custom ops on CUDA C++ and Triton kernels; what each computes in plain torch. They import torch and triton only."""
+"""Kernels in Triton and CUDA C++ as custom ops, and their references in plain torch; imports torch and triton only."""

@@ -1,1 +1,1 @@
-"""optuna-dashboard on our database: pages of studies, plans to download."""
+"""optuna-dashboard served on our database. What a study's page shows is made in `was_search.service.reports.page`."""

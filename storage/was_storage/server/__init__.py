@@ -1,1 +1,1 @@
-"""The database: embedded or by URL, its schema, migrations and roles."""
+"""The database itself: embedded or by URL, its tables, migrations and roles."""

@@ -1,1 +1,1 @@
-"""Studies in the database: slots, Optuna's trials, controls, caches."""
+"""Statements on the tables, by what they keep: slots, Optuna's trials, controls, runs, caches, pages."""

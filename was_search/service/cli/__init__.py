@@ -1,1 +1,1 @@
-"""The command line: one command a step."""
+"""The command line: commands in one file a group, and how settings become their options."""

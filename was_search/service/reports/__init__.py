@@ -1,1 +1,1 @@
-"""What people see: each report takes values and shows or writes them."""
+"""What people see: tables, figures, pages and messages, each made of values alone."""

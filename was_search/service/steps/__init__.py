@@ -1,1 +1,1 @@
-"""The steps of a run, one a module."""
+"""The steps of a run, one a module: each takes the context, keeps its result in the cache and returns a value."""

@@ -19,8 +19,8 @@ from was_search.service.steps.calibration import OperatingPoint, operating_point
 from was_search.service.steps.decode_time import budget_title
 from was_search.service.steps.exporting import Figures, Request, measure, write_plan
 from was_search.service.steps.study import SearchResult, search
+from was_search.service.watching.live_page import report_study
 from was_search.service.watching.notify import announced
-from was_search.service.watching.page import report_study
 from was_search.studies.control import EndingKind
 from was_search.studies.origin import Origin, OriginKind
 from was_search.texts.protocol import SPLITS

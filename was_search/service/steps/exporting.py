@@ -28,7 +28,7 @@ from was_search.service.steps.decode_time import predictions
 from was_search.service.steps.dense_predictions import dense_top, dense_top_key
 from was_search.service.steps.question import Question
 from was_search.service.steps.study import SearchResult
-from was_search.service.watching.page import report_study
+from was_search.service.watching.live_page import report_study
 from was_search.shape import N_PROJECTIONS, FloatArray
 from was_search.studies.origin import Origin, OriginKind
 from was_search.studies.slots import Slot

@@ -1,1 +1,1 @@
-"""Looking at studies and steering them, from any machine that reaches the database."""
+"""Studies seen and steered through the database: status, lists, controls, and pages kept fresh."""

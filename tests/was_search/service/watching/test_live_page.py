@@ -19,7 +19,7 @@ from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.errors import ModelError, StudyError
 from was_search.service.reports.page import StudyPage
-from was_search.service.watching.page import LivePage, kept_fresh
+from was_search.service.watching.live_page import LivePage, kept_fresh
 from was_search.service.watching.run_record import Run
 from was_search.studies.control import LAST_SLOT, EndingKind
 from was_search.studies.slots import SlotState
