@@ -24,9 +24,9 @@ def doctor(
     services: Annotated[bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")] = True,
 ) -> None:
     """Check what this machine has, and say what to do about what is missing."""
-    from was_search import api
+    from was_search.service.watching import machine_checks
 
-    checks = call.run(lambda context: api.doctor(context, start_services=services))
+    checks = call.run(lambda context: machine_checks.doctor(context, start_services=services))
     if any(check.good is False for check in checks):
         raise typer.Exit(EXIT_ERROR)
 

@@ -44,7 +44,7 @@ def evaluate(
     gpus: Gpus = 1,
 ) -> None:
     """Measure the perplexity, or tasks, of a plan and of the dense model."""
-    from was_search import api
+    from was_search.service.steps import evaluation
     from was_search.texts.protocol import SPLITS
 
     if split not in SPLITS:
@@ -57,10 +57,10 @@ def evaluate(
 
     def step(context: Any) -> Any:
         if not names:
-            return api.evaluate(context, loaded, split, formats, gpus=gpus)
+            return evaluation.evaluate(context, loaded, split, formats, gpus=gpus)
         if len(formats) > 1:
             raise ConfigError(f"weights: tasks take one format, got {weights!r}")
-        return api.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
+        return evaluation.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
 
     call.run(step, base)
 
@@ -75,11 +75,11 @@ def generate(
     gpus: Gpus = 1,
 ) -> None:
     """Decode greedily with a plan's sparse runtime, or densely without a plan."""
-    from was_search import api
+    from was_search.service.steps import decoding
 
     loaded, base = load_plan(plan)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "gpus": gpus}
-    call.run(lambda context: api.generate(context, loaded, prompt, **options), base)
+    call.run(lambda context: decoding.generate(context, loaded, prompt, **options), base)
 
 
 @commands.command(Group.MODEL, "data", "test_sequences")
@@ -96,12 +96,14 @@ def bench(
     ] = None,
 ) -> None:
     """Time one decode step, dense and with a plan, and show how much it reads."""
-    from was_search import api
+    from was_search.service.steps import step_times
 
     loaded, base = load_plan(plan)
     call.flags.update(profile=profile)
     call.run(
-        lambda context: api.bench(context, loaded, batch=batch, kv_length=kv_length, steps=steps, compiled=compiled),
+        lambda context: step_times.bench(
+            context, loaded, batch=batch, kv_length=kv_length, steps=steps, compiled=compiled
+        ),
         base,
     )
 
@@ -125,10 +127,10 @@ def profile(
     again: Annotated[bool, typer.Option("--again", help="Measure even if the database has a profile.")] = False,
 ) -> None:
     """Measure how a decode step's time depends on sparsity on this device, to predict it for any vector."""
-    from was_search import api
+    from was_search.service.steps import profiling
 
     call.run(
-        lambda context: api.profile(
+        lambda context: profiling.profile(
             context,
             rows=rows,
             kv_length=kv_length,

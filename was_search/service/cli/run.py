@@ -22,19 +22,20 @@ _SEARCH = (*_SEED, Group.SEARCH, Group.DESCENTS, Group.LIMITS, Group.FAILURES)
 @commands.command(*_SEARCH, Group.TARGETS, Group.PLAN)
 def run(call: Call) -> None:
     """Calibrate, seed, search, export and compare, skipping what is cached; for one target or several."""
-    from was_search import api
+    from was_search.service.steps import comparison
+    from was_search.service.targets import max_increase, several
 
     def step(context: Any) -> bool:
         if context.settings.budgets or context.settings.speedups:
-            return bool(api.run_targets(context).drained)
+            return bool(several.run_targets(context).drained)
         if context.settings.increase_limit is not None:
-            best = api.run_max_increase(context)
+            best = max_increase.run_max_increase(context)
             if not best.drained and best.answer is None:
                 raise typer.Exit(EXIT_ERROR)  # what was asked for does not exist, and was said
             if best.answer is not None:
                 context.reporter.note(f"plan: {best.answer.result.plan}")
             return bool(best.drained)
-        found = api.run(context)
+        found = comparison.run(context)
         if found.plan is not None:
             context.reporter.note(f"plan: {found.plan}")
         return bool(found.search.drained)
@@ -45,10 +46,10 @@ def run(call: Call) -> None:
 @commands.command(*_CALIBRATE)
 def calibrate(call: Call) -> None:
     """Take score histograms of the dense model on the calibration split."""
-    from was_search import api
+    from was_search.service.steps import calibration
 
     def step(context: Any) -> None:
-        found = api.calibrate(context)
+        found = calibration.calibrate(context)
         shape = found.shape
         context.reporter.note(
             f"{shape.n_blocks} blocks, {shape.params.sum() / 1e6:,.1f} M weights in the seven projections"
@@ -61,14 +62,14 @@ def calibrate(call: Call) -> None:
 @commands.command(*_SEED)
 def seed(call: Call) -> None:
     """Make the seed vectors and show what each projection costs."""
-    from was_search import api
     from was_search.service.reports.seeds import show_seeds
+    from was_search.service.steps import seeding
     from was_search.service.steps.question import Question
 
     def step(context: Any) -> None:
         question = Question.of(context)
-        seeds = api.seed(context, question)
-        show_seeds(context.reporter, seeds, api.sensitivity(context, question), question.budget.flat)
+        seeds = seeding.seed(context, question)
+        show_seeds(context.reporter, seeds, seeding.sensitivity(context, question), question.budget.flat)
 
     call.run(step)
 
@@ -76,11 +77,11 @@ def seed(call: Call) -> None:
 @commands.command(*_SEARCH)
 def search(call: Call) -> None:
     """Create or resume a study and run it to its last trial."""
-    from was_search import api
+    from was_search.service.steps import study
     from was_search.studies.fitness import fitness_words
 
     def step(context: Any) -> bool:
-        found = api.search(context)
+        found = study.search(context)
         fitness = context.settings.fitness
         best = found.best
         if best is not None and best.loss_nats is not None:
@@ -127,13 +128,14 @@ def export(
 
     Where the target has no study and studies below and above have, the plan lies between theirs.
     """
-    from was_search import api
+    from was_search.service.steps import exporting
+    from was_search.service.targets import interpolation
 
     def step(context: Any) -> None:
-        interpolated = interpolate or api.may_interpolate(context)
-        folder = api.interpolate(context) if interpolated else api.export(context)
+        interpolated = interpolate or interpolation.may_interpolate(context)
+        folder = interpolation.interpolate(context) if interpolated else exporting.export(context)
         if with_weights:
-            api.add_weights(context, folder)
+            exporting.add_weights(context, folder)
         context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 
@@ -143,9 +145,9 @@ def export(
 @commands.command(Group.STORAGE, "trials", "workers", "target", Group.PLAN)
 def demo(call: Call) -> None:
     """Run the whole main job on the packaged demo checkpoint, on CPU."""
-    from was_search import api
+    from was_search.service.steps import demonstration
 
-    found = call.run(api.demo, api.demo_settings())
+    found = call.run(demonstration.demo, demonstration.demo_settings())
     _end(found.search.drained)
 
 

@@ -19,9 +19,9 @@ Study = Annotated[str, typer.Argument(help="Name of the study.", metavar="STUDY"
 @commands.command(Group.STORAGE)
 def studies(call: Call) -> None:
     """List the studies of a database."""
-    from was_search import api
+    from was_search.service.watching import study_list
 
-    call.run(api.studies)
+    call.run(study_list.studies)
 
 
 @commands.command(Group.STORAGE)
@@ -37,15 +37,15 @@ def status(
     ] = None,
 ) -> None:
     """Show where a study stands."""
-    from was_search import api
+    from was_search.service.watching import study_status
 
     if name and study and name != study:
         raise ConfigError(f"study: given twice, as {name!r} and as {study!r}; give one of them")
     wanted = name or study
     if watch:
-        call.run(lambda context: api.watch(context, wanted, seconds=every, gpu_price=gpu_price))
+        call.run(lambda context: study_status.watch(context, wanted, seconds=every, gpu_price=gpu_price))
     else:
-        call.run(lambda context: api.status(context, wanted, gpu_price=gpu_price))
+        call.run(lambda context: study_status.status(context, wanted, gpu_price=gpu_price))
 
 
 @commands.command(Group.STORAGE)
@@ -56,7 +56,7 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
 ) -> None:
     """Delete a study with its trials and its plan in the database; plans in folders stay."""
-    from was_search import api
+    from was_search.service.watching import study_list
 
     def agreed(words: str) -> bool:
         if yes:
@@ -66,7 +66,7 @@ def delete(
         print(f"delete {words}? [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
-    if not call.run(lambda context: api.delete(context, study, agreed)):
+    if not call.run(lambda context: study_list.delete(context, study, agreed)):
         raise typer.Exit(EXIT_ERROR)
 
 
@@ -86,11 +86,11 @@ def dashboard(
     ] = False,
 ) -> None:
     """Serve optuna-dashboard on the studies, read-only unless --allow-edits is given."""
-    from was_search import api
+    from was_search.service.watching import study_list
 
     names = allow_host or []
     call.run(
-        lambda context: api.dashboard(
+        lambda context: study_list.dashboard(
             context, study=study, host=host, port=port, allow_hosts=names, allow_edits=allow_edits
         )
     )
@@ -139,13 +139,13 @@ def set_(
     ] = None,
 ) -> None:
     """Change a study's trials, workers or limits, while it runs or before its next run."""
-    from was_search import api
+    from was_search.service.watching import control
 
     overrides = Overrides(trials, workers, max_seconds, max_gpu_seconds, max_failures, patience)
-    call.run(lambda context: api.change(context, study, overrides))
+    call.run(lambda context: control.change(context, study, overrides))
 
 
 def _ask(call: Call, study: str, wish: Wish) -> None:
-    from was_search import api
+    from was_search.service.watching import control
 
-    call.run(lambda context: api.ask(context, study, wish))
+    call.run(lambda context: control.ask(context, study, wish))
