@@ -12,7 +12,7 @@ from was_search.service.settings import Settings
 from was_search.service.steps.comparison import RunResult, run
 from was_search.service.steps.decoding import generate
 
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo_data"
+DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo_data"
 
 DEMO_OPTIONS: dict[str, Any] = {
     "model": str(DEMO_FOLDER / "model"),
