@@ -1,6 +1,8 @@
 // Products of the listed channels with weights of 16 bits on the plain cores: a lane takes 8 outputs of every
 // GROUPS-th channel, UNROLL of them in flight. Macros and Projection are those of gather_gemv.cu.
 
+#define GROUPS (THREADS / LANES)  // of lanes, each of which takes other channels
+
 __device__ __forceinline__ void accumulate(float (*total)[PER_LANE], const u16* list, float (*values)[ROWS], int n,
                                            const Projection& own, int column, unsigned long long policy) {
     const int thread = threadIdx.x;

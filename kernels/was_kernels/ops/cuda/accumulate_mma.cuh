@@ -4,6 +4,12 @@
 // (q is the lane % 4). A negative `column` lies past the weight's end: nothing is read for it.
 // Macros and Projection are those of gather_gemv.cu.
 
+#define ACROSS (COLUMNS / 64)              // warps along the outputs of a block
+#define DEEP (WARPS / ACROSS)              // warps along its channels
+#define STEPS (UNROLL / 4)                 // of 16 channels each that a warp has in flight
+#define TILES (ROWS / 8)
+#define PITCH (CAPACITY + DEEP * STEPS * 16 + 8)  // of a row of inputs; lanes of a warp then meet different banks
+
 __device__ __forceinline__ void accumulate(float (*total)[4][4], const u16* list, u16 (*values)[PITCH], int n,
                                            const Projection& own, int column, unsigned long long policy) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group_lane = lane / 4, quarter = lane % 4;

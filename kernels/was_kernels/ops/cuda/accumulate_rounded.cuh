@@ -3,6 +3,8 @@
 // The channel's scale is multiplied into its input, and its offset into one sum for all outputs of the lane.
 // Macros and Projection are those of gather_gemv.cu.
 
+#define GROUPS (THREADS / LANES)  // of lanes, each of which takes other channels
+
 __device__ __forceinline__ void accumulate(float (*total)[PER_LANE], const u16* list, float (*values)[ROWS], int n,
                                            const Projection& own, int column, unsigned long long policy) {
     const int thread = threadIdx.x;

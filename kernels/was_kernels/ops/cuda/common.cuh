@@ -1,5 +1,5 @@
-// What the kernels share: half precision to float32 and back, and how a kernel meets the one before and after.
-// BF16 and PDL are macros of the source that includes this.
+// What the kernels share: half precision to float32 and back, sums of a warp, and how a kernel meets the one before and
+// after. BF16 and PDL are macros of the source that includes this.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -41,6 +41,13 @@ __device__ __forceinline__ float high(u32 v) {
 #else
     return widen((u16)(v >> 16));
 #endif
+}
+
+// To every lane of the warp.
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+    return v;
 }
 
 __device__ __forceinline__ void wait_for_input() {

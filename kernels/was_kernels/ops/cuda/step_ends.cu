@@ -13,8 +13,7 @@ __device__ __forceinline__ float squares_of(const uint4& v) {
 }
 
 __device__ __forceinline__ float sum_of_block(float v, float* of_warps) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+    v = sum_of_warp(v);
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = v;
     __syncthreads();
     float total = 0.0f;

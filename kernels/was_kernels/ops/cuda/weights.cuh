@@ -1,6 +1,5 @@
 // How weights come out of memory: loads that push nothing else out of the caches, and rounded codes as floats.
-// BF16, MMA, BITS and, if BITS < 16, WORDS (32-bit words of a lane's weights) are macros of the source that includes
-// this, after common.cuh.
+// BF16, MMA, BITS and PER_LANE are macros of the source that includes this, after common.cuh.
 
 // Weights are read once a step: they should not push out what is read again.
 __device__ __forceinline__ unsigned long long read_once() {
@@ -18,6 +17,8 @@ __device__ __forceinline__ uint4 stream(const u16* p, unsigned long long policy)
 }
 
 #if BITS < 16
+#define WORDS (PER_LANE * BITS / 32)
+
 struct Words {
     u32 word[WORDS];
 };
@@ -65,7 +66,8 @@ __device__ __forceinline__ float code(u32 word, int c) {
 __device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 
-// sums [16 outputs, 8 rows] += weights [16 outputs, 16 channels] times inputs [16 channels, 8 rows], as lanes hold them.
+// sums [16 outputs, 8 rows] += weights [16 outputs, 16 channels] times inputs [16 channels, 8 rows], as lanes hold
+// them.
 __device__ __forceinline__ void multiply(float* sums, const u32* weights, u32 input0, u32 input1) {
     asm volatile(
 #if BF16
