@@ -19,7 +19,7 @@ PLACE, PREPARE = -2, -1
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call in flight: its worker, its ticket, and the monotonic seconds by which it is to end and of its start."""
+    """A call in flight: its worker, its ticket, and the monotonic seconds of its deadline and of its start."""
 
     member: Member
     ticket: int
@@ -29,12 +29,12 @@ class Call:
 
     @property
     def ours(self) -> bool:
-        """Whether it is the pool's own and not its user's."""
+        """Whether the call is the pool's own and not one of its user."""
         return self.ticket < 0
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
+        """Seconds since its start."""
         return time.monotonic() - self.started
 
 
@@ -49,13 +49,13 @@ class CallEnd:
 
 
 class Calls:
-    """The calls in flight. A call that was dropped never ends: whatever its worker answers is not looked at."""
+    """The calls in flight. A call that was dropped never ends: whatever its worker answers is ignored."""
 
     def __init__(self) -> None:
         self._by_reference: dict[Any, Call] = {}
 
     def start(self, member: Member, ticket: int, reference: Any, seconds: float) -> None:
-        """Follow the call that Ray's ``reference`` is of, which ``member`` is to end within ``seconds``."""
+        """Follow a call by Ray's ``reference``; ``member`` must end it within ``seconds``."""
         self._by_reference[reference] = Call(member, ticket, time.monotonic() + seconds, reference)
 
     @property
@@ -84,9 +84,9 @@ class Calls:
         self._by_reference.clear()
 
     def wait(self, timeout_seconds: float) -> list[Call]:
-        """Calls that have ended, all that there are as soon as there is one; [] after ``timeout_seconds``.
+        """All calls that have ended, as soon as there is one; [] after ``timeout_seconds``.
 
-        They are still here: :meth:`take` takes them out, unless what came of another one has dropped them.
+        They stay until :meth:`take` takes them out, or until handling another one has dropped them.
         """
         if not self._by_reference:
             time.sleep(min(timeout_seconds, 0.25))

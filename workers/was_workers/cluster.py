@@ -17,7 +17,7 @@ from was_search.process.redaction import SECRET_VARIABLES
 from was_search.process.signals import Terminated, handler_kept
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray sets it where it starts a job."""
+"""A variable that Ray sets in the processes of a job."""
 
 PACKAGES = ("was_search", "was_storage", "was_workers", "was_kernels")
 
@@ -33,7 +33,7 @@ class Cluster:
 
 
 def resolve_address(ray_option: str) -> str:
-    """What ``auto`` stands for here: the address in RAY_ADDRESS, else ``local``; other options are themselves."""
+    """What ``auto`` stands for here: the address in RAY_ADDRESS, else ``local``; other options stay as they are."""
     return (os.environ.get("RAY_ADDRESS") or "local") if ray_option == "auto" else ray_option
 
 
@@ -53,9 +53,9 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     if not local and address != "auto":
         _probe(address)
     try:
-        with handler_kept(signal.SIGTERM):  # Ray puts its own in its place: nothing would be drained or closed
+        with handler_kept(signal.SIGTERM):  # Ray replaces it with its own handler: nothing would be drained or closed
             _start(address, workers)
-    except SystemExit as error:  # of Ray's own handler, while it starts
+    except SystemExit as error:  # from Ray's own handler, while it starts
         raise Terminated(signal.SIGTERM) from error
     except AuthenticationError as error:
         raise ResourceError(

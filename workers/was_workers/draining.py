@@ -9,7 +9,7 @@ _logger = logging.getLogger(__name__)
 
 
 def draining_nodes() -> dict[str, float]:
-    """Ids of nodes that are being drained, with the second since the epoch at which each goes; ``inf``: open.
+    """Nodes that are being drained: their ids, and the seconds since the epoch at which each goes (``inf``: not known).
 
     A node is drained by Ray's autoscaler before it removes it, by whoever passes a cloud's preemption notice on, and
     by ``ray start --block`` itself when it gets a SIGTERM, as in a pod that is deleted. Ray has no public name for

@@ -21,13 +21,13 @@ _TALKATIVE = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-"""Loggers that write a line for every package, at every try."""
+"""Loggers that write a line for every package at every try, which is too much."""
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
     """Raise a ConfigError for an argument that may hold a secret: Ray's dashboard shows a job's command.
 
-    So does any URL of a database or of a webhook, whose path may be all that guards it.
+    Refused too is any URL of a database or of a webhook, whose path may be all that guards it.
     """
     for i, argument in enumerate(arguments):
         option, _, value = argument.partition("=")

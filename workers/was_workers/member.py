@@ -1,4 +1,4 @@
-"""A pool's workers, as the pool keeps them."""
+"""What the pool knows of one of its workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Member:
         place: where its process is; None while it waits for a place.
         info: what it said when it had last loaded its model; None before.
         ready: its process holds the model.
-        failures: to become ready, in a row.
+        failures: failed attempts to become ready, in a row.
         restarting_since: when it was first found to be restarting, by the monotonic clock.
         leaving: it goes once its call has ended.
         gone_by: when its node, which is being drained, goes away: seconds since the epoch, ``inf`` if that is open;
@@ -55,12 +55,12 @@ class Member:
 
     @property
     def going(self) -> bool:
-        """Whether it is only there to end its call."""
+        """Whether the worker only ends its call and then goes."""
         return self.leaving or self.gone_by is not None
 
     @property
     def stays(self) -> bool:
-        """Whether it counts towards the size that was asked for."""
+        """Whether the worker counts towards the size that was asked for."""
         return not self.going and self.quarantine is None
 
     @property
@@ -69,7 +69,7 @@ class Member:
 
     @property
     def shown(self) -> Quarantined | None:
-        """Its quarantine for people; None where it is well, or goes."""
+        """The worker's quarantine as status shows it; None where it is well, or goes."""
         if (held := self.quarantine) is None or self.going:
             return None
         return Quarantined(self.name, held.reason, held.since.isoformat(timespec="seconds"))

@@ -22,24 +22,24 @@ from was_workers.threads import ThreadShare
 from was_workers.worker import WorkerInfo
 
 PREPARE_SECONDS = 3600.0
-"""For a worker to load its model; a hub id may have to be downloaded."""
+"""Time for a worker to load its model; a hub id may have to be downloaded."""
 
 _RECOVERIES = 8
 """Failures in a row to become ready before a worker is given up."""
 
 _GIVEN_UP_SECONDS = 600.0
-"""After which the place of a worker that was given up is tried again."""
+"""Time after which the place of a worker that was given up is tried again."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Members:
-    """All workers, and what happens to them. How many there are to be is not its business.
+    """All workers, and what happens to them; :class:`was_workers.size.Size` decides how many there are.
 
     Args:
-        calls: in flight.
+        calls: those in flight.
         new_actor: makes an actor.
-        threads: of each worker.
+        threads: CPU threads of each worker.
         goes: whether the node of this id is about to be taken away.
 
     Attributes:
@@ -99,7 +99,7 @@ class Members:
         self._locate(member)
 
     def let_go(self, member: Member) -> None:
-        """End a worker; what it is at is dropped."""
+        """End a worker; its call in flight is dropped."""
         ray.kill(member.actor, no_restart=True)
         self.all.remove(member)
         self._take_off(member)
@@ -107,13 +107,13 @@ class Members:
         self._calls.drop_all_of(member)
 
     def let_go_if_free(self, member: Member) -> None:
-        """Let a worker go unless it is at a call; then it goes with the call's end."""
+        """Let a worker go, now if it is idle, else when its call ends."""
         self._take_off(member)
         if not self._calls.busy(member):
             self.let_go(member)
 
     def restart(self, member: Member) -> None:
-        """Replace the worker's process; what it is at is dropped."""
+        """Replace the worker's process; its call in flight is dropped."""
         member.place, member.ready = None, False
         ray.kill(member.actor, no_restart=False)
         self._calls.drop_all_of(member)
@@ -121,7 +121,7 @@ class Members:
         self._recovering.append((time.monotonic() + 0.25, member))
 
     def quarantine(self, member: Member, reason: str, seconds: float) -> None:
-        """Give a worker nothing for ``seconds``; the call that it is at comes back as lost, and blameless."""
+        """Give a worker nothing for ``seconds``; its call in flight comes back as lost, and counts against nobody."""
         member.quarantine = Quarantine(reason, time.monotonic() + seconds, datetime.now(UTC))
         self._take_off(member)
         for call in self._calls.running:
@@ -132,9 +132,9 @@ class Members:
         _logger.warning("%s is in quarantine for %.0f s: %s", member.name, seconds, reason)
 
     def end_quarantines(self, wanted: int) -> None:
-        """Release those whose time is up, and the first of all where no other worker is ready.
+        """Release workers whose quarantine is over, and the first of all where no other worker is ready.
 
-        Where ``wanted`` others are ready it is let go, else it is restarted.
+        A released worker is let go where ``wanted`` others are ready, else it is restarted.
         """
         held = [(m.quarantine.until, m) for m in self.all if m.quarantine is not None and not m.going]
         for until, member in sorted(held, key=lambda entry: entry[0]):
@@ -155,7 +155,7 @@ class Members:
                 return
 
     def settle(self, ending: CallEnd) -> None:
-        """Go on with a worker whose call has ended.
+        """Take in how a call has ended, and go on with its worker.
 
         Raises:
             WasError: it cannot load its model, no other has, and none is trying.
@@ -182,7 +182,7 @@ class Members:
             self._release(member)
 
     def turn(self) -> None:
-        """End calls that are overdue, and look for lost workers that may be back."""
+        """End overdue calls, and look for lost workers that may be back."""
         for call in self._calls.overdue():
             if not self._calls.drop(call):
                 continue  # went with its worker
@@ -197,7 +197,7 @@ class Members:
             self._locate(member)
 
     def give_up(self, ticket: int, reason: str) -> None:
-        """Take a call in flight for lost, if it still is; its worker's process, which may hang, is replaced."""
+        """Count a call as lost if it is still in flight; its worker's process, which may hang, is replaced."""
         for call in self._calls.running:
             if call.ticket == ticket and self._calls.drop(call):
                 _logger.warning("%s is restarted: %s", call.member.name, reason)
@@ -208,7 +208,7 @@ class Members:
         self._lost(call, TimeoutError(words))
 
     def _raised(self, call: Call, cause: BaseException) -> None:
-        """The call's own code raised ``cause``; the process lives."""
+        """Go on after a call whose own code raised ``cause``; the process lives."""
         member = call.member
         if isinstance(cause, DeviceLostError):
             ray.kill(member.actor, no_restart=False)
@@ -226,7 +226,7 @@ class Members:
             raise cause
 
     def _lost(self, call: Call, error: BaseException) -> None:
-        """The worker's process is gone, or is no longer waited for."""
+        """Go on after a call whose worker's process is gone, or is no longer waited for."""
         member = call.member
         member.place, member.ready = None, False
         if not call.ours:
@@ -249,7 +249,7 @@ class Members:
             self._recovering.append((time.monotonic() + min(0.25 * 2.0**member.failures, 10.0), member))
 
     def _give_up(self, member: Member) -> None:
-        """Let a worker go that nothing can be done for; nobody takes its place for a while."""
+        """Let go of a worker that cannot be helped; nobody takes its place for a while."""
         self.let_go(member)
         self._given_up.append(time.monotonic())
 
@@ -259,7 +259,7 @@ class Members:
         self._calls.start(member, PLACE, member.actor.place.remote(), math.inf)
 
     def _release(self, member: Member) -> None:
-        """The worker's call has ended: it is idle, or goes."""
+        """Make a worker idle whose call has ended, or let it go."""
         if member.going:
             self.let_go(member)
         elif member.quarantine is None:

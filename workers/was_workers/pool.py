@@ -46,8 +46,8 @@ class Pool:
         spec: what the workers load.
         n_workers: how many, or from how many to how many.
         gpus_per_worker: GPUs of each; fractions share a GPU.
-        useful: at most so many have something to do; until :meth:`need` says otherwise.
-        divide_threads: give each an equal share of this machine's processors, again whenever their number changes.
+        useful: at most this many workers have something to do, until :meth:`need` says otherwise.
+        divide_threads: share this machine's processors equally, again whenever the number of workers changes.
         policy: when a worker is put in quarantine; None for the usual one.
 
     Attributes:
@@ -98,13 +98,13 @@ class Pool:
         self._members.close()
 
     def resize(self, n_workers: WorkerRange | int) -> None:
-        """Start workers, or let some go, until there are so many; returns at once and loses no call.
+        """Start workers, or let some go, until there are ``n_workers``; returns at once and loses no call.
 
-        Those go first that have no place yet, then those that load, then idle ones, then busy ones, each of these
-        once its call has ended.
+        Those go first that have no place yet, then those that load, then idle ones, then busy ones, each once its
+        call has ended.
 
         Raises:
-            ResourceError: a local machine lacks the GPUs for so many; nothing is changed.
+            ResourceError: a local machine lacks the GPUs for ``n_workers``; nothing is changed.
         """
         self._size.asked = fitting(_as_range(n_workers), self._cluster, self._gpus_per_worker)
         self._members.forgive()
@@ -124,10 +124,10 @@ class Pool:
         self._members.outcomes.clear()
 
     def quarantine(self, index: int, reason: str, seconds: float) -> bool:
-        """Give the worker ``index`` no call for ``seconds``; whether that was done.
+        """Give the worker ``index`` no call for ``seconds``; returns whether that was done.
 
-        A call that it is at comes back as lost, and blameless. It keeps its place, so that no other worker lands on a
-        sick GPU, and another one is started if the cluster has room. When its time is up it is restarted and
+        Its call in flight comes back as lost, and counts against nobody. The worker keeps its place, so that no other
+        lands on a sick GPU, and another one is started if the cluster has room. When its time is up it is restarted and
         released, or let go where enough others are there. The last worker that is ready is never put in quarantine,
         and where all others have gone the first of those in quarantine is released.
         """
@@ -139,22 +139,22 @@ class Pool:
         return True
 
     def give_up(self, ticket: int, reason: str) -> None:
-        """Take a call for lost that hangs: it comes back so, and its worker loads the model again."""
+        """Count a call that hangs as lost: it comes back so, and its worker loads the model again."""
         self._members.give_up(ticket, reason)
 
     @property
     def n_workers(self) -> int:
-        """Workers there are, loaded or not; those left out that are about to go or in quarantine."""
+        """Number of workers, loaded or not, without those that are about to go or in quarantine."""
         return self._size.n_workers
 
     @property
     def n_parallel(self) -> int:
-        """Into how many parts work is well cut: workers that have a place, at least as many as will soon."""
+        """Number of parts to cut work into: workers that have a place, or will have one soon."""
         return max(1, min(self.n_workers, self._size.asked.least), self.state.placed)
 
     @property
     def n_loaded(self) -> int:
-        """Workers that hold the model, those that are about to go or in quarantine included."""
+        """Number of workers that hold the model, with those that are about to go or in quarantine."""
         return len(self.infos)
 
     @property
@@ -187,17 +187,17 @@ class Pool:
 
     @property
     def infos(self) -> list[WorkerInfo]:
-        """Workers that have loaded their model so far."""
+        """What the workers said that have loaded their model so far."""
         return [member.info for member in self._members.all if member.info is not None]
 
     @property
     def state(self) -> PoolState:
-        """The workers by what they are at."""
+        """How many workers are doing what."""
         return self._size.state
 
     @property
     def running(self) -> list[tuple[int, int, float]]:
-        """Ticket, worker's index and seconds so far of every call in flight."""
+        """Ticket, worker's index and seconds so far, of every call in flight."""
         return [(call.ticket, call.member.index, call.seconds) for call in self._calls.running]
 
     def share(self, value: T) -> Shared[T]:
@@ -223,7 +223,7 @@ class Pool:
         return ticket
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
-        """Calls that ended, at the latest after ``timeout_seconds``; may be none.
+        """Calls that have ended, after at most ``timeout_seconds``; [] if none has.
 
         Raises:
             WasError: a worker cannot load its model.
@@ -234,7 +234,7 @@ class Pool:
         return outcomes
 
     def turn(self, timeout_seconds: float) -> None:
-        """As ``wait``, but what has ended is kept for the next ``wait``."""
+        """Wait for calls as :meth:`wait` does, but keep what has ended for the next :meth:`wait`."""
         for call in self._calls.wait(timeout_seconds):
             if (ending := self._calls.take(call)) is not None:
                 self._members.settle(ending)
@@ -254,10 +254,10 @@ class Pool:
         self._wait_for(lambda: self.n_idle > 0, "no worker had loaded its model within", timeout_seconds)
 
     def wait_for_least(self, timeout_seconds: float = PREPARE_SECONDS) -> None:
-        """Block until the least number of workers that was asked for is ready; of a fixed number, one is enough.
+        """Block until the least number of workers asked for is ready; where a fixed number was asked for, until one is.
 
         Raises:
-            ResourceError: they were not in time.
+            ResourceError: they did not become ready in time.
         """
         asked = self._size.asked
         if asked.fixed:

@@ -48,14 +48,15 @@ class RayShared(Generic[T]):
 class SharedMemory:
     """A worker's memory of the values that its last call carried.
 
-    Consecutive calls of a search carry the same ones: what is formed of them once, as the sums of histograms, is kept.
+    Consecutive calls of a search carry the same values, so what is computed from them once, such as sums of
+    histograms, is kept.
     """
 
     def __init__(self) -> None:
         self._held: dict[Any, Held[Any]] = {}
 
     def resolved(self, call: CallT) -> CallT:
-        """``call`` with its shared values in this process. Values that it does not carry are forgotten."""
+        """``call`` with its shared values in this process; values that it does not carry are forgotten."""
         arguments: Any = call
         values = {field.name: getattr(call, field.name) for field in fields(arguments)}
         carried = {name: value for name, value in values.items() if isinstance(value, RayShared)}

@@ -15,10 +15,10 @@ from was_workers.draining import draining_nodes
 from was_workers.members import Members
 
 _LOOK_SECONDS = 0.5
-"""Between two looks at the pool's own size."""
+"""Time between two looks at the pool's own size."""
 
 _DRAIN_SECONDS = 2.0
-"""Between two looks for nodes that are about to go."""
+"""Time between two looks for nodes that are about to go."""
 
 _logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ class Size:
     Args:
         members: the workers.
         cluster: where they are.
-        asked: how many are to be there; see :func:`fitting`.
-        useful: at most so many have something to do.
+        asked: how many there may be, as :func:`fitting` gives it.
+        useful: at most this many workers have something to do.
     """
 
     def __init__(self, members: Members, cluster: Cluster, asked: WorkerRange, useful: float) -> None:
@@ -56,7 +56,7 @@ class Size:
 
     @property
     def state(self) -> PoolState:
-        """The workers by what they are at."""
+        """How many workers are doing what."""
         members, stay = self._members.all, self._members.staying
         ready = sum(member.ready for member in stay)
         pending = sum(member.place is None for member in stay)
@@ -85,7 +85,7 @@ class Size:
         members, wanted = self._members, self.wanted
         members.end_quarantines(wanted)
         members.threads.divide(wanted + sum(member.quarantine is not None for member in members.all), members.all)
-        for member in members.all:  # those that have not gone yet are the first to stay
+        for member in members.all:  # workers that were to go but have not gone yet are the first to stay
             if member.leaving and member.gone_by is None and self.n_workers < wanted:
                 member.leaving = False
         for _ in range(wanted - self.n_workers):
@@ -111,10 +111,10 @@ class Size:
 
 
 def fitting(asked: WorkerRange, cluster: Cluster, gpus_per_worker: float) -> WorkerRange:
-    """``asked`` as far as this machine has room, where the workers must be on it.
+    """``asked``, cut to what this machine has room for if the workers must be on it.
 
     Raises:
-        ResourceError: not even for the least of them.
+        ResourceError: there is no room for the least number.
     """
     if not cluster.local:
         return asked

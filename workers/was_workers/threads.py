@@ -9,7 +9,7 @@ from was_workers.member import Member
 
 
 class ThreadShare:
-    """Each worker's threads: a number that stays, or with ``divided`` an equal share of this machine's processors.
+    """CPU threads of a worker: a fixed number, or with ``divided`` an equal share of this machine's processors.
 
     Attributes:
         each: threads of one worker; 0 leaves torch's own choice.
@@ -20,7 +20,7 @@ class ThreadShare:
         self._divided = divided
 
     def divide(self, n: int, members: Iterable[Member]) -> None:
-        """Divide among ``n`` workers, and tell those that are ready if that changes their share."""
+        """Divide the processors among ``n`` workers, and tell the ready ones if that changes their share."""
         share = max(1, (os.cpu_count() or 1) // max(1, n))
         if self._divided and share != self.each:
             self.each = share
@@ -29,6 +29,6 @@ class ThreadShare:
                     self.tell(member)
 
     def tell(self, member: Member) -> None:
-        """Have a worker, which may have been started with another share, use its own."""
+        """Have a worker use its present share, as it may have been started with another."""
         if self._divided:
             member.actor.set_threads.remote(self.each)

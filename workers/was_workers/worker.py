@@ -72,7 +72,7 @@ class Place:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Who a worker is, once its model is loaded. ``peak_bytes`` is GPU memory, or the process's on CPU."""
+    """Who a worker is, once its model is loaded."""
 
     host: str
     pid: int
@@ -87,7 +87,7 @@ class WorkerInfo:
 
 
 class Worker:
-    """One model on one device. Calls are stateless but for the loaded model and a memory of shared values.
+    """One model on one device; between calls it keeps only the model and the shared values of the last call.
 
     The model is loaded at the first call and kept: a restarted process loads it again by itself, and an
     unreadable model is an ordinary error of that call instead of a failed start.
@@ -127,8 +127,8 @@ class Worker:
         """The call's result.
 
         Args:
-            call: of which shared values are fetched, unless the call before had them too.
-            about: ids for the log, as of the study, the phase, the slot or the chain, and the attempt.
+            call: its shared values are fetched, unless the call before had them too.
+            about: ids for the log, such as the study, the phase, the slot or the chain, and the attempt.
 
         Raises:
             ModelError: the model cannot be loaded, or gives NaN or infinite numbers.
@@ -187,7 +187,7 @@ def _load(spec: WorkerSpec) -> _Loaded:
 
 @contextmanager
 def _logged(what: str, about: Ids | None, **figures: Any) -> Iterator[dict[str, Any]]:
-    """Events for the begin of ``what`` and for its end or failure, with the ids ``about``; the end has ``figures``."""
+    """Log the beginning of ``what`` and its end or failure, with the ids ``about``; the end has ``figures``."""
     started = time.perf_counter()
     with bound(**(about or {})):
         event(_logger, f"{what} begun")

@@ -1,6 +1,6 @@
 """Attention of one decoding step over a static cache, in one launch of CUDA C++ (``cuda/attend.cu``).
 
-A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it is plain torch of the same meaning.
+A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it runs in plain torch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class AttendStep:
     Attributes:
         qkv: [B, (query_heads + 2 * heads) * head size], float16 or bfloat16: queries, keys and values side by side.
         keys: [B, heads, longest, head size] with unit last stride; the new key is written at ``length``.
-        values: likewise.
+        values: shaped like keys; the new value is written at ``length``.
         length: int64 scalar tensor, positions filled so far, fewer than longest; one more afterwards. A full cache
             ends the GPU's context with a trap: the length is never read on the host.
         cos: [B or 1, head size], rows contiguous, of the new position, in qkv's dtype.
-        sin: likewise.
+        sin: shaped like cos.
         query_heads: a multiple of heads.
-        scaling: of the scores.
+        scaling: factor of the scores.
         q_norm: [head size] or None: weight of an RMSNorm of each query head before the rotation.
-        k_norm: likewise of key heads.
-        epsilon: of those.
+        k_norm: [head size] or None: the same of each key head.
+        epsilon: of both norms.
         mask: bool [B or 1, at least longest] with unit last stride: positions that may be seen; None: all.
     """
 
@@ -58,16 +58,16 @@ class AttendStep:
     mask: Tensor | None = None
 
     def new_output(self) -> Tensor:
-        """Room for [B, query_heads * head size]."""
+        """An uninitialised tensor for the result, [B, query_heads * head size]."""
         return self.qkv.new_empty((self.qkv.shape[0], self.query_heads * self.keys.shape[3]))
 
 
 def _launch(
     step: AttendStep, out: Tensor | None, arrived: Tensor | None, *, early: bool = False, advance: bool = False
 ) -> Tensor:
-    """Write the attention into ``out``; returns the parts that it is made of, which are all that is made if it is None.
+    """Compute the attention's parts, which are returned, and if ``out`` is given the attention itself, into ``out``.
 
-    With ``advance`` the length becomes one more; who merges the parts does that otherwise.
+    With ``advance`` the length becomes one more; otherwise whoever merges the parts does that.
     """
     qkv, keys, values, cos, mask = step.qkv, step.keys, step.values, step.cos, step.mask
     rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
@@ -122,7 +122,7 @@ def _launch(
 
 
 def _reference(step: AttendStep) -> Tensor:
-    """The attention in plain torch; writes the new key and value, and leaves the length alone."""
+    """The attention in plain torch; writes the new key and value, and leaves the length as it is."""
     qkv, keys, values, length = step.qkv, step.keys, step.values, step.length
     rows, (_, heads, longest, head), query_heads = qkv.shape[0], keys.shape, step.query_heads
     q, k, v = torch.split(qkv.view(rows, -1, head), [query_heads, heads, heads], dim=1)
@@ -191,7 +191,7 @@ def _(
 
 
 def attend(step: AttendStep, arrived: Tensor, *, early: bool = False) -> Tensor:
-    """Attention of one new token over a static cache: norms of heads, rotation, append and softmax in one launch.
+    """The attention of one new token over a static cache: norms of heads, rotation, append and softmax in one launch.
 
     Positions after the new token are never used, whatever the cache holds there.
 
@@ -230,10 +230,10 @@ def attend(step: AttendStep, arrived: Tensor, *, early: bool = False) -> Tensor:
 
 
 def attend_in_parts(step: AttendStep, *, early: bool = False) -> AttentionParts:
-    """:func:`attend` on a GPU, but that its blocks' parts are left to be merged, and the length to be moved on.
+    """:func:`attend` on a GPU without its last part: the parts are not merged, and the length stays as it is.
 
-    That is the work of the next launch (:func:`was_kernels.ops.gather_launch.launch_gather`), which reads every part
-    once and waits for no block but its own. Not for graphs that are compiled.
+    The next launch does both (:func:`was_kernels.ops.gather_launch.launch_gather`): it reads every part once and
+    waits for no block but its own. Not for compiled graphs.
     """
     return AttentionParts(_launch(step, None, None, early=early), step.length, step.qkv.dtype)
 

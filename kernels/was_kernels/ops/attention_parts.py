@@ -1,4 +1,4 @@
-"""Attention of one decoding step that several blocks made a part of each, to be merged by the launch that reads it."""
+"""Attention of one decoding step in parts, each computed by one block; the launch that reads them merges them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """What :func:`was_kernels.ops.attend.attend_in_parts` leaves behind on the device.
+    """The result of :func:`was_kernels.ops.attend.attend_in_parts`, on the device.
 
     Attributes:
         parts: float32 [B, key heads, splits, queries, head size + 2]: for each split its weighted sum of values, the
             peak of its scores in units of log2, and the sum of the weights relative to that peak.
-        length: int64 scalar tensor, positions filled before this step. Who merges the parts makes it one longer.
-        dtype: of the attention that the parts come to.
+        length: int64 scalar tensor, positions filled before this step. Whoever merges the parts makes it one longer.
+        dtype: of the merged attention.
     """
 
     parts: Tensor
@@ -25,7 +25,7 @@ class AttentionParts:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the attention: rows and channels, query heads side by side."""
+        """Rows and channels of the merged attention, query heads side by side."""
         rows, heads, _, queries, part = self.parts.shape
         return rows, heads * queries * (part - 2)
 
@@ -35,12 +35,15 @@ class AttentionParts:
 
     @property
     def macros(self) -> dict[str, int]:
-        """What ``cuda/parts.cuh`` has to know."""
+        """Macros for ``cuda/parts.cuh``."""
         _, _, splits, queries, part = self.parts.shape
         return {"SPLITS": splits, "QUERIES": queries, "HEAD": part - 2}
 
     def merged(self) -> Tensor:
-        """[B, channels] in ``dtype``, in plain torch; rows that saw nothing are zero. The length stays as it is."""
+        """The attention [B, channels] in ``dtype``, in plain torch; rows that saw nothing are zero.
+
+        The length stays as it is.
+        """
         sums, peaks, masses = self.parts[..., :-2], self.parts[..., -2:-1], self.parts[..., -1:]
         top = peaks.amax(dim=2, keepdim=True)
         takes = torch.where(top.isneginf(), torch.zeros_like(peaks), torch.exp2(peaks - top))

@@ -18,10 +18,10 @@ class ColumnWeight:
     ``W[o, j]`` takes the scale and offset of channel j and group ``o // group``.
 
     Attributes:
-        columns: [d_in, width] with unit last stride; of a rounded weight uint8 [d_in, bytes] contiguous: q, at 4 bits
-            two in a byte, the first in its low half.
-        scales: of a rounded weight float16 [d_in, groups, 2] contiguous: scale and offset; else None.
-        bits: of a rounded weight 8 or 4, else those of the dtype.
+        columns: [d_in, width] with unit last stride; if rounded, uint8 [d_in, bytes] contiguous: q, at 4 bits two in a
+            byte, the first in its low half.
+        scales: if rounded, float16 [d_in, groups, 2] contiguous: scale and offset; else None.
+        bits: 8 or 4 if rounded, else those of the dtype.
         group: outputs of a group, a multiple of 32, the last of which may be short; 1 if nothing is rounded.
         width: outputs.
     """
@@ -34,12 +34,12 @@ class ColumnWeight:
 
     @staticmethod
     def as_stored(columns: Tensor) -> ColumnWeight:
-        """The weight [d_in, width] that is the transposed one of a linear map."""
+        """A weight that is not rounded: ``columns`` [d_in, width] is the transposed weight of a linear map."""
         return ColumnWeight(columns, None, columns.element_size() * 8, 1, columns.shape[-1])
 
     @property
     def format(self) -> tuple[bool, int, int]:
-        """What the weights of one launch have in common."""
+        """Whether it is rounded, bits and group: equal for all weights of one launch."""
         return self.scales is None, self.bits, self.group
 
     @property
@@ -88,7 +88,7 @@ class ColumnWeight:
             )
 
     def written_out(self) -> Tensor:
-        """[d_in, width]: as it is, or float32 where it is rounded."""
+        """The weight as a plain [d_in, width]: as stored, or in float32 where it is rounded."""
         if self.scales is None:
             return self.columns
         packed, n_groups = self.columns, self.scales.shape[1]
@@ -105,7 +105,7 @@ class SparseMap:
     Scores are float32; ties are kept, NaN is dropped, and a threshold of zero or less keeps all.
 
     Attributes:
-        weight: of d_in channels.
+        weight: W, of d_in channels.
         norms: float32 [d_in] contiguous.
         threshold: in the unit of ``abs(x) * norms``.
         bias: [width] contiguous, or None.
@@ -117,7 +117,7 @@ class SparseMap:
     bias: Tensor | None = None
 
     def require(self, d_in: int, dtype: torch.dtype) -> None:
-        """Check that this takes inputs of ``d_in`` channels and ``dtype``.
+        """Check that the map takes inputs of ``d_in`` channels and ``dtype``.
 
         Raises:
             ValueError: it does not.

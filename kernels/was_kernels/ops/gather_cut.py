@@ -8,10 +8,10 @@ from functools import lru_cache
 from was_kernels.ops.nvrtc import ceil_div
 
 WARPS = 8
-"""Of a block."""
+"""Warps of a block."""
 
 _STRIPE = 16
-_SHARED_BYTES = (48 << 10) - 768  # what every device gives without asking, less the kernel's small arrays
+_SHARED_BYTES = (48 << 10) - 768  # shared memory that every device gives without asking, less the kernel's small arrays
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Cut:
 
     Attributes:
         lanes: threads along a weight row.
-        per_lane: columns of each.
+        per_lane: columns of each lane.
         blocks: column blocks of each projection.
         shares: blocks along the input channels.
         capacity: channels of a block, rounded up to whole passes of its threads.
-        rows: of x that the kernel is compiled for.
+        rows: rows of x that the kernel is compiled for.
         unroll: weight rows in flight for each group of lanes.
         residents: blocks that a multiprocessor holds.
-        mma: products on tensor cores, whose tiles have 8 rows of x.
+        mma: whether products run on tensor cores, whose tiles have 8 rows of x.
     """
 
     lanes: int
@@ -43,7 +43,7 @@ class Cut:
 
 @lru_cache(maxsize=256)
 def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int, bits: int = 16) -> Cut:
-    """Fill every multiprocessor once, as evenly as whole blocks allow.
+    """The cut that fills every multiprocessor once, as evenly as whole blocks allow.
 
     A weight row's piece is 512 bytes where that still leaves enough blocks, else 256. A block has at least as many
     channels as threads, so that scoring them is one pass. Three and more rows of 16-bit weights are

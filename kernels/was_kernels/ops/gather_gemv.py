@@ -1,6 +1,6 @@
 """Sparse projections of one decoding step that share an input, in one launch of CUDA C++ (``cuda/gather_gemv.cu``).
 
-A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it is plain torch of the same meaning.
+A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it runs in plain torch.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
 
     Each projection and each row of x has its own mask. Weights of a channel that all rows drop are not read. Sums are
     float32 in a fixed order: the same inputs give the same bits on the same device. An infinite input that is kept
-    gives what is not finite; with rounded weights possibly NaN where the exact result is infinite.
+    gives an infinity or NaN; with rounded weights possibly NaN where the exact result is infinite.
 
     Args:
-        step: of an x that is a tensor.
+        step: the inputs; x is a tensor, not parts of attention.
         arrived: from :func:`was_kernels.ops.gather_launch.counters`; not to be shared by kernels that may run at once.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
             ``x``; norms and ``norm_weight`` are read before it has ended.
@@ -94,7 +94,7 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
         [B, sum of widths], or [B, width] when gated.
 
     Raises:
-        ValueError: shapes, dtypes or counts other than these.
+        ValueError: shapes, dtypes or counts other than :class:`GatherStep` says.
     """
     step.require_one_format()
     weights = [sparse.weight for sparse in step.maps]

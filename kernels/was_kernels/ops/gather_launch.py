@@ -35,7 +35,7 @@ _GROUPS = {n: type(f"_Group{n}", (ctypes.Structure,), {"_fields_": (("part", _Pr
 
 
 def counters(device: torch.device) -> Tensor:
-    """Zeros that the ops count arrived blocks in, int32; one for each model, whose kernels run one after another."""
+    """Zeros, int32, in which the ops count arrived blocks; one set for each model, whose kernels run one by one."""
     return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -47,7 +47,7 @@ def launch_gather(
     want_squares: bool = False,
     early: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run ``step`` on a GPU without its checks, as the launches of a fused block hand on to each other.
+    """Run ``step`` on a GPU without its checks: for the launches of a fused block, each of which feeds the next.
 
     Args:
         step: x has a unit last stride and rows that start at multiples of 16 bytes; parts of attention are merged, and
@@ -55,8 +55,8 @@ def launch_gather(
         arrived: from :func:`counters`.
         squares: float32 [B, n]: sums of the squares of parts of each row of x, from the launch that made x; so the
             RMSNorm need not read all of x in every block.
-        want_squares: of the result, one part for each block of columns; takes one map.
-        early: as :func:`was_kernels.ops.gather_gemv.gather_gemv` takes it.
+        want_squares: return sums of squares of the result, one part for each block of columns; takes one map.
+        early: as in :func:`was_kernels.ops.gather_gemv.gather_gemv`.
 
     Returns:
         The result and, if wanted, the squares of its parts.

@@ -29,7 +29,7 @@ class GatherStep:
         gated: the result is ``silu(y_0) * y_1``; takes two maps of one width.
         norm_weight: [d_in], a multiple of 8: x goes through RMSNorm with this weight first, as Llama's.
         epsilon: of the RMSNorm.
-        residual: like the result; added to it.
+        residual: shaped like the result, and added to it.
         dense: bool [B]: rows that keep every channel.
     """
 
@@ -59,10 +59,10 @@ class GatherStep:
             raise ValueError("weights: one format for all needed")
 
     def require(self) -> None:
-        """Check everything that the kernel takes for granted, of an x that is a tensor.
+        """Check everything that the kernel takes for granted, where x is a tensor.
 
         Raises:
-            ValueError: shapes, dtypes, strides or counts other than these.
+            ValueError: shapes, dtypes, strides or counts other than the attributes say.
         """
         assert isinstance(self.x, Tensor)
         self.require_one_format()

@@ -20,7 +20,7 @@ N_BINS = 1 << 15
 """Bins of a histogram of scores: the upper 16 bits of a float32 without its sign."""
 
 _COPIES = 16
-"""Histograms that programs share by turns: many scores fall into few bins, and atomic additions to one queue up."""
+"""Number of copies of the histogram, as many scores fall into few bins and atomic additions to one bin queue up."""
 
 _ROWS = 4
 _COLUMNS = 1024
@@ -145,7 +145,7 @@ def slope_terms(
 
     Returns:
         The gradient at x, in the gradient's dtype; the loss's change over the window, float64 scalar; counts of the
-        scores behind the prefix, int64 [32768].
+        scores after the prefix, int64 [32768].
     """
     x, gradient = x.contiguous(), gradient.contiguous()
     d, n_rows = x.shape[-1], x.numel() // x.shape[-1]
@@ -187,7 +187,7 @@ def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, pref
         prefix: positions that are never masked.
 
     Returns:
-        Summed over tokens, float64 [G].
+        Prices summed over tokens, float64 [G].
     """
     x, gradient = x.contiguous(), gradient.contiguous()
     bodies, levels = x.shape[0] * (x.shape[1] - prefix), triton.next_power_of_2(len(bounds))

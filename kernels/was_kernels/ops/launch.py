@@ -11,14 +11,14 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What the kernels take; everything is summed in float32."""
+"""Dtypes that the kernels take; everything is summed in float32."""
 
 _INTERPRETED_PROCESSORS = 2
-"""A small figure, so that the interpreter takes the split path on small shapes too."""
+"""Processors that the interpreter pretends to have: few, so that small shapes take the split path too."""
 
 
 def interpreted(kernel: Any) -> bool:
-    """Whether ``kernel`` was the interpreter's (TRITON_INTERPRET=1 before triton's first import)."""
+    """Whether ``kernel`` runs in Triton's interpreter (TRITON_INTERPRET=1 before triton's first import)."""
     return not isinstance(kernel, JITFunction)
 
 
@@ -28,7 +28,7 @@ def runs(kernel: Any, x: Tensor) -> bool:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it that of ``x``, if it is another."""
+    """A context that makes the device of ``x`` the current one, on which Triton launches."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)

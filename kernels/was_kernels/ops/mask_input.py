@@ -1,6 +1,6 @@
 """Mask a projection's input, leave the dense prefix alone and count what is kept, in one read and one write.
 
-``was_search.masks.score.mask_input`` is the reference, the same bit for bit. Plain torch makes nine passes of it, and
+``was_search.masks.score.mask_input`` is the reference, the same bit for bit. Plain torch takes nine passes, and
 the fused score and mask alone still needs a copy to put the prefix back and a pass to count.
 """
 
@@ -46,7 +46,7 @@ def _mask_input_kernel(
 
 
 def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple[Tensor, Tensor]:
-    """``x`` with the channels whose score is under ``threshold`` set to zero behind the prefix, and how many were kept.
+    """``x`` with channels of a score under ``threshold`` set to zero after the prefix, and how many were kept.
 
     Args:
         x: [sequences, positions, d], fp16, bf16 or fp32.
@@ -55,7 +55,7 @@ def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple
         prefix: positions at a sequence's start that keep all channels.
 
     Returns:
-        Like x; and the number of kept channels behind the prefix, int64 scalar on x's device.
+        A tensor like x; and the number of kept channels after the prefix, int64 scalar on x's device.
     """
     source = x.contiguous()
     y = torch.empty_like(source)

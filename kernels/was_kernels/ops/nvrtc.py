@@ -59,11 +59,11 @@ class CudaKernel:
         *,
         overlap: bool = False,
     ) -> None:
-        """Enqueue it on its device's current stream, whichever device is the current one.
+        """Enqueue the kernel on its device's current stream, whichever device is the current one.
 
         Args:
             grid: blocks along x and y.
-            threads: of a block.
+            threads: threads of a block.
             arguments: ctypes values in the kernel's order, each kept alive until this returns.
             overlap: may start while the kernel before on the stream is still running; it then has to wait itself.
         """

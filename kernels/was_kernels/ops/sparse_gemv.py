@@ -165,7 +165,7 @@ def sparse_gemv(x: Tensor, sparse: SparseMap, dense: Tensor | None = None) -> Te
 
     Args:
         x: [B, d_in], fp16, bf16 or fp32.
-        sparse: its weight contiguous, in x's dtype or rounded.
+        sparse: the map; its weight is contiguous, in x's dtype or rounded.
         dense: bool [B] or None: rows that keep every channel (the dense prefix); read on the device, no sync.
 
     Returns:

@@ -55,7 +55,7 @@ def row_kernel(
     first = split * STEPS * BLOCK_IN
     low = tl.zeros((BLOCK_IN, width), dtype=tl.float32)
     high = tl.zeros((BLOCK_IN, width), dtype=tl.float32)
-    tile = lanes[:, None] * row_length + places[None, :]  # int32 holds it: a tile has BLOCK_IN rows
+    tile = lanes[:, None] * row_length + places[None, :]  # int32 is enough: a tile has BLOCK_IN rows
     if HAS_DENSE:
         everything = tl.load(dense_ptr + lanes * 0) != 0
     x = tl.load(x_ptr + first + lanes, mask=first + lanes < d_in, other=0.0).to(tl.float32)
@@ -121,7 +121,7 @@ def batch_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """Up to BLOCK_ROWS rows: each masked by itself, weights read where any of them keeps the channel.
+    """Up to BLOCK_ROWS rows: each has its own mask, and weights are read where any row keeps the channel.
 
     Products are of x's dtype, or float32 if UPCAST, as rounded weights need it: half precision would round them again.
     """
@@ -188,7 +188,7 @@ def reduce_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums in order of split, then the bias, then one rounding to y's dtype."""
+    """Add up the partial sums in order of split, add the bias, and round once to y's dtype."""
     row = tl.program_id(0)  # the first axis has no limit of 65,535
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = out < d_out

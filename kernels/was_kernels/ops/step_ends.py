@@ -1,7 +1,7 @@
 """What a decoding step does around its blocks, in one launch each of CUDA C++ (``cuda/step_ends.cu``).
 
-Embeddings, angles of the rotation and flags of dense tokens before the first block; the norm behind the last one.
-Custom ops like :mod:`was_kernels.ops.gather_gemv`; on CPU they are plain torch of the same meaning.
+Embeddings, angles of the rotation and flags of dense tokens before the first block; the norm after the last one.
+Custom ops like :mod:`was_kernels.ops.gather_gemv`; on CPU they run in plain torch.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _(
 def begin_step(
     tokens: Tensor, table: Tensor, positions: Tensor, frequencies: Tensor, *, scaling: float = 1.0, prefix: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Embeddings and angles of one new token a row.
+    """Embeddings, angles and flags of one new token a row.
 
     Args:
         tokens: int64 [B]; one outside of the table ends the process's use of the device, as embeddings do.
@@ -97,7 +97,7 @@ def begin_step(
         positions: int64 [B] or [1].
         frequencies: float32 [head size / 2], contiguous: radians a position.
         scaling: of cosines and sines.
-        prefix: positions under it are dense.
+        prefix: tokens at positions under it are dense.
 
     Returns:
         ``table[tokens]`` [B, d]; cosines and sines [B or 1, head size] in the table's dtype, both halves alike; flags

@@ -1,4 +1,4 @@
-"""One-token steps of a decoder block in five launches: the projections of a plan fused with all that lies between.
+"""One-token steps of a decoder block in five launches: the projections of a plan fused with all that lies between them.
 
 A block whose class is known gets a subclass of it that takes such steps itself and leaves everything else (prompts,
 other caches, wanted attention weights) to transformers. Modules, names and parameters stay as they are.
@@ -36,7 +36,7 @@ class DecodeBlock:
         layer: of a class in :data:`FAMILIES`, its seven projections swapped for :class:`SparseLinear`.
         prefix: tells which tokens are dense.
         arrived: counters of the model.
-        dense_above: leave steps of more rows to the modules, which keep every channel then; None: of none.
+        dense_above: leave steps of more rows to the modules, which then keep every channel; None: run all.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class DecodeBlock:
         return mask is None or _is_row_of_flags(mask, layer.keys.shape[2])
 
     def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """The block's forward: a step through :meth:`run`, all else through ``plain``, the class's own."""
+        """The block's forward: a step through :meth:`run`, all else through ``plain``, the class's own forward."""
         hidden = args[0] if args else given.get("hidden_states")
         others = {name: value for name, value in given.items() if name != "hidden_states"}
         if len(args) <= 1 and hidden is not None and self.takes(hidden, others):
@@ -163,7 +163,7 @@ class DecodeBlock:
 
 
 def _is_row_of_flags(mask: Any, longest: int) -> bool:
-    """Whether a mask says of every position of the cache whether the new token may see it: bool [B or 1, 1, 1, n]."""
+    """Whether ``mask`` has a flag for each position of the cache, seen or not: bool [B or 1, 1, 1, n]."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
         return False
     return mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] >= longest and mask.stride(3) == 1

@@ -1,4 +1,4 @@
-"""One-token steps of a decoder whose blocks are fused, without small kernels before the first and behind the last.
+"""One-token steps of a decoder whose blocks are fused, without small kernels before the first and after the last.
 
 transformers makes the angles, the causal mask and the norm of a step from some thirty operations on a few numbers. A
 decoder whose class is known gets a subclass that takes such steps itself, as :mod:`was_kernels.runtime.decode_block`
@@ -42,8 +42,8 @@ class DecodeModel:
 
     Args:
         decoder: of a class in :data:`FAMILIES`, that :func:`fits`.
-        steps: of its blocks, in their order.
-        prefix: tells which tokens are dense. It is followed here: attach no hooks for it.
+        steps: the steps of its blocks, in their order.
+        prefix: tells which tokens are dense. It is kept up to date here: attach no hooks for it.
     """
 
     def __init__(self, decoder: Any, steps: list[DecodeBlock], prefix: DensePrefix | None) -> None:
@@ -107,7 +107,7 @@ class DecodeModel:
         return BaseModelOutputWithPast(last_hidden_state=hidden, **_cache_of(given))
 
     def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """The decoder's forward: a step through :meth:`run`, all else through ``plain``, the class's own."""
+        """The decoder's forward: a step through :meth:`run`, all else through ``plain``, the class's own forward."""
         if not args and self.takes(given):
             return self.run(given)
         if self._prefix is None:
@@ -120,7 +120,7 @@ class DecodeModel:
 
 
 def _cache_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The cache under the name that this transformers has for it."""
+    """The cache, under the name that the installed transformers has for it."""
     return {name: given[name] for name in ("cache", "past_key_values") if given.get(name) is not None}
 
 

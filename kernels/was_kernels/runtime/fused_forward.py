@@ -11,23 +11,22 @@ from torch import nn
 
 
 class FusedForward(Protocol):
-    """What stands in for a module's forward."""
+    """Our code that runs in the place of a module's forward."""
 
     def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """The module's output for ``args`` and ``given``; ``plain`` is the class's own forward, which takes the module
-        first."""
+        """The module's output for ``args`` and ``given``; ``plain`` is the class's own forward, unbound."""
         ...
 
 
 _CAPTURING = "transformers.utils.output_capturing"
-"""Puts hooks on blocks and attentions when outputs of theirs are first wanted, for good; they do nothing otherwise."""
+"""A module whose hooks stay on blocks and attentions once their outputs were wanted; they do nothing otherwise."""
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody's code is on the forward of any of ``modules``, which a fused forward would not call.
+    """Whether any of ``modules`` has other code on its forward, which a fused forward would not call.
 
-    That is hooks, or a forward of the module's own in the place of its class's, as accelerate gives to the modules of a
-    model that it spreads over devices.
+    Such code is a hook, or a forward of the module's own in the place of its class's, as accelerate gives to the
+    modules of a model that it spreads over devices.
     """
     return any(
         "forward" in vars(module)

@@ -18,17 +18,17 @@ class HeldWeight(Protocol):
 
     @property
     def tensor(self) -> Tensor:
-        """What the linear map holds: its parameter, or the packed buffer."""
+        """The tensor that the linear map holds: its parameter, or the packed buffer."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the linear map computes in."""
+        """The dtype that the linear map computes in."""
         ...
 
     @property
     def columns(self) -> ColumnWeight:
-        """As the kernels read it, the same memory."""
+        """The weight as the kernels read it, in the same memory."""
         ...
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,7 +41,7 @@ class HeldWeight(Protocol):
 
 
 class StoredWeight:
-    """A linear's own parameter, so that its identity, name and dtype stay; only its storage becomes column-major.
+    """A linear map's own parameter, whose identity, name and dtype stay; only its storage becomes column-major.
 
     One weight at a time exists twice, for the moment of the copy.
     """
@@ -79,7 +79,7 @@ class RoundedWeight:
         return F.linear(x, self._dense_weight(x.dtype), bias)
 
     def restore(self) -> None:
-        """Nothing was changed."""
+        """Nothing to do, as nothing was changed."""
 
 
 def hold(linear: Projection) -> HeldWeight:

@@ -18,7 +18,7 @@ _CACHES = ("cache", "past_key_values")
 class DensePrefix:
     """Flags the tokens at positions under ``prefix``; hooks on the decoder keep the flags up to date.
 
-    A token's position in its sequence comes from the first of these that the decoder is called with:
+    A token's position in its sequence comes from the first of the following that the decoder is called with:
 
     1. ``position_ids`` (``generate`` always passes them and counts from the first real token, so left padding
        is right; packed sequences restart at 0);

@@ -26,15 +26,16 @@ little is left to be saved. A Llama-2-7B's step of 8 rows still takes 0.97 of wh
 
 
 class SparseLinear(nn.Module):
-    """Replaces an ``nn.Linear`` or a :class:`was_search.checkpoints.quantised.QuantisedLinear`: weight column-major,
-    inputs masked.
+    """Replaces an ``nn.Linear`` or a :class:`was_search.checkpoints.quantised.QuantisedLinear`.
+
+    The weight is laid out column-major, and inputs are masked.
 
     One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded) or the
     Triton one (``triton=True``), unless they have more than ``dense_above`` rows, which makes them dense; everything
     else masks the input and multiplies densely. For inference: none passes a gradient.
 
     Args:
-        linear: what is replaced; it shares its parameters, and must not be used until :meth:`restore_layout`.
+        linear: what is replaced; its parameters are shared, and it must not be used until :meth:`restore_layout`.
         norms: float32 [in_features], on the weight's device.
         threshold: the score under which a channel is dropped; zero or less drops nothing.
         prefix: tells which tokens are dense; None masks every token.
@@ -47,7 +48,7 @@ class SparseLinear(nn.Module):
         held: the weight.
         weight: the linear's parameter, or its packed buffer.
         dtype: what the model computes in.
-        channel_bytes: of the weight, scales and offsets with it, of one input channel.
+        channel_bytes: bytes of the weight of one input channel, with scales and offsets.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class SparseLinear(nn.Module):
 
     @property
     def sparse(self) -> SparseMap:
-        """What the kernels take."""
+        """The map as the kernels take it."""
         return SparseMap(self.held.columns, self.norms, self.threshold, self.bias)
 
     def restore_layout(self) -> None:
@@ -101,7 +102,7 @@ class SparseLinear(nn.Module):
         self.held.restore()
 
     def step_threshold(self, rows: int) -> float:
-        """That of a one-token step: zero, which keeps every channel, where it has more than ``dense_above`` rows."""
+        """The threshold of a one-token step: zero, which keeps every channel, above ``dense_above`` rows."""
         return 0.0 if rows > self._dense_above else self.threshold
 
     def forward(self, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class SparseModel:
 
     @property
     def projections(self) -> list[SparseLinear]:
-        """The swapped linear maps, block by block: the projections, or maps that fuse some."""
+        """The swapped linear maps, block by block: projections, or maps that hold several projections."""
         return [swap.sparse for swap in self._swaps]
 
     def __enter__(self) -> nn.Module:
@@ -134,14 +134,14 @@ def sparsify(
     dense; one-token steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any
     batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to
     ``dense_above`` rows (at most 16, 8 of rounded weights) over a static cache in five launches. Restore before saving
-    the model or moving it to other dtypes or devices. Where somebody's hooks are on a block's modules (accelerate's on
-    a model that is spread over devices), or the cache is offloaded, that block runs unfused.
+    the model or moving it to other dtypes or devices. Where hooks are on a block's modules (accelerate puts some on a
+    model that it spreads over devices), or the cache is offloaded, that block runs unfused.
 
     Args:
         model: a transformers causal language model, or its decoder.
         plan: thresholds and norms for this model.
         backend: ``auto`` takes the CUDA kernels where all projections are on an NVIDIA GPU in half precision, else
-            Triton where their dtype has kernels, else the plain reference; the others insist.
+            Triton where their dtype has kernels, else the plain reference; any other name is taken or refused.
         fingerprint: the checkpoint's, if known; checked against the plan's.
         dense_above: one-token steps of more rows keep every channel, since nearly all weights are read for one row or
             another and masking only costs; None: mask them all the same.

@@ -28,15 +28,15 @@ _QUANTILES = 129
 
 
 class Masks(Protocol):
-    """Sets the masks of a model that runs :func:`profile_plan`."""
+    """Sets the masks of a model that runs a :func:`profile_plan`."""
 
     def set(self, sparsities: FloatArray, step: DecodeStep) -> FloatArray:
-        """Mask at ``sparsities`` [L, 7]; returns those that steps then have, [L, 7]."""
+        """Mask at ``sparsities`` [L, 7]; returns the sparsities [L, 7] that steps then have."""
         ...
 
 
 class FixedMasks:
-    """Random channels, the same at every token: exact, and enough for one row, whose time depends on how many only.
+    """Random channels, the same at every token: exact, and enough for one row, whose time depends on their number only.
 
     At least one channel of each projection is kept: a launch that reads nothing hands on zeros, which the next one
     would skip.
@@ -63,7 +63,7 @@ class ScoredMasks:
     """Masks by score, as a plan has them: several rows drop channels of their own, and a launch reads their union.
 
     Thresholds are quantiles of the dense model's scores on the prompt; under the masks of other projections they give
-    other sparsities, so these are counted in steps.
+    other sparsities, so the sparsities of the steps are counted.
     """
 
     def __init__(self, handle: SparseModel, norms: list[Tensor], tokens: Tensor) -> None:
@@ -123,14 +123,14 @@ def profile_plan(model: nn.Module, *, dense_prefix: int = 1) -> Plan:
 class StepClock:
     """A model's sparse step, timed at sparsities; a context that gives the model its own projections back.
 
-    Called, it sets masks in the way in which profiles are made: fixed ones for one row, by score for several.
+    A call sets masks in the way in which profiles are made: fixed ones for one row, by score for several.
     :meth:`by_score` sets them as plans do.
 
     Args:
         model: a transformers causal LM, dense.
         tokens: int64 [rows, more than kv_length], as :class:`DecodeStep` takes them.
         kv_length: positions in the cache.
-        steps: timed for each vector.
+        steps: number of steps timed for each vector.
         backend: as :func:`was_kernels.runtime.sparse_model.sparsify` takes it.
     """
 
@@ -162,7 +162,7 @@ class StepClock:
         return self._timed(self._masks, sparsities)
 
     def by_score(self, sparsities: FloatArray) -> tuple[float, FloatArray]:
-        """The same with every token's masks made by its scores."""
+        """What a call gives, but with every token's masks made by its scores."""
         return self._timed(self._scored, sparsities)
 
     def _timed(self, masks: Masks, sparsities: FloatArray) -> tuple[float, FloatArray]:

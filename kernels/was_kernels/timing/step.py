@@ -37,9 +37,9 @@ class Counted:
 
     Attributes:
         sparsity: parameter-weighted share of channels dropped by a row.
-        live_channels: kept channels of all projections in a step, of those that any row keeps.
+        live_channels: channels of all projections that any row of a step keeps.
         channels: all channels.
-        weight_bytes: of the weights behind the live channels.
+        weight_bytes: bytes of the live channels' weights.
         sparsities: share of channels dropped by a row, by projection, float64 [L, 7].
     """
 
@@ -90,9 +90,9 @@ class DecodeStep:
 
     @torch.inference_mode()
     def times(self, steps: int = 50, *, again: bool = False) -> Times:
-        """Percentiles over so many steps, a few more before them not counted.
+        """Percentiles over ``steps`` steps, after a few more that are not counted.
 
-        With ``again`` a graph that was captured by an earlier call is replayed: for a model of which nothing but the
+        With ``again`` the graph that an earlier call captured is replayed: for a model of which nothing but the
         contents of tensors has changed.
         """
         steps = min(steps, self._kv_length)
@@ -184,7 +184,7 @@ def read_bandwidth(device: torch.device) -> float:
         started = time.perf_counter()
         for _ in range(_READS - 1):
             data.sum()
-        float(data.sum())  # waits for all of them
+        float(data.sum())  # waits for all sums
         fastest = min(fastest, (time.perf_counter() - started) / _READS)
     return data.numel() * 4 / fastest
 

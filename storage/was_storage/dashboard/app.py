@@ -64,8 +64,8 @@ def open_dashboard(
     :mod:`was_storage.dashboard.host_check`.
 
     The dashboard has no login. On a database that :meth:`Database.read_only` made, everything but looking is refused;
-    on others everyone who reaches it can edit studies: keep it on the loopback address, or behind something that
-    asks who it is.
+    on others everyone who reaches it can edit studies: keep it on the loopback address, or behind a proxy that
+    asks for a login.
 
     Raises:
         ResourceError: the port is taken or forbidden, or the host is none of this machine's.
@@ -98,7 +98,7 @@ _HEADERS = (
     ("Referrer-Policy", "same-origin"),
 )
 _DOWNLOAD = (("Content-Disposition", "attachment"), ("Content-Security-Policy", "sandbox; default-src 'none'"))
-"""Of artifacts: a page among them must not run as one of the dashboard's."""
+"""Headers of downloaded artifacts: an HTML page among them must not run as one of the dashboard's."""
 
 
 def _guarded(app: WSGIApplication, *, reads_only: bool) -> WSGIApplication:

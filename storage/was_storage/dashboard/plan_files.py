@@ -25,7 +25,7 @@ from was_storage.studies.cache import Artifact, ArtifactCache
 from was_storage.studies.store import PLAN_KIND
 
 _ATTRIBUTE = "artifacts:"
-"""Before an artifact's id, where Optuna keeps what it knows of it; compared with Optuna's own reader in the tests."""
+"""Prefix of the study attribute in which Optuna describes an artifact; tests compare it with Optuna's own reader."""
 
 _FIRST_DAY = (1980, 1, 1, 0, 0, 0)
 
@@ -48,7 +48,7 @@ class PlanFiles:
         self._cache.put(PLAN_KIND, artifact_id, content_body.read())
 
     def remove(self, artifact_id: str) -> None:
-        """Remove them; raises Optuna's ArtifactNotFound where there are none."""
+        """Remove the bytes; raises Optuna's ArtifactNotFound where there are none."""
         if not self._cache.delete(PLAN_KIND, artifact_id):
             raise ArtifactNotFound(f"no artifact {artifact_id}")
 

@@ -1,4 +1,4 @@
-"""Shows a note and plots on a study's page in optuna-dashboard, from outside of its coordinator."""
+"""Shows a note and plots on a study's page in optuna-dashboard from a process that is not its coordinator."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def show_idle(database: Database, name: str, note: str, figures: Mapping[str, str]) -> bool:
-    """Show ``note`` and ``figures`` on the page of a study that no coordinator runs; whether that was so.
+    """Show ``note`` and ``figures`` on the page of a study that no coordinator runs; returns whether none runs it.
 
-    One that is alive keeps the page fresh itself, and what it knows is newer.
+    A coordinator that is alive keeps the page fresh itself, and what it knows is newer.
 
     Raises:
-        StudyError: there is no such study, or a figure's id is none.
+        StudyError: there is no such study, or a figure's id is not valid.
         StorageError: Optuna's tables are of another version.
         TransientError: the connection was lost.
     """
@@ -42,7 +42,7 @@ def annotate(database: Database, name: str, *, note: str | None, figures: Mappin
     Idempotent: a figure's name is its id, and saving it again replaces it; what is unchanged is not written.
 
     Args:
-        database: that of the study.
+        database: holds the study.
         name: the study's name.
         note: replaces the study's note; None leaves it.
         figures: plotly figures by id: letters, digits, ``-``, ``_`` and ``.``.

@@ -84,9 +84,9 @@ class Database:
         return database
 
     def read_only(self) -> Database:
-        """The same database through connections that the server lets read only; the caller closes it first.
+        """The same database through connections that may only read; the caller closes it before this one.
 
-        Optuna's tables are made before, where they are missing.
+        Optuna's tables are made first where they are missing.
         """
         self.optuna_storage()
         return Database(self._url, read_only=True)
@@ -107,8 +107,7 @@ class Database:
         return display_url(self._url)
 
     def optuna_storage(self) -> RDBStorage:
-        """Optuna's storage on the same database, made on first use and shared; its tables are created if
-        missing.
+        """Optuna's storage on the same database, made on first use and shared; missing tables are created.
 
         Raises:
             StorageError: Optuna's tables are of another version.

@@ -1,4 +1,4 @@
-"""Files whose lock says that somebody lives."""
+"""Files whose lock says that a process is alive."""
 
 from __future__ import annotations
 

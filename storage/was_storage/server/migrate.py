@@ -12,7 +12,7 @@ from was_search.errors import StorageError
 from was_storage.server.schema import HEAD, SCHEMA
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-SETUP_LOCK = 0x77617300  # "was" and 0: taken while tables are made, ours or Optuna's
+SETUP_LOCK = 0x77617300  # "was" and 0: the lock is held while tables are made, ours or Optuna's
 SETUP_SECONDS = 60.0
 
 

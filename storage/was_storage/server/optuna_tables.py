@@ -7,7 +7,7 @@ from sqlalchemy import Connection, text
 from was_search.errors import StorageError
 
 REVISION = "v3.2.0.a"
-"""Of Optuna's schema, by its own Alembic table; the newest of Optuna 5.0."""
+"""Revision of Optuna's schema, as its Alembic table says it; the newest of Optuna 5.0."""
 
 _REVISION = text("SELECT version_num FROM alembic_version")
 
@@ -16,7 +16,7 @@ def require_known(connection: Connection) -> None:
     """Refuse Optuna's tables where they are of another revision than the one that we write.
 
     Raises:
-        StorageError: they are; the message names both.
+        StorageError: the revisions differ; the message names both.
     """
     found = ", ".join(connection.execute(_REVISION).scalars())
     if found != REVISION:

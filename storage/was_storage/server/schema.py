@@ -89,7 +89,7 @@ control = Table(
     Column("patience", Integer),
     CheckConstraint("wish IN ({})".format(", ".join(f"'{wish}'" for wish in Wish)), name="control_wish"),
 )
-"""One row a study, written by whoever asks something of it, read by its coordinator. NULL: as its run says."""
+"""One row a study, written by whoever asks something of it, read by its coordinator. NULL leaves the run's setting."""
 
 run = Table(
     "run",

@@ -16,7 +16,7 @@ _SHOWN = (
     *("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslnegotiation", "channel_binding", "gssencmode"),
     *("target_session_attrs", "passfile", "service", "keepalives"),
 )
-"""Arguments whose values are no secrets. Others are not shown: ``pasword`` holds one as well."""
+"""Arguments whose values are no secrets. All others are hidden, since a mistyped ``pasword`` holds one too."""
 
 _FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile")
 _EXAMPLE = "expected postgresql://user:password@host:5432/database, or 'embedded'"

@@ -44,7 +44,7 @@ _FINISH = text(
 
 
 class KnownKinds:
-    """What the Optuna study's parameters are, read once a name: it refuses two kinds under one name."""
+    """Kinds of the Optuna study's parameters, each read once: Optuna refuses two kinds under one name."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, str] = {}
@@ -52,10 +52,10 @@ class KnownKinds:
     def check(
         self, connection: Connection, optuna_study_id: int, asked: Sequence[tuple[int, Mapping[str, str]]]
     ) -> None:
-        """``asked`` are slots' numbers and distributions, Optuna's JSON by name.
+        """Refuse parameters of another kind; ``asked`` are slots' numbers and distributions, Optuna's JSON by name.
 
         Raises:
-            StudyError: the study, or another of these slots, has another kind of parameter of the same name.
+            StudyError: the study, or another slot in ``asked``, has another kind of parameter of the same name.
         """
         new = sorted({name for _, kinds in asked for name in kinds} - self._kinds.keys())
         if new:
@@ -81,7 +81,7 @@ def begin(
     kinds: KnownKinds,
     trial_ids: dict[int, int],
 ) -> list[int]:
-    """Vectors and trials where there are none yet, and the slots running; returns the attempts, in order.
+    """Hand slots out, with vectors and trials where there are none yet; returns the attempts, in order.
 
     Repeated after a commit whose answer was lost, it changes nothing and returns the same. Optuna's ids of the slots'
     trials go into ``trial_ids``.
@@ -135,14 +135,14 @@ def begin(
 def finish(
     connection: Connection, study_id: int, results: Sequence[tuple[Slot, dict[str, Any]]], unsure: Collection[int]
 ) -> list[bool]:
-    """Results with the further attributes of their trials, and the trials told; see the session's ``finish_all``.
+    """Write results with further attributes of their trials, and tell the trials: the session's ``finish_all``.
 
     Args:
         results: checked and storable; ``attempt`` is the one that ended.
         unsure: slots whose result may have been committed by an earlier call of the same.
 
     Returns:
-        For each whether it is the slot's result.
+        For each result, whether it is its slot's.
     """
     rows = [_result_row(slot, attrs) for slot, attrs in results]
     given = {"study_id": study_id, "rows": json.dumps(rows, ensure_ascii=False)}
@@ -187,5 +187,5 @@ def _result_row(slot: Slot, attrs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no word for what is not finite; Postgres reads it from text."""
+    """A number for JSON; NaN and infinities, which JSON lacks, as text that Postgres reads."""
     return value if math.isfinite(value) else str(value)

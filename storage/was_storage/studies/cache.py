@@ -19,7 +19,7 @@ from was_storage.server.plain import plain
 from was_storage.server.schema import artifact
 
 MAX_PAYLOAD_BYTES = 400 * 2**20
-"""Postgres takes values of 1 GB, and a payload travels as hexadecimal text."""
+"""Largest payload: Postgres takes values of 1 GB, and a payload travels as hexadecimal text."""
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class ArtifactCache:
             connection.execute(statement.on_conflict_do_update(index_elements=["kind", "key"], set_=changed))
 
     def list(self, kind: str | None = None) -> list[ArtifactInfo]:
-        """What is cached, of ``kind`` or at all, oldest first."""
+        """What is cached, oldest first: all, or only of ``kind``."""
         c = artifact.c
         query = select(c.kind, c.key, c.meta, func.octet_length(c.payload).label("size_bytes"), c.created_at)
         if kind is not None:
@@ -148,7 +148,7 @@ def _hash(found: Artifact) -> str:
 
 
 def _canonical(value: Any) -> Any:
-    """Numbers as text: Postgres gives 1e22 back as a whole number, and -0.0 without its sign."""
+    """``value`` with numbers as text: Postgres gives 1e22 back as a whole number, and -0.0 without its sign."""
     if isinstance(value, dict):
         return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, list):

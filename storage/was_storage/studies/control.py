@@ -65,7 +65,7 @@ class ControlStore:
             return held(connection, study_id)
 
     def spent(self, names: Collection[str]) -> Spent:
-        """What all runs of these studies have used up; those that do not exist, nothing."""
+        """What all runs of the named studies have used up; studies that do not exist count as nothing."""
         with self._database.begin() as connection:
             return control_rows.spent(connection, names)
 

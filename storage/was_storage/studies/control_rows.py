@@ -30,7 +30,7 @@ def read(connection: Connection, study_id: int) -> Control:
 
 
 def spent(connection: Connection, names: Collection[str]) -> Spent:
-    """What all runs of the studies of these names have used up, as they have last said."""
+    """What all runs of the named studies have used up, as each has last written it down."""
     sums = select(func.sum(run.c.seconds), func.sum(run.c.gpu_seconds)).join(study, study.c.id == run.c.study_id)
     seconds, gpu_seconds = connection.execute(sums.where(study.c.name.in_(list(names)))).one()
     return Spent(seconds or 0.0, gpu_seconds or 0.0)
@@ -42,7 +42,7 @@ def write_wish(connection: Connection, study_id: int, wish: Wish) -> None:
 
 
 def write_overrides(connection: Connection, study_id: int, values: Mapping[str, Any]) -> None:
-    """Set those overrides that ``values`` names; None takes one back."""
+    """Set the overrides that ``values`` names; None takes one back."""
     if values.get("workers") is not None:
         values = {**values, "workers": str(values["workers"])}
     if values:
@@ -55,8 +55,8 @@ def settle_overrides(
     """Take back the overrides of options that a run sets to another value than the run before it; returns the rest.
 
     Args:
-        connection: of a transaction that holds the study's row.
-        study_id: in our tables.
+        connection: in a transaction that holds the study's row.
+        study_id: its id in our tables.
         before: the options of the run before.
         now: those of this run.
     """

@@ -38,7 +38,7 @@ def held(connection: Connection, study_id: int) -> bool:
 
 
 class CoordinatorLock:
-    """Held from :meth:`acquire` to :meth:`release`, or until its connection is lost.
+    """A study's lock, held from :meth:`acquire` to :meth:`release`, or until its connection is lost.
 
     It refuses a second coordinator while one is alive. It does not make writes safe (a restart of the
     database drops it): the epoch does. Not thread-safe.

@@ -93,7 +93,7 @@ class EndedTrial:
 
 
 def kinds(connection: Connection, study_id: int, names: Sequence[str]) -> dict[str, str]:
-    """A distribution that the Optuna study has for each of ``names``; those that it has none for are left out."""
+    """One distribution of the Optuna study for each of ``names``; names that it does not have are left out."""
     rows = connection.execute(_KINDS, {"study_id": study_id, "names": list(names)})
     return {row.name: row.kind for row in rows if row.kind is not None}
 
@@ -130,7 +130,7 @@ def create(connection: Connection, study_id: int, trials: Sequence[NewTrial]) ->
 
 
 def end(connection: Connection, ended: Sequence[EndedTrial]) -> int:
-    """Tell how trials ended; those that were told before are passed over. Returns how many were told."""
+    """Tell Optuna how trials ended, except those told before; returns how many were told."""
     if not ended:
         return 0
     unfinished = set(connection.execute(_OPEN, {"ids": [trial.trial_id for trial in ended]}).scalars())

@@ -17,7 +17,7 @@ OBJECTIVE = "loss in nats per token"
 
 
 def ensure(connection: Connection, storage: BaseStorage, study_id: int, name: str, known: int | None) -> int:
-    """Optuna's id of the study's mirror, made where it is missing; returns it.
+    """Optuna's id of the study's mirror, which is made where it is missing.
 
     The caller's transaction must hold the study's row, so that two processes do not make it twice. Where
     the known mirror is gone (deleted in the dashboard, say) a new one is linked and every slot forgets its
@@ -58,7 +58,7 @@ def drop(storage: BaseStorage, optuna_study_id: int | None) -> None:
 
 
 def _check_ours(connection: Connection, storage: BaseStorage, found: int, name: str) -> None:
-    """A mirror that a crash left unlinked is empty; anything else belongs to someone else."""
+    """Refuse an Optuna study that is not ours: a mirror that a crash left unlinked is empty."""
     taken = connection.execute(select(study.c.name).where(study.c.optuna_study_id == found)).scalar()
     if (
         taken is not None

@@ -1,8 +1,8 @@
 """A study's page in optuna-dashboard: its note, and plots as plotly's JSON, in the attributes of the Optuna study.
 
 optuna-dashboard's own functions take a commit for every 2,045 characters, hundreds for one page, and importing it takes
-more than a second. Here a page is three statements of the caller's transaction. What is unchanged is not written. What
-is written is what they write; ``tests/storage/dashboard/test_study_page.py`` reads it with them.
+more than a second. Here a page is three statements of the caller's transaction, and what is unchanged is not written.
+The rows are those that its functions write; ``tests/storage/dashboard/test_study_page.py`` reads them with these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LONGEST = 2045
 
 _NOTE, _NOTE_VERSION, _PLOT = "dashboard:note_str:", "dashboard:note_ver", "dashboard:plot_data:"
 _FIGURE_ID = re.compile(r"[A-Za-z0-9_.-]+")
-"""optuna-dashboard permits colons too, and then takes one figure's pieces for another's."""
+"""A figure's id. optuna-dashboard permits colons too, but then takes one figure's pieces for another's."""
 
 _STORED = text(
     "SELECT a.key, md5(a.value_json) AS digest FROM study_system_attributes a WHERE a.study_id = :study_id "
@@ -85,7 +85,7 @@ def _has_note(keys: Iterable[str]) -> bool:
 
 
 def _next_version(version: Any) -> int:
-    """The page compares versions before it saves an edit of the note."""
+    """The note's version after ``value``: the page compares versions before it saves an edit of the note."""
     return 1 + int(version or 0)
 
 

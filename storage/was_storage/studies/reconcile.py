@@ -1,4 +1,4 @@
-"""Repairs differences between our slots, which are the truth, and Optuna's trials: one may be changed by others."""
+"""Makes Optuna's trials, which others may change, agree with our slots, which are the truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from was_storage.studies import optuna_rows, slot_rows, trials
 def repair(connection: Connection, study_id: int, optuna_study_id: int) -> int:
     """Give every slot that has a vector its one trial, and tell the finished ones; returns the number of repairs.
 
-    Trials that carry a slot's number but are not that slot's are told FAIL. Trials without one were put there by
+    Trials that carry a slot's number but are not that slot's are told FAIL. Trials without a number were put there by
     hand and are left alone.
     """
     surplus = _fail_surplus(connection, study_id, optuna_study_id)

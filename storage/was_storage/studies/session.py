@@ -99,8 +99,7 @@ class CoordinatorSession:
             return slot_rows.read_slots(connection, self._study_id, finished_since=moment, finished=True)
 
     def show(self, note: str, figures: Mapping[str, str]) -> None:
-        """Show ``note`` and ``figures`` on the study's page in optuna-dashboard; see
-        :mod:`was_storage.studies.page_rows`.
+        """Show ``note`` and ``figures`` on the study's page in optuna-dashboard (:mod:`was_storage.studies.page_rows`).
 
         One short transaction: nothing else is written meanwhile.
         """
@@ -144,7 +143,7 @@ class CoordinatorSession:
         event(_logger, name, study=self.name, slot=number, trial=self.trial_of(number), **fields)
 
     def finish_all(self, results: Sequence[Result]) -> list[bool]:
-        """Commit results and tell Optuna of them in one transaction; for each whether it is its slot's result.
+        """Commit results and tell Optuna of them in one transaction; returns for each whether it counts.
 
         Only the attempt that is running counts: a late or second result is ignored. A loss that is not a finite
         number makes the slot failed.
@@ -187,8 +186,9 @@ class CoordinatorSession:
         return True
 
     def reconcile(self) -> int:
-        """Make slots and Optuna's trials agree one to one; returns the number of repairs. Runs on entry;
-        idempotent.
+        """Make slots and Optuna's trials agree one to one; returns the number of repairs.
+
+        Runs on entry; idempotent.
 
         Slots left running by an earlier coordinator wait again, with the same vector and attempt count.
         Missing trials are made, surplus ones told FAIL, and finished slots told.
@@ -201,7 +201,7 @@ class CoordinatorSession:
         return repairs
 
     def shrink(self, n_slots: int) -> int:
-        """Remove waiting slots from ``n_slots`` on, those behind the last one that has a vector or was handed out.
+        """Remove waiting slots from ``n_slots`` on, but only after the last one that has a vector or was handed out.
 
         Returns the number of slots left, which may be more than ``n_slots``.
         """

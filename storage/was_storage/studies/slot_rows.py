@@ -31,14 +31,14 @@ def add_slots(connection: Connection, study_id: int, n_slots: int) -> int:
 
 
 def untouched_from(connection: Connection, study_id: int) -> int:
-    """The number behind the last slot that was given a vector or has left ``waiting``; 0 if there is none."""
+    """One more than the number of the last slot that has a vector or has left ``waiting``; 0 if there is none."""
     touched = (slot.c.state != str(SlotState.WAITING)) | slot.c.params.is_not(None) | slot.c.trial_id.is_not(None)
     query = select(func.coalesce(func.max(slot.c.number) + 1, 0)).where(slot.c.study_id == study_id, touched)
     return int(connection.execute(query).scalar_one())
 
 
 def drop_slots(connection: Connection, study_id: int, n_slots: int) -> int:
-    """Remove the slots from ``n_slots`` on that lie behind every touched one; returns how many are left.
+    """Remove the slots from ``n_slots`` on that come after every touched one; returns how many are left.
 
     The caller's transaction must keep the coordinator from handing any of them out meanwhile.
     """
@@ -52,7 +52,7 @@ def read_slots(
 ) -> list[Slot]:
     """All slots by number, without what only storage needs; arrays travel in binary, ten times as fast as text.
 
-    With ``finished`` those that have finished, with ``finished_since`` at that moment or later.
+    With ``finished`` only those that have finished, with ``finished_since`` those that did at that moment or later.
     """
     columns = [column for column in slot.c if column.name not in (*_ARRAYS, "distributions", "attrs")]
     arrays = [func.array_send(slot.c[name]).label(name) for name in _ARRAYS]
@@ -65,7 +65,7 @@ def read_slots(
 
 
 def read(connection: Connection, study_id: int, number: int) -> Row[Any]:
-    """One row.
+    """The row of one slot.
 
     Raises:
         StudyError: the study has no such slot.
@@ -89,7 +89,7 @@ def link_trials(connection: Connection, study_id: int, trial_ids: Mapping[int, i
 
 
 def trial_ids(connection: Connection, study_id: int) -> dict[int, int | None]:
-    """Trial by number, of the slots that have a vector."""
+    """Optuna's id of the trial by slot's number, of the slots that have a vector."""
     query = select(slot.c.number, slot.c.trial_id).where(slot.c.study_id == study_id, slot.c.params.is_not(None))
     return {row.number: row.trial_id for row in connection.execute(query.order_by(slot.c.number))}
 
@@ -104,7 +104,7 @@ def read_finished(connection: Connection, study_id: int, trial_ids: Sequence[int
 
 
 def write(connection: Connection, study_id: int, number: int, **values: Any) -> None:
-    """Set columns of one row."""
+    """Set columns of one slot's row."""
     plain = {name: str(value) if isinstance(value, SlotState) else value for name, value in values.items()}
     connection.execute(update(slot).where(_one(study_id, number)).values(**plain))
 

@@ -98,8 +98,7 @@ class StudyStore:
 
         Raises:
             StudyError: a name that :func:`was_search.studies.names.check_name` refuses; no slots; an existing study
-                whose
-                ``identity`` or ``shape`` differs (each differing key is listed); an Optuna study of that
+                whose ``identity`` or ``shape`` differs (each differing key is listed); an Optuna study of that
                 name that is not ours.
         """
         check_name(name)
@@ -122,9 +121,9 @@ class StudyStore:
         """The study ``name``.
 
         Raises:
-            StudyError: there is none; the message lists those that there are.
+            StudyError: there is none; the message lists the studies that exist.
         """
-        found = self._read(name) if name.isprintable() else []  # others cannot be made, nor sent to the database
+        found = self._read(name) if name.isprintable() else []  # other names cannot be made, nor sent to the database
         if not found:
             names = [record.name for record in self.list()]
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
@@ -150,7 +149,7 @@ class StudyStore:
         """Refuse at once what :meth:`open_or_create` would refuse of a name and an identity; makes nothing.
 
         Raises:
-            StudyError: as there, but for the shape and an Optuna study that is not ours.
+            StudyError: as :meth:`open_or_create`, but for the shape and an Optuna study that is not ours.
         """
         check_name(name)
         for record in self._read(name):
@@ -223,8 +222,7 @@ class StudyStore:
             connection.execute(delete(study_table).where(study_table.c.id == record.id))
 
     def coordinate(self, name: str) -> CoordinatorSession:
-        """The one coordinator's session on the study; entering it takes the lock. See
-        :class:`CoordinatorSession`.
+        """The one coordinator's session on the study (:class:`CoordinatorSession`); entering it takes the lock.
 
         Raises:
             StudyError: there is no such study.
@@ -256,7 +254,7 @@ def _check_same(row: Row[Any] | StudyRecord, asked: dict[str, dict[str, Any]]) -
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], under: str = "") -> Iterator[str]:
-    """A line for each key that differs; of a protocol and the like, for each of theirs."""
+    """A line for each key that differs; where the values are mappings, a line for each of their keys that does."""
     missing = object()
     for key in sorted({*stored, *wanted}):
         has, want = stored.get(key, missing), wanted.get(key, missing)

@@ -63,7 +63,7 @@ def distributions_from_json(value: Mapping[str, str] | None) -> dict[str, BaseDi
 
 
 def proposal_attrs(number: int, origin: str, levels: Iterable[float], attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The user attributes of a slot that has a vector, in JSON's types as ``attrs`` is."""
+    """User attributes of the trial of a slot that has a vector, in JSON's types, as ``attrs`` are."""
     rounded = [round(float(level), _LEVEL_DECIMALS) for level in levels]
     return {"origin": origin, "levels": rounded, **attrs, SLOT_ATTR: number}
 
@@ -77,7 +77,7 @@ def new_trial(number: int, columns: Mapping[str, Any]) -> NewTrial:
 
 
 def ended_trial(trial_id: int, slot: Slot, attrs: Mapping[str, Any]) -> EndedTrial:
-    """What Optuna is told of a finished slot; ``attrs`` are further ones of the trial, in JSON's types."""
+    """The end of a finished slot's trial; ``attrs`` are further attributes of the trial, in JSON's types."""
     state, values, steps = outcome(slot)
     value = None if values is None else values[0]
     return EndedTrial(trial_id, state, value, steps, {**result_attrs(slot), **attrs})
@@ -149,7 +149,7 @@ def _floats(value: Any) -> Any:
     """A column of doubles as float64 [n], None for none: from a list, or from Postgres' binary form of an array.
 
     That form is number of dimensions, flags and element type, then length and lower bound of the dimension, then
-    each element behind its length in bytes; big-endian. An empty array has no dimension.
+    each element preceded by its length in bytes; big-endian. An empty array has no dimension.
     """
     if value is None or isinstance(value, list):
         return None if value is None else np.asarray(value, np.float64)
