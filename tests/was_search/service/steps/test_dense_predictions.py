@@ -15,6 +15,7 @@ from tests.doubles.small_run import assert_each_finished_once, small_settings
 from was_search.checkpoints.load import load_model, resolve_model
 from was_search.errors import ConfigError, StudyError
 from was_search.masks.evaluation import dense_top as direct_top
+from was_search.masks.masked_model import MaskedModel
 from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.progress import JsonReporter, RichReporter
@@ -75,7 +76,7 @@ def test_the_cached_top_is_the_dense_models(made, settings, monkeypatch: pytest.
         assert len(rows) >= 6
         data = context.tokens("search")
     model = load_model(resolve_model(settings.model), dtype="float32", device="cpu")
-    expected = direct_top(model, data.tokens, K, predicted=95, batch_size=4)
+    expected = direct_top(MaskedModel.of(model, "l2"), data, K)
     assert found.indices.dtype == np.int32
     assert found.indices.shape == (18, 95, K)
     # another number of threads may turn near ties around; log-probabilities in order of size do not care
