@@ -200,7 +200,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
             data.protocol.predicted_tokens = 1
             loop = SearchLoop(
                 book,
-                pool,  # type: ignore[arg-type]
+                pool,
                 data,
                 None,  # type: ignore[arg-type]
                 shape=SHAPE,

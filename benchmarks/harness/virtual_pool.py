@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from was_search.coordinator.calls import Call, Held
-from was_search.coordinator.contracts import Outcome
-from was_search.coordinator.health import Health, QuarantinePolicy
+from tests.doubles.pool import Given, PoolDouble
+from was_search.coordinator.calls import Call
+from was_search.coordinator.contracts import LONGEST_CALL_SECONDS
 from was_search.coordinator.model_calls import Evaluate
-from was_search.studies.pool_state import PoolState
 from was_search.texts.protocol import Evaluation
-
-T = TypeVar("T")
 
 SEQUENCES = 64
 TOKENS = 2048 * SEQUENCES
@@ -45,8 +40,8 @@ class Window:
             self.gaps.append(end - begin)
 
 
-class VirtualPool:
-    """What :class:`was_search.coordinator.loop.SearchLoop` needs of a pool.
+class VirtualPool(PoolDouble):
+    """The tests' pool, with calls that end when their time is up.
 
     Args:
         n_workers: how many.
@@ -55,109 +50,64 @@ class VirtualPool:
     """
 
     def __init__(self, n_workers: int, seconds: float, seed: int = 0) -> None:
-        self.n_workers = n_workers
-        self.n_submitted = 0
+        super().__init__(self._evaluation, n_workers, name="virtual")
         self.first_submit: float | None = None
         self.window: Window | None = None
         self._seconds = seconds
         self._rng = np.random.default_rng(seed)
         self._noise = self._rng.normal(0.0, 0.3, SEQUENCES)
-        self._idle = deque((name, float("nan")) for name in (f"virtual-{i}" for i in range(n_workers)))
-        self._running: list[tuple[float, int, str, Any, float]] = []  # end, ticket, worker, sparsities, start
-        self._ended: deque[tuple[str, float]] = deque()
-
-    @cached_property
-    def health(self) -> Health:
-        return Health(self, QuarantinePolicy())
-
-    @property
-    def proven(self) -> frozenset[int]:
-        return frozenset({-1})
-
-    @property
-    def state(self) -> PoolState:
-        return PoolState(str(self.n_workers), ready=self.n_workers)
-
-    @property
-    def running(self) -> list[tuple[int, int, float]]:
-        now = time.monotonic()
-        return [(ticket, _number(name), now - start) for _, ticket, name, _, start in self._running]
-
-    def need(self, n: int) -> None:
-        pass
-
-    def quarantine(self, index: int, reason: str, seconds: float) -> bool:
-        return False
-
-    def give_up(self, ticket: int, reason: str) -> None:
-        pass
-
-    @property
-    def n_idle(self) -> int:
-        return len(self._idle)
-
-    @property
-    def next_idle(self) -> str:
-        return self._idle[0][0]
-
-    @property
-    def idle_names(self) -> list[str]:
-        return [name for name, _ in self._idle]
-
-    def share(self, value: T) -> Held[T]:
-        return Held(value)
+        self._ends: list[tuple[float, int]] = []  # with tickets
+        self._idle_since: dict[int, float] = {}  # by worker, of those that have had a call
 
     def submit(
-        self, call: Call[Any], *, deadline_seconds: float = 3600.0, about: Mapping[str, Any] | None = None
+        self,
+        call: Call[Any],
+        *,
+        deadline_seconds: float = LONGEST_CALL_SECONDS,
+        about: Mapping[str, Any] | None = None,
     ) -> int:
-        assert isinstance(call, Evaluate)
-        now = time.monotonic()
-        name, since = self._idle.popleft()
+        now, index = time.monotonic(), self.next_index
         if self.first_submit is None:
             self.first_submit = now
-        if self.window is not None and since == since:
+        since = self._idle_since.pop(index, None)
+        if self.window is not None and since is not None:
             self.window.add_gap(since, now)
-        ticket = self.n_submitted
-        self.n_submitted += 1
-        takes = self._seconds * self._rng.uniform(0.8, 1.2)
-        heapq.heappush(self._running, (now + takes, ticket, name, call.sparsities, now))
+        ticket = super().submit(call, deadline_seconds=deadline_seconds, about=about)
+        heapq.heappush(self._ends, (now + self._seconds * self._rng.uniform(0.8, 1.2), ticket))
         return ticket
-
-    def wait(self, timeout_seconds: float) -> list[Outcome]:
-        now = time.monotonic()
-        if self._running and timeout_seconds > 0 and self._running[0][0] > now:
-            time.sleep(min(timeout_seconds, self._running[0][0] - now))
-            now = time.monotonic()
-        elif not self._running and timeout_seconds > 0:
-            time.sleep(min(timeout_seconds, 0.01))
-        outcomes = []
-        while self._running and self._running[0][0] <= now:
-            end, ticket, name, sparsities, _ = heapq.heappop(self._running)
-            self._idle.append((name, end))
-            if self.window is not None:
-                self.window.ended += 1
-            outcomes.append(Outcome(ticket, name, value=self._evaluation(ticket, sparsities), index=_number(name)))
-        return outcomes
 
     def close_window(self) -> Window:
         """End the window now, count the workers that are idle, and let every call in flight end at once."""
         assert self.window is not None
         now = time.monotonic()
         self.window.end = now
-        for _, since in self._idle:
-            if since == since:
-                self.window.idle += max(0.0, now - max(since, self.window.start))
+        for since in self._idle_since.values():
+            self.window.idle += max(0.0, now - max(since, self.window.start))
         window, self.window = self.window, None
-        self._running = [(now, *others) for _, *others in self._running]
+        self._ends = [(now, ticket) for _, ticket in self._ends]
         return window
 
-    def _evaluation(self, ticket: int, sparsities: Any) -> Evaluation:
+    def _due(self, timeout_seconds: float) -> Sequence[Given]:
+        now = time.monotonic()
+        if self._ends and timeout_seconds > 0 and self._ends[0][0] > now:
+            time.sleep(min(timeout_seconds, self._ends[0][0] - now))
+            now = time.monotonic()
+        elif not self._ends and timeout_seconds > 0:
+            time.sleep(min(timeout_seconds, 0.01))
+        due = []
+        while self._ends and self._ends[0][0] <= now:
+            end, ticket = heapq.heappop(self._ends)
+            if given := self.given.get(ticket):  # else lost or abandoned before its time
+                self._idle_since[given.index] = end
+                due.append(given)
+        if self.window is not None:
+            self.window.ended += len(due)
+        return due
+
+    def _evaluation(self, given: Given) -> Evaluation:
         """A third of the evaluations stop half-way."""
-        losses = 2.0 + float(np.square(sparsities - 0.6).sum()) + self._noise
-        stopped = ticket % 3 == 2
+        assert isinstance(given.call, Evaluate)
+        losses = 2.0 + float(np.square(given.call.sparsities - 0.6).sum()) + self._noise
+        stopped = given.ticket % 3 == 2
         seen = SEQUENCES // 2 if stopped else SEQUENCES
-        return Evaluation(losses[:seen], TOKENS * seen // SEQUENCES, self._seconds, stopped, sparsities)
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("virtual-"))
+        return Evaluation(losses[:seen], TOKENS * seen // SEQUENCES, self._seconds, stopped, given.call.sparsities)

@@ -19,7 +19,8 @@ from ray.cluster_utils import Cluster as Nodes
 import was_workers.pool as pool_module
 from tests.doubles.ask import Ask
 from tests.doubles.bowl_worker import bowl_worker, evaluations
-from tests.doubles.loop_doubles import SHAPE, Book, seeds
+from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
@@ -260,15 +261,15 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
         if shown.pool.draining:
             held[0].unlink(missing_ok=True)
 
-    book = Book(60)
+    store = MemorySlots(60)
     options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
     loop = SearchLoop(
-        book, pool, "data", "histograms",
+        store, pool, "data", "histograms",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,
     )  # fmt: skip
     slots = loop.run()
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
-    assert sorted(book.finishes) == list(range(60))
+    assert sorted(store.finishes) == list(range(60))
     began = evaluations(tmp_path)
     assert len(began) == 60, "nothing was evaluated twice"
     assert set(began) == {0, 1, 2}

@@ -13,7 +13,8 @@ import pytest
 import was_workers.pool as pool_module
 from tests.doubles.ask import Ask
 from tests.doubles.bowl_worker import bowl_worker, evaluations
-from tests.doubles.loop_doubles import SHAPE, Book, seeds
+from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
@@ -144,7 +145,7 @@ def test_the_search_begins_with_what_the_phases_found(start, tmp_path: Path) -> 
     shown: list[PoolState] = []
     map_until_quarantine(pool, 10, phase="price")
     loop = SearchLoop(
-        Book(8), pool, "data", "histograms", shape=SHAPE, seeds=seeds(), drain=threading.Event(),
+        MemorySlots(8), pool, "data", "histograms", shape=SHAPE, seeds=seeds(), drain=threading.Event(),
         options=SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3),
         progress=lambda progress: shown.append(progress.pool),
     )  # fmt: skip

@@ -12,7 +12,8 @@ import pytest
 
 import was_workers.pool as pool_module
 from tests.doubles.bowl_worker import bowl_worker, evaluations
-from tests.doubles.loop_doubles import SHAPE, Book, seeds
+from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator import health
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
@@ -72,7 +73,7 @@ def search(
 
         options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, trial_timeout, 3)
         loop = SearchLoop(
-            Book(n_trials), pool, "data", "histograms",
+            MemorySlots(n_trials), pool, "data", "histograms",
             shape=SHAPE, seeds=seeds(), options=options, drain=drain, progress=progress,
         )  # fmt: skip
         return [slot for slot in loop.run() if slot.state is not SlotState.WAITING], pool, shown

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.doubles.loop_doubles import SHAPE, Book, Pool, seeds
+from tests.doubles.loop_doubles import SHAPE, seeds, two_workers
+from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.studies.slots import Slot
@@ -16,10 +17,16 @@ from was_search.vectors.budget import SparsityBudget
 
 @pytest.fixture
 def run():
-    """``run(book, answer, ...)``: the slots after a search; further options are those of SearchOptions."""
+    """``run(store, answer, ...)``: the slots after a search; further options are those of SearchOptions."""
 
     def start(
-        book: Book, answer, *, drain: threading.Event | None = None, progress=None, pool=Pool, **options: Any
+        store: MemorySlots,
+        answer,
+        *,
+        drain: threading.Event | None = None,
+        progress=None,
+        pool=two_workers,
+        **options: Any,
     ) -> list[Slot]:
         wanted = {
             "budget": SparsityBudget(SHAPE, 0.6),
@@ -34,7 +41,7 @@ def run():
             **options,
         }
         loop = SearchLoop(
-            book,
+            store,
             pool(answer),
             "tokens",
             "histograms",

@@ -1,18 +1,17 @@
-"""Descents in the search loop, without Ray or Postgres: the pool of test_search_loop that also descends."""
+"""Descents in the search loop, without Ray or Postgres: a pool that also descends."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.doubles.loop_doubles import SHAPE, Book, evaluation, seeds
-from tests.doubles.steady_pool import SteadyPool
-from was_search.coordinator.contracts import Outcome
+from tests.doubles.loop_doubles import SHAPE, evaluation, seeds
+from tests.doubles.memory_slots import MemorySlots
+from tests.doubles.pool import Given, PoolDouble
 from was_search.coordinator.descents import DescentPlan
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.model_calls import Descend, Evaluate
@@ -32,52 +31,35 @@ DATA = SimpleNamespace(
 )
 
 
-class Pool(SteadyPool):
+class Pool(PoolDouble):
     """Two workers. ``lose`` is how many descents are lost first, ``broken`` an error that they all raise."""
 
-    @property
-    def idle_names(self) -> list[str]:
-        return ["worker"] * self.n_idle
-
-    def __init__(self, lose: int = 0, broken: Exception | None = None) -> None:
+    def __init__(self, lose: int = 0, broken: Exception | None = None, **options: Any) -> None:
+        super().__init__(self._answer, **options)
         self.lose, self.broken = lose, broken
         self.descents: list[tuple[np.ndarray, DescentOptions, int]] = []
-        self.tickets = 0
-        self.given: deque = deque()
 
-    @property
-    def n_idle(self) -> int:
-        return 2 - len(self.given)
-
-    def submit(self, call, *, deadline_seconds, about=None):
-        assert self.n_idle
-        assert deadline_seconds > 0
-        self.tickets += 1
-        self.given.append((self.tickets, call))
-        return self.tickets
-
-    def wait(self, timeout_seconds):
-        if not self.given:
-            return []
-        ticket, call = self.given.popleft()
+    def _answer(self, given: Given) -> Any:
+        call = given.call
         if isinstance(call, Evaluate):
-            loss = 2.0 + float(np.square(call.sparsities - BEST).sum())
-            return [Outcome(ticket, "worker", value=evaluation(call.sparsities, loss))]
+            return evaluation(call.sparsities, 2.0 + float(np.square(call.sparsities - BEST).sum()))
         assert isinstance(call, Descend)
+        assert given.deadline > given.started
         if self.broken is not None:
-            return [Outcome(ticket, "worker", error=self.broken)]
+            raise self.broken
         if self.lose:
             self.lose -= 1
-            return [Outcome(ticket, "worker", error=ConnectionError("gone"), lost=True)]
+            raise ConnectionError("gone")
         self.descents.append((call.start, call.options, call.seed))
         noise = np.random.default_rng(call.seed).normal(0, 0.02, (3, 7))
-        end = descend(lambda p: p - BEST + noise, call.start, call.budget, call.options)
-        return [Outcome(ticket, "worker", value=end)]
+        return descend(lambda p: p - BEST + noise, call.start, call.budget, call.options)
 
 
 @pytest.fixture
 def run():
-    def start(book: Book, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more):
+    def start(
+        store: MemorySlots, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more
+    ):
         plan = DescentPlan(epochs, chain_steps(chains), DescentOptions(rounds=12), 4, DATA)
         options = SearchOptions(
             budget=SparsityBudget(SHAPE, 0.6),
@@ -93,7 +75,7 @@ def run():
             **more,
         )
         loop = SearchLoop(
-            book,
+            store,
             pool,
             DATA,
             None,
@@ -110,7 +92,7 @@ def run():
 
 def test_epochs_come_between_seeds_and_sampled_trials_each_from_the_best(run):
     pool = Pool()
-    slots = run(Book(14), pool)
+    slots = run(MemorySlots(14), pool)
     origins = [slot.origin for slot in slots]
     first, second = (sorted(origins[i : i + 3]) for i in (3, 6))
     assert first == ["descent:0:0", "descent:0:1", "descent:0:mean"]
@@ -130,29 +112,29 @@ def test_epochs_come_between_seeds_and_sampled_trials_each_from_the_best(run):
 
 
 def test_a_restarted_search_does_not_repeat_its_descents(run):
-    book, drain = Book(14), threading.Event()
-    finish = book.finish
+    store, drain = MemorySlots(14), threading.Event()
+    finish = store.finish
 
     def stop_after_the_first_epoch(number, *args, **kwargs):
         if number == 5:
             drain.set()
         return finish(number, *args, **kwargs)
 
-    book.finish = stop_after_the_first_epoch
+    store.finish = stop_after_the_first_epoch
     first = Pool()
-    run(book, first, drain=drain)
+    run(store, first, drain=drain)
     assert len(first.descents) == 2
-    book.finish = finish
+    store.finish = finish
     second = Pool()
-    slots = run(book, second)
+    slots = run(store, second)
     assert [step.step for _, step, _ in second.descents] == [0.02, 0.0075]
-    undisturbed = run(Book(14), Pool())
+    undisturbed = run(MemorySlots(14), Pool())
     for ours, theirs in zip(slots[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)
 
 
 def test_lost_chains_are_repeated_and_give_the_same(run):
-    disturbed, undisturbed = run(Book(12), Pool(lose=2)), run(Book(12), Pool())
+    disturbed, undisturbed = run(MemorySlots(12), Pool(lose=2)), run(MemorySlots(12), Pool())
     for ours, theirs in zip(disturbed[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(
             next(s.sparsities for s in disturbed if s.origin == theirs.origin), theirs.sparsities
@@ -161,79 +143,61 @@ def test_lost_chains_are_repeated_and_give_the_same(run):
 
 
 def test_a_chain_lost_too_often_ends_the_search_and_consumes_no_slot(run):
-    book = Book(12)
-    with pytest.raises(TransientError, match="a descent was lost 3 times, last on worker: gone"):
-        run(book, Pool(lose=99))
-    assert [slot.state for slot in book.rows[3:]] == [SlotState.WAITING] * 9
+    store = MemorySlots(12)
+    with pytest.raises(TransientError, match="a descent was lost 3 times, last on worker-0: gone"):
+        run(store, Pool(lose=99, n_workers=1))
+    assert [slot.state for slot in store.rows[3:]] == [SlotState.WAITING] * 9
 
 
 def test_an_error_of_a_chain_ends_the_search(run):
     with pytest.raises(ModelError, match="weights are gone"):
-        run(Book(12), Pool(broken=ModelError("weights are gone")))
+        run(MemorySlots(12), Pool(broken=ModelError("weights are gone")))
 
 
 def test_with_few_slots_the_mean_comes_first(run):
-    slots = run(Book(4), Pool())
+    slots = run(MemorySlots(4), Pool())
     assert slots[3].origin == "descent:0:mean"
 
 
 def test_one_chain_has_no_mean(run):
-    slots = run(Book(5), Pool(), epochs=1, chains=1)
+    slots = run(MemorySlots(5), Pool(), epochs=1, chains=1)
     assert [slot.origin for slot in slots[3:]] == ["descent:0:0", "sampler:tpe"]
 
 
-class Endless(Pool):
+def endless() -> Pool:
     """Its descents never end by themselves: all evaluations do."""
-
-    abandoned = 0
-    n_loaded = 2
-    gpus_per_worker = 0.0
-
-    def wait(self, timeout_seconds):
-        evaluations = deque(call for call in self.given if isinstance(call[1], Evaluate))
-        if not evaluations:
-            time.sleep(0.01)
-            return []
-        self.given.remove(evaluations[0])
-        rest, self.given = self.given, deque([evaluations[0]])
-        outcomes = super().wait(timeout_seconds)
-        self.given = rest
-        return outcomes
-
-    def abandon(self):
-        self.abandoned += 1
-        self.given.clear()
+    return Pool(due=lambda running: [given for given in running if isinstance(given.call, Evaluate)][:1])
 
 
 @pytest.mark.parametrize("how", ["limit", "drain"])
 def test_the_end_of_a_search_does_not_wait_for_a_descent(run, how):
     """Its worker is free for what comes next, and a later run descends from the same vector."""
-    book, pool, drain = Book(12), Endless(), threading.Event()
+    store, pool, drain = MemorySlots(12), endless(), threading.Event()
 
     def progress(shown):
         if shown.activity and how == "drain":
             drain.set()
 
     limits = Limits(max_seconds=0.5 if how == "limit" else 0.0)
-    slots = run(book, pool, drain=drain, progress=progress, limits=limits)
+    slots = run(store, pool, drain=drain, progress=progress, limits=limits)
     assert pool.abandoned == 1
     assert pool.n_idle == 2
     assert [slot.state for slot in slots[3:]] == [SlotState.WAITING] * 9
-    again, undisturbed = run(book, Pool()), run(Book(12), Pool())
+    again, undisturbed = run(store, Pool()), run(MemorySlots(12), Pool())
     for ours, theirs in zip(again[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)
 
 
 def test_workers_are_left_alone_where_no_descent_is_under_way(run):
-    pool = Endless()
-    slots = run(Book(5), pool, epochs=0)
+    pool = endless()
+    slots = run(MemorySlots(5), pool, epochs=0)
     assert pool.abandoned == 0
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
 
 
 def test_what_goes_on_is_shown_once(run):
     shown = []
-    run(Book(9), Pool(), chains=1, progress=shown.append)
+    run(MemorySlots(9), Pool(), chains=1, progress=shown.append)
     activities = [progress.activity for progress in shown]
     assert activities.count("descent 1 of 2, 1 chain(s) of 12 rounds") == 1
     assert activities.count("descent 2 of 2, 1 chain(s) of 12 rounds") == 1

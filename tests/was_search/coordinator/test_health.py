@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 
+from tests.doubles.pool import PoolDouble
 from was_search.coordinator import health as health_module
 from was_search.coordinator.calls import Work
 from was_search.coordinator.health import Health, QuarantinePolicy
@@ -14,24 +15,13 @@ from was_search.coordinator.health import Health, QuarantinePolicy
 EVALUATION = Work("an evaluation")
 
 
-class Workers:
-    """A pool that puts in quarantine whom it is told, but for the last of its workers."""
+class Workers(PoolDouble):
+    """Its calls in flight are those that it is told."""
+
+    running = ()  # type: ignore[assignment]
 
     def __init__(self, n: int) -> None:
-        self.well = set(range(n))
-        self.put: list[tuple[int, str, float]] = []
-        self.running: list[tuple[int, int, float]] = []
-        self.given_up: list[tuple[int, str]] = []
-
-    def give_up(self, ticket: int, reason: str) -> None:
-        self.given_up.append((ticket, reason))
-
-    def quarantine(self, index: int, reason: str, seconds: float) -> bool:
-        if index not in self.well or len(self.well) == 1:
-            return False
-        self.well.remove(index)
-        self.put.append((index, reason, seconds))
-        return True
+        super().__init__(n_workers=n)
 
 
 def evaluated(health: Health, paces: dict[int, float], times: int = 3, tokens: int = 100) -> None:
@@ -110,7 +100,7 @@ def test_each_further_time_is_twice_as_long_up_to_a_limit() -> None:
     health = Health(workers, QuarantinePolicy(failures=1, seconds=10.0))
     for _ in range(7):
         health.lost(0, "it died")
-        workers.well.add(0)
+        workers.release(0)
     assert [seconds for _, _, seconds in workers.put] == [10.0, 20.0, 40.0, 80.0, 160.0, 160.0, 160.0]
 
 

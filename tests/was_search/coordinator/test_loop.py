@@ -1,4 +1,4 @@
-"""The loop without Ray or Postgres: a book in memory and a pool that answers as it is told."""
+"""The loop without Ray or Postgres: a store in memory and a pool that answers as it is told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from tests.doubles.loop_doubles import SHAPE, Book, Pool, divergence, evaluation, seeds  # noqa: F401 - for others too
+from tests.doubles.loop_doubles import SHAPE, divergence, evaluation
+from tests.doubles.memory_slots import MemorySlots
 from was_search.errors import InfeasibleError
 from was_search.studies.slots import Slot, SlotState
 
@@ -15,8 +16,8 @@ from was_search.studies.slots import Slot, SlotState
 @pytest.mark.parametrize("space", ["temperature", "additive", "full"])
 def test_every_space_is_sampled_on_the_budget(run, space) -> None:
     """Trials lie on the budget, carry the space's parameters, and start near the best seed (here the uniform one)."""
-    book = Book(14)
-    slots = run(book, lambda call, sparsities, _: evaluation(sparsities), space=space, radius=0.02)
+    store = MemorySlots(14)
+    slots = run(store, lambda call, sparsities, _: evaluation(sparsities), space=space, radius=0.02)
     sampled = [slot for slot in slots if slot.origin.startswith("sampler:")]
     assert len(sampled) == 11
     names = set(sampled[0].params)
@@ -30,9 +31,9 @@ def test_every_space_is_sampled_on_the_budget(run, space) -> None:
 
 
 def test_every_slot_finishes_once_on_the_budget(run) -> None:
-    book = Book(20)
-    slots = run(book, lambda _, s, incumbent: evaluation(s))
-    assert sorted(book.finishes) == list(range(20))
+    store = MemorySlots(20)
+    slots = run(store, lambda _, s, incumbent: evaluation(s))
+    assert sorted(store.finishes) == list(range(20))
     assert [s.origin for s in slots[:3]] == ["seed:uniform", "seed:greedy-uniform", "seed:fisher"]
     assert all(s.origin == "sampler:tpe" for s in slots[3:])
     for slot in slots:
@@ -41,17 +42,17 @@ def test_every_slot_finishes_once_on_the_budget(run) -> None:
 
 
 def test_the_loss_is_the_fitness_and_perplexity_is_of_the_nll(run) -> None:
-    book = Book(12)
+    store = MemorySlots(12)
     rules = []
 
     def answer(call, s, rule):
         rules.append(rule)
         return divergence(s)
 
-    slots = run(book, answer)
+    slots = run(store, answer)
     for slot in slots:
         assert slot.loss_nats == pytest.approx(10.0 - slot.nll_nats)
-        assert book.attrs[slot.number] == {
+        assert store.attrs[slot.number] == {
             "perplexity": pytest.approx(np.exp(slot.nll_nats), abs=1e-5), "nll_nats": slot.nll_nats,
         }  # fmt: skip
     # the incumbent is the best by divergence, and its losses are divergences
@@ -61,13 +62,13 @@ def test_the_loss_is_the_fitness_and_perplexity_is_of_the_nll(run) -> None:
 
 
 def test_the_nll_of_an_nll_search_is_its_loss(run) -> None:
-    slots = run(Book(6), lambda _, s, __: evaluation(s))
+    slots = run(MemorySlots(6), lambda _, s, __: evaluation(s))
     assert [s.nll_nats for s in slots] == [s.loss_nats for s in slots]
 
 
 def test_nan_fails_its_slot_and_the_search_goes_on(run) -> None:
-    book = Book(10)
-    slots = run(book, lambda call, s, _: evaluation(s, float("nan") if call == 5 else None))
+    store = MemorySlots(10)
+    slots = run(store, lambda call, s, _: evaluation(s, float("nan") if call == 5 else None))
     failed = [s for s in slots if s.state is SlotState.FAILED]
     assert len(failed) == 1
     assert "the loss is nan" in failed[0].error
@@ -80,45 +81,45 @@ def test_infeasible_fails_its_slot(run) -> None:
             raise InfeasibleError("scores are not finite")
         return evaluation(s)
 
-    slots = run(Book(8), answer)
+    slots = run(MemorySlots(8), answer)
     assert [s.error for s in slots if s.state is SlotState.FAILED] == ["scores are not finite"]
 
 
 def test_a_study_extended_while_it_runs_is_run_to_its_new_end(run) -> None:
-    book = Book(5)
+    store = MemorySlots(5)
 
     def extend(progress) -> None:
-        if progress.finished == 4 and len(book.rows) == 5:
-            book.rows.extend(Slot(i, SlotState.WAITING) for i in (5, 6))
+        if progress.finished == 4 and len(store.rows) == 5:
+            store.rows.extend(Slot(i, SlotState.WAITING) for i in (5, 6))
 
-    slots = run(book, lambda _, s, __: evaluation(s), progress=extend)
+    slots = run(store, lambda _, s, __: evaluation(s), progress=extend)
     assert len(slots) == 7
     assert all(s.state is SlotState.COMPLETE for s in slots)
 
 
 def test_drain_ends_with_the_calls_in_flight(run) -> None:
     drain = threading.Event()
-    book = Book(30)
-    slots = run(book, lambda _, s, __: evaluation(s), drain=drain, progress=lambda p: p.finished >= 7 and drain.set())
+    store = MemorySlots(30)
+    slots = run(store, lambda _, s, __: evaluation(s), drain=drain, progress=lambda p: p.finished >= 7 and drain.set())
     assert 7 <= sum(s.state.finished for s in slots) <= 9
     assert not any(s.state is SlotState.RUNNING for s in slots)
     before = {s.number: s for s in slots if s.state.finished}
-    after = run(book, lambda _, s, __: evaluation(s))
+    after = run(store, lambda _, s, __: evaluation(s))
     assert all(s.state.finished for s in after)
     assert all(after[number] == slot or after[number].number == number for number, slot in before.items())
-    assert sorted(book.finishes) == list(range(30))
+    assert sorted(store.finishes) == list(range(30))
 
 
 def test_fewer_trials_than_seeds_keep_the_best_seeds(run) -> None:
-    book = Book(1)
-    assert run(book, lambda _, s, __: evaluation(s))[0].origin == "seed:fisher"
-    book.rows.extend(Slot(i, SlotState.WAITING) for i in range(1, 5))
-    origins = [s.origin for s in run(book, lambda _, s, __: evaluation(s))]
+    store = MemorySlots(1)
+    assert run(store, lambda _, s, __: evaluation(s))[0].origin == "seed:fisher"
+    store.rows.extend(Slot(i, SlotState.WAITING) for i in range(1, 5))
+    origins = [s.origin for s in run(store, lambda _, s, __: evaluation(s))]
     assert sorted(origins[:3]) == ["seed:fisher", "seed:greedy-uniform", "seed:uniform"]
     assert origins[3:] == ["sampler:tpe"] * 2
 
 
 def test_was_monotone_levels_rise_with_depth(run) -> None:
-    slots = run(Book(12), lambda _, s, __: evaluation(s), sampler="was-monotone")
+    slots = run(MemorySlots(12), lambda _, s, __: evaluation(s), sampler="was-monotone")
     for slot in slots[3:]:
         assert np.all(np.diff(slot.levels) >= -1e-12)

@@ -6,7 +6,8 @@ import threading
 
 import numpy as np
 
-from tests.doubles.loop_doubles import Book, ManyWorkers, evaluation
+from tests.doubles.loop_doubles import evaluation, many_workers
+from tests.doubles.memory_slots import MemorySlots
 from was_search.studies.sampling import Suggester
 from was_search.studies.slots import SlotState
 
@@ -14,7 +15,7 @@ from was_search.studies.slots import SlotState
 def test_a_large_pool_gets_vectors_that_were_chosen_ahead(run, monkeypatch) -> None:
     """Chosen while all workers are busy, written down when handed out, and each slot finishes once all the same."""
     order: list[str] = []
-    suggest, begins = Suggester.suggest, Book.begin
+    suggest, begins = Suggester.suggest, MemorySlots.begin
 
     def watched(self, number):
         order.append("choose")
@@ -25,10 +26,10 @@ def test_a_large_pool_gets_vectors_that_were_chosen_ahead(run, monkeypatch) -> N
         return begins(self, hand_outs, lease_seconds)
 
     monkeypatch.setattr(Suggester, "suggest", watched)
-    monkeypatch.setattr(Book, "begin", begin)
-    book = Book(120)
-    run(book, lambda _, s, __: evaluation(s), pool=ManyWorkers)
-    assert sorted(book.finishes) == list(range(120))
+    monkeypatch.setattr(MemorySlots, "begin", begin)
+    store = MemorySlots(120)
+    run(store, lambda _, s, __: evaluation(s), pool=many_workers)
+    assert sorted(store.finishes) == list(range(120))
     ahead = np.cumsum([1 if step == "choose" else -1 for step in order[3:]])
     assert ahead.max() >= 1
     assert ahead[-1] == 0  # none was chosen for nothing
@@ -36,26 +37,26 @@ def test_a_large_pool_gets_vectors_that_were_chosen_ahead(run, monkeypatch) -> N
 
 def test_a_drain_forgets_what_was_chosen_ahead(run) -> None:
     drain = threading.Event()
-    book = Book(120)
+    store = MemorySlots(120)
     enough = {"drain": drain, "progress": lambda p: p.finished < 60 or drain.set()}
-    run(book, lambda _, s, __: evaluation(s), pool=ManyWorkers, **enough)
-    left = [slot for slot in book.slots() if slot.state is SlotState.WAITING]
+    run(store, lambda _, s, __: evaluation(s), pool=many_workers, **enough)
+    left = [slot for slot in store.slots() if slot.state is SlotState.WAITING]
     assert left
     assert all(slot.sparsities is None for slot in left)
-    slots = run(book, lambda _, s, __: evaluation(s), pool=ManyWorkers)
+    slots = run(store, lambda _, s, __: evaluation(s), pool=many_workers)
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
-    assert sorted(book.finishes) == list(range(120))
+    assert sorted(store.finishes) == list(range(120))
 
 
 def test_results_that_come_together_are_booked_together(run, monkeypatch) -> None:
     """Results before errors: a slot that was lost too often fails only because another one has succeeded."""
     sizes: list[int] = []
-    finish_all = Book.finish_all
+    finish_all = MemorySlots.finish_all
     monkeypatch.setattr(
-        Book, "finish_all", lambda self, results: sizes.append(len(results)) or finish_all(self, results)
+        MemorySlots, "finish_all", lambda self, results: sizes.append(len(results)) or finish_all(self, results)
     )
-    book = Book(80)
-    slots = run(book, lambda call, s, _: evaluation(s, float("nan") if call % 9 == 8 else None), pool=ManyWorkers)
+    store = MemorySlots(80)
+    slots = run(store, lambda call, s, _: evaluation(s, float("nan") if call % 9 == 8 else None), pool=many_workers)
     assert max(sizes) > 8
     assert sum(sizes) == 80
     assert {s.state for s in slots} == {SlotState.COMPLETE, SlotState.FAILED}

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.doubles.loop_doubles import Book, evaluation
+from tests.doubles.loop_doubles import evaluation, one_worker
+from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.durable import durable
 from was_search.errors import ModelError, TransientError
 from was_search.studies.slots import SlotState
@@ -22,8 +23,8 @@ def test_a_lost_call_is_repeated_with_the_same_vector(run) -> None:
             raise ConnectionError("the worker died")
         return evaluation(s)
 
-    book = Book(8)
-    slots = run(book, answer)
+    store = MemorySlots(8)
+    slots = run(store, answer)
     assert all(s.state is SlotState.COMPLETE for s in slots)
     again = [s for s in slots if s.attempt == 2]
     assert len(again) == 1
@@ -41,7 +42,7 @@ def test_a_vector_that_always_loses_its_worker_fails_after_the_cap(run, error) -
             raise error
         return evaluation(s)
 
-    slots = run(Book(6), answer, max_attempts=3)
+    slots = run(MemorySlots(6), answer, max_attempts=3, pool=one_worker)
     failed = [s for s in slots if s.state is SlotState.FAILED]
     assert len(bad) == 3
     assert len(failed) == 1
@@ -54,31 +55,31 @@ def test_an_error_that_repeating_cannot_mend_stops_and_consumes_nothing(run) -> 
             raise ModelError("the checkpoint is gone")
         return evaluation(s)
 
-    book = Book(8)
+    store = MemorySlots(8)
     with pytest.raises(ModelError, match="the checkpoint is gone"):
-        run(book, answer)
-    assert {s.state for s in book.slots()} == {SlotState.COMPLETE, SlotState.WAITING}
-    slots = run(book, lambda _, s, __: evaluation(s))
+        run(store, answer)
+    assert {s.state for s in store.slots()} == {SlotState.COMPLETE, SlotState.WAITING}
+    slots = run(store, lambda _, s, __: evaluation(s))
     assert all(s.state is SlotState.COMPLETE for s in slots)
-    assert sorted(book.finishes) == list(range(8))
+    assert sorted(store.finishes) == list(range(8))
 
 
 def test_while_nothing_has_succeeded_no_slot_pays_for_lost_calls(run) -> None:
     def answer(call, s, _):
         raise TransientError("GPU out of memory; use a smaller --batch-size")
 
-    book = Book(8)
+    store = MemorySlots(8)
     with pytest.raises(TransientError, match=r"fail again and again.*smaller --batch-size"):
-        run(book, answer)
-    assert {s.state for s in book.slots()} == {SlotState.WAITING}
-    assert all(s.state is SlotState.COMPLETE for s in run(book, lambda _, s, __: evaluation(s)))
+        run(store, answer)
+    assert {s.state for s in store.slots()} == {SlotState.WAITING}
+    assert all(s.state is SlotState.COMPLETE for s in run(store, lambda _, s, __: evaluation(s)))
 
 
 def test_hand_outs_of_earlier_runs_are_no_losses(run) -> None:
-    book = Book(6)
+    store = MemorySlots(6)
     with pytest.raises(ModelError):
-        run(book, lambda call, s, _: (_ for _ in ()).throw(ModelError("stop")) if call == 4 else evaluation(s))
-    book.rows = [dataclasses.replace(s, attempt=7) if s.state is SlotState.WAITING else s for s in book.rows]
+        run(store, lambda call, s, _: (_ for _ in ()).throw(ModelError("stop")) if call == 4 else evaluation(s))
+    store.rows = [dataclasses.replace(s, attempt=7) if s.state is SlotState.WAITING else s for s in store.rows]
     lost = []
 
     def lose_once(call, s, _):
@@ -87,14 +88,14 @@ def test_hand_outs_of_earlier_runs_are_no_losses(run) -> None:
             raise ConnectionError("died")
         return evaluation(s)
 
-    assert all(s.state is SlotState.COMPLETE for s in run(book, lose_once, max_attempts=3))
+    assert all(s.state is SlotState.COMPLETE for s in run(store, lose_once, max_attempts=3))
 
 
 def test_durable_repeats_transient_errors_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     calls: list[str] = []
 
-    class Flaky(Book):
+    class Flaky(MemorySlots):
         def requeue(self, number: int, reason: str) -> None:
             calls.append(reason)
             if len(calls) < 4:
@@ -102,9 +103,9 @@ def test_durable_repeats_transient_errors_and_no_others(monkeypatch: pytest.Monk
             if reason == "bad":
                 raise ModelError("no")
 
-    book = durable(Flaky(1))
-    book.requeue(0, "x")
+    store = durable(Flaky(1))
+    store.requeue(0, "x")
     assert calls == ["x"] * 4
     with pytest.raises(ModelError):
-        book.requeue(0, "bad")
+        store.requeue(0, "bad")
     assert calls == ["x"] * 4 + ["bad"]

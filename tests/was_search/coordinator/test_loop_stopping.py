@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.doubles.loop_doubles import Book, bowl, evaluation, in_steps
+from tests.doubles.loop_doubles import bowl, evaluation, in_steps
+from tests.doubles.memory_slots import MemorySlots
 from was_search.studies.sampling import Suggester
 from was_search.studies.slots import Slot, SlotState
 
@@ -19,14 +20,14 @@ def test_seeds_are_evaluated_in_full_and_before_the_first_proposal(run) -> None:
         rules.append(rule)
         return evaluation(s)
 
-    run(Book(8), answer)
+    run(MemorySlots(8), answer)
     assert all(rule is None for rule in rules[:3])
     assert all(rule.significance == 0.1 for rule in rules[3:])
 
 
 def test_without_early_stopping_every_trial_is_evaluated_in_full(run) -> None:
     rules = []
-    run(Book(8), lambda _, s, rule: (rules.append(rule), evaluation(s))[1], early_stopping=False)
+    run(MemorySlots(8), lambda _, s, rule: (rules.append(rule), evaluation(s))[1], early_stopping=False)
     assert rules == [None] * 8
 
 
@@ -38,8 +39,8 @@ def test_rungs_compare_with_the_trials_before(run) -> None:
         rules.append(rule)
         return in_steps(s, rule)
 
-    book = Book(60)
-    slots = run(book, answer, significance=1e-9, sampler="random")
+    store = MemorySlots(60)
+    slots = run(store, answer, significance=1e-9, sampler="random")
     assert [rule.cuts for rule in rules[3:7]] == [()] * 4  # two workers: four trials have ended at the seventh
     assert [cut.sequences for cut in rules[-1].cuts] == [1, 2, 4]
     seen = [len(slot.losses) for slot in slots[3:]]
@@ -66,19 +67,19 @@ def test_a_restarted_search_stops_by_the_same_rungs_and_tells_the_same(run, monk
         rules[call] = rule
         return in_steps(s, rule)
 
-    book = Book(40)
+    store = MemorySlots(40)
     told.append({})
-    run(book, answer, sampler="random")
+    run(store, answer, sampler="random")
     last = rules[39]
-    book.rows.append(Slot(40, SlotState.WAITING))
+    store.rows.append(Slot(40, SlotState.WAITING))
     told.append({})
     rules.clear()
-    run(book, answer, sampler="random")
+    run(store, answer, sampler="random")
     assert len(rules) == 1  # the slot that was added
     assert {cut.sequences for cut in rules[0].cuts} == {cut.sequences for cut in last.cuts}
-    stopped = [s.number for s in book.slots() if s.state is SlotState.STOPPED]
+    stopped = [s.number for s in store.slots() if s.state is SlotState.STOPPED]
     assert stopped
     # What a stopped trial is told as is the centre's loss and the difference on what both saw.
     for number in stopped:
         assert told[0].get(number, told[1][number]) == told[1][number]
-        assert told[1][number] == pytest.approx(bowl(book.slots()[number].sparsities), abs=1e-9)
+        assert told[1][number] == pytest.approx(bowl(store.slots()[number].sparsities), abs=1e-9)

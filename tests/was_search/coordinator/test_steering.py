@@ -1,4 +1,4 @@
-"""The loop under wishes and limits, without Ray or Postgres: a desk, a book and a pool in memory."""
+"""The loop under wishes and limits, without Ray or Postgres: a desk, a store and a pool in memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from tests.doubles.loop_doubles import SHAPE, Book, ManyWorkers, evaluation, seeds
-from tests.doubles.loop_doubles import Pool as AnsweringPool
+from tests.doubles.loop_doubles import SHAPE, evaluation, evaluations, many_workers, seeds, two_workers
+from tests.doubles.memory_slots import MemorySlots
+from tests.doubles.pool import PoolDouble
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.steering import Steering
-from was_search.errors import ResourceError, TransientError
+from was_search.errors import TransientError
 from was_search.studies.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
 from was_search.studies.pool_state import PoolState
 from was_search.studies.slots import Slot, SlotState
-from was_search.studies.worker_range import WorkerRange
 from was_search.vectors.budget import SparsityBudget
 
 NOTHING = Spent()
@@ -38,7 +38,7 @@ class Desk:
         self.before = before
         self.wish = Wish.RUN
         self.overrides = Overrides(**overrides)
-        self.book: Book | None = None
+        self.store: MemorySlots | None = None
         self.reads = 0
         self.beats: list[Usage] = []
 
@@ -47,34 +47,10 @@ class Desk:
 
     def read(self) -> Control:
         self.reads += 1
-        return Control(self.wish, self.overrides, len(self.book.rows) if self.book else 0)
+        return Control(self.wish, self.overrides, len(self.store.rows) if self.store else 0)
 
     def beat(self, usage: Usage) -> None:
         self.beats.append(usage)
-
-
-class Workers:
-    """A pool as steering sees it."""
-
-    def __init__(self, n: int = 2, gpus: float = 0.5) -> None:
-        self.range = WorkerRange(n, n)
-        self.gpus_per_worker = gpus
-        self.sizes: list[str] = []
-        self.lost = 0
-
-    @property
-    def n_loaded(self) -> int:
-        return self.range.least - self.lost
-
-    @property
-    def state(self) -> PoolState:
-        return PoolState(str(self.range), ready=self.n_loaded)
-
-    def resize(self, n_workers: WorkerRange) -> None:
-        if n_workers.least > 8:
-            raise ResourceError("this machine has 4 GPUs")
-        self.sizes.append(str(n_workers))
-        self.range = n_workers
 
 
 @pytest.fixture
@@ -85,7 +61,7 @@ def clock() -> Clock:
 @pytest.fixture
 def steering(clock: Clock) -> Callable[..., Steering]:
     def make(desk: Desk | None, limits: Limits = NO_LIMITS, **more: Any) -> Steering:
-        options = {"pool": Workers(), "drain": threading.Event(), "slots": (), **more}
+        options = {"pool": PoolDouble(gpus_per_worker=0.5), "drain": threading.Event(), "slots": (), **more}
         return Steering(desk, limits=limits, clock=clock, **options)
 
     return make
@@ -174,21 +150,21 @@ def test_a_cancel_goes_before_a_drain_and_a_drain_before_a_rule(steering, clock:
 
 
 def test_the_pool_is_resized_once_for_each_number_asked(steering, clock: Clock, caplog) -> None:
-    desk, workers = Desk(), Workers(2)
+    desk, workers = Desk(), PoolDouble(gpus_per_worker=0.5, most=8)
     steered = steering(desk, pool=workers)
     for asked in (None, 3, 3, 99, 99, "2:6", 1, None):
         desk.overrides = Overrides(workers=asked)
         steered.steer()
         clock.now += 1.0
     assert workers.sizes == ["3", "2:6", "1"]
-    assert caplog.text.count("the number of workers stays 3: this machine has 4 GPUs") == 1
+    assert caplog.text.count("the number of workers stays 3: there is room for 8 workers") == 1
 
 
 def test_a_worker_that_was_given_up_is_not_asked_for_again(steering, clock: Clock) -> None:
-    desk, workers = Desk(workers=3), Workers(2)
+    desk, workers = Desk(workers=3), PoolDouble(gpus_per_worker=0.5)
     steered = steering(desk, pool=workers)
     steered.steer()
-    workers.lost = 1
+    workers.lose_for_good()
     clock.now += 5.0
     steered.steer()
     assert workers.sizes == ["3"]
@@ -226,33 +202,17 @@ def test_without_a_desk_ctrl_c_and_limits_hold(steering, clock: Clock) -> None:
     assert steered.ending.kind is EndingKind.DRAINED
 
 
-class ShrinkingBook(Book):
-    def __init__(self, n: int) -> None:
-        super().__init__(n)
-        self.shrunk: list[int] = []
-
-    def shrink(self, n_slots: int) -> int:
-        used = [slot.number + 1 for slot in self.rows if slot.sparsities is not None]
-        del self.rows[max(n_slots, *used, 0) :]
-        self.shrunk.append(len(self.rows))
-        return len(self.rows)
-
-
-class Pool(AnsweringPool):
-    n_workers = n_loaded = 2
-    gpus_per_worker = 0.0
-    abandoned = 0
-
-    def abandon(self) -> None:
-        self.abandoned += 1
-        self._running.clear()
-
-
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
-    """``loop(book, desk, each)``: a loop whose clock advances a second a turn; ``each(turn)`` is called in it."""
+    """``loop(store, desk, each)``: a loop whose clock advances a second a turn; ``each(turn)`` is called in it."""
 
-    def make(book: Book, desk: Desk, each: Callable[[int], object] = lambda turn: None, **limits: Any) -> SearchLoop:
+    def make(
+        store: MemorySlots,
+        desk: Desk,
+        each: Callable[[int], object] = lambda turn: None,
+        pool_of=two_workers,
+        **limits: Any,
+    ) -> SearchLoop:
         options = SearchOptions(
             budget=SparsityBudget(SHAPE, 0.6),
             sampler="random",
@@ -265,8 +225,8 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
             max_attempts=3,
             limits=Limits(**limits),
         )
-        desk.book = book
-        pool = Pool(lambda call, sparsities, rule: evaluation(sparsities))
+        desk.store = store
+        pool = pool_of(lambda call, sparsities, rule: evaluation(sparsities))
         turns = iter(range(10_000))
         wait = pool.wait
 
@@ -277,7 +237,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
 
         monkeypatch.setattr(pool, "wait", turn)
         return SearchLoop(
-            book,
+            store,
             pool,
             "tokens",
             "histograms",
@@ -292,23 +252,23 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
     return make
 
 
-def finished(book: Book) -> int:
-    return sum(slot.state.finished for slot in book.rows)
+def finished(store: MemorySlots) -> int:
+    return sum(slot.state.finished for slot in store.rows)
 
 
 def test_a_paused_loop_ends_what_is_in_flight_and_stays(loop) -> None:
-    book, desk = ShrinkingBook(12), Desk()
+    store, desk = MemorySlots(12), Desk()
     seen: list[tuple[int, int]] = []
 
     def each(turn: int) -> None:
         if turn == 4:
             desk.wish = Wish.PAUSE
         if 8 <= turn < 20:
-            seen.append((finished(book), sum(slot.state is SlotState.RUNNING for slot in book.rows)))
+            seen.append((finished(store), sum(slot.state is SlotState.RUNNING for slot in store.rows)))
         if turn == 20:
             desk.wish = Wish.RUN
 
-    run = loop(book, desk, each)
+    run = loop(store, desk, each)
     slots = run.run()
     assert len(set(seen)) == 1
     assert seen[0][1] == 0
@@ -319,50 +279,50 @@ def test_a_paused_loop_ends_what_is_in_flight_and_stays(loop) -> None:
 
 
 def test_drain_ends_with_what_is_in_flight(loop) -> None:
-    book, desk = ShrinkingBook(20), Desk()
-    run = loop(book, desk, lambda turn: setattr(desk, "wish", Wish.DRAIN) if turn == 6 else None)
+    store, desk = MemorySlots(20), Desk()
+    run = loop(store, desk, lambda turn: setattr(desk, "wish", Wish.DRAIN) if turn == 6 else None)
     slots = run.run()
     assert run.ending.kind is EndingKind.DRAINED
     assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.WAITING}
-    assert 6 <= finished(book) < 12
+    assert 6 <= finished(store) < 12
 
 
 def test_cancel_puts_back_what_is_in_flight(loop) -> None:
-    book, desk = ShrinkingBook(20), Desk()
-    run = loop(book, desk, lambda turn: setattr(desk, "wish", Wish.CANCEL) if turn == 6 else None)
+    store, desk = MemorySlots(20), Desk()
+    run = loop(store, desk, lambda turn: setattr(desk, "wish", Wish.CANCEL) if turn == 6 else None)
     run.run()
     assert run.ending.kind is EndingKind.CANCELLED
     assert run._pool.abandoned == 1
-    assert {slot.state for slot in book.rows} == {SlotState.COMPLETE, SlotState.WAITING}
-    back = [slot for slot in book.rows if slot.error == "cancelled"]
+    assert {slot.state for slot in store.rows} == {SlotState.COMPLETE, SlotState.WAITING}
+    back = [slot for slot in store.rows if slot.error == "cancelled"]
     assert back
     assert all(slot.sparsities is not None and slot.attempt == 1 for slot in back)
     desk.wish = Wish.RUN
-    again = loop(book, desk).run()
+    again = loop(store, desk).run()
     assert all(slot.state is SlotState.COMPLETE for slot in again)
-    assert sorted(book.finishes) == list(range(20))
+    assert sorted(store.finishes) == list(range(20))
 
 
 def test_slots_are_added_and_dropped_while_it_runs(loop) -> None:
-    book, desk = ShrinkingBook(8), Desk()
+    store, desk = MemorySlots(8), Desk()
 
     def each(turn: int) -> None:
         if turn == 3:
-            book.rows.extend(Slot(n, SlotState.WAITING) for n in range(8, 30))
+            store.rows.extend(Slot(n, SlotState.WAITING) for n in range(8, 30))
         if turn == 12:
             desk.overrides = Overrides(trials=20)
         if turn == 25:
             desk.overrides = Overrides(trials=2)  # long gone
 
-    slots = loop(book, desk, each).run()
+    slots = loop(store, desk, each).run()
     assert [slot.number for slot in slots] == list(range(20))
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
-    assert book.shrunk == [20]
+    assert store.shrunk == [20]
 
 
 def test_fewer_trials_than_were_begun_end_with_those(loop) -> None:
-    book, desk = ShrinkingBook(30), Desk()
-    run = loop(book, desk, lambda turn: setattr(desk, "overrides", Overrides(trials=1)) if turn == 9 else None)
+    store, desk = MemorySlots(30), Desk()
+    run = loop(store, desk, lambda turn: setattr(desk, "overrides", Overrides(trials=1)) if turn == 9 else None)
     slots = run.run()
     assert 9 <= len(slots) < 14
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
@@ -370,62 +330,56 @@ def test_fewer_trials_than_were_begun_end_with_those(loop) -> None:
 
 
 def test_patience_ends_the_search_and_a_higher_one_goes_on(loop) -> None:
-    book, desk = ShrinkingBook(40), Desk()
-    run = loop(book, desk, patience=6)
+    store, desk = MemorySlots(40), Desk()
+    run = loop(store, desk, patience=6)
     slots = run.run()
     # The uniform seed is best: six more trials, and one that was in flight.
     assert run.ending.kind is EndingKind.STOPPED
     assert run.ending.detail.startswith("patience: no better loss in ")
-    assert finished(book) in (7, 8)
+    assert finished(store) in (7, 8)
     assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.WAITING}
-    before = finished(book)
-    assert loop(book, desk, patience=6).run() == book.slots()
-    assert finished(book) == before, "the same limit hands nothing out"
-    loop(book, desk, patience=12).run()
-    assert finished(book) in (before + 5, before + 6, before + 7)
+    before = finished(store)
+    assert loop(store, desk, patience=6).run() == store.slots()
+    assert finished(store) == before, "the same limit hands nothing out"
+    loop(store, desk, patience=12).run()
+    assert finished(store) in (before + 5, before + 6, before + 7)
 
 
 def test_failures_end_the_search(loop) -> None:
-    book, desk = ShrinkingBook(40), Desk()
-    run = loop(book, desk, max_failures=3)
-    run._pool.answer = lambda call, s, rule: evaluation(s, float("nan") if call % 2 else None)
+    store, desk = MemorySlots(40), Desk()
+    run = loop(store, desk, max_failures=3)
+    run._pool.answer = evaluations(lambda call, s, rule: evaluation(s, float("nan") if call % 2 else None))
     run.run()
     assert run.ending.detail == "max_failures: 3 trial(s) failed, the limit is 3"
-    assert sum(slot.state is SlotState.FAILED for slot in book.rows) in (3, 4)
+    assert sum(slot.state is SlotState.FAILED for slot in store.rows) in (3, 4)
 
 
 def test_a_rule_met_with_the_last_slot_is_an_ordinary_end(loop) -> None:
-    run = loop(ShrinkingBook(7), Desk(), patience=6)
+    run = loop(MemorySlots(7), Desk(), patience=6)
     assert all(slot.state.finished for slot in run.run())
     assert run.ending.kind is EndingKind.FINISHED
 
 
 def test_the_last_figures_are_written_down(loop) -> None:
     desk = Desk()
-    loop(ShrinkingBook(9), desk).run()
+    loop(MemorySlots(9), desk).run()
     assert desk.beats[-1].spent.seconds == pytest.approx(desk.beats[-1].worker_seconds / 2)
     assert desk.beats[-1].spent.seconds > 5.0
 
 
-def test_slots_whose_vectors_were_chosen_ahead_are_dropped_like_others(loop, monkeypatch) -> None:
-    """They are in nobody's hands: a vector that no one asked for keeps no slot, and none is handed out twice."""
-
-    class Pool(ManyWorkers):
-        n_workers = n_loaded = 16
-        gpus_per_worker = 0.0
-
-    monkeypatch.setattr("tests.was_search.coordinator.test_steering.Pool", Pool)
-    book, desk = ShrinkingBook(160), Desk()
+def test_slots_whose_vectors_were_chosen_ahead_are_dropped_like_others(loop) -> None:
+    """No worker has them: a vector that no one asked for keeps no slot, and none is handed out twice."""
+    store, desk = MemorySlots(160), Desk()
     ahead: list[int] = []
 
     def each(turn: int) -> None:
         desk.overrides = Overrides(trials=max(160 - turn, 40))
         ahead.append(len(run._chooser.ahead))
 
-    run = loop(book, desk, each)
+    run = loop(store, desk, each, many_workers)
     slots = run.run()
     assert max(ahead) >= 1
     assert len(slots) < 160
     assert [slot.number for slot in slots] == list(range(len(slots)))
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
-    assert sorted(book.finishes) == list(range(len(slots)))
+    assert sorted(store.finishes) == list(range(len(slots)))
