@@ -201,13 +201,14 @@ class PoolDouble:
         if index in self._idle:
             self._idle.remove(index)
         for given in [given for given in self.given.values() if given.index == index]:
-            self._lose(given, TransientError(f"taken off {given.worker}, which is in quarantine: {reason}"), blameless=True)
+            error = TransientError(f"taken off {given.worker}, which is in quarantine: {reason}")
+            self._lose(given, error, blameless=True)
         return True
 
     def give_up(self, ticket: int, reason: str) -> None:
         self.given_up.append((ticket, reason))
         if given := self.given.get(ticket):
-            self._lose(given, TransientError(reason))
+            self._lose(given, TransientError(f"no answer from {given.worker}, {reason}"))
 
     def release(self, index: int) -> None:
         """Take a worker out of quarantine before its time."""
@@ -263,7 +264,7 @@ class PoolDouble:
         if now <= self._next_deadline:
             return
         for given in [given for given in self.given.values() if now > given.deadline]:
-            self._lose(given, TransientError(f"no answer within {given.deadline - given.started:.0f} s"))
+            self._lose(given, TransientError(f"no answer from {given.worker} before the deadline"))
         self._next_deadline = min((given.deadline for given in self.given.values()), default=inf)
 
     def _keep_size(self) -> None:
