@@ -14,7 +14,7 @@ import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from tests.was_search.coordinator.test_loop import SHAPE, Pool, evaluation, seeds
+from tests.doubles.loop_doubles import SHAPE, evaluation, seeds, two_workers
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.errors import ModelError, StudyError
@@ -83,7 +83,7 @@ def search(
     with kept_fresh(live, run, least_seconds=0.05) as refresher:
         loop = SearchLoop(
             book,
-            Pool(answer),
+            two_workers(answer),
             "tokens",
             "histograms",
             shape=SHAPE,
