@@ -15,7 +15,7 @@ torch nor Ray: a name is fetched when it is first used.
     Plan          an exported plan, with its figures
     sparsify      let a loaded model decode with a plan
     load_sparse   a folder with plan and weights, ready to decode
-    WasError      what all of these raise for what a user can mend
+    WasError      what they all raise for what a user can mend
 
 A step takes a context, and most of them nothing else:
 

@@ -29,7 +29,7 @@ JSON_NAME = "plan.json"
 TENSORS_NAME = "plan.safetensors"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_TENSORS_BYTES = 1 << 30
-"""Norms of a model with 126 blocks of width 16,384 take 76 MB."""
+"""Largest file of tensors that is read; norms of a model with 126 blocks of width 16,384 take 76 MB."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -124,7 +124,7 @@ class Plan:
                     )
 
     def require_model(self, fingerprint: str, shape: ModelShape) -> None:
-        """Refuse another model.
+        """Refuse a model that the plan is not of.
 
         Raises:
             PlanError: the fingerprints differ (both are in the message) or the shapes do.
@@ -272,7 +272,7 @@ def require_writable(folder: Path) -> None:
     """Refuse, before anything is computed, a folder in which no plan can be written.
 
     Raises:
-        PlanError: it, or the last folder above it that exists, is no folder or cannot be written.
+        PlanError: ``folder``, or the last folder above it that exists, is no folder or cannot be written.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -305,10 +305,10 @@ def _read_document(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, most_bytes: int) -> bytes:
-    """A regular file of at most ``most_bytes``; a pipe or a device would never end.
+    """Bytes of a regular file of at most ``most_bytes``; a pipe or a device would never end.
 
-    Links are followed, as the hub's cache is made of them: what is not a plan's file is refused by its content, of
-    which no message tells.
+    Links are followed, as the hub's cache is made of them. What is no plan's file is refused by its content, and no
+    message shows that content.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     status = os.fstat(handle)

@@ -17,11 +17,11 @@ N_PROJECTIONS = len(PROJECTIONS)
 
 ScoreKind = Literal["l1", "l2", "none"]
 SCORE_KINDS: tuple[ScoreKind, ...] = ("l1", "l2", "none")
-"""Norms in the weight-aware score."""
+"""Kinds of norms in the weight-aware score."""
 
 Masks = Literal["separate", "shared"]
 MASKS: tuple[Masks, ...] = get_args(Masks)
-"""``separate``: each projection has a mask of its own. ``shared``: q, k and v have one, and so have gate and up."""
+"""Ways of masking. ``separate``: each projection has its own mask. ``shared``: q, k and v have one, gate and up too."""
 
 Groups = tuple[tuple[int, ...], ...]
 SEPARATE: Groups = tuple((p,) for p in range(N_PROJECTIONS))
@@ -87,7 +87,7 @@ class ModelShape:
         return replace(self, masks=masks)
 
     def tie(self, sparsities: npt.ArrayLike) -> FloatArray:
-        """``sparsities`` [L, 7] with each group's members at their parameter-weighted mean; the model's stays."""
+        """``sparsities`` [L, 7] with each group's members at their parameter-weighted mean; the model's mean stays."""
         tied = np.array(sparsities, np.float64)
         for group in self.groups:
             own = tied[:, list(group)]
@@ -96,14 +96,14 @@ class ModelShape:
         return tied
 
     def copied(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``values`` [L, 7, ...] with what stands at each group's first member at its other members too."""
+        """``values`` [L, 7, ...] with the value of each group's first member copied to its other members."""
         result = np.array(values)
         for group in self.groups:
             result[:, list(group)] = result[:, [group[0]]]
         return result
 
     def divided(self, sums: FloatArray) -> FloatArray:
-        """What was summed up for a group at its first member, divided among its members by parameters.
+        """``sums``, held by each group's first member, divided among the group's members by parameters.
 
         Prices and slopes are sums: divided so, one parameter of any member has the same, and all members together
         have the group's. ``sums`` is [L, 7, ...] with zeros at the other members.

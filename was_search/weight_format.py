@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from was_search.errors import ConfigError
 
 AS_STORED = "none"
-"""What ``--weights`` says for weights that are not rounded."""
+"""Value of ``--weights`` for weights that are not rounded."""
 
 DEFAULT_GROUP = 128
 _PATTERN = re.compile(r"int([48])(?::([1-9]\d{0,5}))?")
@@ -36,7 +36,7 @@ class WeightFormat:
 
     @property
     def words(self) -> str:
-        """For tables and logs."""
+        """The format in words, for tables and logs."""
         return f"int{self.bits} weights in groups of {self.group} outputs"
 
     def row_bytes(self, width: int) -> int:
@@ -51,7 +51,7 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat | None:
-        """``int8``, ``int4`` or with a group as ``int4:64``; None for ``none``.
+        """The format that ``int8``, ``int4`` or, with a group, ``int4:64`` says; None for ``none``.
 
         Raises:
             ConfigError: anything else.

@@ -38,11 +38,11 @@ _COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """What ``columns.json`` says.
+    """The content of ``columns.json``.
 
     Attributes:
-        fingerprint: of the checkpoint that the weights are of, as in the plan.
-        dtype: of the weights.
+        fingerprint: that of the weights' checkpoint, as in the plan.
+        dtype: dtype of the weights.
         files: each tensor's safetensors file in the folder.
         columns: tensors that are stored transposed: [in_features, out_features].
     """
@@ -54,7 +54,7 @@ class ColumnLayout:
 
     @classmethod
     def from_json(cls, document: Any, path: Path) -> ColumnLayout:
-        """Raises ModelError for what is not such a document; ``path`` is named."""
+        """Read ``document``; raises a ModelError that names ``path`` for anything that is no such document."""
 
         def refuse(rule: str) -> ModelError:
             return ModelError(f"model: {path}: {rule}; export the plan with its weights again")
@@ -97,12 +97,12 @@ def save_columns(
         model: a causal LM, dense, in the dtype to be stored.
         plan: for this model.
         source: the checkpoint that the model was loaded from; its configuration and tokenizer are copied.
-        folder: made if missing; what an earlier call has left there is replaced.
-        shard_bytes: of a file at most, if no single tensor is larger.
+        folder: made if missing; the files of an earlier call are replaced.
+        shard_bytes: greatest size of a file, unless a single tensor is larger.
 
     Raises:
         PlanError: the plan belongs to another model, or the folder cannot be written.
-        ModelError: the projections are not found, or their dtype is none of the three.
+        ModelError: the projections are not found, or their dtype is not one of the three.
         ConfigError: the folder is the checkpoint's own.
     """
     from safetensors.torch import save_file
@@ -180,7 +180,7 @@ def column_state(source: ModelSource) -> dict[str, Tensor]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name; of tied ones the first."""
+    """Parameters and persistent buffers by name; only the first of tied ones."""
     seen: set[int] = set()
     kept = set(model.state_dict())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

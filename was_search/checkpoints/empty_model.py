@@ -1,6 +1,6 @@
 """The model that a checkpoint's configuration describes, without weights: the one way to build a model before loading.
 
-A configuration comes from anywhere, and building what it describes takes time and memory for each layer of it. So all
+A configuration comes from anywhere, and building what it describes takes time and memory for each layer. So all
 that is known of the checkpoint is compared with it first.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SLACK = 1.5
-"""Weights described for each one that is stored; tied ones are stored once or twice."""
+"""How many weights may be described for each one that is stored; tied ones are stored once or twice."""
 
 
 def empty_model(source: ModelSource) -> nn.Module:
@@ -89,7 +89,7 @@ def _config(source: ModelSource) -> PretrainedConfig:
 
 
 def _stored(source: ModelSource) -> tuple[int, int]:
-    """Tensors of the checkpoint's files, and elements of all of them."""
+    """How many tensors the checkpoint's files hold, and how many elements in all."""
     from safetensors import safe_open
 
     tensors = stored = 0

@@ -75,7 +75,7 @@ class ModelSource:
         """The safetensors files of the weights, by name: those that transformers loads, or the column-major ones.
 
         Raises:
-            ModelError: the index cannot be read, or names a file that is none of the folder's.
+            ModelError: the index cannot be read, or names a file outside the folder.
         """
         if self.columns is not None:
             return [self.folder / name for name in sorted(set(self.columns.files.values()))]
@@ -208,7 +208,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """Raises OSError or ValueError for what is no JSON, is nested too deep or is larger than any configuration."""
+    """Read a JSON file; OSError or ValueError for no JSON, too deep nesting or more than any configuration holds."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_JSON_BYTES:

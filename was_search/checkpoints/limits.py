@@ -14,7 +14,7 @@ from typing import Any
 from was_search.errors import ModelError
 
 MOST_OF_A_KIND = 100_000
-"""Layers, heads, labels, ...: of some, lists are made before any weight is looked at."""
+"""Greatest count of layers, heads, labels, ...: lists of that length may be made before any weight is looked at."""
 
 _COUNT = re.compile(r"(layers?|blocks?|labels|heads?|experts|replace)$")
 
@@ -54,7 +54,7 @@ def _method(quantisation: Any) -> str:
 
 
 def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, and those of what is nested; an element of a list comes with the list's key."""
+    """Every key with its value, nested ones too; an element of a list comes with the list's key."""
     for key, value in config.items():
         yield from _nested(key, value)
 

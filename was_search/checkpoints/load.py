@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What weights and activations may be."""
+"""Dtypes that weights and activations may have."""
 
 
 def load_tokenizer(source: ModelSource | str, revision: str = "") -> Any:
@@ -62,13 +62,13 @@ def load_model(
 
     Args:
         source: as :func:`resolve_model` returns it, or a name for it.
-        revision: of a name that is a hub id.
+        revision: the hub's, where ``source`` is a hub id.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` as in :func:`pick_dtype`.
         device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``.
         device_map: spreads the blocks over several devices, as transformers takes it; then ``device`` is not used.
         weights: ``int8`` or ``int4``, with a group as in ``int4:64``: the projections' weights are rounded, one after
             another. They pass by way of main memory, so that the device never holds more than one unrounded.
-        gpus: above 1, spread the blocks over the first so many GPUs; ``device`` must be ``cuda`` or ``auto`` then.
+        gpus: if above 1, spread the blocks over the first ``gpus`` GPUs; ``device`` must be ``cuda`` or ``auto`` then.
 
     Raises:
         ModelError: unreadable or incomplete weights, a model that needs code of its own, or one that is not a
@@ -121,7 +121,7 @@ def load_model(
         ) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers would go on with random ones
+    if missing:  # transformers would go on with random weights
         raise ModelError(
             f"model: {source.folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
             "not a whole causal language model"
@@ -138,7 +138,7 @@ def load_model(
 
 
 def _from_columns(source: ModelSource, options: dict[str, Any]) -> Any:
-    """As from_pretrained, with the folder's tensors as they lie: transformers keeps a tensor's strides."""
+    """The model as from_pretrained gives it, with the folder's tensors as they lie: transformers keeps strides."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -170,7 +170,7 @@ def gpu_memory(gpus: int, device: str) -> dict[int, int]:
 
     Raises:
         ConfigError: ``gpus`` is below 1, or ``device`` is not ``cuda``: a spread model lies on no single device.
-        ResourceError: there are fewer.
+        ResourceError: there are fewer GPUs.
     """
     import torch
 
@@ -188,7 +188,7 @@ def pick_device(asked: str) -> str:
 
     Raises:
         ConfigError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        ResourceError: that GPU is not there.
+        ResourceError: there is no such GPU.
     """
     import torch
 
@@ -223,7 +223,7 @@ def _has_accelerate() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, whose state is put back."""
+    """Switch the progress bars of transformers off during the block."""
     from transformers import utils
 
     logging: Any = utils.logging

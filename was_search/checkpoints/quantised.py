@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class QuantisedLinear(nn.Module):
-    """A frozen linear map whose weight is held in 8 or 4 bits; computes with what the bits mean, in the input's dtype.
+    """A frozen linear map whose weight is held in 8 or 4 bits, and which computes in the input's dtype.
 
     Gradients flow to the input. The weight is written out for the time of a forward or backward only.
 
     Args:
-        linear: whose weight is rounded, and whose bias is taken over; its weight is not kept.
+        linear: the map whose weight is rounded and whose bias is taken over; its weight is not kept.
         form: bits and group.
         device: where the rounded weight lives; None: where the linear's is.
 
     Attributes:
-        packed: buffer, uint8 [in_features, bytes], see :func:`was_search.checkpoints.rounding.quantise`.
+        packed: buffer, uint8 [in_features, bytes], from :func:`was_search.checkpoints.rounding.quantise`.
         scales: buffer, float16 [in_features, groups, 2]: scale and offset.
-        dtype: of the weight that was rounded: what the model computes in.
+        dtype: that of the weight before rounding: what the model computes in.
     """
 
     packed: Tensor
@@ -54,7 +54,7 @@ class QuantisedLinear(nn.Module):
         return self.packed.device
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out_features, in_features] in ``dtype``, the model's if None."""
+        """The weight [out_features, in_features] in ``dtype``, or in the model's dtype for None."""
         form = self.form
         weight = dequantise(self.packed, self.scales, form.bits, form.group, self.out_features)
         return weight.to(dtype or self.dtype).t()
@@ -72,7 +72,7 @@ class QuantisedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T that keeps the rounded weight for the backward pass, not the one written out."""
+    """The product x W^T; it keeps the rounded weight for the backward pass, not the one written out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantisedLinear) -> Tensor:

@@ -9,7 +9,7 @@ from was_search.errors import ModelError
 from was_search.weight_format import WeightFormat
 
 _CHUNK = 1 << 22
-"""Weights rounded at a time, in float32 copies."""
+"""Number of weights that are copied to float32 and rounded at a time."""
 
 
 def round_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def quantise(weight: Tensor, form: WeightFormat) -> tuple[Tensor, Tensor]:
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, n] -> [rows, bytes]; at 4 bits an odd row ends with an empty half."""
+    """Pack uint8 [rows, n] into [rows, bytes]; at 4 bits an odd row ends with an empty half."""
     if bits == 8:
         return q
     if q.shape[1] % 2:
@@ -68,14 +68,14 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """What :func:`pack` was given, of ``width`` columns."""
+    """The values that :func:`pack` was given, in ``width`` columns."""
     if bits == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :width]
 
 
 def dequantise(packed: Tensor, scales: Tensor, bits: int, group: int, width: int) -> Tensor:
-    """The weight that is meant: float32 [in, out] of ``width`` outputs."""
+    """The weight that packed values and scales stand for: float32 [in, out] of ``width`` outputs."""
     rows, n_groups = scales.shape[:2]
     q = unpack(packed, bits, width).float()
     if width % group:

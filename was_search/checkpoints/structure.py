@@ -28,9 +28,9 @@ class Block:
     """One decoder layer.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
         module: the layer.
-        projections: by name; those of a fused map are stand-ins with its input and their width, and no weights.
+        projections: the seven by name; those in a fused map are stand-ins with its input, their width and no weights.
         fused: fused maps by the projections that they hold.
     """
 
@@ -42,7 +42,7 @@ class Block:
 
 @dataclass(frozen=True)
 class MaskedInput:
-    """An input with a mask of its own: what projections of a block read together, and the maps that a forward calls.
+    """An input with a mask of its own, the projections that read it, and the maps that a forward calls.
 
     ``linears`` is one map for each of ``members``, or the fused one of all of them.
     """
@@ -196,7 +196,8 @@ def _parts(
 ) -> dict[str, nn.Linear]:
     """Stand-ins for the projections of a fused map.
 
-    Whose rows of its weight are whose depends on the family, and nothing here does: they share one mask.
+    Which rows of the weight belong to which projection depends on the family. It does not matter here, as they share
+    one mask.
     """
     rows = fused.out_features
     widths: tuple[int, ...]

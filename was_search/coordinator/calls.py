@@ -22,13 +22,13 @@ class Shared(Protocol[T_co]):
 
 @dataclass(frozen=True, eq=False)
 class Held(Generic[T]):
-    """A shared value that lies in this process."""
+    """A shared value that is in this process already."""
 
     value: T
 
 
 class Work(NamedTuple):
-    """What a call does: ``kind`` of it in words, whose seconds a token are alike, and its tokens (0: not known)."""
+    """What a call does: its kind in words, whose calls take alike seconds a token, and its tokens (0: not known)."""
 
     kind: str
     tokens: float = 0.0
@@ -38,8 +38,8 @@ class Call(ABC, Generic[T]):
     """One call of a worker: a frozen dataclass of its arguments, which are pickled. Pure: repeating it is harmless.
 
     Attributes:
-        name: for logs.
-        words: the same in a sentence, such as "an evaluation".
+        name: its name in logs.
+        words: its name in a sentence, such as "an evaluation".
     """
 
     name: ClassVar[str]
@@ -47,7 +47,7 @@ class Call(ABC, Generic[T]):
 
     @property
     def tokens(self) -> float:
-        """What it goes through, by which workers' paces are compared; 0 where that says nothing or is not known."""
+        """Tokens that the call reads, by which paces are compared; 0 where they say nothing or are not known."""
         return 0.0
 
     @property
@@ -63,5 +63,5 @@ class Call(ABC, Generic[T]):
         """
 
     def figures(self, found: T) -> dict[str, Any]:
-        """What the log says of a call that has ended."""
+        """Figures that the log shows of the call once it has ended with ``found``."""
         return {}

@@ -28,13 +28,13 @@ class Chooser:
     """Gives slots their vectors. Knows neither workers nor a database.
 
     Once the seeds and the descents' vectors have finished, the best of them is the centre of the search space, the
-    same one after every restart. What a slot is given is noted in ``slots``; writing it down is the caller's.
+    same one after every restart. What a slot is given is noted in ``slots``; the caller writes it into storage.
 
     Args:
-        slots: shared with the loop.
+        slots: the table that the loop uses too.
         shape: the model's.
         seeds: in the order of the first slots.
-        options: of the search.
+        options: how the search runs.
         descents: those of the search, None if there are none.
     """
 
@@ -72,7 +72,7 @@ class Chooser:
         self._ahead.clear()
 
     def evaluated(self, seconds: float) -> None:
-        """How long an evaluation took: what choosing ahead is weighed against."""
+        """Note how long an evaluation took: choosing ahead is weighed against it."""
         self._lookahead.evaluated(seconds)
 
     def finished(self, slot: Slot) -> None:
@@ -83,9 +83,9 @@ class Chooser:
             self._suggester.tell(slot.number, slot.state, self._told(slot))
 
     def stop_rule(self, slot: Slot) -> StopRule | None:
-        """When the slot's evaluation is to stop.
+        """The rule by which the slot's evaluation may stop early.
 
-        None for seeds and descents' vectors: few, and each may become the centre of the space.
+        None for seeds and descents' vectors: they are few, and each may become the centre of the space.
         """
         best = self._slots.best
         if not self._options.early_stopping or slot.source.kind is not OriginKind.SAMPLER or best is None:
@@ -123,9 +123,10 @@ class Chooser:
         return number, self._sampled(number)
 
     def choose_ahead(self, n_workers: int) -> bool:
-        """Choose one vector that no worker has asked for yet, where that keeps ``n_workers`` busy; whether it did.
+        """Choose one vector that no worker has asked for yet, where that keeps ``n_workers`` busy.
 
-        It is not written down before it is handed out: a crash forgets it, and its slot is given another.
+        Returns whether it chose one. The vector is not written down before it is handed out: a crash forgets it, and
+        its slot is given another.
         """
         wanted = self._lookahead.depth(n_workers)
         if self._suggester is None or len(self._ahead) >= wanted or (number := self._slots.first_free()) is None:
@@ -164,7 +165,7 @@ class Chooser:
         return make_space(options.space, self._centre(), options.budget, options.radius)
 
     def _centre(self) -> Seed:
-        """The best of the seeds and of the descents' vectors; those have a table made through them."""
+        """The best of the seeds and the descents' vectors, the latter with a table made through them."""
         best = self._centre_slot()
         if best is None:
             return self._seeds[-1]
@@ -174,7 +175,7 @@ class Chooser:
         return best_slot([s for s in self._slots.values() if s.source.kind in (OriginKind.SEED, OriginKind.DESCENT)])
 
     def _points(self) -> dict[str, Seed]:
-        """By their slots' origin: the seeds, and the descents' vectors with tables made through them."""
+        """Seeds, and descents' vectors with tables made through them, by their slots' origin."""
         points = {str(Origin.seed(seed.name)): seed for seed in self._seeds}
         for slot in self._slots.values():
             if slot.source.kind is OriginKind.DESCENT and slot.sparsities is not None:
@@ -182,7 +183,7 @@ class Chooser:
         return points
 
     def _in_space(self) -> list[Slot]:
-        """Sampled slots, and the seeds that the space holds (one of another table is none), by its parameters."""
+        """Sampled slots and the seeds that the space holds, with its parameters; it holds no seed of another table."""
         assert self._space is not None
         own = {origin: self._space.locate(seed) for origin, seed in self._points().items()}
         ordered = sorted(self._slots.values(), key=lambda s: s.number)
@@ -209,7 +210,7 @@ class Chooser:
         return Proposal(str(origin), params, distributions, levels, sparsities, attrs)
 
     def _told(self, slot: Slot) -> float | None:
-        """What the sampler is told: of a stopped slot its estimated loss, by the losses of the space's centre.
+        """The loss that the sampler is told of a slot; of a stopped one an estimate by the space's centre's losses.
 
         That vector is the same after every restart, and so is what is told.
         """

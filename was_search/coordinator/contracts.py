@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONGEST_CALL_SECONDS = 86400.0
-"""No call may take longer unless it was given its own limit; that is all that ends one of a kind not seen yet."""
+"""Longest time of a call without its own limit; the only limit of calls of a kind not seen yet."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ class WorkerPool(Protocol):
 
     @property
     def health(self) -> Health:
-        """Of the workers; whoever hands calls out tells it how they ended."""
+        """The workers' health; whoever hands calls out tells it how they ended."""
         ...
 
     @property
     def state(self) -> PoolState:
-        """The workers by what they are at."""
+        """How many workers are doing what."""
         ...
 
     @property
     def n_loaded(self) -> int:
-        """Workers that hold the model, those that are about to go or in quarantine included."""
+        """Number of workers that hold the model, with those that are about to go or in quarantine."""
         ...
 
     @property
     def n_parallel(self) -> int:
-        """Into how many parts work is well cut."""
+        """Number of parts to cut work into."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class WorkerPool(Protocol):
 
     @property
     def next_index(self) -> int:
-        """Number of that worker."""
+        """Number of the worker that the next :meth:`submit` takes."""
         ...
 
     @property
@@ -116,17 +116,17 @@ class WorkerPool(Protocol):
         deadline_seconds: float = LONGEST_CALL_SECONDS,
         about: Mapping[str, Any] | None = None,
     ) -> int:
-        """Start ``call`` on an idle worker, of which there must be one; returns its ticket, that of no other call.
+        """Start ``call`` on an idle worker, of which there must be one; returns its ticket, which no other call has.
 
         Args:
             call: what to do.
-            deadline_seconds: after which it is lost.
+            deadline_seconds: time after which it counts as lost.
             about: ids for the worker's log.
         """
         ...
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
-        """Calls that ended, each once, at the latest after ``timeout_seconds``; may be none.
+        """Calls that have ended, each once, after at most ``timeout_seconds``; [] if none has.
 
         Raises:
             WasError: a worker cannot load its model.
@@ -143,10 +143,10 @@ class WorkerPool(Protocol):
         ...
 
     def resize(self, n_workers: WorkerRange) -> None:
-        """Start workers, or let some go, until there are as many; returns at once and loses no call.
+        """Start workers, or let some go, until there are ``n_workers``; returns at once and loses no call.
 
         Raises:
-            ResourceError: there is no room for as many; nothing is changed.
+            ResourceError: there is no room for ``n_workers``; nothing is changed.
         """
         ...
 
@@ -157,19 +157,19 @@ class WorkerPool(Protocol):
     def quarantine(self, index: int, reason: str, seconds: float) -> bool:
         """Give the worker ``index`` no call for ``seconds``; False where that was refused, as for the last worker.
 
-        A call that it is at comes back as lost, and blameless.
+        Its call in flight comes back as lost, and counts against nobody.
         """
         ...
 
     def give_up(self, ticket: int, reason: str) -> None:
-        """Take a call for lost that hangs: it comes back so."""
+        """Count a call that hangs as lost: it comes back so."""
         ...
 
 
 class SlotStore(Protocol):
     """A study's slots in storage. Every method may be repeated: it finishes what was begun.
 
-    ``was_storage``'s coordinator session is one.
+    ``was_storage.studies.session.CoordinatorSession`` is this contract on Postgres.
     """
 
     def slots(self) -> list[Slot]: ...
@@ -190,7 +190,7 @@ class SlotStore(Protocol):
 class RunControl(Protocol):
     """Where others ask something of a run, and where it writes how it goes; calls may be repeated.
 
-    ``was_storage``'s ControlDesk is one.
+    ``was_storage.studies.control.ControlDesk`` is this contract on Postgres.
     """
 
     def spent_before(self) -> Spent: ...

@@ -33,10 +33,10 @@ class DescentPlan:
 
     Attributes:
         epochs: each starts at the best vector of those before it, with half their step.
-        steps: of an epoch's chains in the first epoch; they also differ in the sequences that their slopes come from.
-        options: of a chain but its step.
+        steps: first step of each chain in the first epoch; chains also differ in the sequences of their slopes.
+        options: all options of a chain but its step.
         per_round: sequences of one round.
-        data: where they are drawn from.
+        data: the sequences to draw from.
     """
 
     epochs: int
@@ -47,7 +47,7 @@ class DescentPlan:
 
     @property
     def tokens(self) -> int:
-        """Of one chain."""
+        """Tokens of one chain."""
         return descent_tokens(self.data.protocol, self.options, self.per_round)
 
 
@@ -60,12 +60,12 @@ class Descents:
 
     Args:
         plan: epochs, steps and data.
-        pool: workers.
+        pool: its workers run the chains.
         histograms: taken near the seeds, shared.
-        budget: of every vector.
-        seed: of the chains' sequences.
+        budget: what every vector spends.
+        seed: decides which sequences the chains draw.
         seconds_per_token: the slowest a worker may be before a chain is taken for lost; 0: by measure.
-        max_attempts: of one chain; see :class:`was_search.coordinator.lost_calls.LostCalls`.
+        max_attempts: attempts at one chain; see :class:`was_search.coordinator.lost_calls.LostCalls`.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Descents:
         )
 
     def finished(self, slots: Iterable[Slot]) -> bool:
-        """Whether no epoch is left to be proposed; starts the next one when the last one's slots have finished."""
+        """Whether no epoch is left to propose; starts the next one when the last one's slots have finished."""
         if self._proposals or self.running:
             return False
         ours = [slot for slot in slots if slot.source.kind is OriginKind.DESCENT]
@@ -126,7 +126,7 @@ class Descents:
         return False
 
     def hand_out(self) -> bool:
-        """Give waiting chains to idle workers; whether any was given."""
+        """Give waiting chains to idle workers; returns whether any was given."""
         waiting = len(self._waiting)
         while self._waiting and self._pool.n_idle:
             chain = self._lost.next_for(self._pool.next_index, self._waiting)
@@ -149,7 +149,7 @@ class Descents:
         return len(self._waiting) < waiting
 
     def abandon(self) -> bool:
-        """Give up the chains that have not ended; whether any is on a worker, whose call the caller must end.
+        """Give up the chains that have not ended; returns whether any is on a worker, whose call the caller must end.
 
         A later run of the study descends from the same vector again.
         """
@@ -163,7 +163,7 @@ class Descents:
 
     @property
     def in_flight(self) -> dict[int, Work]:
-        """By ticket."""
+        """Work of the chains on workers, by ticket."""
         return dict.fromkeys(self._running, self._work)
 
     def settle(self, outcome: Outcome) -> BaseException | None:
@@ -201,7 +201,7 @@ class Descents:
     def _conclude(self) -> None:
         ends = [self._ends[chain] for chain in range(len(self._plan.steps))]
         if len(ends) > 1:
-            # First: with fewer slots than vectors it is the one to keep.
+            # The mean comes first: with fewer slots than vectors it is the one to keep.
             mean = self._budget.onto(np.mean(ends, axis=0), HIGHEST_DESCENDED)
             self._proposals.append((Origin.descent(self._epoch, None), mean))
         self._proposals.extend((Origin.descent(self._epoch, chain), end) for chain, end in enumerate(ends))

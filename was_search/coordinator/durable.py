@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 def durable(store: T, *, patience_seconds: float = 120.0) -> T:
     """``store`` with every call repeated while it raises TransientError, for ``patience_seconds`` at most.
 
-    Every method must be one that may be repeated: it finishes what was begun.
+    Every method must allow being repeated: then it finishes what was begun.
     """
     return cast(T, _Durable(store, patience_seconds))
 

@@ -12,31 +12,31 @@ from was_search.coordinator.calls import Work
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, WorkerPool
 
 _CALLS = 5
-"""A worker's last ones of a kind, whose median is its pace."""
+"""Number of a worker's last calls of a kind, whose median is its pace."""
 
 _ENOUGH = 3
 """Calls that a pace needs: one may have waited for something, and a worker's first compiles its kernels."""
 
 _LEAST_LOSS_SECONDS = 1.0
-"""What a slow worker costs at each call, at the least: far below, a busy machine makes any call slow."""
+"""Least time that a slow worker costs at each call; smaller delays come from any busy machine."""
 
 _OVERDUE = 3.0
-"""A call in flight may take so much longer again than what makes a pace slow, or than the slowest first call."""
+"""How many times longer than a slow pace's call, or than the slowest first call, a call in flight may take."""
 
 _LEAST_SECONDS = 10.0
-"""No call in flight is overdue before."""
+"""Time before which no call in flight is overdue."""
 
 _PATIENCE = 20.0
-"""A call may take so many times as long as the slowest of its kind; above what an overdue one may have beside peers."""
+"""How many times as long as the slowest of its kind a call may take, where no peer is there to compare with."""
 
 _LEAST_PATIENCE_SECONDS = 300.0
-"""Before, nothing is given up by measure: a machine may swap, a file system may stand still for minutes."""
+"""Time before which no call is given up by measure: a machine may swap, a file system may hang for minutes."""
 
 _REASON = 200
 """Characters of an error that are shown; Ray's are paragraphs."""
 
 _LONGEST = 16
-"""A quarantine is at most so many times as long as the first."""
+"""How many times as long as the first a later quarantine may be."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class QuarantinePolicy:
     """When a worker is put in quarantine, and for how long.
 
     Attributes:
-        slowdown: its pace is so many times its peers' seconds a token; 0 for never.
-        failures: so many of its calls in a row were lost; 0 for never.
-        seconds: the first time; each further one is twice as long as the one before.
+        slowdown: ratio of its seconds a token to its peers'; 0 for never.
+        failures: number of its calls lost in a row; 0 for never.
+        seconds: length of the first quarantine; each further one is twice as long as the one before.
     """
 
     slowdown: float = 4.0
@@ -57,10 +57,11 @@ class QuarantinePolicy:
 class Health:
     """Knows every worker's pace and failures; workers go by their numbers, which outlast restarts.
 
-    One for all that a pool does, so that whoever was put in quarantine while calibrating is known when searching.
+    A pool has one for all that it does, so that a worker that was put in quarantine while calibrating is known when
+    searching.
 
     Args:
-        pool: which may refuse: its last worker is never put in quarantine.
+        pool: puts workers in quarantine, and may refuse: never its last worker.
         policy: when and for how long.
     """
 
@@ -72,7 +73,7 @@ class Health:
         self._times: Counter[int] = Counter()
 
     def answered(self, worker: int, seconds: float, work: Work) -> None:
-        """A call of the worker's took ``seconds``."""
+        """Note that a call of the worker's took ``seconds``."""
         self._failures[worker] = 0
         if work.tokens <= 0:
             return
@@ -85,7 +86,7 @@ class Health:
             self._put(worker, f"slow, {own / peers:.1f} times its peers' seconds a token")
 
     def lost(self, worker: int, reason: str) -> bool:
-        """A call of the worker's was lost; whether the worker is suspected of losing whatever it is given.
+        """Note that a call of the worker's was lost; returns whether it is suspected of losing whatever it is given.
 
         That is so from its second loss in a row until it is put in quarantine, or may not be.
         """
@@ -114,7 +115,7 @@ class Health:
                 self._pool.give_up(ticket, f"{what}, and {limit:.0f} s are far longer than any has taken")
 
     def patience(self, work: Work) -> float:
-        """Seconds that a call may take, whatever others do: 20 times the slowest recent one of its kind, by tokens.
+        """Seconds that a call may take without peers to compare with: 20 times the slowest recent one of its kind.
 
         At least five minutes; a day while no call of the kind was seen: the first one compiles, and may be the longest.
         """
@@ -139,7 +140,7 @@ class Health:
         if not self._pool.quarantine(worker, reason, seconds):
             return False
         self._times[worker] += 1
-        # It starts anew when it comes back, and no peer is compared with it until then.
+        # The worker's pace starts anew when it comes back; no peer is compared with it until then.
         for paces in self._paces.values():
             paces.forget(worker)
         self._failures[worker] = 0
@@ -154,10 +155,10 @@ class _Paces:
     """Seconds a token that workers take for calls of one kind."""
 
     def __init__(self) -> None:
-        self._longest = 0.0  # tokens of a call; one in flight whose tokens are not known is taken for such a one
+        self._longest = 0.0  # most tokens of a call so far, for calls in flight whose tokens are not known
         self._recent: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_CALLS))
         self._first: dict[int, float] = {}
-        self._summary: _Summary | None = None  # of _recent as it stands; hundreds of calls in flight ask for it at once
+        self._summary: _Summary | None = None  # kept: hundreds of calls in flight ask for it at once
 
     def add(self, worker: int, seconds: float, tokens: float) -> None:
         self._longest = max(self._longest, tokens)
@@ -166,7 +167,7 @@ class _Paces:
         self._summary = None
 
     def restarted(self, worker: int) -> None:
-        """Its next call is a process's first again."""
+        """Note that the worker's next call is the first of a new process."""
         self._first.pop(worker, None)
 
     def forget(self, worker: int) -> None:
@@ -186,15 +187,15 @@ class _Paces:
         return median(paces) if paces else None
 
     def usual_seconds(self, worker: int, tokens: float) -> float | None:
-        """What a call in flight takes the worker's peers, None where that is not known.
+        """Seconds that a call takes the worker's peers, None where that is not known.
 
-        One call of theirs is enough: it was slower than those that follow, and one that hangs holds everything up.
+        One call of theirs is enough: a first call is slower than later ones, and a call that hangs holds everything up.
         """
         peers = self._now.median_without(worker)
         return None if peers is None else (tokens or self._longest) * peers
 
     def slowest_seconds(self, tokens: float) -> float | None:
-        """What a call takes at the slowest recent pace of any worker, first calls included; None if there was none."""
+        """Seconds of a call at the slowest recent pace of any worker, first calls included; None if there was none."""
         slowest = self._now.slowest
         return None if slowest is None else (tokens or self._longest) * slowest
 
@@ -211,12 +212,12 @@ class _Paces:
 
 @dataclass(frozen=True)
 class _Summary:
-    """Of the recent seconds a token of all workers, one call of a worker's being enough.
+    """Summary of the recent seconds a token of all workers that have ended a call.
 
     Attributes:
-        of_worker: the median of each.
-        rising: the same, in their order.
-        slowest: of all calls; None where there are none.
+        of_worker: each worker's median.
+        rising: the same medians, sorted.
+        slowest: the greatest of all calls; None where there are none.
     """
 
     of_worker: Mapping[int, float]

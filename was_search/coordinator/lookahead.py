@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 MIN_WORKERS = 8
-"""Smaller pools choose nothing ahead: there a vector chosen without the latest result is a loss, and with one worker
-a search is the same every time."""
+"""Smallest pool that chooses ahead: a vector chosen without the latest result is a loss, and a search with one worker
+is the same every time."""
 
 MOST = 16
 WORTH = 0.001
@@ -16,7 +16,7 @@ _SMOOTHING = 0.1
 
 
 class Lookahead:
-    """Measures evaluations and choices; :meth:`depth` follows from how many workers ask while one vector is chosen."""
+    """Measures evaluations and choices, and says how many vectors to choose ahead."""
 
     def __init__(self) -> None:
         self._evaluation: float | None = None

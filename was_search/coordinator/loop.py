@@ -32,10 +32,10 @@ from was_search.texts.protocol import Evaluation, TokenSet, perplexity
 from was_search.vectors.seeds import Seed
 
 _TOGETHER_SECONDS = 0.05
-"""Vectors chosen within this time are committed together: a commit costs more than a further trial in it."""
+"""Time in which chosen vectors are committed together: a commit costs more than a further trial in it."""
 
 _HAND_OUT_SECONDS = 1.0
-"""Then results that have come meanwhile are looked at, before more is handed out."""
+"""Time of handing out after which results that have come meanwhile are looked at."""
 
 _EVALUATION = Work(Evaluate.words)
 
@@ -48,13 +48,13 @@ class SearchLoop:
 
     Args:
         store: the study's slots, guarded by the coordinator's lock.
-        pool: workers.
+        pool: its workers evaluate.
         data: tokens of the search split.
         histograms: at the operating point.
         shape: the model's.
         seeds: in the order of the first slots.
         options: how it runs.
-        top: the dense model's top of ``data``, which makes the divergence from it the fitness; None for the NLL.
+        top: the dense model's top predictions on ``data``: the fitness is the divergence from them; None: the NLL.
         drain: once set, nothing more is handed out and the loop ends with the calls in flight.
         run_control: where others ask for a pause, another number of workers and so on; None where nobody does.
         progress: called after every finished slot.
@@ -143,7 +143,7 @@ class SearchLoop:
         return slots
 
     def _goes_on(self) -> bool:
-        """Whether the loop has another turn; does what is asked of it first."""
+        """Do what is asked of the run; returns whether the loop has another turn."""
         was_paused = self._steering.paused
         self._steering.activity = self._descending
         control = self._steering.steer()
@@ -168,7 +168,7 @@ class SearchLoop:
         self._chooser.forget_ahead()
 
     def _fit(self, control: Control) -> bool:
-        """Take in slots that were added, and remove those that are no longer wanted; whether there were any."""
+        """Take in slots that were added, and remove those that are no longer wanted; returns whether any."""
         before = len(self._slots)
         for number in range(before, control.n_slots):
             self._slots[number] = Slot(number, SlotState.WAITING)
@@ -181,7 +181,7 @@ class SearchLoop:
         return len(self._slots) != before
 
     def _keep(self, n_slots: int, ahead: set[int]) -> None:
-        """Forget the slots from ``n_slots`` on. Those ``ahead`` have a vector that is written down nowhere yet."""
+        """Forget the slots from ``n_slots`` on; the vectors of those in ``ahead`` are written down nowhere yet."""
         kept = [slot for slot in self._slots.values() if slot.number < n_slots]
         self._slots.reload(s if s.number not in ahead else Slot(s.number, SlotState.WAITING) for s in kept)
         for slot in kept:
@@ -195,7 +195,7 @@ class SearchLoop:
         return self._slots.unfinished
 
     def _hand_out(self) -> bool:
-        """Give idle workers something to do; True where time was up before all of them had."""
+        """Give idle workers something to do; returns True where time was up before all of them had work."""
         end = time.monotonic() + _HAND_OUT_SECONDS
         while self._pool.n_idle:
             if time.monotonic() > end:
@@ -237,7 +237,7 @@ class SearchLoop:
         self._refresh(hand_out.number, state=SlotState.RUNNING, attempt=attempt, worker=hand_out.worker)
 
     def _about(self, hand_out: HandOut, attempt: int) -> dict[str, Any]:
-        """What the worker's log says that it evaluates."""
+        """Ids of the evaluation for the worker's log."""
         ids = {"slot": hand_out.number, "attempt": attempt, "trial": self._store.trial_of(hand_out.number)}
         return {**bound_fields(), **ids, "worker": hand_out.worker}
 
@@ -264,7 +264,7 @@ class SearchLoop:
         if self._descents is not None and self._descents.owns(outcome.ticket):
             return self._descents.settle(outcome)
         if outcome.ticket not in self._flight:
-            return None  # left in flight by a phase that raised
+            return None  # the call was left in flight by a phase that raised
         number, attempt, started = self._flight.pop(outcome.ticket)
         error = outcome.error
         if error is None:

@@ -1,4 +1,4 @@
-"""Whose fault it is that calls are lost: a sick worker loses whatever it is given, a bad call is lost by any worker."""
+"""Tells bad calls from sick workers: a bad call is lost by any worker, a sick worker loses any call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 from was_search.coordinator.contracts import Outcome, WorkerPool
 
 _FAR_TOO_OFTEN = 3
-"""A call that was lost so many times ``max_attempts`` is given up, whoever lost it."""
+"""A call is given up after this many times ``max_attempts`` losses, whoever lost it."""
 
 CallT = TypeVar("CallT", bound=Hashable)
 
@@ -17,13 +17,13 @@ CallT = TypeVar("CallT", bound=Hashable)
 class LostCalls:
     """Counts how often calls were lost, and says when one is to be given up.
 
-    That is when ``max_attempts`` workers have lost it; or fewer, where there are no more, and all of them together so
-    many times. What a worker lost that is in quarantine since does not count, nor does what it loses on the way
+    That is when ``max_attempts`` workers have lost it; where there are fewer workers, when all of them have, together
+    ``max_attempts`` times. The losses of a worker that is in quarantine since do not count, nor do those on the way
     there, as long as it loses one call after another.
 
     Args:
-        pool: whose workers they are.
-        max_attempts: of one call.
+        pool: the pool of the workers.
+        max_attempts: attempts at one call.
     """
 
     def __init__(self, pool: WorkerPool, max_attempts: int) -> None:
@@ -32,7 +32,7 @@ class LostCalls:
         self._by: defaultdict[Hashable, Counter[int]] = defaultdict(Counter)
 
     def lost(self, call: Hashable, outcome: Outcome, reason: str) -> bool:
-        """Count a loss, for the call and for its worker; whether the call is to be given up."""
+        """Count a loss for the call and for its worker; returns whether the call is to be given up."""
         if outcome.blameless:
             return False
         worker, by = outcome.index, self._by[call]
@@ -49,7 +49,7 @@ class LostCalls:
         return len(by) >= self._max_attempts or everyone or total >= _FAR_TOO_OFTEN * self._max_attempts
 
     def count(self, call: Hashable) -> int:
-        """How often the call was lost, as far as that counts."""
+        """How many losses of the call count."""
         return sum(times for worker, times in self._by[call].items() if worker in self._pool.proven)
 
     def next_for(self, worker: int, waiting: deque[CallT]) -> CallT:

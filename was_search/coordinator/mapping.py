@@ -1,4 +1,4 @@
-"""Many calls, each of its arguments alone, spread over the workers; no worker's end or illness ends them."""
+"""Independent calls spread over the workers, repeated where a worker dies, fails or is too slow."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def map_calls(
     """Results of ``calls`` in their order; lost ones are repeated, on other workers if possible.
 
     A worker that loses calls again and again, or is far slower than the others, is put in quarantine, and its call is
-    given to another one. A call that takes far longer than those before it is taken for lost.
+    given to another one. A call that takes far longer than those before it counts as lost.
 
     Args:
         pool: the workers.
         calls: one or more.
         phase: for the log, here and on the workers; "" for none.
         done: called after each result.
-        max_attempts: of one call; see :class:`was_search.coordinator.lost_calls.LostCalls`.
-        deadline_seconds: after which a call is taken for lost; before that by measure, see
+        max_attempts: attempts at one call; see :class:`was_search.coordinator.lost_calls.LostCalls`.
+        deadline_seconds: time after which a call counts as lost; it may earlier, by
             :meth:`was_search.coordinator.health.Health.patience`.
 
     Raises:
@@ -80,7 +80,7 @@ class _Map(Generic[T]):
                 self._hand_out()
             self._pool.health.look({ticket: self._work[number] for ticket, number in self._running.items()})
             for outcome in self._pool.wait(1.0):
-                if outcome.ticket in self._running:  # else left in flight by a map or a search that raised
+                if outcome.ticket in self._running:  # other calls were left in flight by a map or a search that raised
                     self._settle(self._running.pop(outcome.ticket), outcome)
         if self._phase:
             event(_logger, "phase ended", calls=len(self._calls), seconds=time.monotonic() - started)

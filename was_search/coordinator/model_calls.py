@@ -30,7 +30,7 @@ from was_search.vectors.greedy import block_path
 from was_search.vectors.table import BlockTable
 
 Thresholds = npt.NDArray[np.float32]
-"""float32 [L, 7]."""
+"""Thresholds of all projections, float32 [L, 7]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Calibrate(Call[tuple[Histograms, IntArray, IntArray]]):
 
 @dataclass(frozen=True, eq=False)
 class Price(Call[tuple[FloatArray, int]]):
-    """Sums of prices over ``data`` and their tokens, :func:`was_search.masks.pricing.price_sums`; levels [L, 7, G]."""
+    """Sums of prices over ``data``, and its tokens (:func:`was_search.masks.pricing.price_sums`); levels [L, 7, G]."""
 
     name: ClassVar[str] = "pricing"
     words: ClassVar[str] = "pricing"
@@ -239,7 +239,7 @@ def _figures(found: Evaluation) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class PeakBytes(Call[int]):
-    """Greatest memory held since the last such call: of torch on GPUs, of the process on CPU (since its start)."""
+    """Greatest memory held: on GPUs torch's since the last such call, on CPU the process's since its start."""
 
     name: ClassVar[str] = "peak memory"
     words: ClassVar[str] = "its peak memory"

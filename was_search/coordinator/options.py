@@ -1,4 +1,4 @@
-"""What a search is asked for."""
+"""The options of a search's loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from was_search.vectors.space import SpaceName
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a search runs; see :class:`was_search.service.settings.Settings` for each.
+    """How a search runs; :class:`was_search.service.settings.Settings` explains each option.
 
     ``budget`` is what every vector spends; ``latency`` predicts what trials record of their decoding step;
     ``elsewhere`` is what other studies of the same command have spent of its limits on time.
@@ -38,5 +38,5 @@ class SearchOptions:
 
     @property
     def longest_evaluation_seconds(self) -> float:
-        """After which an evaluation is lost, whatever was measured."""
+        """Time after which an evaluation counts as lost, whatever was measured."""
         return self.trial_timeout or LONGEST_CALL_SECONDS

@@ -77,7 +77,7 @@ def greedy_table(
     step: float,
     advance: Advance = lambda: None,
 ) -> Table:
-    """The component-level greedy by block-output error, a block a call."""
+    """The table of the component-level greedy by block-output error; each block is a call."""
     shared, histograms = pool.share(data), pool.share(dense)
     calls = [GreedyBlock(b, shared, histograms, step) for b in range(shape.n_blocks)]
     return Table("greedy", tuple(pool.map(calls, phase="greedy table", done=advance)))

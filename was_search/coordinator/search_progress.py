@@ -1,4 +1,4 @@
-"""What a search tells of its state."""
+"""The state of a search while it runs, for progress bars and pages."""
 
 from __future__ import annotations
 

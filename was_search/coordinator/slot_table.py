@@ -13,7 +13,7 @@ from was_search.studies.slots import Slot, SlotState
 
 
 class SlotTable(dict[int, Slot]):
-    """Slots by number. Setting one costs the same whatever their number: a study may have ten thousand.
+    """Slots by number. Setting one takes the same time however many there are: a study may have ten thousand.
 
     Attributes:
         counts: slots by state.
@@ -67,7 +67,7 @@ class SlotTable(dict[int, Slot]):
 
     @property
     def saved(self) -> float:
-        """See :func:`was_search.studies.slots.tokens_saved`."""
+        """Share of tokens that stopping early saved; as :func:`was_search.studies.slots.tokens_saved`."""
         return 1.0 - self._seen / (self._evaluations * self._longest) if self._seen else 0.0
 
     def take_ready(self) -> int | None:

@@ -18,7 +18,7 @@ POLL_SECONDS = 1.0
 BEAT_SECONDS = 5.0
 
 _RANK = (EndingKind.STOPPED, EndingKind.DRAINED, EndingKind.CANCELLED)
-"""A later one takes the place of an earlier one while calls in flight end."""
+"""Endings by rank: while calls in flight end, a later one of this list replaces an earlier one."""
 
 _logger = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ class Steering:
     """Knows whether the loop may hand out, and why it is to end.
 
     Args:
-        run_control: None where nobody can ask for anything; then only ``drain`` and those limits count that need no
-            earlier runs' figures.
+        run_control: what is asked of the run; None where nobody can ask: then only ``drain`` counts, and limits that
+            need no figures of earlier runs.
         pool: resized as asked.
-        limits: of the run's own settings; what ``was-search set`` says goes before them.
-        elsewhere: what other studies have spent of these limits.
+        limits: those of the run's own settings; what ``was-search set`` says goes before them.
+        elsewhere: what other studies of the command have spent of ``limits``.
         drain: set by ctrl-C.
-        slots: of the study as the loop finds them.
+        slots: the study's, as the loop finds them.
         clock: seconds.
     """
 
@@ -78,7 +78,7 @@ class Steering:
         self._tally.add(slot)
 
     def steer(self) -> Control | None:
-        """To be called at every turn of the loop; returns what is asked where it was read, about once a second."""
+        """Do what is asked, at every turn of the loop; returns what was read, about once a second, else None."""
         self._account()
         control = None
         if self._drain.is_set():

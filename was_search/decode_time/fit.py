@@ -1,4 +1,4 @@
-"""Which vectors to time, and how a profile's curves come from their times. Knows no device: a function is asked."""
+"""Which vectors to time, and how a profile's curves come from their times; a function given by the caller times."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ FUSED = ((0, 1, 2), (3,), (4, 5), (6,))
 SINGLE = tuple((p,) for p in range(N_PROJECTIONS))
 
 BASE = 0.5
-"""While the launches of one kind are varied, all others have this sparsity."""
+"""Sparsity of all other launches while those of one kind are varied."""
 
 KNOTS = (0.0, 0.15, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.98)
-"""Where they are varied to; BASE is one more. A launch that reads nothing would give the next one zeros to skip, so the
-last is below 1, and from there on no more time is taken to be saved."""
+"""Sparsities at which launches are timed, besides BASE.
+
+The last is below 1, as a launch that reads nothing would give the next one zeros to skip; from there on no more time is
+taken to be saved.
+"""
 
 UNIFORM = (0.1, 0.3, 0.7, 0.85)
-"""Sparsities of all projections at once, which share out what does not add up."""
+"""Sparsities of all projections at once, for the part of the time that does not add up."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Launches of the same projections and widths: ``projections`` of each of ``blocks``."""
+    """Launches of the same projections and widths: ``projections`` in every one of ``blocks``."""
 
     projections: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -56,7 +59,7 @@ def launch_kinds(shape: ModelShape, groups: tuple[tuple[int, ...], ...]) -> tupl
 
 
 def n_measurements(kinds: tuple[Kind, ...], rounds: int) -> int:
-    """Calls of the function that :func:`fit` times steps with."""
+    """How often :func:`fit` calls the function that times steps."""
     return rounds * (len(kinds) * len(KNOTS) + len(UNIFORM) + _BASES)
 
 
@@ -142,13 +145,13 @@ def check(time_at: TimeAt, profile: LatencyProfile, n: int, seed: int = 1) -> li
 
 
 def check_summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Of the rows of :func:`check`: how many, and the greatest and the mean error without its sign."""
+    """Summary of the rows of :func:`check`: their number, and the greatest and the mean absolute error."""
     errors = np.abs([row["error"] for row in rows])
     return {"vectors": len(rows), "max_error": float(errors.max()), "mean_error": float(errors.mean())}
 
 
 def _vector(base: FloatArray, kinds: tuple[Kind, ...], k: int, level: float) -> FloatArray:
-    """All at the base with kind ``k`` at ``level``; all at ``level`` where k is negative."""
+    """Sparsities with kind ``k`` at ``level`` and all others at the base; all at ``level`` where k is negative."""
     if k < 0:
         return np.full_like(base, level)
     vector = base.copy()

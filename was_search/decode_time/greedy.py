@@ -22,10 +22,10 @@ def spend_time(prices: FloatArray, grid: FloatArray, profile: LatencyProfile, se
         prices: [L, 7, G], nats per token of each projection at each sparsity of ``grid``.
         grid: [G] sparsities, rising from 0.
         profile: what sparsities save.
-        seconds: what is left of a step.
+        seconds: time of the step that is to result.
 
     Raises:
-        InfeasibleError: prices of another shape or not finite, or seconds that the grid's end does not reach.
+        InfeasibleError: prices of another shape or not finite, or ``seconds`` that the grid's end does not reach.
     """
     price = np.asarray(prices, np.float64)
     wanted = (*profile.shape.params.shape, len(grid))
@@ -55,7 +55,7 @@ def spend_time(prices: FloatArray, grid: FloatArray, profile: LatencyProfile, se
 def _last_step(
     profile: LatencyProfile, grid: FloatArray, at: IntArray, b: int, p: int, end: int, seconds: float
 ) -> FloatArray:
-    """The point between ``at`` and the raise that would save too much."""
+    """The last raise, made only as far as needed: the point between ``at`` and the raise that would save too much."""
     point = np.asarray(grid[at], np.float64)
 
     def at_level(level: float) -> float:
@@ -79,11 +79,11 @@ class _Launches:
         }
 
     def mates(self, b: int, p: int) -> tuple[int, ...]:
-        """The projections of the launch."""
+        """The projections in the same launch as projection ``p`` of block ``b``."""
         return self._curves[b, p][0].projections
 
     def steepest(self, price: FloatArray, at: IntArray, b: int, p: int) -> tuple[float, int, float]:
-        """The least price for a second saved by a raise from ``at``, the grid's point it leads to, what it saves."""
+        """The raise from ``at`` with the least price a second: that price, the grid's point, the seconds saved."""
         curve, weights = self._curves[b, p]
         mean = float(self._grid[at[b, list(curve.projections)]] @ weights)
         further = self._grid[at[b, p] + 1 :]
@@ -95,6 +95,6 @@ class _Launches:
             ratio = np.where(saved > 0.0, cost / saved, np.inf)
         if not len(ratio) or not np.isfinite(ratio.min()):
             return np.inf, int(at[b, p]), 0.0
-        # Of equal ones the furthest: the hull's edge, not its pieces.
+        # Of equal prices the furthest point: the hull's edge, not its pieces.
         best = int(np.flatnonzero(ratio <= ratio.min() * (1 + 1e-12) + 1e-300)[-1])
         return float(ratio[best]), int(at[b, p]) + 1 + best, float(saved[best])

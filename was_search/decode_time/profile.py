@@ -36,13 +36,13 @@ _MOST_SECONDS = 3600.0
 
 @dataclass(frozen=True, eq=False)
 class LaunchCurve:
-    """What launches of one kind take by sparsity.
+    """The time that launches of one kind take, by sparsity.
 
     Attributes:
         projections: the members, as indices into PROJECTIONS; they share an input.
-        blocks: where there is such a launch.
+        blocks: those that have such a launch.
         knots: sparsities of the whole launch, float64 [K], rising from 0 to 1.
-        seconds: of one launch above its time at the last knot, float64 [K], never rising, 0 at the end.
+        seconds: time of one launch above its time at the last knot, float64 [K], never rising, 0 at the end.
     """
 
     projections: tuple[int, ...]
@@ -72,20 +72,20 @@ class LatencyProfile:
 
     Attributes:
         shape: the model's projections.
-        curves: one a kind of launch; together they hold every projection once.
+        curves: one for each kind of launch; together they hold every projection once.
         rest_seconds: what no sparsity saves.
         dense: seconds of the dense model's step by the way it was run, such as ``eager`` and ``compiled``.
-        device: its name.
-        dtype: of the model.
-        backend: of the sparse runtime, such as ``cuda, fused``.
-        rows: that decode together.
+        device: name of the device.
+        dtype: dtype of the model.
+        backend: backend of the sparse runtime, such as ``cuda, fused``.
+        rows: sequences that decode together.
         kv_length: positions in the cache.
         versions: torch, triton, driver and so on, for people.
         measured_at: when, ISO 8601.
-        source: ``measured``, or what else it is.
+        source: ``measured``, or where else the figures come from.
         weights: how the projections' weights are held, as ``--weights`` says it.
-        spread: of the times of one and the same step while it was measured: standard deviation over mean.
-        check: errors on vectors that took no part in it; {} where none were tried.
+        spread: standard deviation over mean of the times of one and the same step during the measurement.
+        check: errors on vectors that took no part in the fit; {} where none were tried.
     """
 
     shape: ModelShape
@@ -145,14 +145,14 @@ class LatencyProfile:
 
     @cached_property
     def hash(self) -> str:
-        """Of all that decides a prediction, 64 hexadecimal digits."""
+        """Hash of all that decides a prediction, 64 hexadecimal digits."""
         value = self.to_json()
         names = ("shape", "launches", "rest_seconds", "dense", *_CONDITIONS, "weights")
         return content_hash(*(value[name] for name in names))
 
     @cached_property
     def members(self) -> tuple[tuple[IntArray, IntArray, FloatArray], ...]:
-        """Of each curve: blocks [n, 1], projections [1, m], and the members' shares of its parameters [m]."""
+        """For each curve its blocks [n, 1], its projections [1, m], and their shares of the launch's parameters [m]."""
         params = self.shape.params
         found = []
         for curve in self.curves:
@@ -181,7 +181,7 @@ class LatencyProfile:
         return float(self.predict(sparsities))
 
     def speedup(self, seconds: float) -> float:
-        """Of a step that takes so long, over the dense one."""
+        """Speed-up of a step that takes ``seconds`` over the dense one."""
         return self.dense_seconds / seconds
 
     def savings(self, sparsities: npt.ArrayLike, width: float = 0.02) -> FloatArray:
@@ -233,7 +233,7 @@ class LatencyProfile:
             )
 
     def describe(self) -> str:
-        """One line: of what and where."""
+        """One line that says what was measured, and where."""
         made = "" if self.source == "measured" else f" ({self.source})"
         held = "" if self.weights == AS_STORED else f", {describe(self.weights)}"
         return (
@@ -255,7 +255,7 @@ class LatencyProfile:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Its conditions without the curves, as JSON."""
+        """The profile's conditions without the curves, as JSON."""
         value = self.to_json()
         names = ("hash", "dense", "rest_seconds", *_CONDITIONS, "weights", "versions", "measured_at", "check", "spread")
         return {name: value[name] if name != "hash" else self.hash for name in names}
@@ -286,7 +286,7 @@ class LatencyProfile:
 
     @classmethod
     def from_json(cls, value: Any) -> LatencyProfile:
-        """Raises ConfigError for anything that is no profile of this version."""
+        """Read a profile from JSON; raises ConfigError for anything that is no profile of this version."""
         if not isinstance(value, dict) or value.get("kind") != _KIND:
             raise ConfigError("profile: not a profile; 'was-search profile --output FILE' writes one")
         if value.get("version") != VERSION:
@@ -329,7 +329,7 @@ class LatencyProfile:
             ) from error
 
     def save(self, path: Path) -> Path:
-        """Write it as JSON.
+        """Write the profile as JSON.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -347,7 +347,7 @@ class LatencyProfile:
         """Read a file of :meth:`save`.
 
         Raises:
-            ConfigError: no such file, or none of ours.
+            ConfigError: there is no such file, or it is no profile.
         """
         if not path.is_file():
             raise ConfigError(f"profile: {path} is not a file; 'was-search profile --output FILE' writes one")

@@ -1,4 +1,4 @@
-"""A budget of predicted time: a decoding step so many times as fast as the dense one."""
+"""A budget of predicted time: a decoding step that is a given number of times as fast as the dense one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from was_search.vectors.roots import TOLERANCE, falling_root
 from was_search.vectors.table import Table
 
 HIGHEST_TIMED = 0.95
-"""Flat sparsity that decides which speed-ups can be had: prices are known that far."""
+"""Highest flat sparsity whose speed-up may be asked for, as prices are known up to there."""
 
 
 @dataclass(frozen=True)
 class TimeBudget:
-    """Vectors whose step is predicted to take ``profile.dense_seconds / speedup``, within
-    :data:`was_search.vectors.roots.TOLERANCE` of it.
+    """Vectors whose step is predicted to take ``profile.dense_seconds / speedup``.
+
+    It is met within :data:`was_search.vectors.roots.TOLERANCE`.
 
     Raises:
         ConfigError: a speed-up out of the profile's reach; the message names the greatest and the least.
@@ -57,7 +58,7 @@ class TimeBudget:
 
     @property
     def seconds(self) -> float:
-        """What a step may take."""
+        """Seconds that a step may take."""
         return self.profile.dense_seconds / self.speedup
 
     @property
@@ -94,7 +95,7 @@ class TimeBudget:
         return self.onto(spend_time(prices, grid, self.profile, self.seconds), float(grid[-1]))
 
     def met(self, sparsities: FloatArray) -> bool:
-        """Whether the prediction is the budget's."""
+        """Whether the step at ``sparsities`` is predicted to take what the budget says."""
         return abs(self.profile.seconds(sparsities) / self.seconds - 1.0) <= TOLERANCE
 
     def _flat_at(self, seconds: float) -> float:
@@ -104,7 +105,7 @@ class TimeBudget:
     def _shifted(
         self, raw: FloatArray, vector: Callable[[FloatArray], FloatArray], upper: npt.NDArray[np.float64]
     ) -> FloatArray:
-        """``clip(raw + shift, 0, upper)`` for the shift at which ``vector`` of it meets the budget."""
+        """``clip(raw + shift, 0, upper)`` with the shift at which ``vector``, a function of it, meets the budget."""
         if not np.all(np.isfinite(raw)):
             raise InfeasibleError("raw: levels must be finite")
 

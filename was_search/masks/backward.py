@@ -18,7 +18,7 @@ from was_search.texts.protocol import TokenSet
 
 
 def backward_pass(model: MaskedModel, data: TokenSet, function: InputFunction) -> float:
-    """Gradient of the summed nats through ``function`` on every projection's input; returns the summed nats.
+    """Take the gradient of the summed nats through ``function`` on every projection's input; returns those nats.
 
     Weights need no gradient and get none. ``function`` does its work in its own backward, which runs once for
     every batch; where the model recomputes its forward runs twice, and memory is that of one block.
@@ -47,7 +47,7 @@ def _on_inputs(structure: Structure, function: InputFunction) -> Iterator[None]:
 
 @contextmanager
 def _gradient_from_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Frozen weights give no gradient path: the embeddings' output starts one."""
+    """Start the gradient path at the embeddings' output, as frozen weights give none."""
     starts: list[Tensor] = []
 
     def start(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:

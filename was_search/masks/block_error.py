@@ -15,7 +15,7 @@ from was_search.shape import FloatArray
 from was_search.texts.protocol import TokenSet
 
 BlockInputs = list[tuple[tuple[Any, ...], dict[str, Any]]]
-"""Arguments of one block's forward, a pair a batch."""
+"""Arguments of one block's forward, positional and by name, a pair for each batch."""
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def capture_inputs(model: MaskedModel, data: TokenSet, block: int) -> BlockInput
 
 
 class _StopForwardError(Exception):
-    """Ends a forward once the block's input is known: the blocks behind it need not run."""
+    """Ends a forward once the block's input is known: later blocks need not run."""
 
 
 def block_error(model: MaskedModel, data: TokenSet, block: int, dense: Histograms) -> Callable[[FloatArray], float]:

@@ -21,7 +21,7 @@ from was_search.shape import N_PROJECTIONS, FloatArray, IntArray, ModelShape
 from was_search.texts.protocol import TokenSet
 
 PassRunner = Callable[[npt.NDArray[np.float32] | None], tuple[Histograms, FloatArray]]
-"""thresholds [L, 7] or None -> histograms under these masks and the achieved sparsities [L, 7] (float64)."""
+"""A pass: thresholds [L, 7] or None -> histograms under these masks, achieved sparsities [L, 7] (float64)."""
 
 
 @torch.inference_mode()
@@ -71,16 +71,16 @@ def operating_point(
     """Re-take histograms under the masks of nominal ``sparsities`` [L, 7] until nominal is achieved.
 
     Every pass masks with the thresholds that the pass before it gave. The first projections of the first block
-    are exact at once, what follows settles behind them.
+    are exact at once, later ones settle after them.
 
     Args:
         run_pass: masks with given thresholds and takes histograms.
         dense: histograms of the dense model.
         sparsities: the nominal point.
-        shape: weighs the projections.
+        shape: its parameters weigh the projections.
         tolerance: greatest difference between nominal and achieved, of the model and (ten times this) of any
             projection, at which the passes end.
-        max_passes: give up after so many; the last result is returned.
+        max_passes: passes after which to give up and return the last result.
 
     Returns:
         Histograms at the point; the thresholds that were in force when ``achieved`` was counted; achieved [L, 7];

@@ -24,14 +24,15 @@ from torch import Tensor
 from was_search.errors import ConfigError
 
 ENTRY_BYTES = 8
-"""Of one entry: an int32 index and a float32 log-probability."""
+"""Bytes of one entry: an int32 index and a float32 log-probability."""
 
 
 @dataclass(frozen=True)
 class DenseTop:
     """What the dense model predicts at every predicted token of a split.
 
-    float32, since that costs a third more than float16 and keeps the dense model's own divergence at 0.
+    Log-probabilities are float32, which costs a third more than float16 and keeps the dense model's own divergence
+    at 0.
 
     Attributes:
         indices: the k tokens of largest probability, int32 [n_sequences, predicted, k]; in no order that matters.
@@ -62,7 +63,7 @@ class DenseTop:
         return int(self.indices.shape[-1])
 
     def __getitem__(self, sequences: slice) -> DenseTop:
-        """Of a run of sequences."""
+        """The predictions for a run of sequences."""
         return DenseTop(self.indices[sequences], self.log_probs[sequences])
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -74,12 +75,12 @@ class DenseTop:
 
 
 def concatenate(parts: list[DenseTop]) -> DenseTop:
-    """The runs of sequences one behind the other."""
+    """The predictions for all sequences, from those for consecutive runs of them."""
     return DenseTop(np.concatenate([p.indices for p in parts]), np.concatenate([p.log_probs for p in parts]))
 
 
 def check_top_k(top_k: int, vocabulary: int) -> None:
-    """Raise ConfigError if there are not so many tokens."""
+    """Raise ConfigError if the vocabulary has fewer than ``top_k`` tokens."""
     if top_k > vocabulary:
         raise ConfigError(f"kl_top_k: must be at most the vocabulary, {vocabulary} tokens, got {top_k}")
 
@@ -101,7 +102,7 @@ def bucket_log_probs(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row: indices int64 [rows, k], and log-probabilities as in :class:`DenseTop`.
+    """The k largest logits of each row: indices int64 [rows, k], and log-probabilities as in :class:`DenseTop`.
 
     Among tokens of equal probability any choice does: D holds for every set T.
     """

@@ -1,7 +1,7 @@
 """Stop an evaluation before its last sequence: racing against the incumbent, and rungs among trials.
 
 Racing: a paired Wilcoxon signed-rank test says that the incumbent is better. Rungs (successive halving over
-sequences, Li et al., arXiv 1810.05934): of the trials that reached so many sequences only the best share goes on. A
+sequences, Li et al., arXiv 1810.05934): of the trials that reached a number of sequences only the best share goes on. A
 worker decides both by itself, from a :class:`StopRule` that is sent along with the vector.
 """
 
@@ -18,16 +18,16 @@ import numpy as np
 from was_search.shape import FloatArray
 
 MIN_SEQUENCES = 8
-"""Fewer pairs than this say too little: with n of them that all agree, p is 2^-n (0.008 at 7, 0.004 at 8)."""
+"""Least number of pairs for a test: with n pairs that all agree, p is 2^-n (0.008 at 7, 0.004 at 8)."""
 
 RUNGS = (1 / 8, 1 / 4, 1 / 2)
 """Shares of the sequences at which trials are compared with each other."""
 
 MIN_TRIALS = 4
-"""Trials that must have reached a rung before it holds anyone back."""
+"""Number of trials that must have reached a rung before it stops any."""
 
 RECENT = 32
-"""A rung compares with so many of the trials that reached it last: a search improves as it goes on."""
+"""Number of trials, the last ones to reach a rung, that it compares with: a search improves as it goes on."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class StopRule:
 
     Attributes:
         incumbent: losses of the best vector, of all sequences in the evaluation's order, float64 [n].
-        significance: of the test against it; 0 makes no test.
-        cuts: of the rungs, in rising order.
+        significance: level of the test against it; 0 makes no test.
+        cuts: the rungs' cuts, in rising order.
     """
 
     incumbent: FloatArray
@@ -85,7 +85,7 @@ def is_worse(losses: FloatArray, incumbent: FloatArray, significance: float = 0.
     if difference.mean() <= 0.0 or not np.any(difference):
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ties and zeros: the normal approximation is meant
+        warnings.simplefilter("ignore")  # ties and zeros: the normal approximation is wanted
         return bool(wilcoxon(difference, alternative="greater").pvalue < significance)
 
 
@@ -116,7 +116,7 @@ def estimated_loss(losses: FloatArray, reference: FloatArray) -> float:
     mean: the reference is a control variate.
 
     Args:
-        losses: of the first m sequences, [m].
-        reference: of all sequences of a vector near it, [n].
+        losses: its losses on the first m sequences, [m].
+        reference: losses of a vector near it on all sequences, [n].
     """
     return float(reference.mean() + (losses - reference[: len(losses)]).mean())

@@ -23,7 +23,7 @@ from was_search.masks.masking import Masking
 from was_search.texts.protocol import Evaluation, TokenSet
 
 _LOGIT_ELEMENTS = 1 << 27
-"""Logits converted to float32 at a time: 512 MB."""
+"""Number of logits that are converted to float32 at a time: 512 MB."""
 
 
 def sequence_nats(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
@@ -44,8 +44,8 @@ def sequence_nats(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
 def sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: DenseTop) -> tuple[Tensor, Tensor]:
     """Divergence from the dense model, and NLL, of each sequence's last ``predicted`` tokens, from one forward.
 
-    Both are summed over the tokens: nats, float32 [batch]. ``top`` is that of these sequences, [batch, predicted, k];
-    usable with autograd. See :mod:`was_search.masks.divergence`.
+    Both are summed over the tokens: nats, float32 [batch]. ``top`` is the dense model's top on the same sequences,
+    [batch, predicted, k]; :mod:`was_search.masks.divergence` defines the divergence. Usable with autograd.
     """
     logits = _logits(model, tokens, predicted)
     targets = tokens[:, -predicted:].flatten().to(logits.device)

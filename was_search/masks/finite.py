@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 _INSTEAD = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
-"""Types of more range (float16) or of more digits (bfloat16) than a type that is too small."""
+"""Types to try instead of one that is too small: of more range for float16, of more digits for bfloat16."""
 
 
 class NotFiniteError(ArithmeticError):
-    """A pass of ``what`` gave NaN or infinite numbers; who knows the model's name makes it :func:`not_finite`."""
+    """``what`` gave NaN or infinite numbers; whoever knows the model's name turns this into :func:`not_finite`."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} gives NaN or infinite numbers")
@@ -34,14 +34,14 @@ def require_finite(values: npt.ArrayLike, what: str, model: nn.Module, name: str
     """Refuse ``values`` that are not all finite.
 
     Args:
-        values: that ``what`` has given.
+        values: what the phase has given.
         what: the phase, such as ``calibration``.
-        model: which computed them; its weights are looked at if need be.
-        name: the model's, for the message.
-        dtype: of its weights and activations.
+        model: the model that computed them; its weights are looked at if need be.
+        name: the model's name, for the message.
+        dtype: dtype of its weights and activations.
 
     Raises:
-        ModelError: it names the phase, the model and the dtype, and says what to do.
+        ModelError: naming the phase, the model and the dtype, and what to do.
     """
     if not np.all(np.isfinite(values)):
         raise not_finite(what, model, name, dtype)

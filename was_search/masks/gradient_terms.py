@@ -14,14 +14,14 @@ from was_search.masks.histogram import bin_counts
 from was_search.masks.score import scores
 
 PriceOp = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""What :func:`price_terms` does; a fused one may take its place."""
+"""A function like :func:`price_terms`; a fused one may take its place."""
 
 SlopeOp = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor, Tensor]]
-"""What :func:`slope_terms` does; a fused one may take its place."""
+"""A function like :func:`slope_terms`; a fused one may take its place."""
 
 
 def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, prefix: int) -> Tensor:
-    """Prices of one input at every level, summed over its tokens behind the prefix: float64 [G].
+    """Prices of one input at every level, summed over its tokens after the prefix: float64 [G].
 
     Args:
         x: [sequences, positions, d].
@@ -42,19 +42,19 @@ def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, pref
 def slope_terms(
     x: Tensor, gradient: Tensor, norms: Tensor, limits: Tensor, width: float, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of one mask: the gradient passed on with the band's term, and what is learnt on the way.
+    """The backward of one mask: the gradient with the band's term, the loss's change and the scores' counts.
 
     Args:
         x: [sequences, positions, d], the input before masking.
         gradient: like x, of the loss at the masked input.
         norms: [d] float32.
         limits: float32 [3]: the threshold, and the scores between which the slope is taken.
-        width: see :data:`was_search.masks.slope.BOUNDARY_WIDTH`.
+        width: half width of the band, :data:`was_search.masks.slope.BOUNDARY_WIDTH`.
         prefix: positions that are never masked.
 
     Returns:
         The gradient at x, in the gradient's dtype; the change of the loss when the channels between the limits are
-        dropped, float64 scalar; counts of the scores behind the prefix, int64 [32768].
+        dropped, float64 scalar; counts of the scores after the prefix, int64 [32768].
     """
     threshold, low, high = limits
     score = scores(x[:, prefix:], norms)

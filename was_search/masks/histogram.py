@@ -24,12 +24,12 @@ _FINITE_BINS = 0x7F80  # the first bin of inf; NaN patterns lie above
 
 
 CountOp = Callable[[Tensor], Tensor]
-"""What :func:`bin_counts` does; a fused one may take its place."""
+"""A function like :func:`bin_counts`; a fused one may take its place."""
 
 
 def bin_counts(scores: Tensor) -> Tensor:
     """Counts of ``scores`` (float32, any shape, >= 0) in the fixed bins: [32768] int64 on the same device."""
-    # A NaN made by inf * 0 carries a sign bit; without it, it counts as the NaN that it is.
+    # A NaN made by inf * 0 carries a sign bit; without the bit it counts as NaN.
     bins = (scores.contiguous().view(torch.int32).flatten() >> 16) & (N_BINS - 1)
     return torch.bincount(bins, minlength=N_BINS)
 
@@ -63,7 +63,7 @@ class Histograms:
 
     @property
     def finite(self) -> bool:
-        """Whether all scores were."""
+        """Whether all scores were finite."""
         return not self.counts[..., _FINITE_BINS:].any()
 
     @cached_property
@@ -71,7 +71,7 @@ class Histograms:
         return np.cumsum(self.counts, axis=-1)
 
     def thresholds(self, sparsities: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Quantile of each projection's scores at ``sparsities`` [L, 7]; returns float32 [L, 7].
+        """Thresholds at ``sparsities`` [L, 7]: these quantiles of each projection's scores; float32 [L, 7].
 
         Linear inside a bin. Sparsity 0 gives threshold 0, which drops nothing.
 

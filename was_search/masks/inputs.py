@@ -13,7 +13,7 @@ from was_search.errors import ModelError
 from was_search.shape import PROJECTIONS
 
 InputFunction = Callable[[int, int, Tensor], Tensor]
-"""(block, projection, input [batch, positions, d]) -> what the projection sees; of a group, its first member is given.
+"""(block, projection, input [batch, positions, d]) -> what the projection sees; a group goes by its first member.
 
 Autograd brings a group's gradients together at its input, so a function's backward sees their sum.
 """
@@ -44,7 +44,7 @@ class _Once:
 
     def __call__(self, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         x: Tensor = args[0]
-        # A map that is served twice begins a new forward: the one before was broken off.
+        # A map that comes twice begins a new forward: the one before was broken off.
         if self._given is None or linear in self._served:
             self._served.clear()
             self._given = (x, self._function(self._masked.block, self._masked.members[0], x))

@@ -1,4 +1,4 @@
-"""Intervals for paired per-sequence losses."""
+"""Confidence intervals for paired per-sequence losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that can be masked, with what every pass over it needs."""
+"""The masked model: a model with what every pass over it needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MaskedModel:
         structure: its blocks.
         norms: from :func:`structure_norms`.
         ops: the operations of the passes.
-        recompute: backward passes keep the activations of one block at a time, for one more forward.
+        recompute: whether backward passes keep the activations of one block at a time, at the cost of one more forward.
     """
 
     model: nn.Module
@@ -57,12 +57,12 @@ class MaskedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go."""
+        """The device that tokens go to."""
         return next(self.model.parameters()).device
 
     @property
     def block_devices(self) -> list[torch.device]:
-        """Where each block is: what is learnt of a block lies there too."""
+        """The device of each block; what is learnt of a block stays there."""
         return [row[0].device for row in self.norms]
 
     def batches(self, data: TokenSet) -> Iterator[Tensor]:
@@ -72,7 +72,7 @@ class MaskedModel:
             yield torch.as_tensor(data.tokens[start : start + size], dtype=torch.long, device=self.device)
 
     def block(self, number: int) -> MaskedModel:
-        """The same model of which one block alone is masked."""
+        """The same model with only one of its blocks to mask."""
         structure = Structure((self.structure.blocks[number],), self.structure.masks)
         return replace(self, structure=structure, norms=[self.norms[number]])
 
@@ -81,7 +81,7 @@ def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]
     """Column norms of every projection, L rows of seven [in_features] float32 tensors on the weights' devices.
 
     Projections that share a mask have one tensor: the norms of their weights stacked upon one another. Rounded weights
-    count as what they mean, not as what they were.
+    count as rounded.
     """
     rows: list[list[Tensor]] = [[] for _ in structure.blocks]
     for masked in structure.inputs():

@@ -23,7 +23,7 @@ from was_search.shape import N_PROJECTIONS, FloatArray
 Observer = Callable[[int, int, Tensor], None]
 """(block, projection, scores [batch, positions, d] float32) -> None; sees only tokens outside the dense prefix.
 
-Of projections that share a mask it sees the first.
+It sees only the first of the projections that share a mask.
 """
 
 

@@ -11,7 +11,7 @@ from was_search.masks.score import MaskOp, mask_input
 
 @dataclass(frozen=True)
 class Ops:
-    """Plain torch by default; ``was_kernels.pass_ops`` gives those that suit a device."""
+    """The operations of passes, in plain torch by default; ``was_kernels.pass_ops`` gives those that suit a device."""
 
     mask: MaskOp = mask_input
     count: CountOp = bin_counts

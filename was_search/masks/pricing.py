@@ -39,10 +39,10 @@ def price_sums(model: MaskedModel, data: TokenSet, level_thresholds: npt.NDArray
         level_thresholds: [L, 7, G], the threshold of every level of the grid, rising; level 0 has threshold 0.
 
     Returns:
-        Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens. Of projections that share
-        a mask, ``g_t . dy_t`` is that of all of them, and the price is divided among them by parameters.
+        Sums of ``1/2 (g_t . dy_t)^2``, [L, 7, G] float64, nats; and the number of tokens. For projections that
+        share a mask, ``g_t . dy_t`` is summed over them, and the price is divided among them by parameters.
     """
-    # Blocks may lie on several devices; a block's sums lie on its own.
+    # Blocks may lie on several devices; a block's sums lie on its device.
     shape, prefix = (N_PROJECTIONS, level_thresholds.shape[-1]), data.protocol.dense_prefix
     devices = model.block_devices
     sums = [torch.zeros(shape, dtype=torch.float64, device=device) for device in devices]

@@ -14,7 +14,7 @@ from torch import Tensor
 from was_search.shape import ScoreKind
 
 MaskOp = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
-"""What :func:`mask_input` does; a fused one may take its place."""
+"""A function like :func:`mask_input`; a fused one may take its place."""
 
 
 def column_norms(weight: Tensor, kind: ScoreKind) -> Tensor:
@@ -52,7 +52,7 @@ def masked(x: Tensor, norms: Tensor, threshold: float) -> Tensor:
 
 
 def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple[Tensor, Tensor]:
-    """A projection's input with :func:`masked` applied behind the prefix, and the number of channels kept there.
+    """A projection's input with :func:`masked` applied after the prefix, and the number of channels kept there.
 
     Args:
         x: [batch, positions, d], whole sequences.
@@ -61,7 +61,7 @@ def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple
         prefix: positions at a sequence's start that keep all channels.
 
     Returns:
-        Like x; int64 scalar on x's device.
+        The masked input, like x; the number of kept channels, int64 scalar on x's device.
     """
     body = masked(x[:, prefix:], norms, threshold)
     return torch.cat([x[:, :prefix], body], dim=1), torch.count_nonzero(body)

@@ -37,14 +37,14 @@ WINDOW = 0.04
 
 @dataclass(frozen=True)
 class Slopes:
-    """What one pass found.
+    """The slopes that one pass found, and what it learnt besides.
 
     Attributes:
         slopes: nats per token for one unit of each projection's sparsity, float64 [L, 7]; that of a shared mask is
             divided among its projections by parameters.
         histograms: of the scores before masking, outside the dense prefix.
         nats: mean loss of the pass, nats per predicted token.
-        tokens: of the pass, in all positions; forward and backward cost about three times as many.
+        tokens: tokens of the pass, in all positions; forward and backward cost about three times as many.
     """
 
     slopes: FloatArray
@@ -69,8 +69,8 @@ def slope_pass(
         data: the sequences of the pass.
         sparsities: the point.
         histograms: taken at or near the point.
-        width: see :data:`BOUNDARY_WIDTH`.
-        window: see :data:`WINDOW`; it is cut off at sparsity 0 and 0.99.
+        width: half width of the band, :data:`BOUNDARY_WIDTH`.
+        window: half width of the window, :data:`WINDOW`; it is cut off at sparsity 0 and 0.99.
 
     Raises:
         InfeasibleError: sparsities outside [0, 1), or scores that are not finite.
@@ -78,7 +78,7 @@ def slope_pass(
     lower = np.clip(sparsities - window, 0.0, 0.99)
     upper = np.clip(sparsities + window, 0.0, 0.99)
     thresholds = np.stack([histograms.thresholds(point) for point in (sparsities, lower, upper)], axis=-1)
-    # Blocks may lie on several devices; what is learnt of a block lies on its own.
+    # Blocks may lie on several devices; what is learnt of a block lies on its device.
     devices, norms, prefix = model.block_devices, model.norms, data.protocol.dense_prefix
     limits = [torch.as_tensor(thresholds[b], device=device) for b, device in enumerate(devices)]
     changes = [torch.zeros(N_PROJECTIONS, dtype=torch.float64, device=device) for device in devices]
@@ -135,11 +135,11 @@ class SlopeOracle:
     Owned by one thread. The same arguments and calls give the same slopes.
 
     Args:
-        model: whose slopes they are.
+        model: the model to take slopes of.
         data: what the sequences are drawn from.
-        histograms: taken near the first point; the dense model's do.
+        histograms: taken near the first point; the dense model's will do.
         per_call: sequences of one call.
-        seed: of the order in which sequences come; all are used before one comes again.
+        seed: decides the order of the sequences; all are used before one comes again.
     """
 
     def __init__(self, model: MaskedModel, data: TokenSet, histograms: Histograms, *, per_call: int, seed: int) -> None:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _MOST_ENTRIES = 2000
-"""Of a folder that are looked at."""
+"""Most entries of a folder that are looked at."""
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
@@ -21,7 +21,7 @@ def did_you_mean(got: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean_path(path: Path) -> str:
-    """The same for a path that does not exist, by the entries of the last folder on its way that does."""
+    """:func:`did_you_mean` for a path that does not exist, by the entries of the last folder of it that does."""
     there = path.absolute()
     rest: list[str] = []
     while not there.is_dir():

@@ -32,7 +32,7 @@ from was_search.process.redaction import redacted
 FORMATS = ("text", "json")
 PACKAGES = ("was_search", "was_storage", "was_workers", "was_kernels")
 IDS = ("study", "phase", "epoch", "chain", "part", "slot", "attempt", "trial", "worker")
-"""The ids of an event, as far as it has them; in this order in text."""
+"""Names of the ids that an event may have, in the order in which text shows them."""
 
 _bound: ContextVar[Mapping[str, Any]] = ContextVar("was_search_log_fields", default={})  # noqa: B039 - never changed
 _format = ""
@@ -74,7 +74,7 @@ def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields
 
 @contextmanager
 def bound(**fields: Any) -> Iterator[None]:
-    """Every line inside the block has ``fields`` too."""
+    """Add ``fields`` to every line inside the block."""
     token = _bound.set({**_bound.get(), **fields})
     try:
         yield
@@ -83,14 +83,14 @@ def bound(**fields: Any) -> Iterator[None]:
 
 
 def bound_fields() -> dict[str, Any]:
-    """What is bound here, to be bound in another process."""
+    """The fields that are bound here, for binding them in another process."""
     return dict(_bound.get())
 
 
 class JsonLines(logging.Formatter):
     """A JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``event``, the ids, and further fields.
 
-    A line that is no event, such as a warning, has ``event`` ``message`` and its words in ``message``.
+    A line that is no event, such as a warning, has "message" as its ``event`` and its words in ``message``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -142,7 +142,7 @@ def _shown(value: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A message cannot look like another line, nor steer a terminal."""
+    """``text`` as one line, so that a message cannot look like another line, nor steer a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -14,7 +14,7 @@ ENVIRONMENT = {"--storage": "WAS_SEARCH_STORAGE", "--notify": "WAS_SEARCH_NOTIFY
 
 SECRET_VARIABLES = (*ENVIRONMENT.values(), "PGPASSWORD")
 
-# Tokens alone are a model's.
+# "token" alone is left out: a model has tokens too.
 _NAMED = r"\b\w*(?:password|passwd|pwd|secret|auth_?token|api_?key)\w*"
 # The last @ before a blank or quote: a password that was not quoted for a URL may hold others.
 _USER = re.compile(r"(?<=://)[^\s'\"]*@")
@@ -33,10 +33,10 @@ def secret_of(url: str) -> bool:
 
 
 def out_of_the_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """``arguments`` without URLs that hold a password; these by the variable that stands in for them.
+    """``arguments`` without URLs that hold a password, and these URLs by the variable that takes their place.
 
-    ``--storage URL`` and ``--storage=URL`` of the last such option count, as on the command line. What stands behind a
-    bare ``--`` is left alone: it is another command's.
+    ``--storage URL`` and ``--storage=URL`` of the last such option count, as on the command line. What follows a
+    bare ``--`` is left alone: it belongs to another command.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept: list[str] = []
@@ -78,7 +78,7 @@ def hide_arguments() -> None:
 
 
 def _without(arguments: list[str], option: str) -> list[str]:
-    """An earlier ``option VALUE`` is overruled."""
+    """``arguments`` without the first ``option VALUE``, which a later one overrules."""
     if option not in arguments:
         return arguments
     at = arguments.index(option)

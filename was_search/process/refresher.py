@@ -16,15 +16,15 @@ class Refresher:
 
     Between two calls it pauses at least ``least_seconds``, and so long that the calls' processor time stays below the
     ``share`` of one processor and their duration below ten times that; the first call is not counted, as it imports
-    what it needs. A call that raises is logged as a warning,
-    the first of a row only, and is made again behind the pause.
+    what it needs. A call that raises is made again after the pause; only the first of several failures in a row is
+    logged, as a warning.
 
     Args:
         refresh: called in the thread, one call at a time.
-        what: names it in the warning.
-        least_seconds: see above.
-        first_seconds: until the first call.
-        share: see above.
+        what: its name in the warning.
+        least_seconds: least pause between two calls.
+        first_seconds: pause before the first call.
+        share: greatest share of one processor that calls take.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Refresher:
             share = self._share
 
     def _wait(self) -> bool:
-        """Until something has changed and the pause is over; False at the end."""
+        """Wait until something has changed and the pause is over; returns False at the end."""
         with self._condition:
             while not self._closing:
                 left = self._not_before - time.monotonic()

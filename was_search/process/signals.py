@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
-"""What ends a process from outside; ctrl-C, SIGINT, is Python's own KeyboardInterrupt."""
+"""Signals that end a process from outside; ctrl-C, SIGINT, is Python's own KeyboardInterrupt."""
 
 _ONE_ENDING_SECONDS = 5.0
-"""A shell and the kernel both send SIGHUP when a terminal closes: what follows so soon must not cut the cleanup off."""
+"""Time in which further signals count as the same ending: shell and kernel both send SIGHUP when a terminal closes."""
 
 
 class Terminated(SystemExit):
@@ -45,8 +45,8 @@ class Terminated(SystemExit):
 def terminable() -> Iterator[None]:
     """Inside the block SIGTERM and SIGHUP raise :class:`Terminated`; one that is ignored (nohup) stays ignored.
 
-    Whatever the block raises after that is that ending's doing, and comes out as Terminated: Ray's SystemExit, or that
-    a terminal which has gone takes no output.
+    Whatever the block raises after that comes from the ending, and is raised as Terminated: Ray's SystemExit, or an
+    error of writing to a terminal that has gone.
     """
     if not _handled_here():
         yield
@@ -102,7 +102,7 @@ def draining() -> Iterator[threading.Event]:
 def undisturbed() -> Iterator[None]:
     """Hold back signals that would end the process until the block has ended, then let them act, each once.
 
-    Processes that are started inside the block get their signals as ever.
+    Processes that are started inside the block get their signals as usual.
     """
     if not _handled_here():
         yield
@@ -119,7 +119,7 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, acting)  # one that acts now would leave the others held
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, acting)  # a signal that acts now would leave the others held
         for sig in acting:
             signal.signal(sig, before[sig])
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

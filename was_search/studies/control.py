@@ -28,7 +28,7 @@ class Wish(StrEnum):
 
     @property
     def ends(self) -> bool:
-        """Whether it ends the run that obeys it; the next run takes it back."""
+        """Whether the wish ends the run that obeys it; the next run takes it back."""
         return self in (Wish.DRAIN, Wish.CANCEL)
 
 
@@ -51,7 +51,7 @@ class Ending:
 
     @property
     def interrupted(self) -> bool:
-        """Whether somebody ended it before its end: the same command goes on with it."""
+        """Whether somebody ended the run early: the same command goes on with the study."""
         return self.kind in (EndingKind.DRAINED, EndingKind.CANCELLED)
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Ending:
 
 
 LAST_SLOT = Ending()
-"""The ordinary end."""
+"""The ordinary end of a run: all slots have finished."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Spent:
     """What a study has used up.
 
     Attributes:
-        seconds: of searching, pauses left out, all runs together.
-        gpu_seconds: of GPUs held by its workers during searches, pauses included.
+        seconds: time of searching, pauses left out, all runs together.
+        gpu_seconds: time of GPUs held by its workers during searches, pauses included.
     """
 
     seconds: float = 0.0
@@ -86,12 +86,12 @@ class Usage:
     """What one run has used so far, as its coordinator writes it down every few seconds.
 
     Attributes:
-        spent: see there.
-        worker_seconds: of workers that held the model.
-        workers: that the pool has, those left out that wait for a place, go, or are in quarantine.
+        spent: time and GPU time of this run.
+        worker_seconds: time of workers that held the model.
+        workers: size of the pool, without workers that wait for a place, go, or are in quarantine.
         paused: whether it hands nothing out.
-        pool: all of them; None where nothing is known.
-        activity: what it is at besides evaluations, in words; "" for nothing.
+        pool: all workers by state; None where nothing is known.
+        activity: what it does besides evaluations, in words; "" for nothing.
     """
 
     spent: Spent = Spent()
@@ -117,7 +117,7 @@ class Tally:
 
     @classmethod
     def of(cls, slots: Iterable[Slot]) -> Tally:
-        """Of the finished ones among ``slots``."""
+        """The tally of the finished slots among ``slots``."""
         tally = cls()
         finished = [slot for slot in slots if slot.state.finished]
         for slot in sorted(finished, key=lambda s: (s.finished_at is None, s.finished_at, s.number)):
@@ -139,7 +139,7 @@ class Limits:
     Where a command searches several studies (``--targets``), its limits on time are those of all of them together.
 
     Attributes:
-        max_seconds: of searching.
+        max_seconds: time of searching.
         max_gpu_seconds: GPUs held times seconds.
         max_failures: failed slots.
         patience: finished trials without a better loss.
@@ -154,8 +154,8 @@ class Limits:
         """The first rule that is met, in words; "" if none is.
 
         Args:
-            spent: by the study.
-            tally: of its slots.
+            spent: what the study has used up.
+            tally: counts of its slots.
             elsewhere: what other studies have spent of the same limits.
         """
         both = spent + elsewhere
@@ -182,10 +182,10 @@ class Overrides:
     Attributes:
         trials: slots of the study, at least 1.
         workers: size of the pool, at least 1, or a range such as ``2:64``.
-        max_seconds: see :class:`Limits`, as the other three; 0 lifts the limit.
+        max_seconds: as in :class:`Limits`, like the three that follow; 0 lifts the limit.
 
     Raises:
-        ConfigError: a number below these.
+        ConfigError: a number below its least.
     """
 
     trials: int | None = None
@@ -211,16 +211,16 @@ class Overrides:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The numbers that were said, by name."""
+        """The values that were set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def limits(self, of_the_run: Limits) -> Limits:
-        """``of_the_run`` with what was said instead."""
+        """The limits ``of_the_run``, replaced where ``was-search set`` has said others."""
         names = {field.name for field in dataclasses.fields(Limits)}
         return dataclasses.replace(of_the_run, **{k: v for k, v in self.given.items() if k in names})
 
     def shared(self, elsewhere: Spent) -> Spent:
-        """What counts of that which other studies of the command have spent: a limit said here is this study's own."""
+        """The part of ``elsewhere`` that counts: a limit that was set for this study is its own."""
         return Spent(
             elsewhere.seconds if self.max_seconds is None else 0.0,
             elsewhere.gpu_seconds if self.max_gpu_seconds is None else 0.0,
@@ -237,7 +237,7 @@ def limits_of(config: Mapping[str, Any]) -> Limits:
 
 
 TOGETHER = "limits together with"
-"""In a run's settings as JSON: the studies of its command, which share its limits on time."""
+"""Key in a run's settings as JSON: the studies of its command, which share its limits on time."""
 
 
 @dataclass(frozen=True)

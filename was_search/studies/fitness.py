@@ -1,4 +1,4 @@
-"""The two fitnesses of a search, and how their figures are said.
+"""The two fitnesses of a search, and how their figures are put into words.
 
 ``nll``: the negative log-likelihood of the text. ``kl``: the divergence from the dense model's predictions,
 :mod:`was_search.masks.divergence`. Both are nats per predicted token. Perplexity is the exponential of the NLL alone,
@@ -16,7 +16,7 @@ FitnessName = Literal["nll", "kl"]
 FITNESSES: tuple[FitnessName, ...] = get_args(FitnessName)
 
 UNITS: dict[FitnessName, str] = {"nll": "nats", "kl": "nats of KL"}
-"""What a loss is counted in, for people."""
+"""Unit of a loss, in words."""
 
 
 def fitness_words(fitness: FitnessName, loss_nats: float, nll_nats: float | None) -> str:
@@ -26,7 +26,7 @@ def fitness_words(fitness: FitnessName, loss_nats: float, nll_nats: float | None
 
 
 def fitness_identity(fitness: FitnessName, top_k: int) -> dict[str, Any]:
-    """The fitness in a study's identity; ``top_k`` decides that of ``kl`` alone."""
+    """The fitness in a study's identity; ``top_k`` matters for ``kl`` only."""
     return {"fitness": fitness if fitness == "nll" else f"{fitness}, dense top {top_k}"}
 
 

@@ -17,9 +17,9 @@ class Proposal:
     """A vector for a slot that has none.
 
     Attributes:
-        origin: where the vector comes from; see :class:`was_search.studies.slots.Slot`.
+        origin: where the vector comes from, as text: :class:`was_search.studies.origin.Origin`.
         params: raw suggestion by parameter name.
-        distributions: of the same names.
+        distributions: distributions of the same names.
         levels: the projected vector, [L].
         sparsities: nominal, [L, 7].
         attrs: further user attributes of the trial.
@@ -48,13 +48,13 @@ class Result:
 
     Attributes:
         number: the slot's.
-        attempt: as it was handed out.
+        attempt: the number that its hand-out gave.
         state: COMPLETE, STOPPED or FAILED.
         losses: the study's fitness, mean nats per token of each sequence seen, [n].
         loss_nats: their mean; computed where None.
         nll_nats: mean NLL per token of the same sequences.
         tokens: predicted tokens evaluated.
-        seconds: of this attempt.
+        seconds: time of this attempt.
         achieved: counted sparsity, in [0, 1].
         worker: who evaluated it.
         error: why it failed.

@@ -1,4 +1,4 @@
-"""Names of studies: what is one, and how it stands in a path."""
+"""Names of studies: which are allowed, and their form in a path."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from was_search.errors import StudyError
 
 MAX_CHARACTERS = 200
 _MAX_FOLDER_BYTES = 200
-"""Of a folder's name; most file systems take 255."""
+"""Longest name of a folder; most file systems take 255."""
 
 
 def check_name(name: str) -> None:
-    """Refuse what could not be told apart or would play tricks where it is shown.
+    """Refuse names that could be taken for others or would play tricks where they are shown.
 
     Raises:
         StudyError: not 1-200 printable characters (so no control, direction or zero-width ones), blanks at its ends,
@@ -30,7 +30,7 @@ def check_name(name: str) -> None:
 def folder_name(name: str) -> str:
     """``name`` as one part of a path: no two names share it, and none leads to another folder.
 
-    Of ordinary names it is the name itself; ``/``, ``%`` and a leading ``.`` are written as in URLs, and what is too
+    An ordinary name stays as it is; ``/``, ``%`` and a leading ``.`` are written as in URLs, and what is too
     long for a file system ends in a hash.
     """
     quoted = "".join(f"%{ord(c):02X}" if c in "/%\\" or not c.isprintable() else c for c in name)

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class OriginKind(StrEnum):
-    """Who made a vector."""
+    """What made a vector."""
 
     NONE = ""
     SEED = "seed"
@@ -18,17 +18,17 @@ class OriginKind(StrEnum):
 
 @dataclass(frozen=True)
 class Origin:
-    """A seed, a descent of the search, or its sampler. As text, which is what is stored:
+    """Where a vector comes from: a seed, a descent of the search, or its sampler. It is stored as text:
 
     - ``seed:NAME`` and ``sampler:NAME``;
     - ``descent:EPOCH:CHAIN``, and ``descent:EPOCH:mean`` for the mean of an epoch's chains;
-    - "" before a vector is chosen; any other text is of kind OTHER, such as a plan's that no study has made.
+    - "" before a vector is chosen; any other text is of kind OTHER, such as that of a plan that no study has made.
 
     Attributes:
-        kind: which of these.
-        name: of the seed or the sampler; the whole text of kind OTHER.
-        epoch: of a descent, from 0.
-        chain: of a descent, from 0; None for the mean.
+        kind: seed, descent, sampler, none yet or other.
+        name: name of the seed or the sampler; the whole text of kind OTHER.
+        epoch: epoch of a descent, from 0.
+        chain: chain of a descent, from 0; None for the mean.
     """
 
     kind: OriginKind = OriginKind.NONE

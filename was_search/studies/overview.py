@@ -24,7 +24,8 @@ _WORKER = re.compile(r"\bworker-\d+(?:@\S*[^\s:])?")
 class SlotLine:
     """A slot without its arrays; ``sequences`` is how many losses it has.
 
-    ``predicted_ms`` is of a decoding step, and ``predicted_speedup`` over the dense one, where a profile was known.
+    ``predicted_ms`` is the time of a decoding step and ``predicted_speedup`` that over the dense one, where a profile
+    was known.
     """
 
     number: int
@@ -50,11 +51,11 @@ class RunRecord:
         seen_at: when it last wrote.
         ended_at: None while it runs, and for ever where it died.
         ending: an :class:`was_search.studies.control.EndingKind`, "" before the end.
-        detail: why it ended; before the end what it is at besides evaluations.
-        workers: in its pool.
-        seconds: of searching, pauses left out.
-        worker_seconds: of workers that held the model.
-        gpu_seconds: of their GPUs.
+        detail: why it ended; before the end what it does besides evaluations.
+        workers: size of its pool.
+        seconds: time of searching, pauses left out.
+        worker_seconds: time of workers that held the model.
+        gpu_seconds: time of their GPUs.
         pool: a :class:`was_search.studies.pool_state.PoolState` as JSON, {} where it is not known.
     """
 
@@ -96,13 +97,13 @@ class Snapshot:
 
     @property
     def shared(self) -> Spent:
-        """What counts of ``elsewhere``."""
+        """The part of ``elsewhere`` that counts for this study's limits."""
         return self.control.overrides.shared(self.elsewhere)
 
 
 @dataclass(frozen=True)
 class Overview:
-    """Figures of a study; see :func:`overview`.
+    """Figures of a study, made by :func:`overview`.
 
     Attributes:
         play: one word: starting, running, paused, draining, cancelling, finished, stopped, drained, cancelled,
@@ -117,9 +118,9 @@ class Overview:
             Descents count as idle.
         gpu_hours: of GPUs held while searching, all runs together.
         failures: failed slots by reason.
-        limits: that hold now.
-        workers: of the last run's pool; those left out that wait for a place, go, or are in quarantine.
-        pool: the last run's, all of it.
+        limits: those that hold now.
+        workers: size of the last run's pool, without workers that wait for a place, go, or are in quarantine.
+        pool: all workers of the last run's pool, by state.
     """
 
     play: str
@@ -224,7 +225,7 @@ def _play(snapshot: Snapshot, current: RunRecord | None, last: RunRecord | None)
 
 
 def _of_run(slots: Sequence[SlotLine], run: RunRecord) -> list[SlotLine]:
-    """Slots that finished in ``run``."""
+    """The slots that finished during ``run``."""
     return [s for s in slots if s.state.finished and s.finished_at is not None and s.finished_at >= run.started_at]
 
 
@@ -249,7 +250,7 @@ def _busy(slots: Sequence[SlotLine], run: RunRecord, now: datetime, unseen: floa
 
 
 def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None) -> dict[str, Any]:
-    """``found`` for programs; ``gpu_price`` is of a GPU hour, and gives a cost."""
+    """``found`` as JSON for programs; ``gpu_price``, of a GPU hour, adds a cost."""
     best = found.best
     run = snapshot.runs[-1] if snapshot.runs else None
     return {

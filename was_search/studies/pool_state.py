@@ -1,4 +1,4 @@
-"""What a pool of workers looks like at a moment: for status, metrics and the bar."""
+"""The state of a pool of workers at a moment: for status, metrics and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class PoolState:
-    """Workers by what they are at.
+    """How many workers are doing what.
 
     Attributes:
         asked: how many are to be there, ``4`` or ``2:64``.
-        ready: hold the model and are given slots.
-        loading: have a place and load the model.
-        pending: wait for the cluster to have a place for them.
-        draining: on nodes that are about to go, or let go themselves; each ends its call.
-        quarantined: given no slots for now.
+        ready: workers that hold the model and are given slots.
+        loading: workers that have a place and load the model.
+        pending: workers that the cluster has no place for yet.
+        draining: workers on nodes that are about to go, or let go themselves; each ends its call.
+        quarantined: workers that are given no slots for now.
     """
 
     asked: str = ""
@@ -38,7 +38,7 @@ class PoolState:
 
     @property
     def placed(self) -> int:
-        """Those that may be counted on: ready ones, and those that load."""
+        """Number of workers that have a place: ready ones, and those that load."""
         return self.ready + self.loading
 
     @property
@@ -57,7 +57,7 @@ class PoolState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PoolState:
-        """From :meth:`to_json`; what is missing has its default."""
+        """Read what :meth:`to_json` gives; what is missing has its default."""
         fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
         quarantined = tuple(Quarantined(**each) for each in fields.pop("quarantined", ()))
         return cls(**fields, quarantined=quarantined)

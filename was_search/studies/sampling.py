@@ -41,7 +41,7 @@ def make_sampler(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        warnings.simplefilter("ignore", FutureWarning)  # x0 and sigma0 of CMA-ES go in Optuna 6
+        warnings.simplefilter("ignore", FutureWarning)  # Optuna 6 removes x0 and sigma0 of CMA-ES
         match name:
             case "tpe" | "was-monotone":
                 return make_tpe(seed)
@@ -75,7 +75,7 @@ class Suggester:
     Args:
         name: the sampler.
         space: its parameters.
-        seed: of the sampler and the startup steps.
+        seed: decides the sampler's numbers and the startup steps.
         n_startup: startup suggestions; 0 for samplers that need none.
     """
 
@@ -120,7 +120,7 @@ class Suggester:
         self._study.sampler = make_sampler(self._name, self._space, seed, _STEP, start)
 
     def observe(self, number: int, params: dict[str, float]) -> bool:
-        """Add a slot whose parameters were not suggested here, as running; False for out-of-range ones, left out."""
+        """Add a slot whose parameters were not suggested here, as running; False if it is left out as out of range."""
         distributions = self._distributions
         if any(not distributions[name]._contains(param) for name, param in params.items()):
             return False
@@ -155,7 +155,7 @@ class Suggester:
         return {name: float(value) for name, value in trial.params.items()}
 
     def tell(self, number: int, state: SlotState, loss_nats: float | None) -> None:
-        """The outcome of slot ``number``; slots unknown to the sampler (seeds of other tables) are passed over.
+        """Tell the outcome of slot ``number``; slots unknown to the sampler (seeds of other tables) are passed over.
 
         A stopped slot counts like a complete one, so its ``loss_nats`` should be an estimate of the loss over all
         sequences (:func:`was_search.masks.early_stop.estimated_loss`): as pruned ones CMA-ES would pass it over.

@@ -30,7 +30,7 @@ class Slot:
 
     Attributes:
         number: 0 .. N-1; the seeds come first.
-        state: see :class:`SlotState`.
+        state: where the slot stands.
         attempt: hand-outs so far; 0 before the first.
         origin: where the vector comes from, as text: :class:`was_search.studies.origin.Origin`; "" before one is
             chosen.
@@ -42,7 +42,7 @@ class Slot:
         nll_nats: mean NLL per token of the same sequences, what perplexity is made of; equal to ``loss_nats`` where
             that is the fitness.
         tokens: predicted tokens evaluated.
-        seconds: of the finishing attempt.
+        seconds: time of the finishing attempt.
         achieved: counted parameter-weighted sparsity of the model, a float in [0, 1].
         worker: who evaluated it.
         trial_id: Optuna's id of the trial in the same database.
@@ -70,7 +70,7 @@ class Slot:
 
     @property
     def source(self) -> Origin:
-        """The origin, read."""
+        """The origin as a value."""
         return Origin.parse(self.origin)
 
 
@@ -83,12 +83,12 @@ def best_slot(slots: list[Slot]) -> Slot | None:
 def tokens_saved(slots: list[Slot]) -> float:
     """Share of the tokens of all evaluations that stopping early left unread, in [0, 1).
 
-    Against the same trials in full; failed slots are left out.
+    Compared with the same trials in full; failed slots are left out.
     """
     finished = (SlotState.COMPLETE, SlotState.STOPPED)
     return share_saved([len(s.losses) for s in slots if s.losses is not None and s.state in finished])
 
 
 def share_saved(seen: list[int]) -> float:
-    """:func:`tokens_saved` of evaluations that have ``seen`` so many sequences each."""
+    """:func:`tokens_saved` of evaluations, from the number of sequences that each has seen."""
     return 1.0 - sum(seen) / (len(seen) * max(seen)) if seen else 0.0

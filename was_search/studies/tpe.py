@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial
 from was_search.shape import FloatArray
 
 _TILE = 512
-"""Trials at a time, so that all arrays of one tile stay in the processor's cache."""
+"""Trials in a tile, so that all arrays of one tile stay in the processor's cache."""
 
 
 def make_tpe(seed: int) -> TPESampler:
@@ -37,7 +37,7 @@ def make_tpe(seed: int) -> TPESampler:
 
 
 class FastTPESampler(TPESampler):
-    """For one study, whose trials all have their parameters from the start and keep them."""
+    """TPE for one study, whose trials all have their parameters from the start and keep them."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -72,7 +72,7 @@ class FastTPESampler(TPESampler):
 
 
 class _CandidateByCandidate(_ParzenEstimator):
-    """The same densities, every operation and its order included, with small temporary arrays."""
+    """Optuna's densities, with the same operations in the same order, in small temporary arrays."""
 
     def log_pdf(self, samples_dict: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
         mixture = self._mixture_distribution
@@ -118,7 +118,7 @@ def _log_densities(
     density: FloatArray,
     sums: FloatArray,
 ) -> None:
-    """``sums`` [n]: of the log densities of n truncated normals at ``candidate`` [d], over its d parameters.
+    """``sums`` [n]: log densities of n truncated normals at ``candidate`` [d], summed over its d parameters.
 
     ``x`` and ``density`` [n, d] are overwritten.
     """

@@ -15,7 +15,7 @@ class WorkerRange:
     """From ``least`` to ``most`` workers; equal for a fixed number.
 
     Raises:
-        ConfigError: fewer than one, a maximum below the minimum, or a number beyond reason.
+        ConfigError: fewer than one, a maximum below the minimum, or an absurdly large number.
     """
 
     least: int
@@ -31,7 +31,7 @@ class WorkerRange:
 
     @classmethod
     def parse(cls, value: object) -> WorkerRange:
-        """Of ``4``, ``"4"`` or ``"2:64"``.
+        """The range that ``4``, ``"4"`` or ``"2:64"`` says.
 
         Raises:
             ConfigError: anything else.
@@ -49,7 +49,7 @@ class WorkerRange:
 
     @property
     def plain(self) -> int | str:
-        """As options and JSON hold it: the number, or the text of a range."""
+        """The range as options and JSON hold it: a number, or text such as ``2:64``."""
         return self.least if self.fixed else str(self)
 
     def clamp(self, wanted: int) -> int:

@@ -29,7 +29,7 @@ FOLDER_VARIABLE = "WAS_SEARCH_DATASETS"
 """Environment variable with the folder of local copies."""
 
 C4_DOCUMENTS = 4000
-"""Documents read of a C4 shard; of the training shard's the first half is for calibration, the second for search."""
+"""Documents read of a C4 shard; the training shard's first half is for calibration, its second for search."""
 
 REPOSITORIES = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "alpaca": "tatsu-lab/alpaca"}
 """The hub's repository of each named data set."""
@@ -92,7 +92,7 @@ def _load(name: str, split: str, root: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of ``datasets``, whose state is put back."""
+    """Switch the progress bars of ``datasets`` off during the block."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()

@@ -124,7 +124,7 @@ def perplexity(loss_nats: float) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
         losses: the fitness: mean nats per predicted token of each sequence evaluated, float64 [n], in the protocol's
@@ -167,7 +167,7 @@ class TokenSet:
 
     @classmethod
     def of(cls, protocol: EvaluationProtocol, tokens: IntArray) -> TokenSet:
-        """``tokens`` under ``protocol``, whose number of sequences and hash are set to theirs."""
+        """``tokens`` under ``protocol``, with their number of sequences and their hash in it."""
         digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
         return cls(replace(protocol, n_sequences=len(tokens), tokens_hash=digest), tokens)
 

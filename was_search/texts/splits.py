@@ -151,7 +151,7 @@ def _cut(text: str, split: str, path: Path) -> str:
 
 
 def _line_end(text: str, share: float) -> int:
-    """Position just behind the first line end at or after ``share`` of the text."""
+    """Position just after the first line end at or after ``share`` of the text."""
     if share in (0.0, 1.0):
         return int(share) * len(text)
     found = text.find("\n", int(share * len(text)))

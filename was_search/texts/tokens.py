@@ -62,7 +62,7 @@ def tokenise(
         weights: recorded in the protocol.
         batch_size: recorded in the protocol.
         dense_prefix: recorded in the protocol.
-        seed: of the order.
+        seed: decides the order.
 
     Raises:
         DataError: the text is too short for one sequence, or for ``n_sequences``.

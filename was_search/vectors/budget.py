@@ -38,11 +38,11 @@ class Budget(Protocol):
         ...
 
     def flat_of(self, sparsities: FloatArray) -> float:
-        """The one sparsity that costs as much as ``sparsities`` [L, 7] do."""
+        """The one sparsity of all projections that costs as much as ``sparsities`` [L, 7]."""
         ...
 
     def nominal(self, sparsities: FloatArray) -> float:
-        """The parameter-weighted mean of ``sparsities`` [L, 7] that meet the budget; exact where it is the budget."""
+        """The parameter-weighted mean of ``sparsities`` [L, 7] that meet the budget; a budget of sparsity is exact."""
         ...
 
     def onto(self, sparsities: FloatArray, highest: float) -> FloatArray:
@@ -56,7 +56,7 @@ class Budget(Protocol):
         ...
 
     def onto_levels(self, levels: FloatArray, table: Table, upper: npt.ArrayLike) -> FloatArray:
-        """Likewise levels [L] on ``table``, clipped to [0, upper]."""
+        """``levels`` [L] on ``table`` moved by one shift, clipped to [0, upper], so that they meet the budget."""
         ...
 
     def tangent(self, direction: FloatArray, point: FloatArray) -> FloatArray:

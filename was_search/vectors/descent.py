@@ -19,11 +19,14 @@ from was_search.shape import FloatArray
 from was_search.vectors.budget import Budget
 
 HIGHEST_DESCENDED = 0.98
-"""No projection goes above this sparsity."""
+"""Highest sparsity of a projection in a descent."""
 
 CHAIN_STEPS = (0.04, 0.015)
-"""First steps of chains side by side, by turns: the long one gets further from a start that is far off, the short one
-has less noise at its end, and so finds something where little is left to find."""
+"""First steps of chains side by side, by turns.
+
+The long one gets further from a start that is far off; the short one has less noise at its end, and so finds something
+where little is left to find.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class DescentOptions:
     Attributes:
         rounds: steps, and so calls for slopes.
         step: root mean square of the first step over the projections, in sparsity.
-        last_step: of the last one, as a share of the first.
+        last_step: the last step, as a share of the first.
         momentum: share of the former direction in the present one, in [0, 1).
-        clip: no projection moves further than so many times the step.
+        clip: greatest move of a projection in one round, in multiples of the step.
         average: share of the rounds, from the end, whose points are averaged, in (0, 1].
     """
 
@@ -60,7 +63,7 @@ class DescentOptions:
                 raise InfeasibleError(f"{name}: {rule}, got {getattr(self, name)}")
 
     def in_epoch(self, epoch: int, step: float, decay: float = 0.5) -> DescentOptions:
-        """Those of a chain that begins its first epoch with ``step``, and a further one with ``decay`` of the last."""
+        """Options of a chain in ``epoch``: the first begins with ``step``, each further one with ``decay`` of that."""
         return replace(self, step=step * decay**epoch)
 
 
@@ -75,8 +78,8 @@ def descend(
     Args:
         slopes: sparsities [L, 7] -> slopes of the loss [L, 7], nats per token and unit of sparsity; may be noisy.
         start: any point; it is projected onto the budget first.
-        budget: of every point; its shape weighs the projections.
-        options: of the descent.
+        budget: what every point spends; its shape weighs the projections.
+        options: how the descent runs.
 
     Raises:
         InfeasibleError: slopes that are not finite, or a budget that cannot be reached.
@@ -103,12 +106,12 @@ def descend(
 
 
 def chain_steps(chains: int) -> tuple[float, ...]:
-    """The first step of each of so many chains of an epoch."""
+    """The first steps of an epoch's ``chains`` chains."""
     return tuple(CHAIN_STEPS[chain % len(CHAIN_STEPS)] for chain in range(chains))
 
 
 def chain_seed(seed: int, epoch: int, chain: int) -> int:
-    """Of the sequences that a chain draws, from the search's ``seed``."""
+    """Seed by which a chain draws its sequences, made of the search's ``seed``."""
     return int(np.random.SeedSequence([seed, epoch, chain]).generate_state(1)[0])
 
 

@@ -105,7 +105,7 @@ def path(
     *,
     groups: Groups = SEPARATE,
 ) -> BlockTable:
-    """One block's table: the greedy of :func:`spend` on its seven projections, a row where it turns.
+    """One block's table: the greedy of :func:`spend` on its seven projections, with a row wherever it turns.
 
     ``prices`` [7, G], ``grid`` [G] and ``params`` [7]; the table goes from nothing dropped to the grid's end.
     """

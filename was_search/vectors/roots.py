@@ -1,4 +1,4 @@
-"""Where a function that never rises takes a value."""
+"""Finds where a function that never rises takes a value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def falling_root(function: Callable[[float], float], low: float, high: float, va
     """x in [low, high] with ``function(x) = value`` within a thousandth of :data:`TOLERANCE`; it must not rise.
 
     Regula falsi in the Illinois form (Dowell and Jarratt, BIT 1971), every third step a bisection. Where the value is
-    not met the nearer end is returned; of a stretch at the value, some point.
+    not met the nearer end is returned; where it is met on a stretch, some point of it.
     """
     enough = 1e-3 * TOLERANCE * abs(value)
     above, below = function(low) - value, function(high) - value

@@ -14,10 +14,10 @@ from was_search.vectors.greedy import path
 from was_search.vectors.table import BlockTable, Table, uniform_table
 
 GREEDY_STEP = 0.0125
-"""Share of a block's parameters dropped by one step of the block-error greedy: 30 % of a projection of 4 %."""
+"""Share of a block's parameters that one step of the block-error greedy drops: 30 % of a projection of 4 %."""
 
 PRICES = 4
-"""Counts the ways in which prices have been taken; prices of another way are not used."""
+"""Version of the way in which prices are taken; cached prices of another version are not used."""
 
 SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)
 SEED_SEQUENCES = 16
@@ -37,8 +37,8 @@ class Seed:
 def fisher_seed(prices: FloatArray, grid: FloatArray, budget: Budget) -> Seed:
     """The Fisher-priced greedy over all projections, with its table.
 
-    The table holds the seed: restricted to a block, the greedy passes through the block's share of it. Where another
-    currency than parameters was spent it does not, and the table is that of :func:`point_seed`.
+    The table holds the seed: restricted to a block, the greedy passes through the block's share of it. Where time and
+    not parameters were spent it does not, and the table is that of :func:`point_seed`.
 
     Args:
         prices: [L, 7, G], nats per token.
@@ -57,8 +57,10 @@ def fisher_seed(prices: FloatArray, grid: FloatArray, budget: Budget) -> Seed:
 
 
 def point_seed(name: str, sparsities: FloatArray, shape: ModelShape) -> Seed:
-    """``sparsities`` [L, 7] as a seed whose table passes through them: a straight line from nothing dropped to
-    this point in every block, and on to :data:`was_search.vectors.descent.HIGHEST_DESCENDED` everywhere.
+    """``sparsities`` [L, 7] as a seed whose table passes through them.
+
+    In every block it is a straight line from nothing dropped to this point, and on to
+    :data:`was_search.vectors.descent.HIGHEST_DESCENDED` everywhere.
     """
     blocks = []
     for row, weights in zip(sparsities, shape.params, strict=True):

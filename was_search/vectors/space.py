@@ -18,7 +18,7 @@ SpaceName = Literal["levels", "temperature", "additive", "full"]
 SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
 
 HIGHEST_SAMPLED = 0.99
-"""No projection goes above this sparsity, whatever a seed's table allows; the uniform table's end."""
+"""Highest sparsity of a projection in a space, whatever a seed's table allows; the end of the uniform table."""
 
 
 class Space(Protocol):
@@ -87,7 +87,7 @@ class LevelSpace:
 
 @dataclass(frozen=True)
 class TemperatureSpace:
-    """The levels of :class:`LevelSpace`, and how strongly every block follows the table's split of its level.
+    """The levels of :class:`LevelSpace`, and a temperature: how strongly blocks follow the table's split of a level.
 
     With the table's split t of a level l, a block's sparsities are ``l + temperature * (t - l)``, projected so that
     their mean stays l: 0 is flat (all projections at the level), 1 the table's split, 2 twice its contrasts.
@@ -191,7 +191,7 @@ class AdditiveSpace:
 
 @dataclass(frozen=True)
 class FullSpace:
-    """All 7 L projection sparsities, each within ``radius`` around the seed's; one for those that share a mask."""
+    """All 7 L projection sparsities, each within ``radius`` around the seed's; projections of one mask have one."""
 
     budget: Budget
     seed: Seed
@@ -267,7 +267,7 @@ class MonotoneSpace:
         return self.table.sparsities(self.levels(params))
 
     def locate(self, seed: Seed) -> dict[str, float] | None:
-        """None: the baseline knows no seeds."""
+        """None, as the baseline knows no seeds."""
         return None
 
 
@@ -296,7 +296,7 @@ def level_name(block: int, n_blocks: int) -> str:
 
 
 def block_name(block: int, n_blocks: int) -> str:
-    """``block_07``: a block in Optuna's names of offsets and of single projections, padded likewise."""
+    """``block_07``: a block in Optuna's names of offsets and of single projections, padded as by :func:`level_name`."""
     return f"block_{block:0{len(str(n_blocks - 1))}d}"
 
 

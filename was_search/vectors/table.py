@@ -84,6 +84,6 @@ class Table:
 
 
 def uniform_table(shape: ModelShape, highest: float = 0.99) -> Table:
-    """Every projection at its block's level."""
+    """The table in which every projection is at its block's level."""
     block = BlockTable(np.array([0.0, highest]), np.array([np.zeros(N_PROJECTIONS), np.full(N_PROJECTIONS, highest)]))
     return Table("uniform", (block,) * shape.n_blocks)
