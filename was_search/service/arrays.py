@@ -1,4 +1,4 @@
-"""Arrays as bytes: npy, never pickled, and read only if they are what is wanted."""
+"""Arrays as npy bytes, never pickled, and read only if shape and type are those expected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unpack_array(payload: bytes, shape: tuple[int | None, ...], dtype: npt.DType
     """An array from :func:`pack_array`, if it is of this ``shape`` (None: any width) and ``dtype``.
 
     Raises:
-        ValueError: another shape, type or length; nothing is taken from memory for what a wrong header claims.
+        ValueError: another shape, type or length; no memory is allocated for what a wrong header claims.
     """
     stream = io.BytesIO(payload)
     version = np.lib.format.read_magic(stream)

@@ -39,7 +39,7 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must meet.
+    """A rule that an option's value must meet.
 
     Attributes:
         words: the rule as it stands in an error's message, such as ``must be at least 1``.
@@ -57,7 +57,7 @@ def at_least(least: int, unit: str = "") -> Rule:
 
 
 def checked_by(parse: Callable[[str], object]) -> Callable[[str], str]:
-    """A ``parse`` of :func:`setting` that keeps text as it was given, once ``parse`` has read it; "" is not read."""
+    """A ``parse`` for :func:`setting` that checks text with ``parse`` and keeps it as given; "" is not checked."""
 
     def check(text: str) -> str:
         if text:
@@ -80,7 +80,7 @@ def setting(
 
     Args:
         default: its value where nothing gives one.
-        group: where it belongs.
+        group: the group it belongs to.
         help: what it is, in one sentence or two, for the command line and the page.
         rules: what its values must meet besides their type. A ``Literal`` type is a rule by itself.
         parse: gives a value's canonical form, and raises a ConfigError for one that has none.
@@ -93,7 +93,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Option:
-    """One option as every place sees it: what :func:`setting` was given, and further
+    """One option as every place sees it: what :func:`setting` was given, with its kind and choices.
 
     Attributes:
         kind: bool, int, float or str; None where ``parse`` reads values of several types.
@@ -124,7 +124,7 @@ class Option:
         return found if self.parse is None else self.parse(found)
 
     def check(self, value: Any, settings: Any) -> None:
-        """Raise a ConfigError with the first rule that ``value`` does not meet beside the other ``settings``."""
+        """Raise a ConfigError with the first rule that ``value`` does not meet among the ``settings``."""
         choice = Rule(f"must be one of {', '.join(self.choices)}", lambda value, _: value in self.choices)
         for rule in (choice, *self.rules) if self.choices else self.rules:
             if not rule.met(value, settings):

@@ -323,7 +323,7 @@ class Settings:
 
     @property
     def scoring(self) -> str:
-        """What decides the scores besides the weights, as it stands in keys of the cache."""
+        """What decides the scores besides the weights, in the form that keys of the cache have."""
         return self.score if self.masks == "separate" else f"{self.score}, {self.masks} masks"
 
     @property
@@ -378,7 +378,7 @@ Settings.__doc__ = f"{Settings.__doc__}\n    Attributes:\n" + "".join(
 )
 
 QUESTIONS = ("target", "targets", "max_ppl_increase", "target_speedup", "target_speedups")
-"""What a run is to find: one target or speed-up, several, or the highest within a limit."""
+"""Options that say what a run is to find: one target or speed-up, several, or the highest within a limit."""
 
 
 def require_one_question(values: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ SUBMITTED = ("run", "calibrate", "seed", "search", "export", "evaluate", "doctor
 
 
 def check(arguments: list[str], known: Mapping[str, Any]) -> None:
-    """Refuse what one of the ``known`` commands would refuse, here and not on the cluster.
+    """Refuse here, not on the cluster, what one of the ``known`` commands would refuse.
 
     Raises:
         ConfigError: no command, or one that is not for a cluster; click's own error for a command's wrong options.

@@ -1,4 +1,4 @@
-"""How a function becomes a command: with its own options, the settings that it needs, and what every command has."""
+"""Turns a function into a command with its own options, the settings that it needs, and every command's options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from was_search.service.settings_file import load_settings
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_DRAINED = 3
-"""The study was interrupted and has slots left; the same command goes on with it."""
+"""Exit status when the study was interrupted and has slots left; the same command goes on with it."""
 
 
 def _option(annotation: Any, help_text: str, *names: str, **extra: Any) -> Any:
@@ -45,11 +45,11 @@ EVERY_COMMAND: dict[str, Any] = {
         bool, "One JSON object a line instead of bars and tables.", "--json", rich_help_panel=Group.STORAGE
     ),
 }
-"""The options that every command has, and that are no settings."""
+"""Options that every command has and that are no settings."""
 
 
 def _flag(option: Option) -> Any:
-    """How typer is told of a setting: None where no flag gives it, so that a file or the default can."""
+    """A setting as typer's flag; None where it is not given, so that a file or the default counts."""
     kind = str if option.kind is None else option.kind
     names = (f"{option.flag}/--no-{option.flag[2:]}",) if kind is bool else ()
     return _option(kind | None, option.help, *names, envvar=option.env or None, rich_help_panel=option.group)
@@ -57,7 +57,7 @@ def _flag(option: Option) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """What a command was called with, besides its own options."""
+    """The settings and common options that a command was called with."""
 
     config: Path | None
     reporter: Reporter
@@ -85,7 +85,7 @@ class Commands:
         """Make a function a command: its options are its own keyword-only ones and the ``settings``.
 
         Args:
-            settings: what it takes into :meth:`Call.settings`: whole groups, or single options by their names.
+            settings: what it takes into :meth:`Call.settings`: whole groups, or single options by name.
         """
 
         def register(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Commands that use a plan: how good it is, text, and how fast; and the profile that predicts a step's time."""
+"""Commands that use a plan (evaluate, generate, bench), and the profile that predicts a step's time."""
 
 from __future__ import annotations
 
@@ -161,4 +161,4 @@ _OF_A_PLAN = (
     *("model", "data", "device", "dtype", "score", "masks", "seed", "sequence_length", "stride", "batch_size"),
     *("dense_prefix", "calibration_sequences", "search_sequences", "test_sequences"),
 )
-"""Settings that a plan may bring along. A plan comes from anywhere: it names no database, cluster, address or file."""
+"""Settings that a plan may bring along: as it comes from anywhere, none that names a database, address or file."""

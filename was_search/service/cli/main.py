@@ -1,4 +1,4 @@
-"""The command line: one command a step, in a file for each group of them; the application, and how it ends."""
+"""The application of the command line: all groups of commands, and how errors end it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main() -> None:
         with terminable():
             app()
     except Terminated as ending:
-        with suppress(OSError):  # its terminal may have gone
+        with suppress(OSError):  # the terminal may have gone
             stderr().print(str(ending))
         sys.exit(ending.code)
     except WasError as error:
@@ -56,7 +56,7 @@ def main() -> None:
         stderr().print(f"[red]error:[/] out of memory; use a smaller --batch-size ({escape(str(error))})")
         sys.exit(EXIT_ERROR)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth importing torch for
+        if type(error).__name__ != "OutOfMemoryError":  # torch's error: importing torch takes seconds
             raise
         stderr().print(
             f"[red]error:[/] GPU out of memory; use a smaller --batch-size or --sequence-length ({escape(str(error))})",

@@ -122,7 +122,7 @@ def _value(default: object) -> str:
 
 
 def _values(option: Option) -> str:
-    """The type and the rules, or the choices."""
+    """An option's type and rules, or its choices."""
     if option.choices:
         kind = ", ".join(f"`{choice}`" for choice in option.choices)
     else:

@@ -31,7 +31,7 @@ def run(call: Call) -> None:
         if context.settings.increase_limit is not None:
             best = max_increase.run_max_increase(context)
             if not best.drained and best.answer is None:
-                raise typer.Exit(EXIT_ERROR)  # what was asked for does not exist, and was said
+                raise typer.Exit(EXIT_ERROR)  # no target is within the limit; the report has said so
             if best.answer is not None:
                 context.reporter.note(f"plan: {best.answer.result.plan}")
             return bool(best.drained)

@@ -24,14 +24,14 @@ STEP_COLUMNS = ("step\nms", "step\nspeed")
 def show_comparison(
     reporter: Reporter, rows: list[Row], budget: str, profile: LatencyProfile | None, protocols: dict[str, str]
 ) -> None:
-    """Every method of a run, at its own operating point.
+    """Show the table of a run's methods, each at its own operating point.
 
     Args:
-        reporter: shows it.
+        reporter: shows the table.
         rows: the methods.
-        budget: in words.
-        profile: that predicted their steps; None: none did.
-        protocols: of the splits by name, in words.
+        budget: the budget in words.
+        profile: the profile that predicted their steps; None: none did.
+        protocols: the splits' protocols in words, by name.
     """
     timed = profile is not None
     body = []
@@ -79,12 +79,12 @@ def show_comparison(
 
 
 def step_cells(step: dict[str, float] | None) -> list[str]:
-    """A predicted step for :data:`STEP_COLUMNS`; nothing where there is none."""
+    """Cells of a predicted step for :data:`STEP_COLUMNS`; empty where there is none."""
     return [] if step is None else [f"{step['predicted_ms']:.3f}", f"{step['predicted_speedup']:.2f}x"]
 
 
 def step_caption(profile: LatencyProfile) -> str:
-    """What :data:`STEP_COLUMNS` are."""
+    """Caption that explains :data:`STEP_COLUMNS`."""
     return f"step: one decoding step, predicted at the sparsities achieved on the test split: {profile.describe()}"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def show_evaluations(reporter: Reporter, results: list[PlanEvaluation], plan: Plan | None) -> None:
-    """One table of all formats; the JSON is the last one's, with all under ``weights`` if there are several."""
+    """Show one table of all formats; the JSON is the last format's, with all under ``weights`` if there are several."""
     several = len(results) > 1
     rows: list[list[str]] = []
     for result in results:
@@ -76,7 +76,7 @@ def _json(result: PlanEvaluation, plan: Plan | None) -> dict[str, Any]:
 
 
 def show_tasks(reporter: Reporter, results: Mapping[str, list[TaskResult]], limit: int | None) -> None:
-    """Figures of tasks, dense and with a plan if there is one."""
+    """Show figures of tasks, dense and with a plan if there is one."""
     rows = []
     for i, dense in enumerate(results["dense"]):
         row = [f"{dense.task} ({dense.metric}, n={dense.n})", _figure(dense)]

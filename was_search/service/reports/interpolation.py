@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def show_interpolated(
     reporter: Reporter, plan: Plan, below: Neighbour, above: Neighbour, folder: Path, protocols: list[str]
 ) -> None:
-    """A plan between two studies; ``protocols`` describe the search and the test split."""
+    """Show a plan between two studies; ``protocols`` describe the search and the test split."""
     metrics, dense = plan.metrics, plan.metrics["dense"]
     rows = []
     for name, figures in (("dense", dense), ("interpolated", metrics)):

@@ -1,4 +1,4 @@
-"""What the probes for the highest target within a limit found out."""
+"""The table and conclusion of probing for the highest target within a limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def increase_on_search(run: TargetRun) -> float:
 
 
 def show_bracket(reporter: Reporter, bracket: Bracket, answer: TargetRun | None) -> None:
-    """The answer, how well it does on the test split, and what is left open."""
+    """Show the answer, how well it does on the test split, and what is left open."""
     reporter.note(f"\n{conclusion(bracket)}")
     value = {
         "limit": bracket.limit,

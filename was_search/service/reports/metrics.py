@@ -10,14 +10,14 @@ from was_search.coordinator.search_progress import SearchProgress
 from was_search.errors import ConfigError, ResourceError
 
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""Upper bounds of the evaluations' durations."""
+"""Upper bounds of the histogram of evaluations' durations."""
 
 
 class StudyMetrics:
     """Prometheus metrics of one study, brought up to date by every :class:`SearchProgress`.
 
     Attributes:
-        registry: holds them, and nothing of the process's.
+        registry: holds these metrics, and none of the process.
     """
 
     def __init__(self, study: str) -> None:
@@ -57,11 +57,11 @@ class StudyMetrics:
 
 @contextmanager
 def served(address: str, study: str) -> Iterator[Callable[[SearchProgress], None]]:
-    """What takes a study's progress in, while its metrics are served at ``address``; for "" it does nothing.
+    """Serve a study's metrics at ``address``; gives the function that takes progress in. For "" it does nothing.
 
     Args:
         address: ``HOST:PORT``, or ``PORT`` on this machine alone.
-        study: its name.
+        study: the study's name.
 
     Raises:
         ConfigError: not an address.

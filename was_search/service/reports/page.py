@@ -23,17 +23,17 @@ _BASELINES = {"seed:fisher": "fisher seed", "seed:warm": "warm seed", "seed:unif
 
 @dataclass(frozen=True)
 class StudyPage:
-    """What does not change while a study runs.
+    """A study's page, made of what does not change while the study runs.
 
     Attributes:
         study: its name.
         target: the budget as one sparsity of all projections.
         fitness: what trials are compared by.
         kl_top_k: tokens that ``kl`` tells apart.
-        protocol: of the search split, in words.
+        protocol: protocol of the search split, in words.
         seeds: levels [L] by name.
         sensitivity: what each projection costs [L, 7], nats per percent of weights.
-        settings: of the run, as JSON.
+        settings: settings of the run, as JSON.
         latency: predicts steps; None where no profile is known.
     """
 
@@ -48,14 +48,14 @@ class StudyPage:
     latency: LatencyProfile | None = None
 
     def note(self, slots: list[Slot], total: int, play: str, report: Mapping[str, Any], now: datetime) -> str:
-        """The note.
+        """The note of the page, in Markdown.
 
         Args:
             slots: at least the finished ones.
             total: slots of the study.
             play: the state of play in a few words.
-            report: of the study, once something was exported.
-            now: when this was so.
+            report: the study's report, once something was exported.
+            now: the time of what the note says.
         """
         parts = [
             f"# {self.study}",
@@ -90,7 +90,7 @@ class StudyPage:
         ]
 
     def _comparison(self, best: Slot, slots: list[Slot]) -> list[str]:
-        """The best beside the seeds, by the study's fitness."""
+        """Table of the best slot beside the seeds, by the study's fitness."""
         rows = [("**best**", best)]
         for origin, name in _BASELINES.items():
             rows += [(name, s) for s in slots if s.origin == origin and s.state is SlotState.COMPLETE]

@@ -16,10 +16,10 @@ from was_search.studies.slots import Slot, SlotState, tokens_saved
 from was_search.texts.protocol import perplexity
 
 MAX_BARS = 1000
-"""Evaluations in the timeline, the latest ones: a page of more is slow, and so is writing it again and again."""
+"""Most evaluations in the timeline, the latest ones: more make the page slow, and writing it too."""
 
 MAX_POINTS = 2000
-"""Evaluations in other plots, spread over all of them."""
+"""Most evaluations in other plots, spread over all of them."""
 
 _STATES = {
     SlotState.COMPLETE: ("complete", "#2a6fbb"),
@@ -36,7 +36,7 @@ def levels_figure(best: FloatArray, seeds: dict[str, FloatArray], target: float)
     figure = go.Figure()
     for name, levels in seeds.items():
         if name == "greedy-uniform":
-            continue  # the same flat levels as uniform; its blocks differ inside
+            continue  # its levels are those of uniform; its blocks differ inside
         figure.add_scatter(
             y=np.round(levels, 4),
             name="uniform, greedy-uniform" if name == "uniform" else f"{name} seed",
@@ -87,11 +87,11 @@ def sensitivity_figure(sensitivity: FloatArray, sparsities: FloatArray, target: 
 def progress_figure(
     slots: list[Slot], fitness: FitnessName = "nll", against: Literal["evaluations", "time"] = "evaluations"
 ) -> Any:
-    """Perplexity on the search split in the order in which evaluations finished, the best and the seeds' beside it.
+    """Perplexity of evaluations on the search split as they finished, with the best and the seeds'; a plotly Figure.
 
-    Against their number or, in UTC, against time, where pauses and interruptions show. With the fitness ``kl`` the
-    divergence itself, in nats per token. Of more than :data:`MAX_POINTS` evaluations those that made a new best are
-    shown, and every so manyth of the others. A plotly Figure.
+    Drawn against their number or, in UTC, against time, where pauses and interruptions show. With the fitness ``kl``
+    the divergence itself is drawn, in nats per token. Of more than :data:`MAX_POINTS` evaluations only those that made
+    a new best are shown, and evenly spaced ones of the others.
     """
     import plotly.graph_objects as go
 
@@ -229,7 +229,7 @@ def savings_figure(slots: list[Slot]) -> Any:
 
 
 def _seconds(slot: Slot) -> float:
-    """Of the attempt that finished; evaluation only, where it is known."""
+    """Seconds of the attempt that finished; of the evaluation alone, where that is known."""
     assert slot.started_at is not None and slot.finished_at is not None
     return max((slot.finished_at - slot.started_at).total_seconds(), 0.0)
 

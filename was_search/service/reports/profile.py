@@ -17,7 +17,7 @@ SPREAD_WARNED = 0.02
 def show_profile(
     reporter: Reporter, found: LatencyProfile, comparison: list[dict[str, float]], output: Path | None
 ) -> None:
-    """What a profile predicts, how well it does, and where it was written."""
+    """Show what a profile predicts, how well it does, and where it was written."""
     levels = (0.0, 0.25, 0.5, 0.6, 0.75, 0.9)
     flat = np.ones(found.shape.params.shape)
     seconds = found.predict(np.stack([level * flat for level in levels]))

@@ -36,42 +36,44 @@ Advance = Callable[[], None]
 
 
 class Reporter:
-    """Shows only texts that were asked for: what a program that uses the library gets; the base of the others."""
+    """Shows only texts that were asked for: the reporter of programs that use the library, and the others' base."""
 
     @contextmanager
     def phase(
         self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
     ) -> Iterator[Advance]:
-        """A phase of ``total`` parts on ``workers``; the value advances it by one part."""
+        """Show a phase of ``total`` parts on ``workers``; gives a function that advances it by one part."""
         yield lambda: None
 
     @contextmanager
     def search(
         self, name: str, protocol: str, fitness: FitnessName = "nll"
     ) -> Iterator[Callable[[SearchProgress], None]]:
-        """The search phase; losses shown are of ``fitness`` on the split named by ``protocol``."""
+        """Show the search phase; losses shown are of ``fitness`` on the split named by ``protocol``."""
         yield lambda _: None
 
     def cached(self, name: str, detail: str, seconds: float) -> None:
-        """A phase that was read from the cache."""
+        """Show a phase that was read from the cache."""
 
     def note(self, text: str) -> None:
-        """A line for people, shown as it is."""
+        """Show a line for people, as it is."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-        """A table for people."""
+        """Show a table for people."""
 
     @contextmanager
     def live(self) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None]]:
-        """A table of two columns that is shown again and again; called with its title, its rows, and a line that
-        says the same where no terminal can be redrawn."""
+        """Show a table of two columns again and again; gives a function of its title, its rows and a line.
+
+        The line says the same where no terminal can be redrawn.
+        """
         yield lambda title, rows, line: None
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The step's result, for programs."""
+        """Show the step's result, for programs."""
 
     def text(self, text: str) -> None:
-        """Output that was asked for, such as generated text: shown in every mode for people."""
+        """Show output that was asked for, such as generated text, in every mode for people."""
         sys.stdout.write(text + "\n")
 
 
@@ -148,11 +150,11 @@ class JsonReporter(Reporter):
 
 
 _MARKS = {"ok": "green", "missing": "red", "none": "yellow"}
-"""Colours of cells that hold just one of these words."""
+"""Colours of cells that hold nothing but one of the words."""
 
 
 class QuietReporter(Reporter):
-    """What a command was asked for and nothing of the way there: its tables and texts (``--quiet``)."""
+    """Shows a command's tables and texts, and no progress (``--quiet``)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 132)
@@ -165,7 +167,7 @@ class QuietReporter(Reporter):
 
 
 class RichReporter(QuietReporter):
-    """Bars, notes and tables on a terminal; plain lines where standard output is none.
+    """Shows bars, notes and tables on a terminal, plain lines where standard output is none.
 
     Names, protocols and notes hold square brackets (``[search]``), which rich would take for its markup.
     """
@@ -274,7 +276,7 @@ def _quarantined(pool: PoolState) -> list[str]:
 
 
 class _Quarantined(ProgressColumn):
-    """The workers in quarantine at the moment: a phase that waits for one has nothing else to show."""
+    """A bar's column of workers in quarantine: a phase that waits for one has nothing else to show."""
 
     def __init__(self, workers: Callable[[], PoolState]) -> None:
         super().__init__()

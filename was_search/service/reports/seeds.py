@@ -10,11 +10,11 @@ from was_search.vectors.seeds import Seed
 
 
 def show_seeds(reporter: Reporter, seeds: list[Seed], costs: FloatArray, share: float) -> None:
-    """The seeds' levels, and beside the last one's sparsities what each projection costs.
+    """Show the seeds' levels, and the last seed's sparsities with what each projection costs.
 
     Args:
-        reporter: shows it.
-        seeds: of a study.
+        reporter: shows the tables.
+        seeds: the study's.
         costs: prices [L, 7] of dropping ``share`` of a projection's inputs, as
             :func:`was_search.service.steps.seeding.sensitivity` gives them.
         share: the budget as one sparsity of all projections.

@@ -14,7 +14,7 @@ _MOST_REASONS = 5
 
 
 def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = None) -> list[list[str]]:
-    """The table's rows; those of which nothing is known are left out."""
+    """Rows of the status table; those of which nothing is known are left out."""
     fitness = fitness_of(snapshot.identity)
     counts = ", ".join(f"{found.counts[state]} {state.value}" for state in SlotState)
     best = found.best
@@ -60,7 +60,7 @@ def status_rows(snapshot: Snapshot, found: Overview, gpu_price: float | None = N
 
 
 def status_line(snapshot: Snapshot, found: Overview) -> str:
-    """The same in a line."""
+    """The status in one line."""
     parts = [f"{snapshot.now:%H:%M:%S} {snapshot.name}: {found.play}", f"{found.finished}/{found.n_slots} trials"]
     parts += [f"{found.counts[state]} {state.value}" for state in (SlotState.RUNNING, SlotState.FAILED)]
     if found.best is not None and found.best.loss_nats is not None:

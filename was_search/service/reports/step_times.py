@@ -22,15 +22,15 @@ def show_steps(
     batch: int,
     kv_length: int,
 ) -> None:
-    """One decode step, dense beside a plan.
+    """Show one decode step, dense beside a plan.
 
     Args:
-        reporter: shows it.
+        reporter: shows the table.
         found: the steps; speeds are relative to the first.
         place: where they ran.
-        backend: of the sparse runtime, in words.
-        bandwidth: measured, bytes per second.
-        batch: rows.
+        backend: backend of the sparse runtime, in words.
+        bandwidth: measured bandwidth, bytes per second.
+        batch: number of rows.
         kv_length: positions in the cache.
     """
     predicted = any(row.predicted_ms is not None for row in found)

@@ -15,7 +15,7 @@ GAP_MEANING = (
     "gap: (search loss - dense search loss) - (test loss - dense test loss), nats per token; overfitting to the "
     "search text shows as a gap that is more negative than uniform's, which was fitted to nothing"
 )
-"""What the gap means. The texts differ in how much sparsity hurts them, so uniform's gap is not zero either."""
+"""What the gap means, in words. Sparsity hurts some texts more than others, so uniform's gap is not zero either."""
 
 
 def gap_nats(search: float, dense_search: float, test: float, dense_test: float) -> float:
@@ -27,7 +27,7 @@ def gap_nats(search: float, dense_search: float, test: float, dense_test: float)
 
 
 def increase(loss_nats: float, dense_nats: float) -> float:
-    """Perplexity over the dense model's, less 1."""
+    """Increase of perplexity over the dense model's, as a fraction."""
     difference = loss_nats - dense_nats
     return math.expm1(difference) if difference < 700 else math.inf
 
@@ -38,7 +38,7 @@ def interval_json(interval: Interval | None) -> dict[str, float] | None:
 
 
 def step_words(step: Mapping[str, Any]) -> str:
-    """What a plan's ``step`` says of its decoding step."""
+    """A plan's ``step``, the times of its decoding step, in words."""
     at, profile = step["achieved"], step["profile"]
     return (
         f"Predicted decoding step at the achieved sparsity: {at['predicted_ms']:.3f} ms, "
@@ -87,6 +87,6 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def plan_gap_nats(plan: Plan) -> float:
-    """The gap between the splits of a plan's own figures; see :data:`GAP_MEANING`."""
+    """The gap between the splits in a plan's own figures; :data:`GAP_MEANING` says what it means."""
     dense, search, test = plan.metrics["dense"], plan.metrics["search"], plan.metrics["test"]
     return gap_nats(*(m["loss_nats"] for m in (search, dense["search"], test, dense["test"])))

@@ -24,15 +24,15 @@ def show_targets(
     unsearched: Sequence[float],
     profile: LatencyProfile | None,
 ) -> None:
-    """The best of each target.
+    """Show the best of each target.
 
     Args:
-        reporter: shows it.
+        reporter: shows the table.
         runs: in rising order of their targets.
-        lesser: which of them are dominated.
-        protocol: of the test split, in words.
+        lesser: for each run whether it is dominated.
+        protocol: protocol of the test split, in words.
         unsearched: targets without a plan.
-        profile: that predicted the steps; None: none did.
+        profile: the profile that predicted the steps; None: none did.
     """
     timed = profile is not None
     body = []
@@ -99,7 +99,7 @@ def _cut_short_words(runs: list[TargetRun], unsearched: Sequence[float]) -> list
 
 
 def increase_on_test(run: TargetRun) -> float:
-    """Perplexity of the best over the dense model's on the test split, less 1."""
+    """Increase of perplexity, best over dense model, on the test split, as a fraction."""
     return increase(run.best.test.evaluation.loss_nats, run.dense.test.evaluation.loss_nats)
 
 

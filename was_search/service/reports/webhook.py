@@ -1,4 +1,4 @@
-"""A small JSON posted to a URL when a run has ended; whoever receives it can hold up or end no run."""
+"""Posts a small JSON to a URL when a run has ended; its receiver can neither hold up nor end a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_webhook(url: str) -> None:
 def post(url: str, payload: Mapping[str, Any], *, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:
     """Post ``payload`` as JSON; returns whether the receiver took it.
 
-    What goes wrong is logged with the receiver's host alone, and never raised.
+    Errors are logged with the receiver's host alone, and never raised.
     """
     host = urlsplit(url).hostname
     body = json.dumps(payload, allow_nan=False).encode()

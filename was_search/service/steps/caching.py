@@ -1,4 +1,4 @@
-"""The one way in which a step is cached: what is stored is taken, what is not is made and stored."""
+"""The one way in which a step is cached: a stored value is taken, a missing one is made and stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Place(Protocol[T]):
-    """Where a value is stored, if it is."""
+    """A place where a value may be stored."""
 
     def get(self) -> T | None: ...
 
@@ -32,9 +32,9 @@ class Row(Generic[T]):
 
     Attributes:
         cache: the database's.
-        kind: of artifact.
+        kind: kind of the artifact.
         key: names everything that decides the value.
-        read: makes the value of the row; a row of which it raises an error is not used.
+        read: makes the value of the row; a row on which it raises an error is not used.
         pack: the value's bytes and its metadata.
     """
 
@@ -67,10 +67,10 @@ def cached(
     name: str = "",
     detail: str | Callable[[T], str] = "",
 ) -> T:
-    """The value at ``place``, which ``make`` makes and puts there where there is none.
+    """The value at ``place``; where there is none, ``make`` makes it and it is put there.
 
-    What was found is told to the ``reporter`` as the phase ``name``, with ``detail``; None tells nobody. A phase that
-    runs is ``make``'s to tell of.
+    A value that was found is shown by ``reporter`` (None: by nobody) as the phase ``name``, with ``detail``. ``make``
+    itself shows the phase that it runs.
     """
     started = time.perf_counter()
     found = place.get()

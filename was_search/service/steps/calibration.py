@@ -34,9 +34,9 @@ class OperatingPoint:
     Attributes:
         key: the cache key, which also names the histograms to workers.
         histograms: taken under ``thresholds``.
-        thresholds: float32 [L, 7]; they achieve what is nominal on the calibration split.
+        thresholds: float32 [L, 7]; on the calibration split they achieve the nominal sparsities.
         achieved: counted on the calibration split, [L, 7].
-        passes: over the calibration split.
+        passes: number of passes over the calibration split.
     """
 
     key: str
@@ -78,7 +78,7 @@ def _calibrate(context: Context) -> Calibration:
 
 
 def operating_point(context: Context, calibration: Calibration, sparsities: FloatArray, name: str) -> OperatingPoint:
-    """Histograms at the vector called ``name``, re-taken until what is nominal is achieved; cached by vector."""
+    """Histograms at the vector called ``name``, re-taken until nominal sparsities are achieved; cached by vector."""
     rounded = np.round(sparsities, 9)
     key = content_hash("operating-point", 2, calibration.key, rounded)
     return context.once(key, lambda: _operating_point(context, calibration, rounded, key, name))

@@ -38,9 +38,9 @@ class Row:
         search: figures on the search split.
         test: figures on the test split.
         calibration_achieved: counted on the calibration split.
-        gap_nats: see :data:`was_search.service.reports.study_report.GAP_MEANING`.
+        gap_nats: the gap of :data:`was_search.service.reports.study_report.GAP_MEANING`.
         against_uniform: difference on the test split; None where there is nothing to compare.
-        against_seed: likewise, to the Fisher seed.
+        against_seed: difference to the Fisher seed on the test split, or None.
         step: the decoding step predicted at what was achieved on the test split; None where no profile is known.
     """
 
@@ -72,7 +72,8 @@ class Row:
 class RunResult:
     """What ``run`` made: the search, the plan's folder and the comparison.
 
-    No plan where the search was interrupted, or, of several targets, ended by a limit before its first complete trial.
+    There is no plan where the search was interrupted, or, with several targets, ended by a limit before its first
+    complete trial.
     """
 
     search: SearchResult
@@ -106,7 +107,7 @@ def run(context: Context) -> RunResult:
 
 
 def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
-    """Dense, the seeds and the exported plan on the search and test splits.
+    """Evaluate the dense model, the seeds and the exported plan on the search and test splits.
 
     Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
     split and are compared at it.
@@ -143,7 +144,7 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
 
 
 def _step(profile: LatencyProfile, test: Figures | None) -> dict[str, float]:
-    """The dense step (None), or the one predicted at the sparsities that were counted."""
+    """The dense step for None, else the step predicted at the sparsities that were counted."""
     if test is None:
         return {"predicted_ms": 1e3 * profile.dense_seconds, "predicted_speedup": 1.0}
     return profile.figures(np.clip(test.evaluation.achieved, 0.0, 1.0))

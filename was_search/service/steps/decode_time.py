@@ -1,4 +1,4 @@
-"""What the steps know of decoding time: the profile at hand, the budget made of it, and predictions."""
+"""Decoding time in the steps: the profile to use, the budget made of it, and predictions."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProf
     """The profile of ``--profile``, else the newest one in the database that is of the model's shape, else None.
 
     Args:
-        context: see there.
-        shape: the model's; None: read from its configuration, where that is needed at all.
+        context: its settings name the profile; its database may hold some.
+        shape: the model's; None: read from its configuration, where it is needed at all.
 
     Raises:
-        ConfigError: a file that is no profile, or one of another shape or other weights; or masks that none is made
-            for.
+        ConfigError: a file that is no profile, or one of another shape or other weights; or masks that no profile is
+            made for.
     """
     if (why := _not_profiled(context.settings)) is not None:
         if context.settings.profile or context.settings.target_speedup:
@@ -48,7 +48,7 @@ def profile_of(context: Context, shape: ModelShape | None = None) -> LatencyProf
 
 
 def _not_profiled(settings: Settings) -> str | None:
-    """Why no profile tells anything of these masks, None if one can."""
+    """Why no profile can predict steps with the settings' masks; None if one can."""
     if settings.masks == "shared":
         return "profile: steps with shared masks cannot be profiled yet; use --masks separate"
     return None
@@ -72,7 +72,7 @@ def _profile_at_hand(context: Context, shape: ModelShape | None) -> LatencyProfi
 
 
 def _require_one_device(rows: list[ArtifactInfo]) -> None:
-    """Refuse to guess which device a speed-up is asked for."""
+    """Refuse profiles of several devices: which one a speed-up is asked for cannot be guessed."""
     kinds = sorted({str(row.meta.get("conditions")) for row in rows})
     if len(kinds) > 1:
         raise ConfigError(
@@ -89,7 +89,7 @@ def read_profile(found: Artifact) -> LatencyProfile:
 
 
 def shape_key(shape: ModelShape) -> str:
-    """Names a shape in the cache."""
+    """Name of a shape in the cache."""
     return content_hash("shape", shape.to_json())[:16]
 
 
@@ -97,7 +97,7 @@ def model_shape(context: Context) -> ModelShape:
     """The model's projections from its configuration alone; no weight is read.
 
     Raises:
-        ModelError: no model can be made of it, or it lacks the projections.
+        ModelError: no model can be made of the configuration, or it lacks the projections.
     """
     return context.once("model shape", lambda: _model_shape(context))
 
@@ -113,7 +113,7 @@ def budget_of(context: Context, shape: ModelShape) -> Budget:
     """The settings' budget: of sparsity, or a :class:`TimeBudget` where a speed-up is asked for.
 
     Args:
-        context: its settings and the profile at hand decide.
+        context: its settings and its profile decide.
         shape: the model's, which a profile must have.
 
     Raises:
@@ -135,7 +135,7 @@ def check_target(context: Context) -> None:
     """Refuse at once what :func:`budget_of` and :func:`profile_of` would refuse once the shape is known.
 
     Raises:
-        ConfigError: as they do.
+        ConfigError: as these two.
     """
     if context.settings.profile or context.settings.target_speedup:
         shape = model_shape(context)
@@ -172,7 +172,7 @@ def budget_title(settings: Settings) -> str:
 def predictions(
     profile: LatencyProfile | None, sparsities: FloatArray, point: OperatingPoint
 ) -> dict[str, dict[str, Any]]:
-    """What a plan says of its decoding step, under ``step``; {} where no profile is known."""
+    """The entry ``step`` of a plan's metrics, its decoding step; {} where no profile is known."""
     if profile is None:
         return {}
     achieved = profile.figures(np.clip(point.achieved, 0.0, 1.0))

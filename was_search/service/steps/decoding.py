@@ -75,7 +75,7 @@ def generate(
         handle = sparsify(model, plan)
         try:
             text, tokens, seconds = run(max_new_tokens)
-            with handle.counting() as counts:  # slower than what was timed
+            with handle.counting() as counts:  # a run of its own: counting would slow the timed one
                 run(min(max_new_tokens, _COUNTED_TOKENS))
             result = Generation(text, tokens, seconds, structure.shape.sparsity(counts.achieved()))
         finally:

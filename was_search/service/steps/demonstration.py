@@ -32,7 +32,7 @@ DEMO_OPTIONS: dict[str, Any] = {
     "test_sequences": 192,
     "batch_size": 8,
 }
-"""What the demo sets; everything else has its default. The descent is shorter than that, to keep it to minutes."""
+"""Options that the demo sets; all others have their defaults. Its descent is shorter, so that it takes minutes."""
 
 
 def demo_settings(**overrides: Any) -> Settings:

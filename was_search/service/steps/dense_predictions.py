@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from was_storage.studies.cache import ArtifactCache
 
 PIECE_BYTES = 64 * 2**20
-"""Of one cached row: a database takes many of these more gladly than one of all, and no number of sequences is too
-large."""
+"""Bytes of one cached row: many rows of this size suit a database better than one, and any number of sequences fits."""
 
 
 def check_fitness(context: Context) -> None:
     """Raise ConfigError if the model's configuration says that its vocabulary is below ``kl_top_k``.
 
-    A configuration that does not say it is no error here: the workers check the model itself.
+    A configuration that says nothing of it is no error here, as the workers check the model itself.
     """
     from was_search.checkpoints.files import read_config
 
@@ -41,7 +40,7 @@ def dense_top(context: Context) -> DenseTop | None:
 
 
 def dense_top_key(context: Context) -> str:
-    """Names the result of :func:`dense_top` in the cache."""
+    """Key of :func:`dense_top`'s result in the cache."""
     protocol, device = context.tokens("search").protocol, context.placement.device
     return content_hash("dense-top", 1, context.model_key, protocol, device, context.settings.kl_top_k)
 
@@ -71,7 +70,7 @@ def _dense_top(context: Context) -> DenseTop:
 class Pieces:
     """The dense top of n sequences, [n, predicted, k], in pieces of :data:`PIECE_BYTES`.
 
-    A killed run may have put only some of them; then there is none.
+    A killed run may have stored only some of the pieces; then they count as missing.
     """
 
     cache: ArtifactCache

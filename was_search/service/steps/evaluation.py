@@ -43,12 +43,12 @@ def evaluate(
     """Perplexity of the dense model and of ``plan`` on ``split`` of the settings' data, in this process.
 
     Args:
-        context: settings: model, data, device and dtype.
-        plan: None: the dense model alone.
-        split: of the data.
-        weights: formats of the weights to compare, in the order of the result; none: those of the settings, and as
-            stored before them if these are rounded. A plan's thresholds are the same for all: those of a format that
-            it was not made for show what it loses there.
+        context: its settings give model, data, device and dtype.
+        plan: the plan to evaluate; None: the dense model alone.
+        split: split of the data.
+        weights: formats of the weights to compare, in the order of the result. If there are none, the settings' format
+            counts, preceded by weights as stored if it is a rounded one. A plan's thresholds are the same for all
+            formats: with a format that it was not made for, figures show what it loses there.
 
     Raises:
         PlanError: the plan belongs to another model.
@@ -122,7 +122,7 @@ def evaluate_on_tasks(
     with context.reporter.phase(f"dense model on {', '.join(tasks)}"):
         results = {"dense": evaluate_tasks(model, tokenizer, tasks, **options)}
     if plan is not None:
-        # Likelihoods are of whole texts: a plan that leaves prompts dense would be the dense model there.
+        # Likelihoods are taken over whole texts: a plan that leaves prompts dense would be the dense model there.
         everywhere = replace(plan, prefill="masked")
         with (
             context.reporter.phase(f"plan on {', '.join(tasks)}"),
@@ -136,7 +136,7 @@ def evaluate_on_tasks(
 def load_for(
     context: Context, plan: Plan | None, gpus: int = 1, *, any_weights: bool = False
 ) -> tuple[nn.Module, Structure]:
-    """The model of the settings with its structure, in this process; refused if ``plan`` is for another.
+    """The settings' model with its structure, in this process; refused if ``plan`` is for another model.
 
     Its blocks are spread over ``gpus`` GPUs. A plan for weights of another format is refused too, unless
     ``any_weights``.

@@ -78,7 +78,7 @@ class Figures:
 class Request:
     """One evaluation: a candidate (None: the dense model) at its own operating point on a split.
 
-    By NLL, or with ``by_fitness`` by the study's fitness, on the search split.
+    The loss is the NLL, or with ``by_fitness`` the study's fitness, on the search split only.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Request:
 
 
 def measure(context: Context, calibration: Calibration, requests: list[Request]) -> list[Figures]:
-    """Evaluate the ``requests``, those that are not cached side by side on the workers; results in their order."""
+    """Figures of the ``requests``, in their order; those not cached are evaluated side by side on the workers."""
     started = time.perf_counter()
     found = [_cached(context, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
@@ -124,7 +124,7 @@ def _by_divergence(context: Context, request: Request) -> bool:
 
 
 def _top(context: Context, pool: Pool, request: Request) -> Shared[DenseTop] | None:
-    """The dense top, shared; None for the NLL."""
+    """The dense model's top predictions, shared with the workers; None where the loss is the NLL."""
     top = dense_top(context) if _by_divergence(context, request) else None
     return None if top is None else context.once("dense top, shared", lambda: pool.share(top))
 
@@ -284,7 +284,7 @@ def make_plan(
     on_search: Figures,
     origin: dict[str, Any],
 ) -> Plan:
-    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
+    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says its source."""
     calibration = question.calibration
     test, dense_search, dense_test = measure(
         context,
@@ -327,7 +327,7 @@ def stored_result(context: Context) -> SearchResult:
 
     name = require_name(context)
     store = StudyStore(context.database)
-    store.get(name)  # an unknown name, too, is said before anything is calibrated
+    store.get(name)  # an unknown name is refused before anything is calibrated
     question = Question.of(context)
     store.require_same(name, identity=identity(context), shape=question.shape.to_json())
     return SearchResult(name, store.slots(name), seed(context, question), question, drained=False)

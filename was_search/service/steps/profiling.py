@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from was_storage.studies.cache import ArtifactCache
 
 _CONFIG = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-"""Of the model's configuration: what decides the rest of a step beside the shape of its projections."""
+"""Keys of the model's configuration that, besides the projections' shape, decide the time of a step."""
 
 
 def profile(
@@ -47,11 +47,11 @@ def profile(
     """A profile of the settings' model on this device; cached by device, shapes and versions.
 
     Args:
-        context: settings: model, device, dtype and weights. No text is needed: tokens are random.
-        rows: that decode together.
+        context: its settings give model, device, dtype and weights. No text is needed: tokens are random.
+        rows: sequences that decode together.
         kv_length: positions in the cache.
-        steps: timed for each point.
-        rounds: in which all points are timed; medians count.
+        steps: steps timed for each point.
+        rounds: rounds in which all points are timed; medians count.
         check_vectors: random vectors that are then timed, masked by score, and compared with their predictions.
         compiled: time the dense step through torch.compile too; None: on a GPU.
         output: file to write it to.
@@ -82,7 +82,7 @@ def profile(
 class _Measured:
     """A profile's row of the cache, which a later measurement replaces.
 
-    One with fewer than ``check_vectors`` compared is not taken, and none with ``again``.
+    A stored profile with fewer than ``check_vectors`` compared vectors is not taken; with ``again`` none is.
     """
 
     cache: ArtifactCache
@@ -155,7 +155,7 @@ def _measure(
     comparison: list[dict[str, float]] = []
     with StepClock(model, tokens, kv_length, steps=steps) as clock:
         kinds = launch_kinds(structure.shape, FUSED if clock.fused else SINGLE)
-        clock(np.full(structure.shape.params.shape, 0.5))  # captured, and warm
+        clock(np.full(structure.shape.params.shape, 0.5))  # captures the graph, and warms it up
         with context.reporter.phase("time sparse steps", n_measurements(kinds, rounds)) as advance:
 
             def time_at(sparsities: Any) -> Any:
@@ -217,6 +217,6 @@ def _versions(device: str) -> dict[str, str]:
 
 
 def _conditions(found: LatencyProfile) -> str:
-    """What must be alike for one profile to replace another, for people too."""
+    """The conditions of a profile, in words; it replaces an earlier one of the same conditions."""
     held = "" if found.weights == AS_STORED else f", {found.weights}"
     return f"{found.device}, {found.dtype}{held}, {found.rows} row(s), {found.kv_length} positions"

@@ -1,4 +1,4 @@
-"""What a study asks: made once of the settings and passed on as a value."""
+"""A study's question as a value: made once of the settings and passed on to the steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from was_search.vectors.budget import Budget
 
 @dataclass(frozen=True)
 class Question:
-    """How much of what is to be skipped.
+    """What a study asks: which budget to spend, on which calibrated model.
 
     Attributes:
-        calibration: of the dense model.
-        budget: that every vector spends.
+        calibration: the dense model's.
+        budget: what every vector spends.
         latency: predicts decoding steps; None where no profile is known.
     """
 

@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 def seed(context: Context, question: Question | None = None) -> list[Seed]:
     """The study's seeds at the target: uniform, greedy-uniform if asked for, the warm start's if there is one, Fisher.
 
-    All that is costly is cached.
-
     The Fisher seed is the optimum of the dense model's prices, moved on by a short descent: at high sparsity
-    prices no longer add up, slopes at the sparse point do.
+    prices no longer add up, slopes at the sparse point do. All that is costly is cached.
     """
     from was_search.masks.pricing import DEFAULT_GRID as GRID
 
@@ -80,7 +78,7 @@ def seed_descent(context: Context, question: Question, start: FloatArray) -> Flo
 
 
 def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) -> FloatArray:
-    """Prices [L, 7, G] in nats per token on the dense model; one backward pass."""
+    """Prices [L, 7, G] in nats per token on the dense model, from one backward pass."""
     data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
     key = content_hash("prices", PRICES, calibration.key, data.protocol, grid)
     return context.once(key, lambda: _fisher_prices(context, calibration, grid, data, key))
@@ -122,7 +120,7 @@ def sensitivity(context: Context, question: Question) -> FloatArray:
 
 
 def greedy_table(context: Context, calibration: Calibration) -> Table:
-    """The component-level greedy by block-output error (TEAL, WAS), a block a call."""
+    """Table of the component-level greedy by block-output error (TEAL, WAS); each block is a call of a worker."""
     data = _first(context.tokens("calibration"), context.settings.greedy_sequences)
     key = content_hash("greedy", 3, calibration.key, data.protocol, GREEDY_STEP)
     shape = calibration.shape

@@ -21,14 +21,14 @@ class StepTimes:
     """One way to decode, measured.
 
     Attributes:
-        name: ``dense``, ``dense, compiled`` or ``plan``; with rounded weights their format behind it.
-        p20_ms: a step's time, 20th percentile; likewise ``p50_ms`` and ``p80_ms``.
-        tokens_per_s: of all rows.
-        read_bytes: weights behind live channels, the head and the cache.
+        name: ``dense``, ``dense, compiled`` or ``plan``; with rounded weights followed by their format.
+        p20_ms: a step's time, 20th percentile; ``p50_ms`` and ``p80_ms`` are the 50th and 80th.
+        tokens_per_s: tokens of all rows.
+        read_bytes: bytes of live channels' weights, the head and the cache.
         limit_ms: time to read them at the bandwidth measured in the same run.
-        sparsity: counted in decode steps.
+        sparsity: sparsity counted in decode steps.
         live_channels: kept channels of all projections; None: all.
-        predicted_ms: by the settings' profile, at the sparsities counted; None where there is none for this step.
+        predicted_ms: time that the settings' profile predicts at the sparsities counted; None where it has none.
     """
 
     name: str
@@ -54,14 +54,14 @@ def bench(
 ) -> list[StepTimes]:
     """Time one-token steps over a static cache on the settings' test text, dense and with ``plan``.
 
-    Where the settings round the weights, the dense steps are those of the weights as stored: what a user comes from.
+    Where the settings round the weights, the dense steps use the weights as stored, which is what a user starts from.
 
     Args:
-        context: settings: model, data, device and dtype.
-        plan: None: the dense model alone.
-        batch: rows, each with text of its own.
+        context: its settings give model, data, device and dtype.
+        plan: the plan to time; None: the dense model alone.
+        batch: number of rows, each with text of its own.
         kv_length: positions in the cache.
-        steps: timed for each row of the table, at most kv_length.
+        steps: steps timed for each row of the table, at most kv_length.
         compiled: time the dense model through ``torch.compile`` too.
 
     Raises:
@@ -167,7 +167,7 @@ def bench(
 
 
 def _profile(context: Context, shape: ModelShape, batch: int, kv_length: int) -> LatencyProfile | None:
-    """The profile of ``--profile`` where it is of this step; else None, after a note that says what differs."""
+    """The profile of ``--profile`` if it fits this step; else None, after a note that says what differs."""
     if not context.settings.profile:
         return None
     found = LatencyProfile.load(Path(context.settings.profile))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class SearchResult:
     """A study's slots after a search.
 
-    ``drained`` says that it was interrupted and has slots left; ``ending`` how it ended.
+    ``drained`` says that the search was interrupted and has slots left, ``ending`` how it ended.
     """
 
     study: str
@@ -167,7 +167,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
 
 
 def descent_plan(context: Context) -> DescentPlan | None:
-    """The descents of the settings, None if there are none."""
+    """The search's descents as the settings say, None if there are none."""
     from was_search.coordinator.descents import DescentPlan
 
     settings = context.settings

@@ -1,4 +1,4 @@
-"""What makes a study that study: its identity, and the name that is made of it."""
+"""A study's identity, which decides whether two runs are of one study, and the name that is made of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from was_search.vectors.seeds import GREEDY_STEP, PRICES, SEED_DESCENT, SEED_SEQ
 
 
 def identity(context: Context) -> dict[str, Any]:
-    """What makes a study that study: another value of any of these is another study."""
+    """Everything that decides a study's losses: another value of any entry is another study."""
     settings = context.settings
     search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
     return {
@@ -60,10 +60,10 @@ def study_name(context: Context) -> str:
 
 
 def require_name(context: Context) -> str:
-    """The study's name, if it is one, and free or taken by the study of these settings.
+    """The study's name, if it is valid, and free or taken by the study of these settings.
 
     Raises:
-        StudyError: it is not; each setting that differs is listed.
+        StudyError: it is not valid, or another study's; each setting that differs is listed.
     """
     from was_storage.studies.store import StudyStore
 
@@ -73,7 +73,7 @@ def require_name(context: Context) -> str:
 
 
 def model_label(context: Context) -> str:
-    """The model's name as it may stand in a study's name and a folder's."""
+    """The model's name in a form that suits names of studies and folders."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
 
 

@@ -45,8 +45,8 @@ def check_tasks(
     """Refuse what :func:`evaluate_tasks` would refuse, before a model is loaded for it.
 
     Raises:
-        ResourceError: see there.
-        ConfigError: likewise.
+        ResourceError: as :func:`evaluate_tasks`.
+        ConfigError: as :func:`evaluate_tasks`.
     """
     if not tasks:
         raise ConfigError("tasks: must name at least one task, got none")
@@ -85,7 +85,7 @@ def evaluate_tasks(
         limit: documents of each task, the first ones; None means all.
         batch_size: sequences per forward.
         include_path: a folder with further tasks as YAML files.
-        seed: of few-shot examples; lm-eval also seeds Python's, numpy's and torch's global generators with it.
+        seed: decides the few-shot examples; lm-eval also seeds Python's, numpy's and torch's global generators with it.
 
     Returns:
         Every metric of every task, in the order of names.
@@ -103,7 +103,7 @@ def evaluate_tasks(
 
     with _quiet():
         found = simple_evaluate(
-            # lm-eval sets a padding token: not on the caller's tokenizer.
+            # lm-eval sets a padding token, which must not happen to the caller's tokenizer.
             model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
             tasks=list(dict.fromkeys(tasks)),
             task_manager=_manager(include_path),
@@ -119,7 +119,7 @@ def evaluate_tasks(
 
 @lru_cache(maxsize=1)
 def _manager(include_path: Path | None) -> Any:
-    """lm-eval's task manager, with its errors in loading a task told as a DataError.
+    """lm-eval's task manager, whose errors in loading a task become a DataError.
 
     It reads some ten thousand YAML files, which takes seconds: once for the dense model and the plan.
     """
@@ -169,7 +169,7 @@ def _results(found: Mapping[str, Any]) -> list[TaskResult]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings, among them one about models passed as objects."""
+    """Silence lm-eval's warnings during the block, among them one about models passed as objects."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from typing import Any
 from was_search.errors import ConfigError
 
 LOWEST_TARGET, HIGHEST_TARGET = 0.05, 0.9
-"""Where the search for the highest sparsity within a limit looks."""
+"""Bounds of the search for the highest sparsity within a limit."""
 
 
 def parse_targets(text: str) -> tuple[float, ...]:
@@ -38,7 +38,7 @@ def parse_targets(text: str) -> tuple[float, ...]:
 
 
 def percent_hint(value: float) -> str:
-    """What somebody who gave a share in percent is to write, in brackets; "" for other numbers."""
+    """A hint in brackets for a share that was given in percent, with what to write; "" for other numbers."""
     return f" (for {value:g} % write {value / 100:g})" if 5.0 <= value < 95.0 else ""
 
 
@@ -74,7 +74,7 @@ def target_words(identity: Mapping[str, Any]) -> str:
 
 
 def target_sentence(identity: Mapping[str, Any]) -> str:
-    """The same with what it is a share or a multiple of."""
+    """:func:`target_words`, with what it is a share or a multiple of."""
     if "target speed-up" in identity:
         return f"{target_words(identity)} the dense step's speed, predicted by profile {str(identity['profile'])[:8]}"
     return f"{target_words(identity)} of the seven projections' weights"
@@ -86,7 +86,7 @@ def parse_increase(text: str) -> float | None:
     A number without % must be below 1: ``5`` could mean 5 % or fivefold.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: neither a percentage nor a fraction.
     """
     if not text:
         return None

@@ -15,8 +15,7 @@ SLOPES = (3.0, 40.0)
 """Bounds of a slope read from two probes: noise must not send the next probe anywhere."""
 
 OVERSHOOT = 0.4
-"""While all probes are on one side, go this share further than the curve says: two sides are worth more than a near
-miss."""
+"""How much further than the curve says a probe goes while all are on one side, as having both is worth a miss."""
 
 _STEP = 1e-4  # probes are multiples of this, so that studies have readable names
 
@@ -41,10 +40,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Bracket:
-    """What the probes say of a limit.
+    """The result of probing for a limit.
 
     Attributes:
-        limit: on the increase, a fraction.
+        limit: limit on the increase, a fraction.
         probes: in the order in which they were made.
         ending: why there are no more.
     """
@@ -86,8 +85,8 @@ def find_highest(
         start: the first probe, used if ``increase`` says nothing yet.
         lowest: least target; also tried last where nothing was inside before.
         highest: greatest target.
-        tolerance: of the target.
-        max_probes: at most so many calls of ``increase``.
+        tolerance: greatest width of the bracket, in target.
+        max_probes: most calls of ``increase``.
     """
     probes: list[Probe] = []
     while True:

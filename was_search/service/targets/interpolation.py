@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from was_storage.studies.store import StudyRecord
 
 IN_COMMON = ("model", "score", "masks", "fitness", "search data", "calibration data")
-"""What studies must share for a vector between theirs to mean something, and for their losses to be compared."""
+"""Entries of the identity that two studies must share so that a vector between theirs means something."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Neighbour:
 
 
 def may_interpolate(context: Context) -> bool:
-    """Whether the settings' own study does not exist, none other of their target does, and two neighbours do.
+    """Whether to interpolate: the target has no study, and two neighbours have.
 
     Raises:
-        StudyError: another study has this target: interpolating past it silently would not be what is wanted.
+        StudyError: another study has this target; it should not be passed over silently.
     """
     from was_storage.studies.store import StudyStore
 

@@ -27,7 +27,7 @@ class MaxIncreaseResult:
 
     Attributes:
         bracket: what the probes say; None if the run was interrupted.
-        runs: one a probe.
+        runs: one for each probe.
         answer: the highest probe inside; None if none is.
         pareto: plot of the probes.
     """
@@ -68,7 +68,7 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
         context.reporter.note(f"\nprobe {len(runs) + 1}: target {100 * target:g} %")
         warm_start = nearest.study if nearest else settings.warm_start
         at = sibling(context, target, warm_start)
-        # A resumed command repeats its probes in their order: those before this one are all that have spent anything.
+        # A resumed command repeats its probes in their order, so only those before this one have spent anything.
         at.together = frozenset([*(run.study for run in runs), study_name(at)])
         done = run_at(at)
         if done is None:

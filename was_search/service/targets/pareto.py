@@ -22,8 +22,8 @@ class Point:
         target: its budget.
         achieved: counted sparsity on the split, in [0, 1].
         perplexity: on the split.
-        words: its target for people; "" for the sparsity in percent.
-        predicted_ms: of a decoding step; None where no profile is known.
+        words: its target in words; "" for the sparsity in percent.
+        predicted_ms: predicted time of a decoding step; None where no profile is known.
     """
 
     method: str
@@ -35,7 +35,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """For the figure."""
+        """The point's label in the figure."""
         step = "" if self.predicted_ms is None else f", {self.predicted_ms:.3f} ms a step predicted"
         return f"target {self.words or f'{100 * self.target:g} %'}{step}"
 

@@ -35,7 +35,7 @@ class TargetRun:
 
     @property
     def words(self) -> str:
-        """The target for people."""
+        """The target in words."""
         return asked_words(self.target, self.by_time)
 
     @property
@@ -65,7 +65,7 @@ class TargetRun:
 class TargetsResult:
     """The targets that were run; ``drained`` says that the last one was interrupted and is not among them.
 
-    ``unsearched`` are those that have no complete trial, as a limit was met before.
+    ``unsearched`` are the targets without a complete trial, as a limit was met before.
     """
 
     runs: list[TargetRun]
@@ -115,8 +115,10 @@ def run_targets(context: Context) -> TargetsResult:
 
 
 def _siblings(context: Context, targets: tuple[float, ...], *, by_time: bool) -> list[Context]:
-    """A context for each target. All know all studies' names: what any of them has spent counts, also in a resumed
-    command, whichever of them is still to be searched."""
+    """A context for each target, each with the names of all studies.
+
+    So what any of them has spent counts, also in a resumed command.
+    """
     found: list[Context] = []
     names: list[str] = []
     for target in targets:
@@ -129,7 +131,7 @@ def _siblings(context: Context, targets: tuple[float, ...], *, by_time: bool) ->
 
 
 def sibling(context: Context, target: float, warm_start: str, *, by_time: bool = False) -> Context:
-    """The context of one of several targets, beside what the others have open."""
+    """The context of one of several targets, which shares what the others have open."""
     settings = context.settings
     label = f"{target:g}x" if by_time else f"{100 * target:g}"
     return context.at(
@@ -172,7 +174,7 @@ def time_is_up(context: Context, study: str) -> str:
 
 
 def nothing_complete() -> StudyError:
-    """What to say where a limit on time left no target with a complete trial."""
+    """The error where a limit on time left no target with a complete trial."""
     return StudyError("no target has a complete trial yet: raise the limit that ended the search, and run it again")
 
 

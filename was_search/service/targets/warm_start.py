@@ -23,7 +23,7 @@ WARM = "warm"
 def warm_seeds(context: Context) -> list[Seed]:
     """The winner of the settings' ``warm_start`` moved onto the budget, as a list of one seed; [] if none is set.
 
-    Needs no calibration, so that a wrong name is said at once.
+    Needs no calibration, so that a wrong name is refused at once.
 
     Raises:
         StudyError: the earlier study does not exist, is this one, has no complete trial, or is of another model or

@@ -1,4 +1,4 @@
-"""Ask something of a study while it runs, or before its next run."""
+"""Asks something of a study while it runs, or before its next run."""
 
 from __future__ import annotations
 

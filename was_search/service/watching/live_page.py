@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from was_storage.studies.session import CoordinatorSession
 
 _LAST_PATIENCE_SECONDS = 20.0
-"""For the database to come back, before a run's last page is given up."""
+"""Time for the database to come back before a run's last page is given up."""
 
 _logger = logging.getLogger(__name__)
 
 
 def study_page(context: Context, study: str, seeds: list[Seed], question: Question) -> StudyPage:
-    """What the page of ``study`` shows all the time."""
+    """The page of ``study``, made of what does not change while it runs."""
     settings = context.settings
     return StudyPage(
         study=study,
@@ -55,8 +55,8 @@ class LivePage:
     Args:
         book: the coordinator's session.
         page: what does not change.
-        slots: of the study as the run finds them.
-        report: of the study.
+        slots: the study's, as the run finds them.
+        report: the study's.
     """
 
     def __init__(self, book: CoordinatorSession, page: StudyPage, slots: list[Slot], report: dict[str, object]) -> None:
@@ -68,7 +68,7 @@ class LivePage:
         self.play = "starting"
 
     def update(self, progress: SearchProgress) -> bool:
-        """Take in how the search goes; whether there is anything new to show."""
+        """Take in how the search goes; returns whether there is anything new to show."""
         counts = ", ".join(f"{n} {state}" for state, n in progress.pool.counts.items() if n)
         activity = progress.activity or "running"
         play = f"{activity}, workers: {counts}" if counts else activity
@@ -97,7 +97,7 @@ class LivePage:
         try:
             durable(self, patience_seconds=_LAST_PATIENCE_SECONDS).write()
         except StudyError:
-            return  # replaced, or deleted: the page is another's now
+            return  # the study was taken over or deleted: the page is not ours any more
         except Exception as error:
             _logger.warning("the study's page in optuna-dashboard could not be finished: %s", error)
 

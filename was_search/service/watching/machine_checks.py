@@ -15,7 +15,7 @@ from was_search.service.context import Context
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. ``good`` is None for what is optional and absent."""
+    """One check of the machine; ``good`` is None for what is optional and absent."""
 
     name: str
     good: bool | None

@@ -20,7 +20,7 @@ from was_search.texts.protocol import perplexity
 
 @dataclass
 class Announcement:
-    """What is known of the run so far; a step fills it in."""
+    """The known facts of the run so far; a step fills them in."""
 
     study: str = ""
     slots: Sequence[Slot] = ()
@@ -29,7 +29,7 @@ class Announcement:
 
 @contextmanager
 def announced(context: Context) -> Iterator[Announcement]:
-    """Post how the block ended to the settings' ``notify``; inside another such block it is that one's.
+    """Post how the block ended to the settings' ``notify``; inside another such block only the outer one posts.
 
     A block that raises has failed, and its error goes on.
     """
@@ -60,7 +60,7 @@ def failure_words(error: BaseException) -> str:
 
 
 def payload(announcement: Announcement, ending: Ending) -> dict[str, Any]:
-    """What is posted; ``text`` is the line that chat services show."""
+    """The JSON to post; ``text`` is the line that chat services show."""
     slots = list(announcement.slots)
     best = best_slot(slots)
     nll = None if best is None else best.nll_nats

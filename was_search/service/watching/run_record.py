@@ -32,7 +32,7 @@ class Run:
 
 
 def over_already(context: Context, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
-    """How the study has ended before anything was started: all slots have finished, or a limit is met."""
+    """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
     from was_storage.studies.control import ControlDesk
 
     if all(slot.state.finished for slot in slots):
@@ -56,9 +56,9 @@ def written_down(context: Context, book: CoordinatorSession, asked_since: dateti
     """Begin a run and write down how the block ends.
 
     Args:
-        context: see there.
+        context: gives the database, the size of workers and the reporter.
         book: the coordinator's session.
-        asked_since: the database's time when the command began: what was asked before it is an old story.
+        asked_since: the database's time when the command began; what was asked before it does not count.
     """
     from was_storage.studies.control import ControlDesk
 
@@ -76,7 +76,7 @@ def written_down(context: Context, book: CoordinatorSession, asked_since: dateti
         yield run
     except BaseException as error:
         event(_logger, "search failed", logging.ERROR, study=book.name, error=failure_words(error))
-        with suppress(WasError):  # the first error is the one to tell; status sees a coordinator that went away
+        with suppress(WasError):  # the first error is the one to report; status sees a coordinator that went away
             desk.close(Ending(EndingKind.FAILED, failure_words(error)))
         raise
     desk.close(run.ending)

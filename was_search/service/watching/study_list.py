@@ -1,4 +1,4 @@
-"""Look at studies: the list, and optuna-dashboard; and delete them."""
+"""Lists studies, deletes them, and serves optuna-dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a study stands: once, or again and again."""
+"""Shows where a study stands, once or again and again."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def status(context: Context, name: str = "", *, gpu_price: float | None = None) 
     """State of the study ``name``, or of the newest one; None if there is none.
 
     Args:
-        context: see there.
+        context: its database holds the studies.
         name: the study's.
-        gpu_price: of a GPU hour, which gives a cost.
+        gpu_price: price of a GPU hour, which adds a cost.
 
     Raises:
         StudyError: no study has this name.
