@@ -89,7 +89,7 @@ def percentiles(calls: Sequence[Callable[[], object]], replays: int) -> tuple[fl
 
 
 def counted(x: Tensor, norms: Tensor, threshold: float) -> tuple[float, float]:
-    """(channels a row drops, channels all rows drop) as shares; x [copies, batch, d_in], norms [copies, d_in]."""
+    """Shares of channels that a row drops, and that all rows drop; x [copies, batch, d_in], norms [copies, d_in]."""
     if threshold <= 0.0:
         return 0.0, 0.0
     dropped = x.abs().float() * norms[:, None] < threshold
@@ -103,7 +103,7 @@ def dense_times(x: Tensor, weights_t: list[Tensor], replays: int) -> tuple[float
 
 
 def product(kernel: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """x [B, d_in], weight_t [d_in, d_out], norms [d_in], threshold -> [B, d_out], by the named kernel."""
+    """The named kernel as a function: x [B, d_in], weight_t [d_in, d_out], norms [d_in], threshold -> [B, d_out]."""
     arrived = counters(torch.device("cuda"))
 
     def call(x: Tensor, weight_t: Tensor, norms: Tensor, threshold: float) -> Tensor:

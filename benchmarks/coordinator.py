@@ -1,4 +1,4 @@
-"""How many workers one coordinator keeps busy: the real loop, session and Postgres with virtual workers.
+"""Measure how many workers one coordinator keeps busy: real loop, session and Postgres, virtual workers.
 
     python -m benchmarks.coordinator --cases 64x10:1000 512x60:2000 8x0:1000
     python -m benchmarks.coordinator --summary
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results" / "coordinator.jsonl"
 
 @dataclass(frozen=True)
 class Case:
-    """``window`` is in seconds; ``stock`` runs Optuna in every worker; ``page`` keeps the dashboard's page fresh."""
+    """A case: ``window`` is in seconds, ``stock`` runs Optuna in every worker, ``page`` refreshes the study's page."""
 
     workers: int
     seconds: float
@@ -56,7 +56,7 @@ class Case:
 
     @classmethod
     def parse(cls, words: str, window: float, *, page: bool = True) -> Case:
-        """``[stock:]WORKERSxSECONDS:FINISHED``; a window of 0 takes three evaluations, 20 seconds at least."""
+        """Read ``[stock:]WORKERSxSECONDS:FINISHED``; a window of 0 takes three evaluations, 20 seconds at least."""
         stock, words = words.startswith("stock:"), words.removeprefix("stock:")
         size, _, finished = words.partition(":")
         workers, _, seconds = size.partition("x")
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(server: Any, case: Case) -> dict[str, Any]:
-    """One case in a process of its own, on a copy of the database with its finished trials."""
+    """Measure one case in a process of its own, on a copy of the database with its finished trials."""
     name = f"history_{case.finished}"
     url = server.url("postgres")
     with _autocommit(url) as connection:
@@ -127,7 +127,7 @@ def measure(server: Any, case: Case) -> dict[str, Any]:
 
 
 def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
-    """The coordinator with virtual workers, in this process."""
+    """Run the coordinator with virtual workers, in this process."""
     from benchmarks.harness.coordinator_study import BUDGET, RADIUS, SHAPE, STUDY, open_study, page, seed
     from benchmarks.harness.virtual_pool import VirtualPool, Window
     from was_search.coordinator.loop import SearchLoop
@@ -240,7 +240,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
 
 
 class Monitor:
-    """The most connections that the database had, looked at once a second over a connection to another one."""
+    """Counts the most connections that the database had, once a second, from a connection to another database."""
 
     def __init__(self, url: str) -> None:
         self.most = 0
@@ -303,7 +303,7 @@ def _ask_and_tell(index: int, case: Case, url: str, ready: Any, queue: Any) -> N
 
 
 def run_stock(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
-    """Stock Optuna in every worker: processes that ask, wait and tell, all at once."""
+    """Run stock Optuna in every worker: processes that ask, wait and tell, all at once."""
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     ready = context.Barrier(case.workers + 1)
@@ -352,7 +352,7 @@ def _autocommit(url: str) -> Any:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A line a row, oldest first."""
+    """The rows as text, one line each, oldest first."""
     head = "| label | workers x s | finished | busy | trials/s | gap p50 / p95 / max | suggest | CPU/trial | statements | commits | connections | page: refreshes, CPU of the last | resume | RSS |"  # noqa: E501
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for row in rows:

@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "decode_profile.jsonl"
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     now = conditions()
     model = build(options.model, DTYPES[options.dtype])
     shape = find_structure(model).shape

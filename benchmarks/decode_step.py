@@ -78,7 +78,7 @@ class Case:
 
 
 def cases(model: Any, batch: int, options: argparse.Namespace) -> Iterator[Case]:
-    """The dense steps, of the weights as they are, then each plan's, of rounded weights where these are asked for."""
+    """Dense steps with the weights as they are, then each plan's, with rounded weights if these are asked for."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, 2 * options.kv_length), device="cuda")
     every = projection_bytes([linear for _, _, linear in find_structure(model).linears()])
     yield Case("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
@@ -136,7 +136,7 @@ def measure(model: Any, batch: int, bandwidth: float, options: argparse.Namespac
 
 
 def line(row: Row) -> str:
-    """A row for people."""
+    """A row as a line of text."""
     over = "" if row.speedup_over_compiled is None else f", x{row.speedup_over_compiled:.2f} over compiled"
     return (
         f"{row.batch:2d} {row.path:22s} {row.nominal_sparsity:.2f} counted {row.sparsity:.3f}  {row.p50_ms:.3f} ms "

@@ -1,4 +1,4 @@
-"""What rows of a batch have in common: the share of weights that some row of a decode step keeps.
+"""Measure what rows of a batch have in common: the share of weights that any row of a decode step keeps.
 
     python -m benchmarks.live_union [--model FOLDER] [--targets 0.4 0.5 0.6 0.75]
 

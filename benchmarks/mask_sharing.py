@@ -1,11 +1,11 @@
-"""What shared masks cost in loss: seeds with separate masks beside shared ones, at the same counted sparsity.
+"""Measure what shared masks cost in loss: seeds with separate and with shared masks at the same counted sparsity.
 
     python -m benchmarks.mask_sharing --targets 0.5 0.6 0.7 0.8 --descend
 
 For each target and kind of masks the seed is made as a study makes it (dense histograms, Fisher prices, a short
-descent), with ``--descend`` a search's descent goes on from there, thresholds are re-taken at the point until what is
-nominal is achieved, and the vector is evaluated on the test split. Differences are paired over its sequences, with a
-95 % interval. CPU or GPU, one process, no Ray. One JSON line a row is appended to
+descent), with ``--descend`` a search's descent goes on from there, thresholds are re-taken at the point until nominal
+sparsities are achieved, and the vector is evaluated on the test split. Differences are paired over its sequences,
+with a 95 % interval. CPU or GPU, one process, no Ray. One JSON line a row is appended to
 benchmarks/results/mask_sharing.jsonl.
 """
 
@@ -65,7 +65,7 @@ class Side:
         return self.worker.run(Descend(data, Held(self.dense), start, budget, options, per_round, 0))
 
     def vectors(self, target: float, descend: bool) -> dict[str, FloatArray]:
-        """The seed [L, 7], and where a search's descent takes it."""
+        """The seed [L, 7] and, if asked for, the end of a search's descent from it."""
         priced = fisher_seed(self.prices, DEFAULT_GRID, SparsityBudget(self.shape, target)).sparsities
         found = {"seed": self.descend(priced, target, SEED_DESCENT, SEED_SEQUENCES)}
         if descend:
@@ -73,7 +73,7 @@ class Side:
         return found
 
     def evaluate(self, sparsities: FloatArray) -> tuple[Evaluation, float]:
-        """On the test split, at the vector's own operating point; and the achieved sparsity there."""
+        """Evaluation on the test split at the vector's own operating point, and the achieved sparsity there."""
         _, thresholds, _, _ = operating_point(self._pass, self.dense, sparsities, self.shape)
         found = self.worker.run(EvaluateThresholds(self.data["test"], thresholds))
         return found, self.shape.sparsity(found.achieved)

@@ -5,7 +5,7 @@
 
 A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. Evaluations are the workers':
 losses of every token, counts of dropped channels, masks of one sparsity everywhere, made by the fused operation or, to
-compare, by plain torch; beside them the same of the dense model. Prompts are forwards that fill a cache and give the
+compare, by plain torch; the dense model is timed beside them. Prompts are forwards that fill a cache and give the
 last token's logits: dense, and with a plan applied that masks prompts or leaves them dense. Tokens are random. The
 ways are timed by turns; the median of each is kept. One JSON line a way is appended to
 benchmarks/results/masked_forward.jsonl.

@@ -1,4 +1,4 @@
-"""Perplexity of rounded weights under masks, on the demo checkpoint: formats, layouts of groups, and plans that move.
+"""Measure perplexity of rounded weights under masks on the demo checkpoint: formats, groups, and plans that move.
 
 For each format: the dense model, the uniform vector and the seed made on the weights as stored, with its thresholds as
 they were and re-calibrated, and a seed made on the rounded weights themselves. Rows are appended to
@@ -36,7 +36,7 @@ from was_workers.worker import Worker, WorkerSpec
 
 RESULTS = Path(__file__).parent / "results" / "rounded_weights.jsonl"
 INPUTS = "/in"
-"""At a format's end: its groups lie along the inputs of an output, as GPTQ's and AWQ's do. Only here, in float."""
+"""Suffix of a format whose groups lie along the inputs of an output, as GPTQ's and AWQ's; only here, in float."""
 
 
 class Rounded:

@@ -32,7 +32,7 @@ CHECKPOINTS = (10.0, 25.0, 50.0, 120.0, 250.0, 500.0)
 
 
 def benchmark(options: argparse.Namespace, setup: Setup) -> int:
-    """Run what is not yet in the results file; the number of jobs that are still left."""
+    """Run what is not yet in the results file; returns the number of jobs that are still left."""
     began = time.time()
     deadline = began + options.deadline if options.deadline else float("inf")
     data, fingerprint = setup.tokens(), setup.fingerprint()

@@ -1,4 +1,4 @@
-"""What seeding costs, in full evaluations: time and peak memory of each step on one worker, without Ray or Postgres.
+"""Measure what seeding costs: time and peak memory of each step on one worker, without Ray or Postgres.
 
     python -m benchmarks.seeding_cost --model FOLDER --device cuda --dtype bfloat16
 
@@ -33,8 +33,10 @@ from was_workers.worker import Worker, WorkerSpec
 RESULTS = Path(__file__).resolve().parent / "results" / "seeding_cost.jsonl"
 
 EVALUATED, CALIBRATED, PRICED, ROUNDS, PER_ROUND = 64, 64, 32, 8, 16
-"""Sequences of an evaluation, of a calibration pass and of prices; rounds of the seed's descent and their sequences:
-the defaults of ``was_search.service.settings`` and ``was_search.service.steps.seeding``."""
+"""Sequences of an evaluation, of a calibration pass and of prices; rounds of the seed's descent and their sequences.
+
+They are the defaults of ``was_search.service.settings`` and ``was_search.vectors.seeds``.
+"""
 
 
 def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def measure(worker: Worker, tokens: IntArray, batch_size: int, target: float) ->
     peaks: dict[str, int] = {}
 
     def step(name: str, work: Callable[[], Any], scale: float, repeats: int = 2) -> Any:
-        """The faster of the repeats, but for a first one that warms up."""
+        """Time ``work``: the fastest of the repeats after a first one that warms up."""
         found = work()
         taken = []
         for _ in range(repeats):
@@ -91,7 +93,7 @@ def _synchronise(worker: Worker) -> None:
 
 
 def _backward(model: Any, tokens: IntArray, predicted: int) -> None:
-    """A dense forward and backward to the embeddings' output, weights frozen: what seeding's memory is held against."""
+    """A dense forward and backward to the embeddings' output, weights frozen, to compare seeding's memory with."""
     batch = torch.as_tensor(tokens, dtype=torch.long, device=next(model.parameters()).device)
     starts: list[torch.Tensor] = []
 

@@ -1,10 +1,11 @@
-"""Time and memory from nothing to a sparse model: a plain checkpoint that is transposed, or a folder laid out for it.
+"""Measure time and memory from nothing to a sparse model: from a plain checkpoint, or from a folder laid out for it.
 
     python -m benchmarks.start_time /tmp/start --gigabytes 1
 
-Makes a random Llama in bfloat16 of about that size once, saves it with a uniform plan, and starts it in a process of
-its own each time, the two ways by turns. Modules are imported before the clock starts; each start ends with a short
-forward, so that what was only mapped has been read. Seconds are of the clock and of the processor (user and system).
+Makes a random Llama in bfloat16 of about the given size once, saves it with a uniform plan, and starts it in a
+process of its own each time, the two ways by turns. Modules are imported before the clock starts; each start ends
+with a short forward, so that what was only mapped has been read. Seconds are of the clock and of the processor (user
+and system).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WAYS = ("transposed", "laid out")
 
 
 def make(folder: Path, gigabytes: float) -> None:
-    """A checkpoint, its plan, and both together laid out."""
+    """Write a checkpoint, its plan, and a folder with both laid out for decoding."""
     width, ff = 2048, 5504
     block = 2 * (4 * width * width + 3 * width * ff)
     maker.SHAPES["start"] = {
@@ -70,7 +71,7 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def start(folder: Path, way: str) -> dict[str, Any]:
-    """In this process: seconds to a sparse model and to its first token, and this process's peak memory."""
+    """Start a model in this process; returns seconds to it and to its first token, and peak memory."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from was_kernels import load_sparse, sparsify
@@ -96,7 +97,7 @@ def start(folder: Path, way: str) -> dict[str, Any]:
 
 
 def memory() -> dict[str, float]:
-    """This process's memory in GB: what is its own, what is mapped from files, and the most of both together."""
+    """This process's memory in GB: its own, that mapped from files, and the most of both together."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[key].split()[0]) * 1024 / 1e9 for name, key in _MEMORY.items()}
 

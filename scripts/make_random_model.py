@@ -1,4 +1,4 @@
-"""Write a Llama checkpoint of a named shape with random weights: what speed and memory are measured on.
+"""Write a Llama checkpoint of a named shape with random weights, to measure speed and memory on.
 
 `python scripts/make_random_model.py llama-2-7b FOLDER --device cuda` writes bf16 safetensors in shards, a
 configuration and a tokenizer: the one of --tokenizer, else one token a byte. Nothing is fetched.
@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 0,
     },
 }
-"""What LlamaConfig takes; the vocabulary is raised to the tokenizer's where that is larger."""
+"""Arguments of LlamaConfig by shape; the vocabulary is raised to the tokenizer's where that is larger."""
 
 SHARD_BYTES = 4 * 10**9
 TOKENIZER_FILES = (

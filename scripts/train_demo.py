@@ -301,7 +301,7 @@ def train(
         step += 1
         if step % every:
             continue
-        loss = torch.stack(losses[-every:]).mean().item()  # waits for the device: keeps the clock honest
+        loss = torch.stack(losses[-every:]).mean().item()  # waits for the device, so that the time is right
         now = time.perf_counter()
         progress = max((now - started) / seconds, 1e-3)
         if not math.isfinite(loss):

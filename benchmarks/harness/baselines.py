@@ -37,7 +37,7 @@ def ramp_levels(slope: float, shape: ModelShape, table: Table, target: float) ->
 def linear_ramp(
     ledger: Ledger, shape: ModelShape, table: Table, target: float, settings: RampSettings | None = None
 ) -> None:
-    """One parameter: levels linear in depth. Ends by itself, with most of a large budget unspent."""
+    """Search one parameter, levels linear in depth; ends by itself, with most of a large budget unspent."""
     settings = settings or RampSettings()
 
     def loss(slope: float) -> float:
@@ -54,7 +54,7 @@ class EvolutionSettings:
     """The evolution's numbers.
 
     Attributes:
-        offspring: of one generation.
+        offspring: number of offspring of one generation.
         rounds: (share of the sequences, survivors) of each round before the full one, shares rising.
         most_moves: the number of moves of an offspring is the smaller of two draws from 1 .. most_moves.
         least_step: a move's size in sparsity of the smaller unit, log-uniform from here ...
@@ -106,14 +106,14 @@ def evolve(
     full loss already.
 
     Args:
-        ledger: of the run.
+        ledger: the run's.
         parent: the full score of ``units``.
         units: sparsities of the units, [n]: blocks, or single projections.
         weights: their parameter counts, [n].
         highest: their greatest sparsities, [n].
         sparsities_of: units [n] -> [L, 7].
-        rng: of moves and sequences.
-        settings: of the scheme; the defaults if not given.
+        rng: draws moves and sequences.
+        settings: the scheme's; the defaults if not given.
     """
     settings = settings or EvolutionSettings()
     counts = settings.sequences(ledger.n_sequences)

@@ -1,4 +1,4 @@
-"""Arrays that take long to make, kept in a folder by what decides them."""
+"""A folder of arrays that take long to make, kept under a hash of what decides them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under what a row was measured: one way for all benchmarks."""
+"""The conditions that a row was measured under, in one form for all benchmarks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch with its CUDA, and what else is installed of :data:`PACKAGES`."""
+    """Versions of Python, torch, its CUDA, and those of :data:`PACKAGES` that are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):

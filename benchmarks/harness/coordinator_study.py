@@ -36,7 +36,7 @@ def space() -> LevelSpace:
 
 
 def page() -> StudyPage:
-    """Of the study, as a search shows it in optuna-dashboard."""
+    """The study's page, as a search shows it in optuna-dashboard."""
     seeds = {"uniform": np.full(BLOCKS, TARGET)}
     return StudyPage(STUDY, TARGET, "nll", 64, "virtual [search]", seeds, np.full((BLOCKS, 7), 1e-3), {})
 
@@ -48,7 +48,7 @@ def open_study(database: Database, n_slots: int) -> StudyStore:
 
 
 def attrs(sparsities: FloatArray) -> dict[str, object]:
-    """As the search loop gives every trial."""
+    """User attributes such as the search loop gives every trial."""
     return {"nominal_sparsity": TARGET, "sparsities": np.round(sparsities, 4).tolist()}
 
 

@@ -67,7 +67,7 @@ class FastEvaluator:
     def evaluate(
         self, thresholds: npt.NDArray[np.float32], sequences: IntArray | None = None
     ) -> tuple[FloatArray, IntArray]:
-        """As :meth:`losses`; also the channels dropped outside the dense prefix, int64 [n, L, 7]."""
+        """What :meth:`losses` gives, and the channels dropped outside the dense prefix, int64 [n, L, 7]."""
         wanted = np.arange(len(self._tokens)) if sequences is None else np.asarray(sequences, np.int64)
         limits = np.ascontiguousarray(thresholds, np.float32)
         limits = np.broadcast_to(limits, (len(wanted), *limits.shape[-2:]))
@@ -106,7 +106,7 @@ def _chunks(n: int) -> tuple[IntArray, list[int]]:
 
 
 def use_causal_attention(model: Any, protocol: Any, graphs: bool | None = None) -> bool:
-    """Let ``model`` attend without a mask, unless a sliding window binds; whether graphs are to be captured.
+    """Let ``model`` attend without a mask, unless a sliding window binds; returns whether to capture graphs.
 
     ``graphs`` is what was asked for; None: on a GPU.
     """
@@ -131,7 +131,7 @@ def _causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[batch, heads, positions, head size] -> [batch, positions, heads, head size]; whole sequences, no cache.
+    """Causal attention: [batch, heads, positions, head size] -> [batch, positions, heads, head size]; no cache.
 
     Keys and values are repeated by hand: with ``enable_gqa`` float32 would take the slow kernel.
     """

@@ -58,10 +58,10 @@ def _device_mask_kernel(
 def device_mask(x: Tensor, norms: Tensor, thresholds: Tensor, dense_prefix: int, dropped: Tensor) -> Tensor:
     """x [sequences, positions, d] with the channels under their sequence's threshold set to zero.
 
-    On a GPU one Triton kernel, elsewhere plain torch (or Triton's interpreter, if it was asked for).
+    On a GPU this is one Triton kernel, elsewhere plain torch (or Triton's interpreter, if it was asked for).
 
     Args:
-        x: of any float dtype.
+        x: the input, of any float dtype.
         norms: float32 [d].
         thresholds: float32 [sequences], of any stride, on x's device.
         dense_prefix: positions that keep all channels.

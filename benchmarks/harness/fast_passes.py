@@ -20,7 +20,7 @@ from was_search.texts.protocol import TokenSet
 
 
 class FastPasses:
-    """Passes over ``data``; what :data:`was_search.masks.calibration.PassRunner` describes. Not thread-safe.
+    """Passes over ``data``: a :data:`was_search.masks.calibration.PassRunner`. Not thread-safe.
 
     Changes the model's attention implementation as :class:`benchmarks.harness.fast_evaluator.FastEvaluator` does.
     """
@@ -62,7 +62,7 @@ class FastPasses:
 
 
 def _sizes(n: int) -> list[int]:
-    """Chunks of ``n`` sequences, the rest as one of its own: what is counted may not be filled up."""
+    """Sizes of chunks of ``n`` sequences, the rest as one of its own: repeats to fill it up would be counted."""
     sizes, left = [], n
     for size in CHUNKS:
         sizes += [size] * (left // size)

@@ -16,7 +16,7 @@ STOP_EVERY = 8
 """Sequences between two early-stopping tests, as with a batch size of 8."""
 
 LossesOf = Callable[[list[tuple[FloatArray, IntArray]]], list[FloatArray]]
-"""Of each (sparsities [L, 7], indices of sequences [n]): mean nats per predicted token, float64 [n]."""
+"""An evaluator: each (sparsities [L, 7], indices of sequences [n]) -> mean nats per predicted token, float64 [n]."""
 
 
 class Exhausted(Exception):  # noqa: N818 - the ordinary end of a method, not a failure
@@ -29,7 +29,7 @@ class OutOfTime(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of a vector.
+    """The losses of a vector that are known so far.
 
     Attributes:
         sparsities: float64 [L, 7].
@@ -73,9 +73,9 @@ class Ledger:
     Args:
         losses_of: the evaluator.
         shape: the model's.
-        target: what every vector's parameter-weighted mean must be.
-        n_sequences: of the search split.
-        tokens_per_sequence: tokens of one.
+        target: parameter-weighted mean that every vector must have.
+        n_sequences: sequences of the search split.
+        tokens_per_sequence: tokens of one sequence.
         evaluations: the budget, in full evaluations.
         deadline: ``time.time()`` after which :class:`OutOfTime` is raised.
     """
@@ -168,7 +168,7 @@ class Ledger:
         return score
 
     def evaluate_many(self, asked: list[tuple[FloatArray, Score | None]], sequences: IntArray) -> list[Score]:
-        """As :meth:`evaluate` for each (sparsities, before) in turn, on the same ``sequences``, but in one call."""
+        """Do as :meth:`evaluate` for each (sparsities, before) in turn, on the same ``sequences``, in one call."""
         known = [self._known(sparsities, before) for sparsities, before in asked]
         todo = [sequences[~seen[sequences]] for _, seen in known]
         if sum(map(len, todo)) * self.tokens_per_sequence > self.left:

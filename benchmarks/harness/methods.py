@@ -26,15 +26,15 @@ from was_search.vectors.space import HIGHEST_SAMPLED, SPACES, MonotoneSpace, Spa
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given besides its ledger.
+    """The task of a method: what it is given besides its ledger.
 
     Attributes:
         shape: the model's.
         target: the budget of sparsity.
         seeds: uniform, greedy-uniform and Fisher-priced, with their tables.
         space: the space's name, "-" for methods that have none.
-        radius: of the space.
-        seed: of random numbers.
+        radius: radius of the space.
+        seed: decides all random numbers.
         engine: the model at hand, :class:`benchmarks.harness.problem.Engine`; for methods that do more than evaluate.
         histograms: those that thresholds are read from, for such methods.
     """
@@ -60,7 +60,7 @@ class Task:
 
 
 Run = Callable[[Task, Ledger], None]
-"""Drives the ledger until it raises ``Exhausted``, or returns earlier."""
+"""A method's function, which drives the ledger until it raises ``Exhausted``, or returns earlier."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Method:
 
     Attributes:
         name: as on the command line.
-        run: see :data:`Run`; everything random follows from ``task.seed``.
-        spaces: those that it can search; ("-",) if it has none.
-        settings: what is written into every row.
+        run: drives a ledger (:data:`Run`); everything random follows from ``task.seed``.
+        spaces: names of spaces that it can search; ("-",) if it has none.
+        settings: its settings, written into every row.
         most_evaluations: greatest budget that it is run to.
         seconds: its own time for one evaluation, roughly, at a hundred parameters: decides the order of jobs.
         random: whether the seed changes anything; else one seed is run.
-        fitness: what its ledger's losses are. For ``kl`` the dense model's top costs one evaluation.
+        fitness: fitness that its ledger's losses are of. For ``kl`` the dense model's top costs one evaluation.
     """
 
     name: str
@@ -114,7 +114,7 @@ def run_method(method: Method, task: Task, ledger: Ledger) -> None:
 
 
 def start(task: Task, ledger: Ledger) -> tuple[list[Score], int]:
-    """Evaluate all seeds; their scores, and the index of the best. The start of every search but the baselines."""
+    """Evaluate all seeds; returns their scores and the index of the best. Every search but the baselines starts so."""
     scores = [ledger.evaluate(seed.sparsities) for seed in task.seeds]
     return scores, int(np.argmin([score.loss_nats for score in scores]))
 
@@ -188,7 +188,7 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
 
 EPOCHS, CHAINS, PER_ROUND, KL_TOP_K = 2, 2, 24, 64
 CHAIN = DescentOptions(rounds=24)
-"""Those of ``was_search.service.settings.Settings``, which needs more packages than a GPU machine may have."""
+"""A chain's options as in ``was_search.service.settings``, which needs more packages than a GPU machine may have."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ class Descents:
     """A search's descents: each epoch goes from the best vector so far, with shorter steps than the one before.
 
     Attributes:
-        steps: of the first round of each chain in the first epoch.
-        epochs: how many.
+        steps: first step of each chain in the first epoch.
+        epochs: number of epochs.
         decay: an epoch's steps, as a share of the last one's.
-        options: of a chain but its step.
+        options: all options of a chain but its step.
         half_way: evaluate the point between start and mean of the ends as well.
     """
 
@@ -210,7 +210,7 @@ class Descents:
     half_way: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What rows say."""
+        """The settings that rows record."""
         own = {
             "epochs": self.epochs,
             "chains": len(self.steps),
@@ -242,7 +242,7 @@ class Descents:
         return incumbent
 
     def method(self, name: str, fitness: FitnessName = "nll") -> Method:
-        """Under ``name``, to be registered."""
+        """The method called ``name``, to be registered."""
         settings = self.settings() | ({"fitness": fitness, "top_k": KL_TOP_K} if fitness == "kl" else {})
 
         def run(task: Task, ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""What all methods share at one target, and the model that evaluates and confirms their vectors.
+"""The problem that methods share at one target, and the engine that evaluates and confirms their vectors.
 
 Tables, seeds and thresholds are made once, by the same steps as a run makes them, here without Ray and
 Postgres: in one process, on one device.
@@ -50,7 +50,7 @@ DEMO = Path(__file__).resolve().parents[2] / "was_search" / "demo_data"
 
 @dataclass(frozen=True)
 class Setup:
-    """Model, data and what seeds are made of. The defaults are the demo's.
+    """Model, data and the options of seeds; the defaults are the demo's.
 
     ``cache`` is a folder for greedy tables and the ends of descents; "" keeps none.
     """
@@ -89,7 +89,7 @@ class Setup:
             object.__setattr__(self, "batch_size", 64 if self.device.startswith("cuda") else 8)
 
     def identity(self) -> dict[str, Any]:
-        """What decides results, without places: the model and the data count by their hashes."""
+        """Everything that decides results; the model and the data count by their hashes, not by their paths."""
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "device", "cache")}
         return {**own, "seed_descent": {**asdict(SEED_DESCENT), "sequences": SEED_SEQUENCES}}
 
@@ -160,7 +160,7 @@ class Engine:
         return self.evaluators["search"].graphs
 
     def fitness(self, name: FitnessName) -> FastEvaluator:
-        """What losses on the search split are taken by; the dense model's top is made at the first use of ``kl``."""
+        """The evaluator of losses on the search split; the dense model's top is made at the first use of ``kl``."""
         if name == "nll":
             return self.evaluators["search"]
         if self._divergence is None:
@@ -215,7 +215,7 @@ class Engine:
     def losses(
         self, problem: Problem, asked: list[tuple[FloatArray, IntArray]], fitness: FitnessName = "nll"
     ) -> list[FloatArray]:
-        """Losses on the search split under the problem's shared thresholds: what a ledger evaluates with.
+        """Losses on the search split under the problem's shared thresholds, for a ledger.
 
         ``asked`` are vectors [L, 7] and the sequences that each is evaluated on.
         """
@@ -226,7 +226,7 @@ class Engine:
         return np.split(found, np.cumsum(counts)[:-1])
 
     def confirm(self, problem: Problem, sparsities: FloatArray) -> dict[str, Any]:
-        """Thresholds re-taken at the vector's own operating point; loss and achieved sparsity there of both splits."""
+        """Loss and achieved sparsity on both splits, with thresholds re-taken at the vector's own operating point."""
         key = (problem.target, sparsities.tobytes())
         if key not in self._confirmed:
             # The shared point is near, so fewer passes are needed than from the dense model.
@@ -243,7 +243,7 @@ class Engine:
         return dict(self._confirmed[key])
 
     def _channels(self, split: str) -> IntArray:
-        """Of one sequence outside the dense prefix, [L, 7]."""
+        """Channels of one sequence outside the dense prefix, [L, 7]."""
         protocol = self.data[split].protocol
         return np.asarray(self.shape.in_features) * (protocol.sequence_length - protocol.dense_prefix)
 

@@ -24,7 +24,7 @@ from was_search.vectors.space import Space
 TRIALS = 120
 
 RULE: dict[str, float] = {"significance": 0.1, "keep": 0.5}
-"""That of ``was_search.service.settings.Settings``, which needs more packages than a GPU machine may have."""
+"""Stop rule as in ``was_search.service.settings``, which needs more packages than a GPU machine may have."""
 
 
 def race(
@@ -38,7 +38,7 @@ def race(
     keep: float = 1.0,
     rotate: int = 0,
 ) -> None:
-    """``trials`` of ``suggester`` from ``best`` on (None: to the ledger's end), stopped by a rule.
+    """Run ``trials`` of ``suggester`` from ``best`` on (None: to the ledger's end), stopped by a rule.
 
     Estimates refer to the vector that the trials began at, as in production. With ``rotate`` the sequences' order
     moves on by eight after each ``rotate`` trials.

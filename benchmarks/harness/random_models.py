@@ -35,13 +35,13 @@ def build(name: str, dtype: torch.dtype) -> Any:
             tensor.copy_(draw(key, outline[key], config.num_hidden_layers, generator))
     with torch.device("cuda"):
         rotary = type(model.model.rotary_emb)(config=config)
-        model.model.rotary_emb = rotary  # its buffers are not in the state
+        model.model.rotary_emb = rotary  # the model's buffers are not in the state
     return model.eval()
 
 
 @torch.inference_mode()
 def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix: int = 1) -> Plan:
-    """A plan of one sparsity everywhere, for tokens at random: exact on the calibration tokens."""
+    """A plan of one sparsity everywhere, calibrated and exact on random tokens."""
     structure = find_structure(model, masks)
     norms = structure_norms(structure, "l2")
     thresholds = np.zeros((len(structure.blocks), N_PROJECTIONS), np.float32)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 CHUNKS = (64, 32, 16, 8)
-"""Sequences of one forward that graphs are captured for."""
+"""Numbers of sequences in a forward that graphs are captured for."""
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""(indices of sequences int64 [n], thresholds float32 [n, L, 7]) -> tensors; must ask the host for nothing."""
+"""A forward: (indices of sequences int64 [n], thresholds float32 [n, L, 7]) -> tensors; asks the host for nothing."""
 
 
 class Replays:
@@ -38,7 +38,7 @@ class Replays:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of sequences that were captured."""
+        """Numbers of sequences for which graphs were captured."""
         return sorted(self._captured)
 
     def __call__(self, index: Tensor, thresholds: Tensor) -> tuple[Tensor, ...]:

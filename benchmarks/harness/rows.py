@@ -13,7 +13,7 @@ from typing import Any
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results file, with their conditions; a last line that a killed process left unfinished is passed over.
+    """Rows of a results file, with their conditions; an unfinished last line is passed over.
 
     Raises:
         ValueError: a row names conditions that are not there.

@@ -29,13 +29,13 @@ class Job:
     """One run of one method.
 
     Attributes:
-        key: of its row; the same for the same model, data, method, options and seed.
-        method: its name.
+        key: key of its row; the same for the same model, data, method, options and seed.
+        method: the method's name.
         space: the space's name, or "-".
-        target: of sparsity.
-        seed: of random numbers.
-        radius: of the space.
-        checkpoints: in full evaluations, rising; the last one is the budget.
+        target: target sparsity.
+        seed: decides all random numbers.
+        radius: radius of the space.
+        checkpoints: numbers of full evaluations, rising; the last one is the budget.
     """
 
     key: str
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def expected_seconds(self) -> float:
-        """Rough, to start a seed's long runs first: a method's own time grows with the number of parameters."""
+        """A rough duration, to start a seed's long runs first: a method's time grows with the number of parameters."""
         dimensions = {"full": 3.0, "-": 0.3}.get(self.space, 1.0)
         method = METHODS[self.method]
         return self.checkpoints[-1] * (0.01 * method.random + method.seconds * dimensions)
@@ -85,7 +85,7 @@ def jobs(
     checkpoints: tuple[float, ...],
     identity: dict[str, Any],
 ) -> list[Job]:
-    """All runs, seed by seed, the longest first of each.
+    """All runs, seed by seed, each seed's longest first.
 
     ``identity`` is the model, the data and how the problem is prepared.
     """
@@ -101,7 +101,7 @@ def jobs(
 
 
 def run_job(engine: Engine, problem: Problem, job: Job, deadline: float = float("inf")) -> dict[str, Any]:
-    """Run a method and confirm its vector at every checkpoint; what a row says of the run itself.
+    """Run a method and confirm its vector at every checkpoint; returns what a row says of the run.
 
     Raises:
         OutOfTime: the deadline (``time.time()``) passed before its end.
@@ -157,7 +157,7 @@ _PROBLEMS: dict[float, Problem] = {}
 
 
 def _begin(setup: Setup, data: dict[str, Any], problems: list[Problem]) -> None:
-    """A worker process's start. Ctrl-C is the parent's matter."""
+    """Set a worker process up; only its parent handles ctrl-C."""
     global _ENGINE
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -178,7 +178,7 @@ def results(
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Finished jobs as they come, in this process (1) or in ``processes`` spawned ones.
 
-    A job whose like took longer than what is left of the time is not handed out; one that is in flight when the
+    A job is not handed out if one like it took longer than the time that is left; one that is in flight when the
     deadline passes is dropped.
     """
     by_target = {problem.target: problem for problem in problems}

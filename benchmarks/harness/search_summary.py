@@ -75,7 +75,7 @@ def _curve(name: str, runs: Rows) -> Curve:
 
 def _conditions(row: dict[str, Any]) -> str:
     test, search = row["protocols"]["test"], row["protocols"]["search"]
-    step = row.get("setup", {}).get("seed_descent", {"step": 0.06})["step"]  # what it was before rows said it
+    step = row.get("setup", {}).get("seed_descent", {"step": 0.06})["step"]  # the value before rows recorded it
     return (
         f"{row['model']['name']} {row['model']['fingerprint'][:8]}, {test['data']}, {test['dtype']}, "
         f"search {search['n_sequences']} x {search['sequence_length']} tokens {search['tokens_hash'][:8]}, "
@@ -102,7 +102,7 @@ def markdown(targets: dict[float, list[Curve]], names: list[str] | None = None) 
     for target, curves in targets.items():
         for curve in curves:
             by_name[curve.name][target] = curve
-    # Methods that were not run at every target stand last.
+    # Methods that were not run at every target come last.
     order = {name: (-len(found), sum(curve.last for curve in found.values())) for name, found in by_name.items()}
     wanted = names or sorted(by_name, key=order.__getitem__)
     lines = [

@@ -26,7 +26,7 @@ TOKENS = 2048 * SEQUENCES
 
 @dataclass
 class Window:
-    """What happened between two moments: seconds that workers were idle, the gaps before single calls, calls ended."""
+    """Counts between two moments: seconds that workers were idle, gaps before single calls, and calls ended."""
 
     start: float
     end: float = float("inf")
@@ -44,9 +44,9 @@ class VirtualPool(PoolDouble):
     """The tests' pool, with calls that end when their time is up.
 
     Args:
-        n_workers: how many.
-        seconds: of an evaluation; each takes 0.8 to 1.2 times as long.
-        seed: of these and of the losses' noise.
+        n_workers: number of workers.
+        seconds: mean time of an evaluation; each takes 0.8 to 1.2 times as long.
+        seed: decides these times and the losses' noise.
     """
 
     def __init__(self, n_workers: int, seconds: float, seed: int = 0) -> None:
@@ -105,7 +105,7 @@ class VirtualPool(PoolDouble):
         return due
 
     def _evaluation(self, given: Given) -> Evaluation:
-        """A third of the evaluations stop half-way."""
+        """An evaluation on the bowl; a third of them stop half-way."""
         assert isinstance(given.call, Evaluate)
         losses = 2.0 + float(np.square(given.call.sparsities - 0.6).sum()) + self._noise
         stopped = given.ticket % 3 == 2

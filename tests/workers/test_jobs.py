@@ -42,7 +42,7 @@ def test_an_address_where_nothing_answers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command to run is needed behind --"),
+        ([], "a command to run is needed after --"),
         (["dashboard"], "got 'dashboard'"),
         (["run", "--storage", "postgresql://a:b@c/d"], "a job's command is shown"),
     ],

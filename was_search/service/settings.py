@@ -246,7 +246,7 @@ class Settings:
     max_gpu_seconds: float = setting(
         0.0,
         Group.LIMITS,
-        "Stop after N seconds of GPUs held by workers while the search runs, counted likewise; 0 for no limit.",
+        "Stop after N seconds of GPUs held by workers while searching, all runs and targets together; 0 for no limit.",
         _LIMIT,
     )
     max_failures: int = setting(

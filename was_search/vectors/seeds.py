@@ -21,7 +21,7 @@ PRICES = 4
 
 SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)
 SEED_SEQUENCES = 16
-"""The descent that follows the prices is short: less inertia, and fewer sequences a round than a search's."""
+"""Sequences a round of the seed's descent, which has less inertia and fewer sequences than a search's."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def check(arguments: list[str], known: Mapping[str, Any]) -> None:
     """
     if not arguments or arguments[0] not in SUBMITTED:
         got = repr(arguments[0]) if arguments else "nothing"
-        raise ConfigError(f"submit: a command to run is needed behind --, one of {', '.join(SUBMITTED)}; got {got}")
+        raise ConfigError(f"submit: a command to run is needed after --, one of {', '.join(SUBMITTED)}; got {got}")
     from was_workers.jobs import refuse_secrets
 
     refuse_secrets(arguments)
