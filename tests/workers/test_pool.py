@@ -19,7 +19,7 @@ from tests.doubles.bowl_worker import bowl_worker
 from was_search import __version__
 from was_search.errors import ConfigError, DeviceLostError, InfeasibleError, ModelError, ResourceError, TransientError
 from was_search.studies.worker_range import WorkerRange
-from was_workers.calls_in_flight import PREPARE, Call, CallEnd, Calls
+from was_workers.calls_in_flight import PREPARE, CallEnd, CallInFlight, CallsInFlight
 from was_workers.cluster import Cluster, connect
 from was_workers.member import Member
 from was_workers.members import PREPARE_SECONDS, Members
@@ -272,9 +272,9 @@ def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
 
 def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
-    members = Members(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    members = Members(CallsInFlight(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
     member = Member(0, None)
-    ending = CallEnd(Call(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
+    ending = CallEnd(CallInFlight(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
     for _ in range(100):
         members.settle(ending)
     assert member.failures == 0
@@ -288,14 +288,14 @@ def test_a_node_without_its_gpu_ends_nothing_while_others_still_load(monkeypatch
     """The first answer may come from the sick one; only the last that fails says that nobody can."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: killed.append(actor))
-    members = Members(Calls(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    members = Members(CallsInFlight(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
     members.all = [Member(i, f"actor-{i}", place=Place("node", "host", i)) for i in range(2)] + [Member(2, "waits")]
     error = ResourceError("device: cuda was asked for and no GPU was found")
     first, second, _ = members.all
-    members.settle(CallEnd(Call(first, PREPARE), raised=error))
+    members.settle(CallEnd(CallInFlight(first, PREPARE), raised=error))
     assert (killed, members.n_given_up) == (["actor-0"], 1)
     with pytest.raises(ResourceError, match="no GPU was found"):
-        members.settle(CallEnd(Call(second, PREPARE), raised=error))
+        members.settle(CallEnd(CallInFlight(second, PREPARE), raised=error))
 
 
 def test_a_machines_processors_are_divided_anew_when_the_pool_changes(

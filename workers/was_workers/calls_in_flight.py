@@ -18,7 +18,7 @@ PLACE, PREPARE = -2, -1
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class CallInFlight:
     """A call in flight: its worker, its ticket, and the monotonic seconds of its deadline and of its start."""
 
     member: Member
@@ -42,24 +42,24 @@ class Call:
 class CallEnd:
     """What became of a call: it returned ``value``, its code ``raised``, or it is ``gone`` with its process."""
 
-    call: Call
+    call: CallInFlight
     value: Any = None
     raised: BaseException | None = None
     gone: BaseException | None = None
 
 
-class Calls:
+class CallsInFlight:
     """The calls in flight. A call that was dropped never ends: whatever its worker answers is ignored."""
 
     def __init__(self) -> None:
-        self._by_reference: dict[Any, Call] = {}
+        self._by_reference: dict[Any, CallInFlight] = {}
 
     def start(self, member: Member, ticket: int, reference: Any, seconds: float) -> None:
         """Follow a call by Ray's ``reference``; ``member`` must end it within ``seconds``."""
-        self._by_reference[reference] = Call(member, ticket, time.monotonic() + seconds, reference)
+        self._by_reference[reference] = CallInFlight(member, ticket, time.monotonic() + seconds, reference)
 
     @property
-    def running(self) -> list[Call]:
+    def running(self) -> list[CallInFlight]:
         """The calls of the pool's user, in the order of their start."""
         return [call for call in self._by_reference.values() if not call.ours]
 
@@ -67,13 +67,13 @@ class Calls:
         """Whether the worker is at a call of the pool's user."""
         return any(call.member is member for call in self.running)
 
-    def overdue(self) -> list[Call]:
+    def overdue(self) -> list[CallInFlight]:
         """Calls whose deadline has passed, and those of the pool's user whose node was to be gone by now."""
         now = time.monotonic()
         calls = self._by_reference.values()
         return [call for call in calls if now > call.deadline or (not call.ours and call.member.out_of_time)]
 
-    def drop(self, call: Call) -> bool:
+    def drop(self, call: CallInFlight) -> bool:
         """Forget a call; False where it is not there any more."""
         return self._by_reference.pop(call.reference, None) is not None
 
@@ -83,7 +83,7 @@ class Calls:
     def clear(self) -> None:
         self._by_reference.clear()
 
-    def wait(self, timeout_seconds: float) -> list[Call]:
+    def wait(self, timeout_seconds: float) -> list[CallInFlight]:
         """All calls that have ended, as soon as there is one; [] after ``timeout_seconds``.
 
         They stay until :meth:`take` takes them out, or until handling another one has dropped them.
@@ -96,7 +96,7 @@ class Calls:
             ready, _ = ray.wait(list(self._by_reference), num_returns=len(self._by_reference), timeout=0)
         return [self._by_reference[reference] for reference in ready]
 
-    def take(self, call: Call) -> CallEnd | None:
+    def take(self, call: CallInFlight) -> CallEnd | None:
         """How a call of :meth:`wait` ended; None where it has been dropped since.
 
         Raises:

@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError
 from was_search import __version__
 from was_search.coordinator.contracts import Outcome
 from was_search.errors import DeviceLostError, ResourceError, TransientError
-from was_workers.calls_in_flight import PLACE, PREPARE, Call, CallEnd, Calls
+from was_workers.calls_in_flight import PLACE, PREPARE, CallEnd, CallInFlight, CallsInFlight
 from was_workers.member import Member, Quarantine
 from was_workers.threads import ThreadShare
 from was_workers.worker import WorkerInfo
@@ -50,7 +50,7 @@ class Members:
     """
 
     def __init__(
-        self, calls: Calls, new_actor: Callable[[], Any], *, threads: ThreadShare, goes: Callable[[str], bool]
+        self, calls: CallsInFlight, new_actor: Callable[[], Any], *, threads: ThreadShare, goes: Callable[[str], bool]
     ) -> None:
         self._calls = calls
         self._new_actor = new_actor
@@ -203,11 +203,11 @@ class Members:
                 _logger.warning("%s is restarted: %s", call.member.name, reason)
                 self._hung(call, f"no answer from {call.member.name}, {reason}")
 
-    def _hung(self, call: Call, words: str) -> None:
+    def _hung(self, call: CallInFlight, words: str) -> None:
         ray.kill(call.member.actor, no_restart=False)
         self._lost(call, TimeoutError(words))
 
-    def _raised(self, call: Call, cause: BaseException) -> None:
+    def _raised(self, call: CallInFlight, cause: BaseException) -> None:
         """Go on after a call whose own code raised ``cause``; the process lives."""
         member = call.member
         if isinstance(cause, DeviceLostError):
@@ -225,7 +225,7 @@ class Members:
         else:
             raise cause
 
-    def _lost(self, call: Call, error: BaseException) -> None:
+    def _lost(self, call: CallInFlight, error: BaseException) -> None:
         """Go on after a call whose worker's process is gone, or is no longer waited for."""
         member = call.member
         member.place, member.ready = None, False
@@ -269,7 +269,7 @@ class Members:
         if member in self.idle:
             self.idle.remove(member)
 
-    def _end(self, call: Call, **how: Any) -> None:
+    def _end(self, call: CallInFlight, **how: Any) -> None:
         self.outcomes.append(
             Outcome(call.ticket, call.member.name, index=call.member.index, seconds=call.seconds, **how)
         )

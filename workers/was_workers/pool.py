@@ -18,7 +18,7 @@ from was_search.coordinator.mapping import map_calls
 from was_search.errors import ResourceError
 from was_search.studies.pool_state import PoolState
 from was_search.studies.worker_range import WorkerRange
-from was_workers.calls_in_flight import Calls
+from was_workers.calls_in_flight import CallsInFlight
 from was_workers.cluster import Cluster
 from was_workers.members import PREPARE_SECONDS, Members
 from was_workers.shared import RayShared
@@ -73,7 +73,7 @@ class Pool:
             num_cpus=0 if cluster.local else 1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0
         )
         threads = ThreadShare(spec.threads, divided=divide_threads)
-        self._calls = Calls()
+        self._calls = CallsInFlight()
         self._members = Members(
             self._calls,
             lambda: actor_class.remote(dataclasses.replace(spec, threads=threads.each)),
