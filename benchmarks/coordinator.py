@@ -185,10 +185,10 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         room = 200_000 if case.seconds == 0 else round(4 * case.workers * (2 + case.window / case.seconds))
         store = open_study(database, case.finished + min(room, 20_000))
         marks["opened"] = time.time() - spawned_at
-        with store.coordinate(STUDY) as book:
+        with store.coordinate(STUDY) as session:
             marks["coordinating"] = time.time() - spawned_at
             options = SearchOptions(BUDGET, "tpe", RADIUS, 0, True, 0.1, 0.5, 3600.0, 3)
-            live = LivePage(book, page(), book.slots(), {})
+            live = LivePage(session, page(), session.slots(), {})
 
             def write() -> None:
                 wall, processor = time.monotonic(), time.thread_time()
@@ -199,7 +199,7 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
             data = mock.Mock()
             data.protocol.predicted_tokens = 1
             loop = SearchLoop(
-                book,
+                session,
                 pool,
                 data,
                 None,  # type: ignore[arg-type]

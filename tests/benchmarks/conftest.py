@@ -22,7 +22,7 @@ def bowl() -> Bowl:
 
 
 @pytest.fixture
-def ledger(bowl: Bowl) -> Callable[..., Ledger]:
+def new_ledger(bowl: Bowl) -> Callable[..., Ledger]:
     """A ledger on the bowl with a budget of ``evaluations``."""
 
     def make(evaluations: float, **options) -> Ledger:

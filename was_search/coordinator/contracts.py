@@ -190,7 +190,7 @@ class SlotStore(Protocol):
 class RunControl(Protocol):
     """Where others ask something of a run, and where it writes how it goes; calls may be repeated.
 
-    ``was_storage.studies.control.ControlDesk`` is this contract on Postgres.
+    ``was_storage.studies.control.ControlSession`` is this contract on Postgres.
     """
 
     def spent_before(self) -> Spent: ...

@@ -90,7 +90,7 @@ class ControlStore:
             slot_rows.drop_slots(connection, study_id, trials)
 
 
-class ControlDesk:
+class ControlSession:
     """A coordinator's side: reads what is asked of its study, and writes down how its run goes.
 
     Made inside the coordinator's session. It writes only the row of its own run, so a coordinator that was replaced

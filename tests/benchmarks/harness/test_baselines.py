@@ -38,15 +38,15 @@ def test_one_unit_has_nowhere_to_move():
     assert mutate(np.array([0.6]), np.ones(1), np.ones(1), np.random.default_rng(0), EvolutionSettings()) == [0.6]
 
 
-def start(ledger, book):
+def start(ledger):
     units = seeds()[0].sparsities.ravel()
-    return book.evaluate(units.reshape(-1, 7)), units
+    return ledger.evaluate(units.reshape(-1, 7)), units
 
 
-def run(book, parent, units, settings=None):
+def run(ledger, parent, units, settings=None):
     with pytest.raises(Exhausted):
         evolve(
-            book,
+            ledger,
             parent,
             units,
             WEIGHTS,
@@ -57,35 +57,35 @@ def run(book, parent, units, settings=None):
         )
 
 
-def test_halving_spends_what_it_says(ledger, bowl):
+def test_halving_spends_what_it_says(new_ledger, bowl):
     """16 on 2 sequences, 4 up to 4, 2 up to 8, 1 up to 16: 16 * 2 + 4 * 2 + 2 * 4 + 1 * 8 = 56 of 16 each."""
     settings = EvolutionSettings()
     assert settings.sequences(N_SEQUENCES) == [2, 4, 8, 16]
     assert settings.generation(N_SEQUENCES) == 56
     generations = 7
-    book = ledger(1 + generations * 56 / N_SEQUENCES)
-    run(book, *start(ledger, book))
-    assert book.spent == book.budget == (N_SEQUENCES + generations * 56) * TOKENS
-    assert book.n_full == 1 + generations
+    ledger = new_ledger(1 + generations * 56 / N_SEQUENCES)
+    run(ledger, *start(ledger))
+    assert ledger.spent == ledger.budget == (N_SEQUENCES + generations * 56) * TOKENS
+    assert ledger.n_full == 1 + generations
     assert bowl.calls == [16] + generations * ([2] * 16 + [2] * 4 + [4] * 2 + [8])
 
 
-def test_evolution_finds_a_better_vector(ledger, bowl):
-    book = ledger(300)
-    parent, units = start(ledger, book)
-    run(book, parent, units)
-    found = book.at(book.spent)
+def test_evolution_finds_a_better_vector(new_ledger, bowl):
+    ledger = new_ledger(300)
+    parent, units = start(ledger)
+    run(ledger, parent, units)
+    found = ledger.at(ledger.spent)
     assert found.loss_nats - 2.0 < 0.3 * (parent.loss_nats - 2.0)
     assert SHAPE.sparsity(found.sparsities) == pytest.approx(TARGET, abs=1e-12)
-    losses = [incumbent.loss_nats for incumbent in book.incumbents]
+    losses = [incumbent.loss_nats for incumbent in ledger.incumbents]
     assert losses == sorted(losses, reverse=True)
 
 
-def test_the_parent_gives_way_only_to_a_better_child(ledger, bowl):
-    book = ledger(40)
-    parent = book.evaluate(bowl.best)
-    run(book, parent, bowl.best.ravel())
-    assert len(book.incumbents) == 1
+def test_the_parent_gives_way_only_to_a_better_child(new_ledger, bowl):
+    ledger = new_ledger(40)
+    parent = ledger.evaluate(bowl.best)
+    run(ledger, parent, bowl.best.ravel())
+    assert len(ledger.incumbents) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_ramp_levels_are_linear_in_depth(slope):
     assert SHAPE.sparsity(np.repeat(levels[:, None], 7, axis=1)) == pytest.approx(TARGET, abs=1e-12)
 
 
-def test_the_ramp_finds_the_best_slope(ledger, bowl):
+def test_the_ramp_finds_the_best_slope(new_ledger, bowl):
     table = seeds()[1].table
     bowl.best = table.sparsities(ramp_levels(0.17, SHAPE, table, TARGET))
-    book = ledger(100)
-    linear_ramp(book, SHAPE, table, TARGET)
-    assert book.n_full <= RampSettings().grid + RampSettings().refinements
+    ledger = new_ledger(100)
+    linear_ramp(ledger, SHAPE, table, TARGET)
+    assert ledger.n_full <= RampSettings().grid + RampSettings().refinements
     # The loss is a parabola of the slope (42 squares): 1e-6 nats are 0.0008 of slope.
-    assert book.at(book.spent).loss_nats == pytest.approx(2.0, abs=1e-6)
+    assert ledger.at(ledger.spent).loss_nats == pytest.approx(2.0, abs=1e-6)

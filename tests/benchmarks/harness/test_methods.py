@@ -29,64 +29,67 @@ def run(name: str, task, ledger):
 
 
 @pytest.mark.parametrize(("name", "space"), SEARCHES)
-def test_every_search_starts_at_the_seeds_and_improves(task, ledger, bowl, name, space):
-    book = ledger(20)
-    run(name, task(space), book)
+def test_every_search_starts_at_the_seeds_and_improves(task, new_ledger, bowl, name, space):
+    ledger = new_ledger(20)
+    run(name, task(space), ledger)
     at_start = min(bowl.loss(seed.sparsities) for seed in seeds())
     dense = 1 if METHODS[name].fitness == "kl" else 0
-    assert book.at((3 + dense) * N_SEQUENCES * TOKENS).loss_nats == pytest.approx(at_start, abs=1e-12)
+    assert ledger.at((3 + dense) * N_SEQUENCES * TOKENS).loss_nats == pytest.approx(at_start, abs=1e-12)
     # What is left does not cover another evaluation: of one sequence for the evolution, else of the whole split.
-    assert 0 <= book.left < book.tokens_per_evaluation
+    assert 0 <= ledger.left < ledger.tokens_per_evaluation
     if name != "random":
-        assert book.at(book.budget).loss_nats < at_start
-    assert all(SHAPE.sparsity(i.sparsities) == pytest.approx(TARGET, abs=1e-12) for i in book.incumbents)
+        assert ledger.at(ledger.budget).loss_nats < at_start
+    assert all(SHAPE.sparsity(i.sparsities) == pytest.approx(TARGET, abs=1e-12) for i in ledger.incumbents)
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_the_gaussian_process_improves(task, ledger, bowl, space):
+def test_the_gaussian_process_improves(task, new_ledger, bowl, space):
     """Few evaluations: a fit takes up to a second."""
-    best = run("gp", task(space), ledger(13))
+    best = run("gp", task(space), new_ledger(13))
     assert best.loss_nats < min(bowl.loss(seed.sparsities) for seed in seeds())
 
 
-def test_the_full_space_reaches_what_levels_cannot(task, ledger, bowl):
+def test_the_full_space_reaches_what_levels_cannot(task, new_ledger, bowl):
     """The bowl's best vector lies on no table, so with many evaluations all projections win."""
-    levels, full = (run("evolution", task(space), ledger(400)).loss_nats for space in ("levels", "full"))
+    levels, full = (run("evolution", task(space), new_ledger(400)).loss_nats for space in ("levels", "full"))
     assert full < levels
     assert full < 2.0 + 0.3 * (levels - 2.0)
 
 
 @pytest.mark.parametrize("name", ["cmaes", "tpe", "tpe-default", "random", "evolution"])
-def test_runs_repeat_and_differ_by_seed(task, ledger, name):
+def test_runs_repeat_and_differ_by_seed(task, new_ledger, name):
     first, second, other = (
-        [i.loss_nats for i in (lambda book: (run(name, task(seed=seed), book), book)[1])(ledger(14)).incumbents]
+        [
+            i.loss_nats
+            for i in (lambda ledger: (run(name, task(seed=seed), ledger), ledger)[1])(new_ledger(14)).incumbents
+        ]
         for seed in (1, 1, 2)
     )
     assert first == second
     assert first != other
 
 
-def test_one_vector_methods_cost_one_evaluation(task, ledger, bowl):
+def test_one_vector_methods_cost_one_evaluation(task, new_ledger, bowl):
     for seed in seeds():
-        book = ledger(10)
-        best = run(seed.name, task("-"), book)
-        assert book.spent == N_SEQUENCES * TOKENS
+        ledger = new_ledger(10)
+        best = run(seed.name, task("-"), ledger)
+        assert ledger.spent == N_SEQUENCES * TOKENS
         np.testing.assert_array_equal(best.sparsities, seed.sparsities)
 
 
-def test_the_published_baselines_lie_on_the_greedy_table(task, ledger, bowl):
+def test_the_published_baselines_lie_on_the_greedy_table(task, new_ledger, bowl):
     """Neither knows the seeds, and the monotone one's levels rise with depth."""
     table = seeds()[1].table
     for name in ("linear-ramp", "was-monotone"):
-        book = ledger(25)
-        best = run(name, task("-"), book)
+        ledger = new_ledger(25)
+        best = run(name, task("-"), ledger)
         levels = SHAPE.levels(best.sparsities)
         np.testing.assert_allclose(table.sparsities(levels), best.sparsities, atol=1e-12)
         if name == "was-monotone":
             assert np.all(np.diff(levels) >= -1e-12)
 
 
-def test_losses_that_are_not_finite_do_not_stop_a_search(task, ledger, bowl):
+def test_losses_that_are_not_finite_do_not_stop_a_search(task, new_ledger, bowl):
     ordinary = bowl.losses
 
     def sometimes(asked):
@@ -94,25 +97,25 @@ def test_losses_that_are_not_finite_do_not_stop_a_search(task, ledger, bowl):
 
     for name in ("tpe", "cmaes", "evolution"):
         bowl.calls.clear()
-        book = ledger(15)
-        book._losses_of = sometimes
-        assert np.isfinite(run(name, task(), book).loss_nats)
+        ledger = new_ledger(15)
+        ledger._losses_of = sometimes
+        assert np.isfinite(run(name, task(), ledger).loss_nats)
 
 
-def test_the_best_seed_is_found(task, ledger, bowl):
+def test_the_best_seed_is_found(task, new_ledger, bowl):
     bowl.best = seeds()[1].sparsities
-    scores, best = start(task(), ledger(3))
+    scores, best = start(task(), new_ledger(3))
     assert best == 1
     assert [score.loss_nats for score in scores] == pytest.approx([bowl.loss(s.sparsities) for s in seeds()])
 
 
-def test_a_method_that_spends_tokens_otherwise(task, ledger, bowl, monkeypatch):
+def test_a_method_that_spends_tokens_otherwise(task, new_ledger, bowl, monkeypatch):
     """How others are added: what costs no evaluation is charged, here three times the tokens of a backward pass."""
     monkeypatch.setitem(METHODS, "descent", Method("descent", descend, spaces=("-",)))
-    book = ledger(8)
-    best = run("descent", task("-"), book)
-    assert book.spent == 8 * N_SEQUENCES * TOKENS
-    assert book.n_full == 2
+    ledger = new_ledger(8)
+    best = run("descent", task("-"), ledger)
+    assert ledger.spent == 8 * N_SEQUENCES * TOKENS
+    assert ledger.n_full == 2
     assert best.loss_nats == pytest.approx(2.0)
 
 
@@ -154,44 +157,44 @@ class Slopes:
 
 
 @pytest.mark.parametrize(("name", "dense"), [("descent", 0), ("descent-kl", 1)])
-def test_a_descent_pays_for_its_slopes_and_nears_the_best(task, ledger, bowl, name, dense):
-    book = ledger(200)
-    best = run(name, dataclasses.replace(task("-"), engine=Slopes(bowl)), book)
+def test_a_descent_pays_for_its_slopes_and_nears_the_best(task, new_ledger, bowl, name, dense):
+    ledger = new_ledger(200)
+    best = run(name, dataclasses.replace(task("-"), engine=Slopes(bowl)), ledger)
     # Three seeds, then twice: two chains of 24 rounds on all 4 sequences, thrice their tokens, and three vectors.
-    own = (3 + 2 * 3 + dense) * book.tokens_per_evaluation
-    assert book.spent == own + 2 * 2 * 3 * 24 * 4 * TOKENS
+    own = (3 + 2 * 3 + dense) * ledger.tokens_per_evaluation
+    assert ledger.spent == own + 2 * 2 * 3 * 24 * 4 * TOKENS
     assert best.loss_nats - 2.0 < 0.1 * (min(bowl.loss(seed.sparsities) for seed in seeds()) - 2.0)
 
 
 @pytest.mark.slow
-def test_stopping_saves_tokens_on_the_same_number_of_trials(task, ledger):
-    books = {name: ledger(200) for name in RULES}
-    for name, book in books.items():
-        run(name, task(), book)
-    spent = {name: book.spent / book.tokens_per_evaluation for name, book in books.items()}
+def test_stopping_saves_tokens_on_the_same_number_of_trials(task, new_ledger):
+    books = {name: new_ledger(200) for name in RULES}
+    for name, ledger in books.items():
+        run(name, task(), ledger)
+    spent = {name: ledger.spent / ledger.tokens_per_evaluation for name, ledger in books.items()}
     assert spent["cmaes-trials"] == 3 + 120
     # The sequences' noise is common to all vectors, so every worse one is stopped after 8 of the 16 sequences.
     assert spent["cmaes-raced-10"] < 0.75 * spent["cmaes-trials"]
     assert spent["cmaes-rungs-33"] < 0.9 * spent["cmaes-rungs-only"] < 0.9 * spent["cmaes-trials"]
-    losses = {name: book.at(book.budget).loss_nats for name, book in books.items()}
+    losses = {name: ledger.at(ledger.budget).loss_nats for name, ledger in books.items()}
     assert max(losses.values()) - 2.0 < 1.5 * (losses["cmaes-trials"] - 2.0)
 
 
-def test_after_descents_stopping_saves_tokens_too(task, ledger, bowl):
+def test_after_descents_stopping_saves_tokens_too(task, new_ledger, bowl):
     spent = {}
     for name in ("descent-tpe-trials", "descent-tpe-rungs"):
-        book = ledger(250)
-        run(name, dataclasses.replace(task(), engine=Slopes(bowl)), book)
-        spent[name] = book.spent / book.tokens_per_evaluation
+        ledger = new_ledger(250)
+        run(name, dataclasses.replace(task(), engine=Slopes(bowl)), ledger)
+        spent[name] = ledger.spent / ledger.tokens_per_evaluation
     # 2 * 2 * 3 * 24 rounds on a quarter of an evaluation's sequences, 9 vectors, 120 trials.
     assert spent["descent-tpe-trials"] == 72 + 9 + 120
     assert spent["descent-tpe-rungs"] - 81 < 0.75 * 120
 
 
 @pytest.mark.parametrize("name", ["descent-tpe", "descent-cmaes"])
-def test_trials_go_on_from_the_descents(task, ledger, bowl, name):
-    book = ledger(60)
-    best = run(name, dataclasses.replace(task("full"), engine=Slopes(bowl)), book)
-    after = [i.loss_nats for i in book.incumbents if i.tokens <= 43 * book.tokens_per_evaluation]
+def test_trials_go_on_from_the_descents(task, new_ledger, bowl, name):
+    ledger = new_ledger(60)
+    best = run(name, dataclasses.replace(task("full"), engine=Slopes(bowl)), ledger)
+    after = [i.loss_nats for i in ledger.incumbents if i.tokens <= 43 * ledger.tokens_per_evaluation]
     assert best.loss_nats <= after[-1]
-    assert book.left < book.tokens_per_evaluation
+    assert ledger.left < ledger.tokens_per_evaluation

@@ -15,7 +15,7 @@ from was_search.studies.overview import overview
 from was_search.studies.pool_state import PoolState, Quarantined
 from was_search.studies.slots import SlotState
 from was_storage.server.database import Database
-from was_storage.studies.control import ControlDesk, ControlStore
+from was_storage.studies.control import ControlSession, ControlStore
 from was_storage.studies.overview import read_snapshot
 from was_storage.studies.store import StudyStore
 
@@ -136,30 +136,30 @@ def test_a_run_takes_old_drains_back_and_no_others(database: Database, store: Co
         store.wish(name, wish)
         asked_since = store.now()
         with StudyStore(database).coordinate(name) as session:
-            desk = ControlDesk(database, session)
-            assert desk.open(gpus_per_worker=0.0, asked_since=asked_since) is wish
-            assert desk.read().wish is expected
+            control = ControlSession(database, session)
+            assert control.open(gpus_per_worker=0.0, asked_since=asked_since) is wish
+            assert control.read().wish is expected
     asked_since = store.now()
     store.wish(name, Wish.DRAIN)  # while the command was still calibrating
     with StudyStore(database).coordinate(name) as session:
-        desk = ControlDesk(database, session)
-        assert desk.open(gpus_per_worker=0.0, asked_since=asked_since) is Wish.DRAIN
-        assert desk.read().wish is Wish.DRAIN
+        control = ControlSession(database, session)
+        assert control.open(gpus_per_worker=0.0, asked_since=asked_since) is Wish.DRAIN
+        assert control.read().wish is Wish.DRAIN
 
 
 def test_runs_are_written_down_and_add_up(database: Database, store: ControlStore) -> None:
     name = new_study(database).name
     for seconds in (10.0, 5.0):
         with StudyStore(database).coordinate(name) as session:
-            desk = ControlDesk(database, session)
-            desk.open(gpus_per_worker=0.5, asked_since=store.now())
-            desk.open(gpus_per_worker=0.5, asked_since=store.now())  # repeated after a lost connection
-            desk.beat(Usage(Spent(seconds, 2 * seconds), 4 * seconds, workers=4))
+            control = ControlSession(database, session)
+            control.open(gpus_per_worker=0.5, asked_since=store.now())
+            control.open(gpus_per_worker=0.5, asked_since=store.now())  # repeated after a lost connection
+            control.beat(Usage(Spent(seconds, 2 * seconds), 4 * seconds, workers=4))
             snapshot = read_snapshot(database, name)
             assert (snapshot.alive, overview(snapshot).play, overview(snapshot).workers) == (True, "running", 4)
             if seconds == 5.0:
-                assert desk.spent_before() == Spent(10.0, 20.0)
-                desk.close(Ending(EndingKind.STOPPED, "patience: no better\0 loss"))
+                assert control.spent_before() == Spent(10.0, 20.0)
+                control.close(Ending(EndingKind.STOPPED, "patience: no better\0 loss"))
             # the first one dies without a word
         found = overview(read_snapshot(database, name))
         assert found.play == {10.0: "lost", 5.0: "stopped"}[seconds]
@@ -172,9 +172,9 @@ def test_what_several_studies_have_spent_together(database: Database, store: Con
     names = [new_study(database).name for _ in range(3)]
     for name, seconds in zip(names, (10.0, 5.0, 2.5), strict=True):
         with StudyStore(database).coordinate(name) as session:
-            desk = ControlDesk(database, session)
-            desk.open(gpus_per_worker=1.0, asked_since=store.now())
-            desk.beat(Usage(Spent(seconds, 2 * seconds)))
+            control = ControlSession(database, session)
+            control.open(gpus_per_worker=1.0, asked_since=store.now())
+            control.beat(Usage(Spent(seconds, 2 * seconds)))
     assert store.spent(names[:2]) == Spent(15.0, 30.0)
     assert store.spent([names[2], "nope"]) == Spent(2.5, 5.0)
     assert store.spent([]) == Spent()
@@ -186,37 +186,37 @@ def test_what_several_studies_have_spent_together(database: Database, store: Con
 def test_what_a_run_is_at_is_shown_until_it_ends(database: Database, store: ControlStore) -> None:
     name = new_study(database).name
     with StudyStore(database).coordinate(name) as session:
-        desk = ControlDesk(database, session)
-        desk.open(gpus_per_worker=0.0, asked_since=store.now())
-        desk.beat(Usage(activity="descent 1 of 2"))
+        control = ControlSession(database, session)
+        control.open(gpus_per_worker=0.0, asked_since=store.now())
+        control.beat(Usage(activity="descent 1 of 2"))
         assert overview(read_snapshot(database, name)).play_detail.startswith("descent 1 of 2, by ")
-        desk.beat(Usage())
+        control.beat(Usage())
         assert overview(read_snapshot(database, name)).play_detail.startswith("by ")
-        desk.beat(Usage(activity="descent 2 of 2"))
-        desk.close(Ending(EndingKind.STOPPED, "patience: enough"))
+        control.beat(Usage(activity="descent 2 of 2"))
+        control.close(Ending(EndingKind.STOPPED, "patience: enough"))
     assert overview(read_snapshot(database, name)).play_detail.startswith("patience: enough, ")
 
 
 def test_a_replaced_coordinator_writes_into_its_own_run_only(database: Database, store: ControlStore) -> None:
     name = new_study(database).name
     with StudyStore(database).coordinate(name) as session:
-        old = ControlDesk(database, session)
+        old = ControlSession(database, session)
         old.open(gpus_per_worker=0.0, asked_since=store.now())
     with StudyStore(database).coordinate(name) as session:
-        ControlDesk(database, session).open(gpus_per_worker=0.0, asked_since=store.now())
+        ControlSession(database, session).open(gpus_per_worker=0.0, asked_since=store.now())
         old.beat(Usage(paused=True, workers=9))
         old.close(Ending(EndingKind.FAILED, "replaced"))
         found = overview(read_snapshot(database, name))
     assert (found.play, found.workers) == ("running", 0)
 
 
-def test_the_desk_says_when_the_study_is_gone(database: Database, store: ControlStore) -> None:
+def test_a_run_is_told_when_the_study_is_gone(database: Database, store: ControlStore) -> None:
     name = new_study(database).name
     with StudyStore(database).coordinate(name) as session:
-        desk = ControlDesk(database, session)
+        control = ControlSession(database, session)
     StudyStore(database).delete(name)
     with pytest.raises(StudyError, match="the study was deleted"):
-        desk.read()
+        control.read()
 
 
 def test_lost_connections_are_transient(database: Database, store: ControlStore) -> None:
@@ -224,9 +224,14 @@ def test_lost_connections_are_transient(database: Database, store: ControlStore)
     name = new_study(database).name
     session = StudyStore(database).coordinate(name)
     with session:
-        desk = ControlDesk(database, session)
-        desk.open(gpus_per_worker=1.0, asked_since=store.now() - timedelta(hours=1))
-        for call in (desk.read, desk.spent_before, lambda: desk.beat(Usage()), lambda: store.wish(name, Wish.PAUSE)):
+        control = ControlSession(database, session)
+        control.open(gpus_per_worker=1.0, asked_since=store.now() - timedelta(hours=1))
+        for call in (
+            control.read,
+            control.spent_before,
+            lambda: control.beat(Usage()),
+            lambda: store.wish(name, Wish.PAUSE),
+        ):
             terminate_connections(database)
             try:
                 call()
@@ -262,9 +267,9 @@ def test_a_range_of_workers_is_asked_for_and_a_pool_written_down(database: Datab
     held = Quarantined("worker-3@h:7", "slow", "2026-01-01T00:00:00+00:00")
     pool = PoolState("2:16", ready=2, pending=14, quarantined=(held,))
     with StudyStore(database).coordinate(name) as session:
-        desk = ControlDesk(database, session)
-        desk.open(gpus_per_worker=1.0, asked_since=store.now())
+        control = ControlSession(database, session)
+        control.open(gpus_per_worker=1.0, asked_since=store.now())
         assert overview(read_snapshot(database, name)).pool == PoolState()
-        desk.beat(Usage(Spent(1.0, 2.0), 2.0, workers=2, pool=pool))
+        control.beat(Usage(Spent(1.0, 2.0), 2.0, workers=2, pool=pool))
         found = overview(read_snapshot(database, name))
     assert (found.workers, found.pool) == (2, pool)

@@ -1,4 +1,4 @@
-"""The loop under wishes and limits, without Ray or Postgres: a desk, a store and a pool in memory."""
+"""The loop under wishes and limits, without Ray or Postgres: wishes, slots and a pool in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Clock:
         return self.now
 
 
-class Desk:
+class MemoryControl:
     """Wishes in memory; ``beats`` are what was written down."""
 
     def __init__(self, before: Spent = NOTHING, **overrides: Any) -> None:
@@ -59,156 +59,156 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def steering(clock: Clock) -> Callable[..., Steering]:
-    def make(desk: Desk | None, limits: Limits = NO_LIMITS, **more: Any) -> Steering:
+def new_steering(clock: Clock) -> Callable[..., Steering]:
+    def make(control: MemoryControl | None, limits: Limits = NO_LIMITS, **more: Any) -> Steering:
         options = {"pool": PoolDouble(gpus_per_worker=0.5), "drain": threading.Event(), "slots": (), **more}
-        return Steering(desk, limits=limits, clock=clock, **options)
+        return Steering(control, limits=limits, clock=clock, **options)
 
     return make
 
 
-def test_the_database_is_asked_once_a_second(steering, clock: Clock) -> None:
-    desk = Desk()
-    steered = steering(desk)
+def test_the_database_is_asked_once_a_second(new_steering, clock: Clock) -> None:
+    control = MemoryControl()
+    steering = new_steering(control)
     for _ in range(40):
-        steered.steer()
+        steering.steer()
         clock.now += 0.25
-    assert desk.reads == 10
-    assert len(desk.beats) == 2  # every five seconds
+    assert control.reads == 10
+    assert len(control.beats) == 2  # every five seconds
 
 
-def test_time_is_counted_with_pauses_left_out_and_gpus_with_them(steering, clock: Clock) -> None:
-    desk = Desk()
-    steered = steering(desk)
-    steered.steer()
+def test_time_is_counted_with_pauses_left_out_and_gpus_with_them(new_steering, clock: Clock) -> None:
+    control = MemoryControl()
+    steering = new_steering(control)
+    steering.steer()
     clock.now += 4.0
-    desk.wish = Wish.PAUSE
-    steered.steer()
-    assert steered.paused
-    assert not steered.open
+    control.wish = Wish.PAUSE
+    steering.steer()
+    assert steering.paused
+    assert not steering.open
     clock.now += 10.0
-    steered.steer()
-    steered.beat()
-    assert desk.beats[-1] == Usage(
+    steering.steer()
+    steering.beat()
+    assert control.beats[-1] == Usage(
         Spent(4.0, 14.0), worker_seconds=28.0, workers=2, paused=True, pool=PoolState("2", ready=2)
     )
-    desk.wish = Wish.RUN
+    control.wish = Wish.RUN
     clock.now += 1.0
-    steered.steer()
-    assert steered.open
-    assert desk.beats[-1].paused is False, "that it goes on is written down at once"
+    steering.steer()
+    assert steering.open
+    assert control.beats[-1].paused is False, "that it goes on is written down at once"
 
 
-def test_limits_count_earlier_runs_and_can_be_changed(steering, clock: Clock) -> None:
-    desk = Desk(Spent(90.0, 1000.0))
-    steered = steering(desk, Limits(max_seconds=100.0))
+def test_limits_count_earlier_runs_and_can_be_changed(new_steering, clock: Clock) -> None:
+    control = MemoryControl(Spent(90.0, 1000.0))
+    steering = new_steering(control, Limits(max_seconds=100.0))
     clock.now += 5.0
-    desk.overrides = Overrides(max_seconds=200.0)
-    steered.steer()
+    control.overrides = Overrides(max_seconds=200.0)
+    steering.steer()
     clock.now += 20.0
-    steered.steer()
-    assert steered.ending is None
-    desk.overrides = Overrides(max_seconds=200.0, max_gpu_seconds=1025.0)
+    steering.steer()
+    assert steering.ending is None
+    control.overrides = Overrides(max_seconds=200.0, max_gpu_seconds=1025.0)
     clock.now += 1.0
-    steered.steer()
-    assert steered.ending.kind is EndingKind.STOPPED
-    assert steered.ending.detail == "max_gpu_seconds: 1026 GPU seconds, the limit is 1025"
+    steering.steer()
+    assert steering.ending.kind is EndingKind.STOPPED
+    assert steering.ending.detail == "max_gpu_seconds: 1026 GPU seconds, the limit is 1025"
 
 
-def test_what_other_studies_of_the_command_have_spent_counts(steering, clock: Clock) -> None:
-    desk = Desk(Spent(20.0, 0.0))
-    steered = steering(desk, Limits(max_seconds=100.0), elsewhere=Spent(75.0, 0.0))
+def test_what_other_studies_of_the_command_have_spent_counts(new_steering, clock: Clock) -> None:
+    control = MemoryControl(Spent(20.0, 0.0))
+    steering = new_steering(control, Limits(max_seconds=100.0), elsewhere=Spent(75.0, 0.0))
     clock.now += 4.0
-    steered.steer()
-    assert steered.ending is None
+    steering.steer()
+    assert steering.ending is None
     clock.now += 1.0
-    steered.steer()
-    assert steered.ending.detail == "max_seconds: 100 s of searching for all targets, the limit is 100 s"
+    steering.steer()
+    assert steering.ending.detail == "max_seconds: 100 s of searching for all targets, the limit is 100 s"
 
 
-def test_a_limit_that_was_set_for_the_study_is_its_own(steering, clock: Clock) -> None:
-    desk = Desk(Spent(20.0, 0.0), max_seconds=30.0)
-    steered = steering(desk, Limits(max_seconds=100.0), elsewhere=Spent(175.0, 0.0))
+def test_a_limit_that_was_set_for_the_study_is_its_own(new_steering, clock: Clock) -> None:
+    control = MemoryControl(Spent(20.0, 0.0), max_seconds=30.0)
+    steering = new_steering(control, Limits(max_seconds=100.0), elsewhere=Spent(175.0, 0.0))
     clock.now += 9.0
-    steered.steer()
-    assert steered.ending is None
+    steering.steer()
+    assert steering.ending is None
     clock.now += 1.0
-    steered.steer()
-    assert steered.ending.detail == "max_seconds: 30 s of searching, the limit is 30 s"
+    steering.steer()
+    assert steering.ending.detail == "max_seconds: 30 s of searching, the limit is 30 s"
 
 
-def test_a_cancel_goes_before_a_drain_and_a_drain_before_a_rule(steering, clock: Clock) -> None:
-    desk = Desk()
-    steered = steering(desk, Limits(max_seconds=1.0))
+def test_a_cancel_goes_before_a_drain_and_a_drain_before_a_rule(new_steering, clock: Clock) -> None:
+    control = MemoryControl()
+    steering = new_steering(control, Limits(max_seconds=1.0))
     kinds = []
     for wish in (Wish.RUN, Wish.DRAIN, Wish.RUN, Wish.CANCEL, Wish.DRAIN):
         clock.now += 2.0
-        desk.wish = wish
-        steered.steer()
-        kinds.append(steered.ending.kind)
+        control.wish = wish
+        steering.steer()
+        kinds.append(steering.ending.kind)
     assert kinds == ["stopped", "drained", "drained", "cancelled", "cancelled"]
 
 
-def test_the_pool_is_resized_once_for_each_number_asked(steering, clock: Clock, caplog) -> None:
-    desk, workers = Desk(), PoolDouble(gpus_per_worker=0.5, most=8)
-    steered = steering(desk, pool=workers)
+def test_the_pool_is_resized_once_for_each_number_asked(new_steering, clock: Clock, caplog) -> None:
+    control, workers = MemoryControl(), PoolDouble(gpus_per_worker=0.5, most=8)
+    steering = new_steering(control, pool=workers)
     for asked in (None, 3, 3, 99, 99, "2:6", 1, None):
-        desk.overrides = Overrides(workers=asked)
-        steered.steer()
+        control.overrides = Overrides(workers=asked)
+        steering.steer()
         clock.now += 1.0
     assert workers.sizes == ["3", "2:6", "1"]
     assert caplog.text.count("the number of workers stays 3: there is room for 8 workers") == 1
 
 
-def test_a_worker_that_was_given_up_is_not_asked_for_again(steering, clock: Clock) -> None:
-    desk, workers = Desk(workers=3), PoolDouble(gpus_per_worker=0.5)
-    steered = steering(desk, pool=workers)
-    steered.steer()
+def test_a_worker_that_was_given_up_is_not_asked_for_again(new_steering, clock: Clock) -> None:
+    control, workers = MemoryControl(workers=3), PoolDouble(gpus_per_worker=0.5)
+    steering = new_steering(control, pool=workers)
+    steering.steer()
     workers.lose_for_good()
     clock.now += 5.0
-    steered.steer()
+    steering.steer()
     assert workers.sizes == ["3"]
-    assert desk.beats[-1].workers == 2
+    assert control.beats[-1].workers == 2
 
 
-def test_a_restart_of_the_database_is_waited_for(steering, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_of_the_database_is_waited_for(new_steering, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
 
-    class Restarting(Desk):
+    class Restarting(MemoryControl):
         def read(self) -> Control:
             control = super().read()
             if self.reads < 4:
                 raise TransientError("the database restarts")
             return control
 
-    desk = Restarting()
-    desk.wish = Wish.DRAIN
-    steered = steering(desk)
-    steered.steer()
-    assert desk.reads == 4
-    assert steered.ending.kind is EndingKind.DRAINED
+    control = Restarting()
+    control.wish = Wish.DRAIN
+    steering = new_steering(control)
+    steering.steer()
+    assert control.reads == 4
+    assert steering.ending.kind is EndingKind.DRAINED
 
 
-def test_without_a_desk_ctrl_c_and_limits_hold(steering, clock: Clock) -> None:
+def test_without_a_control_ctrl_c_and_limits_hold(new_steering, clock: Clock) -> None:
     drain = threading.Event()
-    steered = steering(None, Limits(max_failures=1), drain=drain, slots=[Slot(0, SlotState.WAITING)])
-    steered.steer()
-    assert steered.ending is None
-    steered.finished(Slot(0, SlotState.FAILED))
-    steered.steer()
-    assert steered.ending.kind is EndingKind.STOPPED
+    steering = new_steering(None, Limits(max_failures=1), drain=drain, slots=[Slot(0, SlotState.WAITING)])
+    steering.steer()
+    assert steering.ending is None
+    steering.finished(Slot(0, SlotState.FAILED))
+    steering.steer()
+    assert steering.ending.kind is EndingKind.STOPPED
     drain.set()
-    steered.steer()
-    assert steered.ending.kind is EndingKind.DRAINED
+    steering.steer()
+    assert steering.ending.kind is EndingKind.DRAINED
 
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
-    """``loop(store, desk, each)``: a loop whose clock advances a second a turn; ``each(turn)`` is called in it."""
+    """``loop(store, control, each)``: a loop whose clock advances a second a turn; ``each(turn)`` is called in it."""
 
     def make(
         store: MemorySlots,
-        desk: Desk,
+        control: MemoryControl,
         each: Callable[[int], object] = lambda turn: None,
         pool_of=two_workers,
         **limits: Any,
@@ -225,7 +225,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
             max_attempts=3,
             limits=Limits(**limits),
         )
-        desk.store = store
+        control.store = store
         pool = pool_of(lambda call, sparsities, rule: evaluation(sparsities))
         turns = iter(range(10_000))
         wait = pool.wait
@@ -245,7 +245,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
             seeds=seeds(),
             options=options,
             drain=threading.Event(),
-            run_control=desk,
+            run_control=control,
             clock=clock,
         )
 
@@ -257,18 +257,18 @@ def finished(store: MemorySlots) -> int:
 
 
 def test_a_paused_loop_ends_what_is_in_flight_and_stays(loop) -> None:
-    store, desk = MemorySlots(12), Desk()
+    store, control = MemorySlots(12), MemoryControl()
     seen: list[tuple[int, int]] = []
 
     def each(turn: int) -> None:
         if turn == 4:
-            desk.wish = Wish.PAUSE
+            control.wish = Wish.PAUSE
         if 8 <= turn < 20:
             seen.append((finished(store), sum(slot.state is SlotState.RUNNING for slot in store.rows)))
         if turn == 20:
-            desk.wish = Wish.RUN
+            control.wish = Wish.RUN
 
-    run = loop(store, desk, each)
+    run = loop(store, control, each)
     slots = run.run()
     assert len(set(seen)) == 1
     assert seen[0][1] == 0
@@ -279,8 +279,8 @@ def test_a_paused_loop_ends_what_is_in_flight_and_stays(loop) -> None:
 
 
 def test_drain_ends_with_what_is_in_flight(loop) -> None:
-    store, desk = MemorySlots(20), Desk()
-    run = loop(store, desk, lambda turn: setattr(desk, "wish", Wish.DRAIN) if turn == 6 else None)
+    store, control = MemorySlots(20), MemoryControl()
+    run = loop(store, control, lambda turn: setattr(control, "wish", Wish.DRAIN) if turn == 6 else None)
     slots = run.run()
     assert run.ending.kind is EndingKind.DRAINED
     assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.WAITING}
@@ -288,8 +288,8 @@ def test_drain_ends_with_what_is_in_flight(loop) -> None:
 
 
 def test_cancel_puts_back_what_is_in_flight(loop) -> None:
-    store, desk = MemorySlots(20), Desk()
-    run = loop(store, desk, lambda turn: setattr(desk, "wish", Wish.CANCEL) if turn == 6 else None)
+    store, control = MemorySlots(20), MemoryControl()
+    run = loop(store, control, lambda turn: setattr(control, "wish", Wish.CANCEL) if turn == 6 else None)
     run.run()
     assert run.ending.kind is EndingKind.CANCELLED
     assert run._pool.abandoned == 1
@@ -297,32 +297,32 @@ def test_cancel_puts_back_what_is_in_flight(loop) -> None:
     back = [slot for slot in store.rows if slot.error == "cancelled"]
     assert back
     assert all(slot.sparsities is not None and slot.attempt == 1 for slot in back)
-    desk.wish = Wish.RUN
-    again = loop(store, desk).run()
+    control.wish = Wish.RUN
+    again = loop(store, control).run()
     assert all(slot.state is SlotState.COMPLETE for slot in again)
     assert sorted(store.finishes) == list(range(20))
 
 
 def test_slots_are_added_and_dropped_while_it_runs(loop) -> None:
-    store, desk = MemorySlots(8), Desk()
+    store, control = MemorySlots(8), MemoryControl()
 
     def each(turn: int) -> None:
         if turn == 3:
             store.rows.extend(Slot(n, SlotState.WAITING) for n in range(8, 30))
         if turn == 12:
-            desk.overrides = Overrides(trials=20)
+            control.overrides = Overrides(trials=20)
         if turn == 25:
-            desk.overrides = Overrides(trials=2)  # long gone
+            control.overrides = Overrides(trials=2)  # long gone
 
-    slots = loop(store, desk, each).run()
+    slots = loop(store, control, each).run()
     assert [slot.number for slot in slots] == list(range(20))
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
     assert store.shrunk == [20]
 
 
 def test_fewer_trials_than_were_begun_end_with_those(loop) -> None:
-    store, desk = MemorySlots(30), Desk()
-    run = loop(store, desk, lambda turn: setattr(desk, "overrides", Overrides(trials=1)) if turn == 9 else None)
+    store, control = MemorySlots(30), MemoryControl()
+    run = loop(store, control, lambda turn: setattr(control, "overrides", Overrides(trials=1)) if turn == 9 else None)
     slots = run.run()
     assert 9 <= len(slots) < 14
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
@@ -330,8 +330,8 @@ def test_fewer_trials_than_were_begun_end_with_those(loop) -> None:
 
 
 def test_patience_ends_the_search_and_a_higher_one_goes_on(loop) -> None:
-    store, desk = MemorySlots(40), Desk()
-    run = loop(store, desk, patience=6)
+    store, control = MemorySlots(40), MemoryControl()
+    run = loop(store, control, patience=6)
     slots = run.run()
     # The uniform seed is best: six more trials, and one that was in flight.
     assert run.ending.kind is EndingKind.STOPPED
@@ -339,15 +339,15 @@ def test_patience_ends_the_search_and_a_higher_one_goes_on(loop) -> None:
     assert finished(store) in (7, 8)
     assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.WAITING}
     before = finished(store)
-    assert loop(store, desk, patience=6).run() == store.slots()
+    assert loop(store, control, patience=6).run() == store.slots()
     assert finished(store) == before, "the same limit hands nothing out"
-    loop(store, desk, patience=12).run()
+    loop(store, control, patience=12).run()
     assert finished(store) in (before + 5, before + 6, before + 7)
 
 
 def test_failures_end_the_search(loop) -> None:
-    store, desk = MemorySlots(40), Desk()
-    run = loop(store, desk, max_failures=3)
+    store, control = MemorySlots(40), MemoryControl()
+    run = loop(store, control, max_failures=3)
     run._pool.answer = evaluations(lambda call, s, rule: evaluation(s, float("nan") if call % 2 else None))
     run.run()
     assert run.ending.detail == "max_failures: 3 trial(s) failed, the limit is 3"
@@ -355,28 +355,28 @@ def test_failures_end_the_search(loop) -> None:
 
 
 def test_a_rule_met_with_the_last_slot_is_an_ordinary_end(loop) -> None:
-    run = loop(MemorySlots(7), Desk(), patience=6)
+    run = loop(MemorySlots(7), MemoryControl(), patience=6)
     assert all(slot.state.finished for slot in run.run())
     assert run.ending.kind is EndingKind.FINISHED
 
 
 def test_the_last_figures_are_written_down(loop) -> None:
-    desk = Desk()
-    loop(MemorySlots(9), desk).run()
-    assert desk.beats[-1].spent.seconds == pytest.approx(desk.beats[-1].worker_seconds / 2)
-    assert desk.beats[-1].spent.seconds > 5.0
+    control = MemoryControl()
+    loop(MemorySlots(9), control).run()
+    assert control.beats[-1].spent.seconds == pytest.approx(control.beats[-1].worker_seconds / 2)
+    assert control.beats[-1].spent.seconds > 5.0
 
 
 def test_slots_whose_vectors_were_chosen_ahead_are_dropped_like_others(loop) -> None:
     """No worker has them: a vector that no one asked for keeps no slot, and none is handed out twice."""
-    store, desk = MemorySlots(160), Desk()
+    store, control = MemorySlots(160), MemoryControl()
     ahead: list[int] = []
 
     def each(turn: int) -> None:
-        desk.overrides = Overrides(trials=max(160 - turn, 40))
+        control.overrides = Overrides(trials=max(160 - turn, 40))
         ahead.append(len(run._chooser.ahead))
 
-    run = loop(store, desk, each, many_workers)
+    run = loop(store, control, each, many_workers)
     slots = run.run()
     assert max(ahead) >= 1
     assert len(slots) < 160

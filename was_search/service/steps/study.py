@@ -23,7 +23,7 @@ from was_search.service.steps.study_identity import identity, require_name, sear
 from was_search.service.targets.warm_start import warm_seeds
 from was_search.service.watching.live_page import LivePage, kept_fresh, study_page
 from was_search.service.watching.notify import announced
-from was_search.service.watching.run_record import elsewhere, over_already, written_down
+from was_search.service.watching.run_record import elsewhere, over_already, recorded
 from was_search.studies.control import LAST_SLOT, TOGETHER, Ending, EndingKind, limits_of
 from was_search.studies.slots import Slot, SlotState, best_slot
 from was_search.vectors.descent import chain_steps
@@ -101,9 +101,9 @@ def _search_named(context: Context, name: str) -> SearchResult:
     point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
     data = context.tokens("search")
     started = time.perf_counter()
-    with store.coordinate(name) as book, draining() as drain:
-        slots = book.slots()
-        ending = over_already(context, book, slots)
+    with store.coordinate(name) as session, draining() as drain:
+        slots = session.slots()
+        ending = over_already(context, session, slots)
         if ending is not None:
             result = SearchResult(name, slots, seeds, question, drained=False, ending=ending)
             words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")
@@ -131,9 +131,9 @@ def _search_named(context: Context, name: str) -> SearchResult:
         )
         top = dense_top(context)
         pool = context.pool
-        page = LivePage(book, study_page(context, name, seeds, question), slots, record.report)
+        page = LivePage(session, study_page(context, name, seeds, question), slots, record.report)
         with (
-            written_down(context, book, asked_since) as run,
+            recorded(context, session, asked_since) as run,
             kept_fresh(page, run) as refresher,
             context.reporter.search(name, data.protocol.describe(), settings.fitness) as show,
             served(settings.metrics, name) as measure,
@@ -146,7 +146,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
                     refresher.changed()
 
             loop = SearchLoop(
-                book,
+                session,
                 pool,
                 data,
                 point.histograms,
@@ -155,7 +155,7 @@ def _search_named(context: Context, name: str) -> SearchResult:
                 options=options,
                 top=top,
                 drain=drain,
-                run_control=run.desk,
+                run_control=run.control,
                 progress=progress,
             )
             slots = loop.run()

@@ -1,1 +1,1 @@
-"""Studies seen and steered through the database: status, lists, controls, and pages kept fresh."""
+"""Studies seen and controlled through the database: status, lists, controls, and pages kept fresh."""

@@ -53,14 +53,16 @@ class LivePage:
     one that was replaced changes nothing. :meth:`update` is called by the search's thread, :meth:`write` by another.
 
     Args:
-        book: the coordinator's session.
+        session: the coordinator's session.
         page: what does not change.
         slots: the study's, as the run finds them.
         report: the study's.
     """
 
-    def __init__(self, book: CoordinatorSession, page: StudyPage, slots: list[Slot], report: dict[str, object]) -> None:
-        self._book = book
+    def __init__(
+        self, session: CoordinatorSession, page: StudyPage, slots: list[Slot], report: dict[str, object]
+    ) -> None:
+        self._session = session
         self._page = page
         self._slots = {slot.number: slot for slot in slots if slot.state.finished}
         self._total = len(slots)
@@ -84,10 +86,10 @@ class LivePage:
             TransientError: the connection was lost.
         """
         latest = max((s.finished_at for s in self._slots.values() if s.finished_at is not None), default=None)
-        self._slots.update((slot.number, slot) for slot in self._book.finished_since(latest))
+        self._slots.update((slot.number, slot) for slot in self._session.finished_since(latest))
         slots = list(self._slots.values())
         figures = self._page.figures(slots)
-        self._book.show(self._page.note(slots, self._total, self.play, self._report, datetime.now(UTC)), figures)
+        self._session.show(self._page.note(slots, self._total, self.play, self._report, datetime.now(UTC)), figures)
 
     def write_last(self, ending: Ending) -> None:
         """Bring the page up to date at the end of the run; a failure is logged and changes nothing."""

@@ -17,7 +17,7 @@ from was_search.studies.control import LAST_SLOT, Ending, EndingKind, Spent, Tal
 from was_search.studies.slots import Slot
 
 if TYPE_CHECKING:
-    from was_storage.studies.control import ControlDesk
+    from was_storage.studies.control import ControlSession
     from was_storage.studies.session import CoordinatorSession
 
 _logger = logging.getLogger(__name__)
@@ -25,22 +25,22 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run that is being written down; ``ending`` is to be set at its end."""
+    """A run that is being recorded; ``ending`` is to be set at its end."""
 
-    desk: ControlDesk
+    control: ControlSession
     ending: Ending
 
 
-def over_already(context: Context, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
+def over_already(context: Context, session: CoordinatorSession, slots: list[Slot]) -> Ending | None:
     """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
-    from was_storage.studies.control import ControlDesk
+    from was_storage.studies.control import ControlSession
 
     if all(slot.state.finished for slot in slots):
         return LAST_SLOT
-    desk = ControlDesk(context.database, book)
-    overrides = desk.read().overrides
+    control = ControlSession(context.database, session)
+    overrides = control.read().overrides
     limits = overrides.limits(limits_of(vars(context.settings)))
-    rule = limits.met(desk.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, book.name)))
+    rule = limits.met(control.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, session.name)))
     return Ending(EndingKind.STOPPED, rule) if rule else None
 
 
@@ -52,32 +52,32 @@ def elsewhere(context: Context, study: str) -> Spent:
 
 
 @contextmanager
-def written_down(context: Context, book: CoordinatorSession, asked_since: datetime) -> Iterator[Run]:
+def recorded(context: Context, session: CoordinatorSession, asked_since: datetime) -> Iterator[Run]:
     """Begin a run and write down how the block ends.
 
     Args:
         context: gives the database, the size of workers and the reporter.
-        book: the coordinator's session.
+        session: the coordinator's session.
         asked_since: the database's time when the command began; what was asked before it does not count.
     """
-    from was_storage.studies.control import ControlDesk
+    from was_storage.studies.control import ControlSession
 
-    desk = ControlDesk(context.database, book)
-    before = desk.open(gpus_per_worker=context.placement.gpus_per_worker, asked_since=asked_since)
-    standing = desk.read().wish
+    control = ControlSession(context.database, session)
+    before = control.open(gpus_per_worker=context.placement.gpus_per_worker, asked_since=asked_since)
+    standing = control.read().wish
     if before.ends and standing is Wish.RUN:
         words = {Wish.DRAIN: "drained", Wish.CANCEL: "cancelled"}[before]
-        context.reporter.note(f"study {book.name} was {words}; it goes on")
+        context.reporter.note(f"study {session.name} was {words}; it goes on")
     elif standing is Wish.PAUSE:
-        context.reporter.note(f"study {book.name} is paused; 'was-search resume {book.name}' lets it go on")
-    run = Run(desk, LAST_SLOT)
-    event(_logger, "search begun", study=book.name, epoch=book.epoch)
+        context.reporter.note(f"study {session.name} is paused; 'was-search resume {session.name}' lets it go on")
+    run = Run(control, LAST_SLOT)
+    event(_logger, "search begun", study=session.name, epoch=session.epoch)
     try:
         yield run
     except BaseException as error:
-        event(_logger, "search failed", logging.ERROR, study=book.name, error=failure_words(error))
+        event(_logger, "search failed", logging.ERROR, study=session.name, error=failure_words(error))
         with suppress(WasError):  # the first error is the one to report; status sees a coordinator that went away
-            desk.close(Ending(EndingKind.FAILED, failure_words(error)))
+            control.close(Ending(EndingKind.FAILED, failure_words(error)))
         raise
-    desk.close(run.ending)
-    event(_logger, "search ended", study=book.name, ending=str(run.ending))
+    control.close(run.ending)
+    event(_logger, "search ended", study=session.name, ending=str(run.ending))

@@ -27,7 +27,7 @@ from was_storage.studies.store import StudyStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 
-STUDY = "steered"
+STUDY = "controlled"
 
 
 @pytest.fixture

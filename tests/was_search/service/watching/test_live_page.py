@@ -26,7 +26,7 @@ from was_search.studies.slots import SlotState
 from was_search.vectors.budget import SparsityBudget
 from was_storage.dashboard.study_page import annotate
 from was_storage.server.database import Database
-from was_storage.studies.control import ControlDesk
+from was_storage.studies.control import ControlSession
 from was_storage.studies.session import CoordinatorSession
 from was_storage.studies.store import StudyRecord, StudyStore
 
@@ -68,7 +68,7 @@ def shown(database: Database, record: StudyRecord) -> Callable[[], tuple[str, in
 
 def search(
     database: Database,
-    book: CoordinatorSession,
+    session: CoordinatorSession,
     each: Callable[[int], Any],
     drain: threading.Event | None = None,
 ) -> Run:
@@ -78,11 +78,11 @@ def search(
         each(call)
         return evaluation(sparsities)
 
-    run = Run(ControlDesk(database, book), LAST_SLOT)
-    live = LivePage(book, PAGE, book.slots(), {})
+    run = Run(ControlSession(database, session), LAST_SLOT)
+    live = LivePage(session, PAGE, session.slots(), {})
     with kept_fresh(live, run, least_seconds=0.05) as refresher:
         loop = SearchLoop(
-            book,
+            session,
             two_workers(answer),
             "tokens",
             "histograms",
@@ -115,8 +115,8 @@ def test_a_search_in_progress_shows_the_trials_so_far(database, record, shown) -
             assert "**running, workers: 2 ready**" in note
             assert f"{n} of 12 trials have finished" in note
 
-    with StudyStore(database).coordinate(record.name) as book:
-        search(database, book, each)
+    with StudyStore(database).coordinate(record.name) as session:
+        search(database, session, each)
         note, n = shown()
         assert n == 12
         assert "**finished**. 12 of 12 trials have finished: 12 complete" in note
@@ -126,8 +126,8 @@ def test_a_search_in_progress_shows_the_trials_so_far(database, record, shown) -
 
 def test_what_ends_a_search_is_on_its_page(database, record, shown) -> None:
     drain = threading.Event()
-    with StudyStore(database).coordinate(record.name) as book:
-        ended = search(database, book, lambda call: call == 5 and drain.set(), drain)
+    with StudyStore(database).coordinate(record.name) as session:
+        ended = search(database, session, lambda call: call == 5 and drain.set(), drain)
         assert ended.ending.kind is EndingKind.DRAINED
         note, n = shown()
     assert "**drained: interrupted**" in note
@@ -136,8 +136,8 @@ def test_what_ends_a_search_is_on_its_page(database, record, shown) -> None:
     def fail(call: int) -> None:
         raise ModelError("a shape does not fit")
 
-    with StudyStore(database).coordinate(record.name) as book, pytest.raises(ModelError):
-        search(database, book, fail)
+    with StudyStore(database).coordinate(record.name) as session, pytest.raises(ModelError):
+        search(database, session, fail)
     note, again = shown()
     assert "**failed: a shape does not fit**" in note
     assert again == n, "trials of the run before are still there"
@@ -152,10 +152,10 @@ def test_a_coordinator_that_was_replaced_leaves_the_page_alone(database, record,
             annotate(database, record.name, note="the successor's", figures={})
 
     with (
-        StudyStore(database).coordinate(record.name) as book,
+        StudyStore(database).coordinate(record.name) as session,
         pytest.raises(StudyError, match="another coordinator has taken over"),
     ):
-        search(database, book, each)
+        search(database, session, each)
     assert shown()[0] == "the successor's"
     assert "could not be finished" not in caplog.text
 
@@ -168,8 +168,8 @@ def test_a_page_that_cannot_be_written_harms_no_search(monkeypatch, database, re
         raise RuntimeError("no room")
 
     monkeypatch.setattr(CoordinatorSession, "show", broken)
-    with StudyStore(database).coordinate(record.name) as book:
-        run = search(database, book, lambda call: call == 9 and until(lambda: len(attempts) >= 2))
+    with StudyStore(database).coordinate(record.name) as session:
+        run = search(database, session, lambda call: call == 9 and until(lambda: len(attempts) >= 2))
     assert run.ending is LAST_SLOT
     assert all(slot.state is SlotState.COMPLETE for slot in StudyStore(database).slots(record.name))
     assert len(attempts) >= 3
