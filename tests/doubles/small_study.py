@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 from sqlalchemy import text
 
+from was_search.coordinator.contracts import SlotStore
 from was_search.shape import ModelShape
 from was_search.studies.hand_outs import HandOut, Proposal, Result
 from was_search.studies.slots import Slot, SlotState
@@ -57,7 +58,7 @@ def vector(number: int) -> dict[str, Any]:
     }
 
 
-def hand_out(session: CoordinatorSession, number: int, worker: str = "w", **changes: Any) -> int:
+def hand_out(session: SlotStore, number: int, worker: str = "w", **changes: Any) -> int:
     """Give a slot its vector, with ``changes``, and hand it to ``worker``; returns the attempt."""
     proposal = Proposal(**{**vector(number), **changes})
     return session.begin([HandOut(number, worker, proposal)], 60)[0]
@@ -69,7 +70,7 @@ def propose(session: CoordinatorSession, number: int, **changes: Any) -> None:
     assert session.requeue(number, "")
 
 
-def finish(session: CoordinatorSession, number: int, attempt: int, state: SlotState, **result: Any) -> bool:
+def finish(session: SlotStore, number: int, attempt: int, state: SlotState, **result: Any) -> bool:
     """Whether it became the slot's result."""
     return session.finish_all([Result(number, attempt, state, **result)])[0]
 

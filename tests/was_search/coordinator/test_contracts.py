@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.doubles.memory_slots import MemorySlots
 from tests.doubles.pool import Given, PoolDouble, run_here
 from tests.doubles.pool_rules import Die, Hold, PoolRules
+from tests.doubles.slot_rules import SlotRules
 from was_search.coordinator.health import QuarantinePolicy
 
 NEVER = QuarantinePolicy(slowdown=0.0, failures=0)
@@ -27,3 +29,9 @@ class TestPoolDouble(PoolRules):
     @pytest.fixture
     def pool(self) -> PoolDouble:
         return PoolDouble(answer, due=not_held, policy=NEVER)
+
+
+class TestMemorySlots(SlotRules):
+    @pytest.fixture
+    def store(self) -> MemorySlots:
+        return MemorySlots(4)
