@@ -25,7 +25,7 @@ from was_search.masks.masking import Masking
 from was_search.plan import Plan
 from was_search.service.cli.decode import load_plan
 from was_search.service.context import Context
-from was_search.service.steps import evaluation, seeding
+from was_search.service.steps import evaluation, study_identity
 from was_search.service.steps.comparison import run
 from was_search.service.steps.demonstration import DEMO_FOLDER
 from was_search.service.steps.evaluation import evaluate, evaluate_on_tasks
@@ -157,8 +157,8 @@ def test_a_study_of_other_settings_is_refused_with_the_differences(made, change,
 def test_a_study_of_another_seed_recipe_is_refused(made, monkeypatch) -> None:
     """Another version's steps and prices make other seeds, so their study is another one under the same options."""
     settings, result = made
-    monkeypatch.setattr(seeding, "SEED_DESCENT", dataclasses.replace(SEED_DESCENT, step=0.06))
-    monkeypatch.setattr(seeding, "PRICES", 3)
+    monkeypatch.setattr(study_identity, "SEED_DESCENT", dataclasses.replace(SEED_DESCENT, step=0.06))
+    monkeypatch.setattr(study_identity, "PRICES", 3)
     named = r"prices: study has 4, asked for 3\n  seed descent: study has .*step 0\.04, asked for .*step 0\.06$"
     named_study = dataclasses.replace(settings, study=result.search.study)
     with Context(named_study) as context, pytest.raises(StudyError, match=named):
@@ -268,10 +268,10 @@ def test_another_seed_is_another_study_with_its_own_prices(made) -> None:
         assert content_hash(ours) != content_hash(theirs)
 
 
-def test_a_study_says_with_which_steps_it_descends() -> None:
+def test_a_study_says_with_which_steps_it_descends(postgres_url: str) -> None:
     words = {}
     for chains in (1, 2, 3):
-        with Context(small_settings(storage="embedded", descent_epochs=2, descent_chains=chains)) as context:
+        with Context(small_settings(storage=postgres_url, descent_epochs=2, descent_chains=chains)) as context:
             words[chains] = identity(context)["descents"]
     assert words[1].startswith("epochs 2, ") and words[1].endswith(", step 0.04")
     assert words[2].endswith(", step 0.04 and 0.015")
