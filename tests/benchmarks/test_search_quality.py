@@ -16,9 +16,9 @@ from benchmarks.harness import methods, problem, racing
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main
+from was_search.coordinator.model_calls import GreedyBlock
 from was_search.service.settings import Settings
 from was_search.vectors.seeds import SEED_DESCENT
-from was_workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -73,7 +73,7 @@ def test_divergence_as_the_fitness_and_a_cache(coarse, tmp_path, monkeypatch):
         (row,) = read_rows(output)
         assert (row["fitness"], row["full_evaluations"]) == ("kl", 4)
         found.append(row["checkpoints"])
-        monkeypatch.setattr(Worker, "block_table", None)
+        monkeypatch.setattr(GreedyBlock, "run", None)
     assert found[0] == found[1]
     last = found[0][-1]
     assert 0.0 < last["search_nats_shared_thresholds"] < 1.5 < last["search_nats"]

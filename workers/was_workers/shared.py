@@ -1,12 +1,12 @@
-"""Shared values in Ray's memory: put there once by the pool, fetched by a worker as long as its calls carry them."""
+"""Shared values in Ray's memory: put there once by the pool, fetched by a worker as long as its calls carry them.
+
+A worker also serves without Ray, in benchmarks: Ray is imported where a value is put or fetched.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar, cast
-
-import ray
-from ray.exceptions import RayError
 
 from was_search.coordinator.calls import Call, Held
 from was_search.errors import TransientError
@@ -24,6 +24,8 @@ class RayShared(Generic[T]):
 
     @classmethod
     def put(cls, value: T) -> RayShared[T]:
+        import ray
+
         return cls(ray.put(value), (value,))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -38,6 +40,9 @@ class RayShared(Generic[T]):
         """
         if self.here:
             return self.here[0]
+        import ray
+        from ray.exceptions import RayError
+
         try:
             found: T = ray.get(self.reference)
         except RayError as error:
