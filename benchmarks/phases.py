@@ -20,7 +20,7 @@ from was_search.service.context import Context
 from was_search.service.reports.progress import RichReporter
 from was_search.service.settings import Settings
 from was_search.service.settings_file import load_settings
-from was_search.service.steps.calibration import calibrate
+from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study import search
 
@@ -39,19 +39,20 @@ def main() -> None:
     output, config = options.pop("output"), options.pop("config")
     phases: dict[str, Any] = {}
     with Context(load_settings(config, options), RichReporter()) as context:
-        _timed(phases, "fingerprint", lambda: context.fingerprint)
+        question = Question.of(context)
+        _timed(phases, "fingerprint", lambda: context.model.fingerprint)
         _timed(phases, "start Ray and load", lambda: context.pool, context)
-        calibration = _timed(phases, "calibrate", lambda: calibrate(context), context)
-        _timed(phases, "seed", lambda: seed(context), context)
-        result = _timed(phases, "search", lambda: search(context), context)
+        calibration = _timed(phases, "calibrate", lambda: question.calibration, context)
+        _timed(phases, "seed", lambda: seed(context, question), context)
+        result = _timed(phases, "search", lambda: search(context, question), context)
         row = {
-            "model": context.source.display_name,
+            "model": context.model.source.display_name,
             "blocks": calibration.shape.n_blocks,
             "projection_weights": int(calibration.shape.params.sum()),
             "settings": {
                 **context.settings.to_json(),
-                "model": context.source.display_name,
-                "data": context.tokens("search").protocol.data,
+                "model": context.model.source.display_name,
+                "data": question.tokens.search.protocol.data,
             },
             "placement": vars(context.placement),
             "phases": phases,

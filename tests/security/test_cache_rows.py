@@ -12,9 +12,8 @@ from sqlalchemy import text
 
 from tests.doubles.small_run import coarse_greedy, small_settings
 from was_search.service.context import Context
-from was_search.service.steps.calibration import calibrate, operating_point
-from was_search.service.steps.dense_predictions import dense_top
 from was_search.service.steps.exporting import Request, _norms, measure
+from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_storage.server.database import Database
 from was_storage.studies.cache import Artifact, ArtifactCache
@@ -37,17 +36,16 @@ def context(postgres_url: str) -> Iterator[Context]:
 
 
 def everything(context: Context) -> dict[str, Any]:
-    """Every figure that is cached, by step; what the process remembers itself is forgotten first."""
-    context._results.clear()
-    context._tokens.clear()
-    calibration = calibrate(context)
-    seeds = seed(context)
-    point = operating_point(context, calibration, seeds[-1].sparsities, "the seed")
-    top = dense_top(context)
+    """Every figure that is cached, by step, to a question that nothing is known of yet."""
+    question = Question.of(context)
+    dense, calibration = question.dense, question.calibration
+    seeds = seed(context, question)
+    point = dense.point(seeds[-1].sparsities, "the seed")
+    top = dense.top
     assert top is not None
-    (figures,) = measure(context, calibration, [Request("seed", "search", point, by_fitness=True)])
+    (figures,) = measure(dense, [Request("seed", "search", point, by_fitness=True)])
     return {
-        "tokens": context.tokens("search").tokens,
+        "tokens": dense.tokens.search.tokens,
         "histograms": calibration.histograms.counts,
         "seeds": np.stack([s.sparsities for s in seeds]),
         "thresholds": point.thresholds,

@@ -10,6 +10,7 @@ from was_search.coordinator.calls import Held
 from was_search.coordinator.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, Norms, Price
 from was_search.masks.histogram import Histograms
 from was_search.service.context import Context
+from was_search.service.token_sets import tokens_here
 from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.descent import DescentOptions
 from was_workers.worker import Worker, WorkerSpec
@@ -29,7 +30,7 @@ def worker(weights):
 @pytest.fixture(scope="module")
 def data(weights):
     with Context(small_settings(weights=weights)) as context:
-        return context.tokens_uncached("calibration")
+        return tokens_here(context, "calibration")
 
 
 @pytest.fixture(scope="module")

@@ -171,6 +171,10 @@ class TokenSet:
         digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
         return cls(replace(protocol, n_sequences=len(tokens), tokens_hash=digest), tokens)
 
+    def first(self, n: int) -> TokenSet:
+        """The first ``n`` sequences; they are in shuffled order, so they are spread over the text."""
+        return TokenSet.of(self.protocol, self.tokens[:n])
+
     def part(self, rows: slice | list[int]) -> TokenSet:
         """Some of the sequences under the same protocol, for a pass over these alone; nothing is hashed."""
         tokens = self.tokens[rows]

@@ -180,7 +180,7 @@ def test_decoding_steps_take_the_folder_and_a_search_does_not(tmp_path):
         rows = bench(context, loaded, kv_length=32, steps=2)
         assert [row.name for row in rows] == ["dense", "plan"]
         with pytest.raises(ModelError, match="weights laid out for decoding; give the checkpoint itself"):
-            _ = context.fingerprint
+            _ = context.model.fingerprint
     other = Plan(**{**vars(plan), "fingerprint": "e" * 64})
     with Context(Settings(model=base.model, **options)) as context, pytest.raises(PlanError, match="another model"):
         generate(context, other, "The", max_new_tokens=4)

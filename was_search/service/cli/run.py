@@ -69,7 +69,7 @@ def seed(call: Call) -> None:
     def step(context: Any) -> None:
         question = Question.of(context)
         seeds = seeding.seed(context, question)
-        show_seeds(context.reporter, seeds, seeding.sensitivity(context, question), question.budget.flat)
+        show_seeds(context.reporter, seeds, seeding.sensitivity(question), question.budget.flat)
 
     call.run(step)
 
@@ -86,9 +86,8 @@ def search(call: Call) -> None:
         best = found.best
         if best is not None and best.loss_nats is not None:
             words = fitness_words(fitness, best.loss_nats, best.nll_nats)
-            context.reporter.note(
-                f"best: slot {best.number} ({best.origin}), {words}, on {context.tokens('search').protocol.describe()}"
-            )
+            protocol = found.question.tokens.search.protocol.describe()
+            context.reporter.note(f"best: slot {best.number} ({best.origin}), {words}, on {protocol}")
         context.reporter.result(
             {
                 "study": found.study,
@@ -129,11 +128,13 @@ def export(
     Where the target has no study and studies below and above have, the plan lies between theirs.
     """
     from was_search.service.steps import exporting
+    from was_search.service.steps.question import Question
     from was_search.service.targets import interpolation
 
     def step(context: Any) -> None:
-        interpolated = interpolate or interpolation.may_interpolate(context)
-        folder = interpolation.interpolate(context) if interpolated else exporting.export(context)
+        question = Question.of(context)
+        interpolated = interpolate or interpolation.may_interpolate(context, question)
+        folder = interpolation.interpolate(context, question) if interpolated else exporting.export(context)
         if with_weights:
             exporting.add_weights(context, folder)
         context.reporter.note(f"plan: {folder}")

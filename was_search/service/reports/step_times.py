@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from was_search.service.reports.progress import Reporter
 
 if TYPE_CHECKING:
-    from was_search.service.context import Placement
+    from was_search.service.placement import Placement
     from was_search.service.steps.step_times import StepTimes
 
 

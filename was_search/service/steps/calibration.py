@@ -11,6 +11,7 @@ import numpy.typing as npt
 from was_search.masks.histogram import Histograms
 from was_search.service.context import Context
 from was_search.service.steps.caching import Row, cached
+from was_search.service.token_sets import TokenSets
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash
 
@@ -46,16 +47,17 @@ class OperatingPoint:
     passes: int
 
 
-def calibrate(context: Context) -> Calibration:
-    """Histograms of the dense model's scores; cached by model, score and calibration protocol."""
-    return context.once("calibration", lambda: _calibrate(context))
+def calibrate(context: Context, tokens: TokenSets | None = None) -> Calibration:
+    """Histograms of the dense model's scores; cached by model, score and calibration protocol.
 
-
-def _calibrate(context: Context) -> Calibration:
+    Args:
+        context: settings: model, data and score.
+        tokens: of the settings; None: they are made here.
+    """
     settings = context.settings
     settings.require("model", "data")
-    data = context.tokens("calibration")
-    key = content_hash("histograms", 1, context.model_key, settings.scoring, data.protocol)
+    data = (tokens or TokenSets(context)).calibration
+    key = content_hash("histograms", 1, context.model.key, settings.scoring, data.protocol)
 
     def make() -> Calibration:
         from was_search.coordinator.phases import histogram_runner
@@ -77,24 +79,25 @@ def _calibrate(context: Context) -> Calibration:
     )
 
 
-def operating_point(context: Context, calibration: Calibration, sparsities: FloatArray, name: str) -> OperatingPoint:
-    """Histograms at the vector called ``name``, re-taken until nominal sparsities are achieved; cached by vector."""
-    rounded = np.round(sparsities, 9)
-    key = content_hash("operating-point", 2, calibration.key, rounded)
-    return context.once(key, lambda: _operating_point(context, calibration, rounded, key, name))
+def point_key(calibration: Calibration, sparsities: FloatArray) -> str:
+    """Names the result of :func:`operating_point` in the cache; vectors count to nine decimals."""
+    return content_hash("operating-point", 2, calibration.key, np.round(sparsities, 9))
 
 
-def _operating_point(
-    context: Context, calibration: Calibration, sparsities: FloatArray, key: str, name: str
+def operating_point(
+    context: Context, calibration: Calibration, tokens: TokenSets, sparsities: FloatArray, name: str
 ) -> OperatingPoint:
+    """Histograms at the vector called ``name``, re-taken until what is nominal is achieved; cached by vector."""
+    rounded, key = np.round(sparsities, 9), point_key(calibration, sparsities)
+
     def make() -> OperatingPoint:
         from was_search.coordinator.phases import histogram_runner
         from was_search.masks import calibration as maths
 
         with context.phase(f"calibrate at {name}") as advance:
-            runner = histogram_runner(context.pool, context.tokens("calibration"), advance=advance)
+            runner = histogram_runner(context.pool, tokens.calibration, advance=advance)
             return OperatingPoint(
-                key, *maths.operating_point(runner, calibration.histograms, sparsities, calibration.shape)
+                key, *maths.operating_point(runner, calibration.histograms, rounded, calibration.shape)
             )
 
     return cached(

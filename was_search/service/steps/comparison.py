@@ -15,10 +15,12 @@ from was_search.process import logs
 from was_search.service.context import Context
 from was_search.service.reports.comparison import SEED_ROW, show_comparison
 from was_search.service.reports.study_report import gap_nats, interval_json
-from was_search.service.steps.calibration import OperatingPoint, operating_point
+from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.decode_time import budget_title
-from was_search.service.steps.exporting import Figures, Request, measure, write_plan
+from was_search.service.steps.exporting import Figures, Request, measure, plans_folder, write_plan
+from was_search.service.steps.question import Question
 from was_search.service.steps.study import SearchResult, search
+from was_search.service.token_sets import TokenSets
 from was_search.service.watching.live_page import report_study
 from was_search.service.watching.notify import announced
 from was_search.studies.control import EndingKind
@@ -54,13 +56,13 @@ class Row:
     against_seed: Interval | None
     step: dict[str, float] | None = None
 
-    def to_json(self, context: Context) -> dict[str, Any]:
+    def to_json(self, tokens: TokenSets) -> dict[str, Any]:
         return {
             "name": self.name,
             "nominal_sparsity": self.nominal,
             "achieved_on_calibration": self.calibration_achieved,
-            "search": self.search.to_json(context),
-            "test": self.test.to_json(context),
+            "search": self.search.to_json(tokens),
+            "test": self.test.to_json(tokens),
             "gap_nats": self.gap_nats,
             "test_against_uniform": interval_json(self.against_uniform),
             "test_against_fisher_seed": interval_json(self.against_seed),
@@ -81,46 +83,51 @@ class RunResult:
     rows: list[Row]
 
 
-def run(context: Context) -> RunResult:
-    """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report."""
-    require_writable(context.plans_folder)  # a plan is written once all has been done
-    with announced(context):
-        found = search(context)
-        if found.drained or (context.together and found.best is None and found.ending.kind is EndingKind.STOPPED):
+def run(context: Context, question: Question | None = None) -> RunResult:
+    """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report.
+
+    ``question`` is that of the settings, unless one is given.
+    """
+    question = question or Question.of(context)
+    tokens = question.tokens
+    require_writable(plans_folder(question.settings))  # a plan is written once all has been done
+    with announced(context, question.settings.study):
+        found = search(context, question)
+        if found.drained or (question.together and found.best is None and found.ending.kind is EndingKind.STOPPED):
             # Of several targets, the others are exported.
             return RunResult(found, None, [])
         with logs.bound(study=found.study):
             folder = write_plan(context, found)
-            rows = compare(context, found, Plan.load(folder))
+            rows = compare(found, Plan.load(folder))
         timed = all(row.step is not None for row in rows)
         show_comparison(
             context.reporter,
             rows,
-            budget_title(context.settings),
+            budget_title(question.settings),
             found.question.latency if timed else None,
-            {split: context.tokens(split).protocol.describe() for split in SPLITS},
+            {split: tokens.of(split).protocol.describe() for split in SPLITS},
         )
-        values = [row.to_json(context) for row in rows]
+        values = [row.to_json(tokens) for row in rows]
         _remember(context, found, values)
         context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
         return RunResult(found, folder, rows)
 
 
-def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
-    """Evaluate the dense model, the seeds and the exported plan on the search and test splits.
+def compare(found: SearchResult, plan: Plan) -> list[Row]:
+    """Dense, the seeds and the exported plan on the search and test splits.
 
     Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
     split and are compared at it.
     """
-    calibration = found.question.calibration
+    dense, shape = found.question.dense, found.question.shape
     vectors = {_ROW_NAMES.get(seed.name, seed.name): seed.sparsities for seed in found.seeds}
     is_seed = Origin.parse(plan.provenance["origin"]).kind is OriginKind.SEED
     vectors[f"best (slot {plan.provenance['slot']}{', seed' if is_seed else ''})"] = plan.sparsities
     points: dict[str, OperatingPoint | None] = {"dense": None}
     for name, sparsities in vectors.items():
-        points[name] = operating_point(context, calibration, sparsities, name)
+        points[name] = dense.point(sparsities, name)
     requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
-    figures = measure(context, calibration, requests)
+    figures = measure(dense, requests)
     rows: list[Row] = []
     profile = found.question.latency
     by_name = {name: figures[2 * i : 2 * i + 2] for i, name in enumerate(points)}
@@ -130,10 +137,10 @@ def compare(context: Context, found: SearchResult, plan: Plan) -> list[Row]:
         rows.append(
             Row(
                 name,
-                0.0 if point is None else calibration.shape.sparsity(vectors[name]),
+                0.0 if point is None else shape.sparsity(vectors[name]),
                 on_search,
                 on_test,
-                0.0 if point is None else calibration.shape.sparsity(point.achieved),
+                0.0 if point is None else shape.sparsity(point.achieved),
                 gap_nats(*(f.evaluation.loss_nats for f in (on_search, dense_search, on_test, dense_test))),
                 None if name in ("dense", "uniform") else _interval(on_test, by_name["uniform"][1]),
                 None if name in ("dense", SEED_ROW) else _interval(on_test, by_name[SEED_ROW][1]),

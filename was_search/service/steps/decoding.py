@@ -43,7 +43,7 @@ def generate(
         raise ConfigError("prompt: must not be empty")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
-    tokenizer = load_tokenizer(context.source)
+    tokenizer = load_tokenizer(context.model.source)
     model, structure = load_for(context, plan, gpus)
     inputs = tokenizer(prompt, return_tensors="pt").to(context.placement_here.device)
     there = inputs["input_ids"].shape[1]

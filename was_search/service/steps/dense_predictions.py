@@ -10,7 +10,8 @@ import numpy as np
 from was_search.masks.divergence import ENTRY_BYTES, DenseTop, check_top_k, concatenate
 from was_search.service.context import Context
 from was_search.service.steps.caching import Row, array_row, cached
-from was_search.texts.protocol import content_hash
+from was_search.service.token_sets import TokenSets
+from was_search.texts.protocol import TokenSet, content_hash
 
 if TYPE_CHECKING:
     from was_storage.studies.cache import ArtifactCache
@@ -27,26 +28,23 @@ def check_fitness(context: Context) -> None:
     from was_search.checkpoints.files import read_config
 
     if context.settings.fitness == "kl":
-        vocabulary = read_config(context.source).get("vocab_size")
+        vocabulary = read_config(context.model.source).get("vocab_size")
         if isinstance(vocabulary, int):
             check_top_k(context.settings.kl_top_k, vocabulary)
 
 
-def dense_top(context: Context) -> DenseTop | None:
-    """The dense model's top on the search split, computed once and cached; None for the fitness ``nll``."""
+def dense_top_key(context: Context, data: TokenSet) -> str:
+    """Names the result of :func:`dense_top` in the cache."""
+    return content_hash(
+        "dense-top", 1, context.model.key, data.protocol, context.placement.device, context.settings.kl_top_k
+    )
+
+
+def dense_top(context: Context, tokens: TokenSets) -> DenseTop | None:
+    """The dense model's top on the search split, cached; None for the fitness ``nll``."""
     if context.settings.fitness == "nll":
         return None
-    return context.once("dense top", lambda: _dense_top(context))
-
-
-def dense_top_key(context: Context) -> str:
-    """Key of :func:`dense_top`'s result in the cache."""
-    protocol, device = context.tokens("search").protocol, context.placement.device
-    return content_hash("dense-top", 1, context.model_key, protocol, device, context.settings.kl_top_k)
-
-
-def _dense_top(context: Context) -> DenseTop:
-    data, k = context.tokens("search"), context.settings.kl_top_k
+    data, k = tokens.search, context.settings.kl_top_k
     name = f"dense top {k}"
 
     def make() -> DenseTop:
@@ -58,7 +56,7 @@ def _dense_top(context: Context) -> DenseTop:
             return phases.dense_top(pool, data, k, advance=advance)
 
     return cached(
-        Pieces(context.cache, dense_top_key(context), len(data.tokens), data.protocol.predicted_per_sequence, k),
+        Pieces(context.cache, dense_top_key(context, data), len(data.tokens), data.protocol.predicted_per_sequence, k),
         make,
         context.reporter,
         name,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.evaluation import show_evaluations, show_tasks
+from was_search.service.token_sets import tokens_here
 from was_search.texts.protocol import Evaluation, EvaluationProtocol
 from was_search.weight_format import AS_STORED, canonical
 
@@ -60,12 +61,12 @@ def evaluate(
     wanted = [canonical(name) for name in weights] or list(dict.fromkeys((AS_STORED, settings.weights)))
     results = []
     for name in dict.fromkeys(wanted):
-        results.append(_evaluate(context.rounded(name), plan, split, gpus))
+        results.append(_evaluate(context, plan, split, gpus, name))
     show_evaluations(context.reporter, results, plan)
     return results
 
 
-def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> PlanEvaluation:
+def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int, weights: str) -> PlanEvaluation:
     from was_kernels.pass_ops import ops_for
     from was_search.masks.evaluation import evaluate_thresholds
     from was_search.masks.finite import require_finite
@@ -73,9 +74,9 @@ def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> Pla
 
     settings = context.settings
     settings.require("model", "data")
-    context.require_positions()
-    data = context.tokens_uncached(split)
-    loaded, structure = load_for(context, plan, gpus, any_weights=True)
+    context.model.require_positions(settings.sequence_length)
+    data = tokens_here(context, split, weights)
+    loaded, structure = load_for(context, plan, gpus, weights=weights)
     score = plan.score if plan is not None else settings.score
     ops = ops_for(context.placement_here.device)
     model = MaskedModel(loaded, structure, structure_norms(structure, score), ops)
@@ -85,7 +86,7 @@ def _evaluate(context: Context, plan: Plan | None, split: str, gpus: int) -> Pla
         for thresholds in runs:
             found.append(evaluate_thresholds(model, data, thresholds))
             if thresholds is None:
-                name, dtype = context.source.display_name, context.placement_here.dtype
+                name, dtype = context.model.source.display_name, context.placement_here.dtype
                 require_finite(found[0].losses, "loss of the dense model", loaded, name, dtype)
             advance()
     return PlanEvaluation(
@@ -117,7 +118,7 @@ def evaluate_on_tasks(
     }
     check_tasks(tasks, **options)
     model, _ = load_for(context, plan, gpus)
-    tokenizer = load_tokenizer(context.source)
+    tokenizer = load_tokenizer(context.model.source)
     options["seed"] = context.settings.seed
     with context.reporter.phase(f"dense model on {', '.join(tasks)}"):
         results = {"dense": evaluate_tasks(model, tokenizer, tasks, **options)}
@@ -133,27 +134,27 @@ def evaluate_on_tasks(
     return results
 
 
-def load_for(
-    context: Context, plan: Plan | None, gpus: int = 1, *, any_weights: bool = False
-) -> tuple[nn.Module, Structure]:
-    """The settings' model with its structure, in this process; refused if ``plan`` is for another model.
+def load_for(context: Context, plan: Plan | None, gpus: int = 1, *, weights: str = "") -> tuple[nn.Module, Structure]:
+    """The model of the settings with its structure, in this process; refused if ``plan`` is for another.
 
-    Its blocks are spread over ``gpus`` GPUs. A plan for weights of another format is refused too, unless
-    ``any_weights``.
+    Its blocks are spread over ``gpus`` GPUs. Its weights are of the format ``weights``, whatever the plan was made
+    for; where none is given they are as the settings say, and a plan for another format is refused.
     """
     from was_search.checkpoints.load import load_model
     from was_search.checkpoints.structure import find_structure
 
     if plan is not None:
-        columns = context.source.columns
-        plan.require_model(context.fingerprint if columns is None else columns.fingerprint, plan.shape)
-        if not any_weights:
+        columns = context.model.source.columns
+        plan.require_model(context.model.fingerprint if columns is None else columns.fingerprint, plan.shape)
+        if not weights:
             plan.require_weights(context.settings.weights)
-    placement, weights = context.placement_here, context.settings.weights
+    placement, weights = context.placement_here, weights or context.settings.weights
     where = placement.device if gpus == 1 else f"{gpus} GPUs"
     form = "" if weights == AS_STORED else f", weights {weights}"
     with context.reporter.phase(f"load the model on {where}, {placement.dtype}{form}"):
-        model = load_model(context.source, dtype=placement.dtype, device=placement.device, weights=weights, gpus=gpus)
+        model = load_model(
+            context.model.source, dtype=placement.dtype, device=placement.device, weights=weights, gpus=gpus
+        )
         structure = find_structure(model, context.settings.masks if plan is None else plan.shape.masks)
     if plan is not None:
         plan.require_shape(structure.shape)

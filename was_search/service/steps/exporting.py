@@ -13,23 +13,25 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search import __version__
-from was_search.coordinator.calls import Shared
 from was_search.coordinator.model_calls import EvaluateThresholds, Norms
 from was_search.errors import ConfigError, StorageError, StudyError
-from was_search.masks.divergence import DenseTop
 from was_search.plan import Plan, require_writable
 from was_search.process import logs
 from was_search.service.arrays import pack_array, unpack_array
 from was_search.service.context import Context
 from was_search.service.reports.study_report import plan_gap_nats
+from was_search.service.settings import Settings
 from was_search.service.steps.caching import array_row, cached
-from was_search.service.steps.calibration import Calibration, OperatingPoint, operating_point
+from was_search.service.steps.calibration import Calibration, OperatingPoint
 from was_search.service.steps.decode_time import predictions
-from was_search.service.steps.dense_predictions import dense_top, dense_top_key
+from was_search.service.steps.dense import Dense
+from was_search.service.steps.dense_predictions import dense_top_key
 from was_search.service.steps.question import Question
 from was_search.service.steps.study import SearchResult
+from was_search.service.token_sets import TokenSets
 from was_search.service.watching.live_page import report_study
 from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.studies.names import folder_name
 from was_search.studies.origin import Origin, OriginKind
 from was_search.studies.slots import Slot
 from was_search.texts.protocol import Evaluation, content_hash, perplexity
@@ -37,7 +39,6 @@ from was_search.weight_format import AS_STORED
 
 if TYPE_CHECKING:
     from was_storage.studies.cache import Artifact
-    from was_workers.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Figures:
     split: str
     achieved: float
 
-    def to_json(self, context: Context) -> dict[str, Any]:
+    def to_json(self, tokens: TokenSets) -> dict[str, Any]:
         nll = self.evaluation.nll_nats()
         by_divergence = {} if self.evaluation.nats is None else {"kl_nats": self.evaluation.loss_nats}
         return {
@@ -70,7 +71,7 @@ class Figures:
             "perplexity": perplexity(nll),
             "achieved_sparsity": self.achieved,
             "tokens": self.evaluation.tokens,
-            "protocol": context.tokens(self.split).protocol.to_json(),
+            "protocol": tokens.of(self.split).protocol.to_json(),
         }
 
 
@@ -87,16 +88,19 @@ class Request:
     by_fitness: bool = False
 
 
-def measure(context: Context, calibration: Calibration, requests: list[Request]) -> list[Figures]:
-    """Figures of the ``requests``, in their order; those not cached are evaluated side by side on the workers."""
+def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
+    """Evaluate the ``requests``, those that are not cached side by side on the workers; results in their order."""
     started = time.perf_counter()
-    found = [_cached(context, request) for request in requests]
+    context = dense.context
+    found = [_cached(dense, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
         pool = context.pool
         calls = [
             EvaluateThresholds(
-                context.tokens(requests[i].split), _thresholds(requests[i]), _top(context, pool, requests[i])
+                dense.tokens.of(requests[i].split),
+                _thresholds(requests[i]),
+                dense.shared_top if _by_divergence(context, requests[i]) else None,
             )
             for i in missing
         ]
@@ -105,11 +109,11 @@ def measure(context: Context, calibration: Calibration, requests: list[Request])
             evaluations = pool.map(calls, phase="evaluate", done=advance)
             for i, evaluation in zip(missing, evaluations, strict=True):
                 found[i] = evaluation
-                _remember(context, requests[i], evaluation)
+                _remember(dense, requests[i], evaluation)
     else:
         context.reporter.cached("evaluate", f"{len(requests)} evaluations", time.perf_counter() - started)
     return [
-        Figures(evaluation, request.split, calibration.shape.sparsity(evaluation.achieved))
+        Figures(evaluation, request.split, dense.calibration.shape.sparsity(evaluation.achieved))
         for evaluation, request in zip(found, requests, strict=True)
         if evaluation is not None
     ]
@@ -123,24 +127,18 @@ def _by_divergence(context: Context, request: Request) -> bool:
     return request.by_fitness and context.settings.fitness == "kl"
 
 
-def _top(context: Context, pool: Pool, request: Request) -> Shared[DenseTop] | None:
-    """The dense model's top predictions, shared with the workers; None where the loss is the NLL."""
-    top = dense_top(context) if _by_divergence(context, request) else None
-    return None if top is None else context.once("dense top, shared", lambda: pool.share(top))
-
-
-def _key(context: Context, request: Request) -> str:
-    protocol = context.tokens(request.split).protocol
+def _key(dense: Dense, request: Request) -> str:
+    context, protocol = dense.context, dense.tokens.of(request.split).protocol
     settings, device = context.settings, context.placement.device
-    parts = ["evaluation", 2, context.model_key, settings.scoring, protocol, device, _thresholds(request)]
+    parts = ["evaluation", 2, context.model.key, settings.scoring, protocol, device, _thresholds(request)]
     if _by_divergence(context, request):
-        parts.append(dense_top_key(context))
+        parts.append(dense_top_key(context, dense.tokens.search))
     return content_hash(*parts)
 
 
-def _cached(context: Context, request: Request) -> Evaluation | None:
-    n = len(context.tokens(request.split).tokens)
-    by_divergence = _by_divergence(context, request)
+def _cached(dense: Dense, request: Request) -> Evaluation | None:
+    n = len(dense.tokens.of(request.split).tokens)
+    by_divergence = _by_divergence(dense.context, request)
 
     def read(found: Artifact) -> Evaluation:
         rows = unpack_array(found.payload, (2, n) if by_divergence else (n,), np.float64)
@@ -151,10 +149,10 @@ def _cached(context: Context, request: Request) -> Evaluation | None:
         tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
         return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
 
-    return context.cache.get("evaluation", _key(context, request), read)
+    return dense.context.cache.get("evaluation", _key(dense, request), read)
 
 
-def _remember(context: Context, request: Request, evaluation: Evaluation) -> None:
+def _remember(dense: Dense, request: Request, evaluation: Evaluation) -> None:
     meta = {
         "tokens": evaluation.tokens,
         "seconds": evaluation.seconds,
@@ -163,8 +161,8 @@ def _remember(context: Context, request: Request, evaluation: Evaluation) -> Non
     losses = evaluation.losses
     if evaluation.nats is not None:
         losses = np.stack([losses, evaluation.nats])
-        _remember(context, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())
-    context.cache.put("evaluation", _key(context, request), pack_array(losses), meta)
+        _remember(dense, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())
+    dense.context.cache.put("evaluation", _key(dense, request), pack_array(losses), meta)
 
 
 def export(context: Context, result: SearchResult | None = None) -> Path:
@@ -174,12 +172,23 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
         StudyError: no such study, or none of its slots is complete.
         PlanError: the plan's folder cannot be written.
     """
-    require_writable(context.plans_folder)
+    require_writable(plans_folder(context.settings))
     result = result or stored_result(context)
+    result = dataclasses.replace(result, question=result.question.on(context))
     with logs.bound(study=result.study):
         folder = write_plan(context, result)
         report_study(context, result.study, result.seeds, result.question)
     return folder
+
+
+def plans_folder(settings: Settings) -> Path:
+    """Where plans are written, into it or below."""
+    return Path(settings.plan or "was-runs")
+
+
+def plan_folder(settings: Settings, study: str) -> Path:
+    """Where the plan of ``study`` is written."""
+    return plans_folder(settings) if settings.plan else plans_folder(settings) / folder_name(study) / "plan"
 
 
 def add_weights(context: Context, folder: Path) -> Path:
@@ -196,17 +205,17 @@ def add_weights(context: Context, folder: Path) -> Path:
     from was_search.checkpoints.load import DTYPES, load_model
 
     plan = Plan.load(folder)
-    plan.require_model(context.fingerprint, plan.shape)
+    plan.require_model(context.model.fingerprint, plan.shape)
     if plan.weights != AS_STORED:
         raise ConfigError(
             f"with_weights: {plan.weights} weights are laid out when they are rounded, at loading; leave it out"
         )
-    config = read_config(context.source)
+    config = read_config(context.model.source)
     stored, dtype = config.get("dtype", config.get("torch_dtype")), context.settings.dtype
     if dtype == "auto":
         dtype = stored if stored in DTYPES else "bfloat16"
     with context.reporter.phase(f"write weights for decoding, {dtype}"):
-        return save_columns(load_model(context.source, dtype=dtype), plan, context.source, folder)
+        return save_columns(load_model(context.model.source, dtype=dtype), plan, context.model.source, folder)
 
 
 def write_plan(context: Context, result: SearchResult) -> Path:
@@ -227,14 +236,12 @@ def write_plan(context: Context, result: SearchResult) -> Path:
             f"study {result.study!r} has no complete trial yet; search first, or raise the limit that ended it"
         )
     question = result.question
-    calibration = question.calibration
     contenders = [Contender(f"best (slot {best.number})", best)]
     if best.source.kind is not OriginKind.SEED:
         contenders += [Contender("fisher seed", s) for s in result.slots if s.source == Origin.seed("fisher")]
-    points = [operating_point(context, calibration, c.sparsities, c.name) for c in contenders]
+    points = [question.dense.point(c.sparsities, c.name) for c in contenders]
     on_search = measure(
-        context,
-        calibration,
+        question.dense,
         [Request(c.name, "search", p, by_fitness=True) for c, p in zip(contenders, points, strict=True)],
     )
     winner = min(range(len(contenders)), key=lambda i: on_search[i].evaluation.loss_nats)
@@ -257,7 +264,7 @@ def write_plan(context: Context, result: SearchResult) -> Path:
             "trial_loss_nats": chosen.slot.loss_nats,
         },
     )
-    folder = plan.save(context.default_plan_folder(result.study))
+    folder = plan.save(plan_folder(question.settings, result.study))
     exported = {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved}
     StudyStore(context.database).set_report(
         result.study,
@@ -284,24 +291,23 @@ def make_plan(
     on_search: Figures,
     origin: dict[str, Any],
 ) -> Plan:
-    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says its source."""
-    calibration = question.calibration
+    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
+    calibration, tokens = question.calibration, question.tokens
     test, dense_search, dense_test = measure(
-        context,
-        calibration,
+        question.dense,
         [Request(name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
     )
-    dense = {"search": dense_search.to_json(context), "test": dense_test.to_json(context)}
+    dense = {"search": dense_search.to_json(tokens), "test": dense_test.to_json(tokens)}
     return Plan(
-        model=context.source.display_name,
-        revision=context.source.revision,
-        fingerprint=context.fingerprint,
+        model=context.model.source.display_name,
+        revision=context.model.source.revision,
+        fingerprint=context.model.fingerprint,
         shape=calibration.shape,
-        weights=context.settings.weights,
-        score=context.settings.score,
+        weights=question.settings.weights,
+        score=question.settings.score,
         budget=question.budget.nominal(sparsities),
-        dense_prefix=context.settings.dense_prefix,
-        prefill=context.settings.prefill,
+        dense_prefix=question.settings.dense_prefix,
+        prefill=question.settings.prefill,
         sparsities=sparsities,
         thresholds=point.thresholds,
         norms=_norms(context, calibration),
@@ -310,10 +316,10 @@ def make_plan(
             "search": on_search.achieved,
             "test": test.achieved,
         },
-        metrics={"search": on_search.to_json(context), "test": test.to_json(context), "dense": dense},
+        metrics={"search": on_search.to_json(tokens), "test": test.to_json(tokens), "dense": dense},
         provenance={
             **origin,
-            **_provenance(context, point),
+            **_provenance(question, point),
             **predictions(question.latency, sparsities, point),
         },
     )
@@ -325,16 +331,16 @@ def stored_result(context: Context) -> SearchResult:
     from was_search.service.steps.study_identity import identity, require_name
     from was_storage.studies.store import StudyStore
 
-    name = require_name(context)
-    store = StudyStore(context.database)
-    store.get(name)  # an unknown name is refused before anything is calibrated
     question = Question.of(context)
-    store.require_same(name, identity=identity(context), shape=question.shape.to_json())
+    name = require_name(context, question)
+    store = StudyStore(context.database)
+    store.get(name)  # an unknown name, too, is said before anything is calibrated
+    store.require_same(name, identity=identity(question), shape=question.shape.to_json())
     return SearchResult(name, store.slots(name), seed(context, question), question, drained=False)
 
 
 def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
-    key = content_hash("norms", 1, context.model_key, context.settings.scoring, context.placement.dtype)
+    key = content_hash("norms", 1, context.model.key, context.settings.scoring, context.placement.dtype)
     shape = calibration.shape
     width = sum(sum(row) for row in shape.in_features)
 
@@ -348,19 +354,19 @@ def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...],
     return tuple(tuple(next(parts) for _ in row) for row in shape.in_features)
 
 
-def _provenance(context: Context, point: OperatingPoint) -> dict[str, Any]:
+def _provenance(question: Question, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
-    settings = dataclasses.asdict(context.settings)
+    settings = dataclasses.asdict(question.settings)
     if settings["profile"]:
         settings["profile"] = str(Path(settings["profile"]).resolve())
     del settings["storage"], settings["notify"]
-    settings["model"], settings["revision"] = context.source.location, context.source.revision
-    if Path(context.settings.data).exists():
-        settings["data"] = str(Path(context.settings.data).resolve())
+    settings["model"], settings["revision"] = question.model.source.location, question.model.source.revision
+    if Path(question.settings.data).exists():
+        settings["data"] = str(Path(question.settings.data).resolve())
     return {
         "calibration_passes": point.passes,
-        "calibration_protocol": context.tokens("calibration").protocol.to_json(),
+        "calibration_protocol": question.tokens.calibration.protocol.to_json(),
         "settings": settings,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {

@@ -21,7 +21,7 @@ from was_search.errors import ConfigError
 from was_search.service.context import Context
 from was_search.service.reports.profile import show_profile
 from was_search.service.steps.caching import cached
-from was_search.service.steps.decode_time import CACHED_AS, model_shape, read_profile, shape_key
+from was_search.service.steps.decode_time import CACHED_AS, read_profile, shape_key
 from was_search.texts.protocol import content_hash
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -111,7 +111,7 @@ def _check_options(context: Context, rows: int, kv_length: int, steps: int, roun
         raise ConfigError(f"rows: at most {DENSE_ABOVE} decode sparsely, got {rows}")
     from was_search.checkpoints.files import read_config
 
-    room = read_config(context.source).get("max_position_embeddings")
+    room = read_config(context.model.source).get("max_position_embeddings")
     if isinstance(room, int) and 2 * kv_length > room:
         raise ConfigError(f"kv_length: at most {room // 2} with the model's {room} positions, got {kv_length}")
 
@@ -119,12 +119,12 @@ def _check_options(context: Context, rows: int, kv_length: int, steps: int, roun
 def _key(context: Context, rows: int, kv_length: int, compiled: bool) -> str:
     from was_search.checkpoints.files import read_config
 
-    config = read_config(context.source)
+    config = read_config(context.model.source)
     device, dtype = _device_name(context.placement_here.device), context.placement_here.dtype
     versions, weights = _versions(context.placement_here.device), context.settings.weights
     parts = (device, dtype, rows, kv_length, compiled, versions, weights)
     sizes = {name: config.get(name) for name in _CONFIG}
-    return content_hash("profile", VERSION, model_shape(context).to_json(), sizes, *parts)
+    return content_hash("profile", VERSION, context.model.shape.to_json(), sizes, *parts)
 
 
 def _measure(
@@ -138,7 +138,7 @@ def _measure(
     from was_search.checkpoints.structure import find_structure
     from was_search.service.steps.evaluation import load_for
 
-    model, structure = load_for(context.rounded(AS_STORED), None)
+    model, structure = load_for(context, None, weights=AS_STORED)
     place = context.placement_here
     generator = torch.Generator().manual_seed(0)
     words: Any = model.get_input_embeddings()  # type: ignore[operator]

@@ -8,15 +8,13 @@ import numpy as np
 
 from was_search.service.context import Context
 from was_search.service.steps.caching import Row, array_row, cached
-from was_search.service.steps.calibration import Calibration
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import seed_descent_options
 from was_search.service.targets.warm_start import warm_seeds
 from was_search.shape import FloatArray, ModelShape
-from was_search.texts.protocol import TokenSet, content_hash
+from was_search.texts.protocol import content_hash
 from was_search.vectors.seeds import (
     GREEDY_STEP,
-    PRICES,
     SEED_SEQUENCES,
     Seed,
     baseline_seeds,
@@ -29,21 +27,24 @@ if TYPE_CHECKING:
     from was_storage.studies.cache import Artifact
 
 
-def seed(context: Context, question: Question | None = None) -> list[Seed]:
+def seed(context: Context, question: Question | None = None, warm: list[Seed] | None = None) -> list[Seed]:
     """The study's seeds at the target: uniform, greedy-uniform if asked for, the warm start's if there is one, Fisher.
+
+    All that is costly is cached. ``question`` is that of the settings, and ``warm`` what :func:`warm_seeds` gives for
+    it, where they are at hand.
 
     The Fisher seed is the optimum of the dense model's prices, moved on by a short descent: at high sparsity
     prices no longer add up, slopes at the sparse point do. All that is costly is cached.
     """
     from was_search.masks.pricing import DEFAULT_GRID as GRID
 
-    settings = context.settings
-    settings.require_one_target()
-    warm = warm_seeds(context)
     question = question or Question.of(context)
-    calibration, budget, shape = question.calibration, question.budget, question.shape
-    greedy = greedy_table(context, calibration) if settings.greedy_sequences else None
-    fisher = fisher_seed(fisher_prices(context, calibration, GRID), GRID, budget)
+    settings = question.settings
+    settings.require_one_target()
+    warm = warm_seeds(context, question) if warm is None else warm
+    budget, shape = question.budget, question.shape
+    greedy = greedy_table(context, question) if settings.greedy_sequences else None
+    fisher = fisher_seed(question.dense.prices, GRID, budget)
     if settings.seed_rounds:
         fisher = point_seed("fisher", seed_descent(context, question, fisher.sparsities), shape)
     return [*baseline_seeds(budget, greedy), *warm, fisher]
@@ -51,7 +52,7 @@ def seed(context: Context, question: Question | None = None) -> list[Seed]:
 
 def seed_descent(context: Context, question: Question, start: FloatArray) -> FloatArray:
     """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``, on one worker."""
-    settings, data = context.settings, context.slope_tokens
+    settings, data = question.settings, question.tokens.slopes
     options = seed_descent_options(settings)
     calibration, budget = question.calibration, question.budget
     parts = (calibration.key, data.protocol, start, budget.identity, vars(options), SEED_SEQUENCES, settings.seed)
@@ -77,34 +78,7 @@ def seed_descent(context: Context, question: Question, start: FloatArray) -> Flo
     )
 
 
-def fisher_prices(context: Context, calibration: Calibration, grid: FloatArray) -> FloatArray:
-    """Prices [L, 7, G] in nats per token on the dense model, from one backward pass."""
-    data = _first(context.tokens("calibration"), context.settings.pricing_sequences)
-    key = content_hash("prices", PRICES, calibration.key, data.protocol, grid)
-    return context.once(key, lambda: _fisher_prices(context, calibration, grid, data, key))
-
-
-def _fisher_prices(
-    context: Context, calibration: Calibration, grid: FloatArray, data: TokenSet, key: str
-) -> FloatArray:
-    def make() -> FloatArray:
-        from was_search.coordinator import phases
-
-        pool = context.pool
-        parts = len(phases.fine_shards(pool, data))
-        with context.phase(f"price (Fisher) on {data.protocol.brief()}", parts) as advance:
-            return phases.fisher_prices(pool, data, calibration.histograms, grid, advance=advance)
-
-    return cached(
-        array_row(context.cache, "prices", key, (*calibration.shape.params.shape, len(grid)), np.float64),
-        make,
-        context.reporter,
-        "price (Fisher)",
-        data.protocol.brief(),
-    )
-
-
-def sensitivity(context: Context, question: Question) -> FloatArray:
+def sensitivity(question: Question) -> FloatArray:
     """What dropping the target's share of each projection's inputs costs alone, from the dense model's prices.
 
     The share of a budget of time is the flat sparsity that meets it. Returns [L, 7], nats per token for one percent of
@@ -113,15 +87,15 @@ def sensitivity(context: Context, question: Question) -> FloatArray:
     from was_search.masks.pricing import DEFAULT_GRID as GRID
 
     shape, target = question.shape, question.budget.flat
-    prices = fisher_prices(context, question.calibration, GRID)
+    prices = question.dense.prices
     at_target = np.apply_along_axis(lambda curve: np.interp(target, GRID, curve), -1, prices)
     percent_dropped = 100.0 * target * shape.params / shape.params.sum()
     return np.asarray(at_target / percent_dropped, np.float64)
 
 
-def greedy_table(context: Context, calibration: Calibration) -> Table:
-    """Table of the component-level greedy by block-output error (TEAL, WAS); each block is a call of a worker."""
-    data = _first(context.tokens("calibration"), context.settings.greedy_sequences)
+def greedy_table(context: Context, question: Question) -> Table:
+    """The component-level greedy by block-output error (TEAL, WAS), a block a call."""
+    calibration, data = question.calibration, question.tokens.calibration.first(question.settings.greedy_sequences)
     key = content_hash("greedy", 3, calibration.key, data.protocol, GREEDY_STEP)
     shape = calibration.shape
 
@@ -153,8 +127,3 @@ def _read_table(found: Artifact, shape: ModelShape) -> Table:
     if len(table.blocks) != shape.n_blocks:
         raise ValueError(f"{shape.n_blocks} blocks are wanted, got {len(table.blocks)}")
     return table
-
-
-def _first(data: TokenSet, n: int) -> TokenSet:
-    """The first ``n`` sequences; they are in shuffled order, so they are spread over the text."""
-    return TokenSet.of(data.protocol, data.tokens[:n])

@@ -12,6 +12,7 @@ from was_search.service.context import Context
 from was_search.service.reports.step_times import show_steps
 from was_search.service.reports.study_report import step_words
 from was_search.service.steps.evaluation import load_for
+from was_search.service.token_sets import tokens_here
 from was_search.shape import ModelShape
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -79,7 +80,7 @@ def bench(
     for name, value, least in (("batch", batch, 1), ("kv_length", kv_length, 32), ("steps", steps, 1)):
         if value < least:
             raise ConfigError(f"{name}: must be at least {least}, got {value}")
-    text = context.tokens_uncached("test").tokens.reshape(-1)
+    text = tokens_here(context, "test").tokens.reshape(-1)
     each = kv_length + steps
     if len(text) < batch * each:
         raise ConfigError(
@@ -89,7 +90,7 @@ def bench(
     form = WeightFormat.parse(context.settings.weights)
     if plan is not None:
         plan.require_weights(context.settings.weights)
-    model, structure = load_for(context.rounded(AS_STORED), plan, any_weights=True)
+    model, structure = load_for(context, plan, weights=AS_STORED)
     room = getattr(model.config, "max_position_embeddings", 2 * kv_length)
     if kv_length + steps > room:
         raise ConfigError(f"kv_length: {kv_length} and {steps} steps exceed the model's {room} positions")

@@ -12,11 +12,7 @@ from was_search.process.signals import draining
 from was_search.service.context import Context
 from was_search.service.reports.metrics import served
 from was_search.service.reports.page import tally
-from was_search.service.steps.calibration import operating_point
-from was_search.service.steps.decode_time import (
-    check_target,
-)
-from was_search.service.steps.dense_predictions import check_fitness, dense_top
+from was_search.service.steps.dense_predictions import check_fitness
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study_identity import identity, require_name, search_descent_options
@@ -55,55 +51,56 @@ class SearchResult:
         return sum(slot.state is state for slot in self.slots)
 
 
-def search(context: Context) -> SearchResult:
+def search(context: Context, question: Question | None = None) -> SearchResult:
     """Create or resume the study and run it until its last slot, a rule, or somebody ends it; ctrl-C drains it.
+
+    ``question`` is that of the settings, unless one is given.
 
     Raises:
         StudyError: the study exists with another model, target or data, or has a live coordinator.
         ConfigError: ``kl_top_k`` is above the vocabulary.
     """
-    with announced(context) as announcement:
-        found = _search(context)
+    question = question or Question.of(context)
+    with announced(context, question.settings.study) as announcement:
+        found = _search(context, question)
         announcement.study, announcement.slots, announcement.ending = found.study, found.slots, found.ending
         return found
 
 
-def _search(context: Context) -> SearchResult:
-    settings = context.settings
-    settings.require_one_target()
+def _search(context: Context, question: Question) -> SearchResult:
+    question.settings.require_one_target()
     check_fitness(context)
-    check_target(context)
-    warm_seeds(context)  # refused before anything is calibrated
-    name = require_name(context)
+    question.check_target(context.reporter)
+    warm = warm_seeds(context, question)  # refused before anything is calibrated
+    name = require_name(context, question)
     if context.announcement is not None:
         context.announcement.study = name
     with logs.bound(study=name):
-        return _search_named(context, name)
+        return _search_named(context, question, warm, name)
 
 
-def _search_named(context: Context, name: str) -> SearchResult:
+def _search_named(context: Context, question: Question, warm: list[Seed], name: str) -> SearchResult:
     from was_storage.studies.control import ControlStore
     from was_storage.studies.store import StudyStore
 
-    settings = context.settings
+    settings, together = question.settings, question.together
     asked_since = ControlStore(context.database).now()
-    question = Question.of(context)
     calibration = question.calibration
-    seeds = seed(context, question)
+    seeds = seed(context, question, warm)
     store = StudyStore(context.database)
     record = store.open_or_create(
         name,
-        identity=identity(context),
-        config={**settings.to_json(), **({TOGETHER: sorted(context.together)} if context.together else {})},
+        identity=identity(question),
+        config={**settings.to_json(), **({TOGETHER: sorted(together)} if together else {})},
         shape=calibration.shape.to_json(),
         n_slots=settings.trials,
     )
-    point = operating_point(context, calibration, seeds[-1].sparsities, "the Fisher seed")
-    data = context.tokens("search")
+    point = question.dense.point(seeds[-1].sparsities, "the Fisher seed")
+    data = question.tokens.search
     started = time.perf_counter()
-    with store.coordinate(name) as session, draining() as drain:
-        slots = session.slots()
-        ending = over_already(context, session, slots)
+    with store.coordinate(name) as book, draining() as drain:
+        slots = book.slots()
+        ending = over_already(context, question, book, slots)
         if ending is not None:
             result = SearchResult(name, slots, seeds, question, drained=False, ending=ending)
             words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")
@@ -125,13 +122,13 @@ def _search_named(context: Context, name: str) -> SearchResult:
             rung_keep=settings.rung_keep,
             trial_timeout=settings.trial_timeout,
             max_attempts=settings.max_attempts,
-            descents=descent_plan(context),
+            descents=descent_plan(question),
             limits=limits_of(vars(settings)),
-            elsewhere=elsewhere(context, name),
+            elsewhere=elsewhere(context, together, name),
         )
-        top = dense_top(context)
+        top = question.dense.top
         pool = context.pool
-        page = LivePage(session, study_page(context, name, seeds, question), slots, record.report)
+        page = LivePage(book, study_page(name, seeds, question), slots, record.report)
         with (
             recorded(context, session, asked_since) as run,
             kept_fresh(page, run) as refresher,
@@ -166,11 +163,11 @@ def _search_named(context: Context, name: str) -> SearchResult:
     return result
 
 
-def descent_plan(context: Context) -> DescentPlan | None:
-    """The search's descents as the settings say, None if there are none."""
+def descent_plan(question: Question) -> DescentPlan | None:
+    """The descents of the settings, None if there are none."""
     from was_search.coordinator.descents import DescentPlan
 
-    settings = context.settings
+    settings = question.settings
     if not settings.descent_epochs:
         return None
     return DescentPlan(
@@ -178,5 +175,5 @@ def descent_plan(context: Context) -> DescentPlan | None:
         steps=chain_steps(settings.descent_chains),
         options=search_descent_options(settings),
         per_round=settings.descent_sequences,
-        data=context.slope_tokens,
+        data=question.tokens.slopes,
     )

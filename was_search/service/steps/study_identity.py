@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 from was_search.service.context import Context
 from was_search.service.settings import Settings
-from was_search.service.steps.decode_time import target_identity, target_label
+from was_search.service.steps.decode_time import budget_of, target_label
+from was_search.service.steps.question import Question
 from was_search.studies.fitness import fitness_identity
 from was_search.texts.protocol import content_hash
 from was_search.vectors.descent import DescentOptions, chain_steps
 from was_search.vectors.seeds import GREEDY_STEP, PRICES, SEED_DESCENT, SEED_SEQUENCES
 
 
-def identity(context: Context) -> dict[str, Any]:
-    """Everything that decides a study's losses: another value of any entry is another study."""
-    settings = context.settings
-    search_protocol, calibration = context.tokens("search").protocol, context.tokens("calibration").protocol
+def identity(question: Question) -> dict[str, Any]:
+    """What makes a study that study: another value of any of these is another study."""
+    settings = question.settings
+    search_protocol, calibration = question.tokens.search.protocol, question.tokens.calibration.protocol
     return {
-        "model": context.fingerprint,
+        "model": question.model.fingerprint,
         "weights": settings.weights,
-        **target_identity(context),
+        **_target_identity(question),
         "score": settings.score,
         "masks": settings.masks,
         "sampler": settings.sampler,
@@ -35,6 +35,13 @@ def identity(context: Context) -> dict[str, Any]:
         "calibration data": calibration.to_json(),
         **fitness_identity(settings.fitness, settings.kl_top_k),
     }
+
+
+def _target_identity(question: Question) -> dict[str, Any]:
+    """The budget's part of it; known without calibrating."""
+    if not question.settings.target_speedup:
+        return {"target": question.settings.target}
+    return budget_of(question.settings, question.model.shape, question.latency).identity
 
 
 def _descents_words(settings: Settings) -> str:
@@ -50,31 +57,26 @@ def search_descent_options(settings: Settings) -> DescentOptions:
     return DescentOptions(rounds=settings.descent_rounds)
 
 
-def study_name(context: Context) -> str:
+def study_name(question: Question) -> str:
     """The settings' study name, or one made of model, data, target, sampler and a hash of the identity."""
-    settings = context.settings
+    settings = question.settings
     if settings.study:
         return settings.study
-    digest = content_hash(identity(context))[:8]
-    return f"{model_label(context)}-{target_label(settings)}-{settings.sampler}-{digest}"
+    digest = content_hash(identity(question))[:8]
+    return f"{question.model.label}-{target_label(settings)}-{settings.sampler}-{digest}"
 
 
-def require_name(context: Context) -> str:
-    """The study's name, if it is valid, and free or taken by the study of these settings.
+def require_name(context: Context, question: Question) -> str:
+    """The study's name, if it is one, and free or taken by the study of these settings.
 
     Raises:
         StudyError: it is not valid, or another study's; each setting that differs is listed.
     """
     from was_storage.studies.store import StudyStore
 
-    name = study_name(context)
-    StudyStore(context.database).require_free_or_same(name, identity=identity(context))
+    name = study_name(question)
+    StudyStore(context.database).require_free_or_same(name, identity=identity(question))
     return name
-
-
-def model_label(context: Context) -> str:
-    """The model's name in a form that suits names of studies and folders."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", context.source.display_name)
 
 
 def seed_identity(settings: Settings) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from was_search.errors import ConfigError, StudyError
 from was_search.plan import require_writable
 from was_search.service.context import Context
 from was_search.service.reports.interpolation import show_interpolated
-from was_search.service.steps.calibration import operating_point
-from was_search.service.steps.exporting import Request, make_plan, measure
+from was_search.service.steps.exporting import Request, make_plan, measure, plan_folder, plans_folder
 from was_search.service.steps.question import Question
-from was_search.service.steps.study_identity import identity, model_label, study_name
+from was_search.service.steps.study_identity import identity, study_name
 from was_search.service.targets.warm_start import winner
 from was_search.shape import FloatArray, ModelShape
 from was_search.studies.slots import Slot
@@ -45,35 +44,36 @@ class Neighbour:
         return {"study": self.study, "target": self.target, "slot": self.slot.number}
 
 
-def may_interpolate(context: Context) -> bool:
-    """Whether to interpolate: the target has no study, and two neighbours have.
+def may_interpolate(context: Context, question: Question | None = None) -> bool:
+    """Whether the settings' own study does not exist, none other of their target does, and two neighbours do.
 
     Raises:
         StudyError: another study has this target; it should not be passed over silently.
     """
     from was_storage.studies.store import StudyStore
 
+    question = question or Question.of(context)
     context.settings.require_one_target()
     if context.settings.study or context.settings.target_speedup:
         return False
     records = StudyStore(context.database).list()
-    if study_name(context) in {record.name for record in records}:
+    if study_name(question) in {record.name for record in records}:
         return False
-    mine = _plain_identity(context)
+    mine = _plain_identity(question)
     same = [
         f"{record.name} (other: {', '.join(k for k in {**record.identity, **mine} if _differs(record, mine, k))})"
-        for record in _alike(context)
+        for record in _alike(context, question)
         if not _differs(record, mine, "target")
     ]
     if same:
         raise StudyError(
-            f"study {study_name(context)!r} does not exist, but studies of this target made with other options do: "
+            f"study {study_name(question)!r} does not exist, but studies of this target made with other options do: "
             f"{'; '.join(same)}; give the same options, or --interpolate to pass them by"
         )
-    return None not in _neighbours(context)
+    return None not in _neighbours(context, question)
 
 
-def interpolate(context: Context) -> Path:
+def interpolate(context: Context, question: Question | None = None) -> Path:
     """Write a plan between the winners of the nearest studies below and above the target; returns its folder.
 
     Per projection a straight line between the two, put exactly on the budget; thresholds are re-taken at the plan's
@@ -83,20 +83,19 @@ def interpolate(context: Context) -> Path:
         StudyError: there is no study on one of the two sides.
         PlanError: the plan's folder cannot be written.
     """
+    question = question or Question.of(context)
     context.settings.require_one_target()
     if context.settings.target_speedup:
         raise ConfigError("interpolate: only between budgets of sparsity; search a speed-up with 'was-search run'")
-    require_writable(context.plans_folder)
+    require_writable(plans_folder(context.settings))
     target = context.settings.target
-    below, above = _neighbours(context)
+    below, above = _neighbours(context, question)
     if below is None or above is None:
         raise StudyError(_one_sided(context, below, above))
-    question = Question.of(context)
-    calibration, shape = question.calibration, question.shape
-    sparsities = between(below, above, shape, target)
+    sparsities = between(below, above, question.shape, target)
     name = f"interpolated at {100 * target:g} %"
-    point = operating_point(context, calibration, sparsities, name)
-    (on_search,) = measure(context, calibration, [Request(name, "search", point)])
+    point = question.dense.point(sparsities, name)
+    (on_search,) = measure(question.dense, [Request(name, "search", point)])
     share = (target - below.target) / (above.target - below.target)
     origin = {
         "study": f"between {below.study} and {above.study}",
@@ -107,9 +106,9 @@ def interpolate(context: Context) -> Path:
     }
     plan = make_plan(context, question, name, sparsities, point, on_search, origin)
     digest = content_hash(below.to_json(), above.to_json(), sparsities)[:8]
-    label = f"{model_label(context)}-{round(100 * target, 2):g}-interpolated-{digest}"
-    folder = plan.save(context.default_plan_folder(label))
-    protocols = [context.tokens(split).protocol.describe() for split in ("search", "test")]
+    label = f"{question.model.label}-{round(100 * target, 2):g}-interpolated-{digest}"
+    folder = plan.save(plan_folder(context.settings, label))
+    protocols = [question.tokens.of(split).protocol.describe() for split in ("search", "test")]
     show_interpolated(context.reporter, plan, below, above, folder, protocols)
     return folder
 
@@ -121,10 +120,10 @@ def between(below: Neighbour, above: Neighbour, shape: ModelShape, target: float
     return SparsityBudget(shape, target).onto(line, HIGHEST_DESCENDED)
 
 
-def _alike(context: Context) -> list[StudyRecord]:
+def _alike(context: Context, question: Question) -> list[StudyRecord]:
     from was_storage.studies.store import StudyStore
 
-    mine = _plain_identity(context)
+    mine = _plain_identity(question)
     return [
         record
         for record in StudyStore(context.database).list()
@@ -136,20 +135,20 @@ def _differs(record: StudyRecord, mine: dict[str, Any], key: str) -> bool:
     return bool(record.identity.get(key) != mine.get(key))
 
 
-def _plain_identity(context: Context) -> dict[str, Any]:
+def _plain_identity(question: Question) -> dict[str, Any]:
     from was_storage.server.plain import plain
 
-    found: dict[str, Any] = plain(identity(context))
+    found: dict[str, Any] = plain(identity(question))
     return found
 
 
-def _neighbours(context: Context) -> tuple[Neighbour | None, Neighbour | None]:
+def _neighbours(context: Context, question: Question) -> tuple[Neighbour | None, Neighbour | None]:
     """The nearest studies with a complete trial below and above the target; of several at one target the best."""
     from was_storage.studies.store import StudyStore
 
     store = StudyStore(context.database)
     target = context.settings.target
-    records = [record for record in _alike(context) if record.best_loss_nats is not None]
+    records = [record for record in _alike(context, question) if record.best_loss_nats is not None]
     records.sort(key=lambda r: (abs(_target(r) - target), r.best_loss_nats))
     found: list[Neighbour | None] = []
     for side in (-1, 1):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from was_search.errors import ConfigError
 from was_search.service.context import Context
 from was_search.service.reports.max_increase import increase_on_search, show_bracket
+from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import study_name
 from was_search.service.targets.asked import HIGHEST_TARGET, LOWEST_TARGET
 from was_search.service.targets.bracket import Bracket, BracketEnd, Probe, find_highest
@@ -15,9 +16,9 @@ from was_search.service.targets.several import (
     DrainedError,
     TargetRun,
     nothing_complete,
+    one_of_several,
     report_targets,
     run_at,
-    sibling,
 )
 
 
@@ -61,16 +62,16 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
     limit = settings.increase_limit
     if limit is None:
         raise ConfigError("max_ppl_increase: missing; give --max-ppl-increase with a limit such as 5%")
-    runs: list[TargetRun] = []
+    asked, runs = Question.of(context), list[TargetRun]()
 
     def probe(target: float) -> float:
         nearest = min(runs, key=lambda run: abs(run.target - target), default=None)
         context.reporter.note(f"\nprobe {len(runs) + 1}: target {100 * target:g} %")
         warm_start = nearest.study if nearest else settings.warm_start
-        at = sibling(context, target, warm_start)
-        # A resumed command repeats its probes in their order, so only those before this one have spent anything.
-        at.together = frozenset([*(run.study for run in runs), study_name(at)])
-        done = run_at(at)
+        at = one_of_several(asked, target, warm_start)
+        # A resumed command repeats its probes in their order: those before this one are all that have spent anything.
+        together = frozenset([*(run.study for run in runs), study_name(at)])
+        done = run_at(context, replace(at, together=together))
         if done is None:
             raise _TimeIsUpError
         runs.append(done)
@@ -92,6 +93,6 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
         bracket = Bracket(limit, tuple(Probe(run.target, increase_on_search(run)) for run in runs), BracketEnd.CUT)
     inside = bracket.inside
     answer = None if inside is None else next(run for run in runs if run.target == inside.target)
-    pareto = report_targets(context, runs)
+    pareto = report_targets(context, asked, runs)
     show_bracket(context.reporter, bracket, answer)
     return MaxIncreaseResult(bracket, runs, answer, pareto)

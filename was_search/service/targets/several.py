@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from was_search.service.context import Context
 from was_search.service.reports.study_report import interval_json
 from was_search.service.reports.targets import asked_words, increase_on_test, show_targets
 from was_search.service.steps.comparison import Row, RunResult, run
-from was_search.service.steps.decode_time import check_target
-from was_search.service.steps.study_identity import model_label, require_name, study_name
+from was_search.service.steps.question import Question
+from was_search.service.steps.study_identity import require_name, study_name
 from was_search.service.targets.pareto import Point, dominated, pareto_figure
+from was_search.service.token_sets import TokenSets
 from was_search.service.watching.run_record import elsewhere
 from was_search.studies.control import EndingKind, Tally, limits_of
 from was_search.studies.names import folder_name
@@ -92,17 +93,18 @@ def run_targets(context: Context) -> TargetsResult:
     targets = context.settings.speedups or context.settings.budgets
     if not targets:
         raise ConfigError("targets: missing; give --targets with several budgets, or --target-speedups")
-    for target in targets:
-        check_target(context.at(target, by_time=by_time))  # what is out of reach is said before anything is run
-    siblings = _siblings(context, targets, by_time=by_time)
-    for each in siblings:
-        require_name(each)
+    asked = Question.of(context)
+    for target in targets:  # what is out of reach is said before anything is run
+        asked.at(target, by_time=by_time).check_target(context.reporter)
+    questions = _questions(asked, targets, by_time=by_time)
+    for each in questions:
+        require_name(context, each)
     runs: list[TargetRun] = []
     unsearched: list[float] = []
-    for number, (target, each) in enumerate(zip(targets, siblings, strict=True), 1):
+    for number, (target, each) in enumerate(zip(targets, questions, strict=True), 1):
         context.reporter.note(f"\ntarget {asked_words(target, by_time)} ({number} of {len(targets)})")
         try:
-            done = run_at(each)
+            done = run_at(context, each)
         except DrainedError:
             return TargetsResult(runs, None, drained=True)
         if done is None:
@@ -111,30 +113,28 @@ def run_targets(context: Context) -> TargetsResult:
             runs.append(done)
     if not runs:
         raise nothing_complete()
-    return TargetsResult(runs, report_targets(context, runs, unsearched), drained=False, unsearched=tuple(unsearched))
+    return TargetsResult(
+        runs, report_targets(context, asked, runs, unsearched), drained=False, unsearched=tuple(unsearched)
+    )
 
 
-def _siblings(context: Context, targets: tuple[float, ...], *, by_time: bool) -> list[Context]:
-    """A context for each target, each with the names of all studies.
-
-    So what any of them has spent counts, also in a resumed command.
-    """
-    found: list[Context] = []
+def _questions(asked: Question, targets: tuple[float, ...], *, by_time: bool) -> list[Question]:
+    """A question for each target. All know all studies' names: what any of them has spent counts, also in a resumed
+    command, whichever of them is still to be searched."""
+    found: list[Question] = []
     names: list[str] = []
     for target in targets:
-        before = names[-1] if names else context.settings.warm_start
-        found.append(sibling(context, target, before, by_time=by_time))
+        before = names[-1] if names else asked.settings.warm_start
+        found.append(one_of_several(asked, target, before, by_time=by_time))
         names.append(study_name(found[-1]))
-    for each in found:
-        each.together = frozenset(names)
-    return found
+    return [replace(each, together=frozenset(names)) for each in found]
 
 
-def sibling(context: Context, target: float, warm_start: str, *, by_time: bool = False) -> Context:
-    """The context of one of several targets, which shares what the others have open."""
-    settings = context.settings
+def one_of_several(asked: Question, target: float, warm_start: str, *, by_time: bool = False) -> Question:
+    """The question of one of several targets, which share what is known of the dense model."""
+    settings = asked.settings
     label = f"{target:g}x" if by_time else f"{100 * target:g}"
-    return context.at(
+    return asked.at(
         target,
         by_time=by_time,
         study=f"{settings.study}-{label}" if settings.study else "",
@@ -143,7 +143,7 @@ def sibling(context: Context, target: float, warm_start: str, *, by_time: bool =
     )
 
 
-def run_at(context: Context) -> TargetRun | None:
+def run_at(context: Context, question: Question) -> TargetRun | None:
     """All steps for one of several targets; None if the command's limit on time leaves it without a complete trial.
 
     Raises:
@@ -151,26 +151,28 @@ def run_at(context: Context) -> TargetRun | None:
     """
     from was_storage.studies.store import StudyStore
 
-    name = study_name(context)
+    name = study_name(question)
     known = {record.name: record for record in StudyStore(context.database).list()}
-    if (name not in known or known[name].best_loss_nats is None) and (rule := time_is_up(context, name)):
+    if (name not in known or known[name].best_loss_nats is None) and (
+        rule := time_is_up(context, question.together, name)
+    ):
         context.reporter.note(f"not searched; {rule}")
         return None
-    result = run(context)
+    result = run(context, question)
     if result.search.drained:
         raise DrainedError
     if result.plan is None:
         return None
-    by_time = bool(context.settings.target_speedup)
-    return TargetRun(context.settings.target_speedup if by_time else context.settings.target, result, by_time)
+    settings, by_time = question.settings, bool(question.settings.target_speedup)
+    return TargetRun(settings.target_speedup if by_time else settings.target, result, by_time)
 
 
-def time_is_up(context: Context, study: str) -> str:
+def time_is_up(context: Context, together: frozenset[str], study: str) -> str:
     """The limit on time that all studies of the command have met together, in words; "" if none."""
     from was_storage.studies.control import ControlStore
 
     spent = ControlStore(context.database).spent({study})
-    return limits_of(vars(context.settings)).met(spent, Tally(), elsewhere(context, study))
+    return limits_of(vars(context.settings)).met(spent, Tally(), elsewhere(context, together, study))
 
 
 def nothing_complete() -> StudyError:
@@ -178,7 +180,7 @@ def nothing_complete() -> StudyError:
     return StudyError("no target has a complete trial yet: raise the limit that ended the search, and run it again")
 
 
-def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence[float] = ()) -> Path:
+def report_targets(context: Context, asked: Question, runs: list[TargetRun], unsearched: Sequence[float] = ()) -> Path:
     """The Pareto table, and its plot as a file and on the page of each study; returns the file.
 
     The ``unsearched`` targets, which have no plan, are named below the table.
@@ -189,7 +191,7 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
     points = [_point("best", run, run.best) for run in runs]
     points += [_point("uniform", run, run.uniform) for run in runs]
     lesser = dominated(points)[: len(runs)]
-    protocol = context.tokens("test").protocol.describe()
+    protocol = asked.tokens.test.protocol.describe()
     timed = all(each.best.step is not None for each in runs)
     show_targets(
         context.reporter, runs, lesser, protocol, unsearched, runs[0].result.search.question.latency if timed else None
@@ -208,8 +210,8 @@ def report_targets(context: Context, runs: list[TargetRun], unsearched: Sequence
     context.reporter.result(
         {
             "pareto": str(path),
-            "protocol": context.tokens("test").protocol.to_json(),
-            "targets": [_json(context, run, bad) for run, bad in zip(runs, lesser, strict=True)],
+            "protocol": asked.tokens.test.protocol.to_json(),
+            "targets": [_json(asked.tokens, run, bad) for run, bad in zip(runs, lesser, strict=True)],
             "unsearched": list(unsearched),
         }
     )
@@ -227,10 +229,10 @@ def _folder(context: Context, runs: list[TargetRun]) -> Path:
         return Path(context.settings.plan)
     if context.settings.study:
         return Path("was-runs") / folder_name(context.settings.study)
-    return Path("was-runs") / f"{model_label(context)}-targets-{content_hash([run.study for run in runs])[:8]}"
+    return Path("was-runs") / f"{context.model.label}-targets-{content_hash([run.study for run in runs])[:8]}"
 
 
-def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:
+def _json(tokens: TokenSets, run: TargetRun, bad: bool) -> dict[str, Any]:
     best = run.best
     return {
         "target": None if run.by_time else run.target,
@@ -240,8 +242,8 @@ def _json(context: Context, run: TargetRun, bad: bool) -> dict[str, Any]:
         "plan": str(run.result.plan),
         "nominal_sparsity": best.nominal,
         "achieved_on_calibration": best.calibration_achieved,
-        "search": best.search.to_json(context),
-        "test": best.test.to_json(context),
+        "search": best.search.to_json(tokens),
+        "test": best.test.to_json(tokens),
         "test_increase": increase_on_test(run),
         "gap_nats": best.gap_nats,
         "test_against_uniform": interval_json(best.against_uniform),

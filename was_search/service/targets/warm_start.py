@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from was_search.errors import StudyError
 from was_search.service.context import Context
-from was_search.service.steps.decode_time import budget_of, target_label
+from was_search.service.steps.decode_time import budget_of
+from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import study_name
 from was_search.shape import ModelShape
 from was_search.studies.origin import Origin
@@ -20,7 +21,7 @@ WARM = "warm"
 """Name of the seed that an earlier study gives."""
 
 
-def warm_seeds(context: Context) -> list[Seed]:
+def warm_seeds(context: Context, question: Question) -> list[Seed]:
     """The winner of the settings' ``warm_start`` moved onto the budget, as a list of one seed; [] if none is set.
 
     Needs no calibration, so that a wrong name is refused at once.
@@ -29,19 +30,13 @@ def warm_seeds(context: Context) -> list[Seed]:
         StudyError: the earlier study does not exist, is this one, has no complete trial, or is of another model or
             score.
     """
-    settings = context.settings
-    if not settings.warm_start:
-        return []
-    study = study_name(context)
-    return context.once(
-        f"warm {settings.warm_start} {target_label(settings)} {study}", lambda: [_warm_seed(context, study)]
-    )
+    return [_warm_seed(context, question, study_name(question))] if question.settings.warm_start else []
 
 
-def _warm_seed(context: Context, study: str) -> Seed:
+def _warm_seed(context: Context, question: Question, study: str) -> Seed:
     from was_storage.studies.store import StudyStore
 
-    settings = context.settings
+    settings = question.settings
     store = StudyStore(context.database)
     if settings.warm_start == study:
         raise StudyError(f"warm_start: study {study!r} cannot start from itself; choose another --study")
@@ -52,13 +47,13 @@ def _warm_seed(context: Context, study: str) -> Seed:
             if slot.source == Origin.seed(WARM) and slot.sparsities is not None:
                 return point_seed(WARM, slot.sparsities, ModelShape.from_json(own.shape))
     record = store.get(settings.warm_start)
-    _require_same(record, "model", context.fingerprint)
+    _require_same(record, "model", question.model.fingerprint)
     _require_same(record, "score", settings.score)
     found = winner(record, store.slots(record.name))
     if found is None or found.sparsities is None:
         raise StudyError(f"warm_start: study {record.name!r} has no complete trial yet; run it first")
     shape = ModelShape.from_json(record.shape).with_masks(settings.masks)
-    return point_seed(WARM, retarget(found.sparsities, budget_of(context, shape)), shape)
+    return point_seed(WARM, retarget(found.sparsities, budget_of(settings, shape, question.latency)), shape)
 
 
 def winner(record: StudyRecord, slots: list[Slot]) -> Slot | None:

@@ -30,17 +30,17 @@ _LAST_PATIENCE_SECONDS = 20.0
 _logger = logging.getLogger(__name__)
 
 
-def study_page(context: Context, study: str, seeds: list[Seed], question: Question) -> StudyPage:
-    """The page of ``study``, made of what does not change while it runs."""
-    settings = context.settings
+def study_page(study: str, seeds: list[Seed], question: Question) -> StudyPage:
+    """What the page of ``study`` shows all the time."""
+    settings = question.settings
     return StudyPage(
         study=study,
         target=question.budget.flat,
         fitness=settings.fitness,
         kl_top_k=settings.kl_top_k,
-        protocol=context.tokens("search").protocol.describe(),
+        protocol=question.tokens.search.protocol.describe(),
         seeds={seed.name: seed.levels for seed in seeds},
-        sensitivity=sensitivity(context, question),
+        sensitivity=sensitivity(question),
         settings=settings.to_json(),
         latency=question.latency,
     )
@@ -128,6 +128,6 @@ def report_study(context: Context, study: str, seeds: list[Seed], question: Ques
     found = overview(snapshot)
     play = f"{found.play}: {found.play_detail}" if found.play_detail else found.play
     slots = StudyStore(context.database).slots(study)
-    page = study_page(context, study, seeds, question)
+    page = study_page(study, seeds, question)
     note = page.note(slots, len(slots), play, snapshot.report, datetime.now(UTC))
     show_idle(context.database, study, note, page.figures(slots))

@@ -28,15 +28,17 @@ class Announcement:
 
 
 @contextmanager
-def announced(context: Context) -> Iterator[Announcement]:
-    """Post how the block ended to the settings' ``notify``; inside another such block only the outer one posts.
+def announced(context: Context, study: str | None = None) -> Iterator[Announcement]:
+    """Post how the block ended to the settings' ``notify``; inside another such block it is that one's.
+
+    ``study`` is what the run's study is called; None: as the settings say.
 
     A block that raises has failed, and its error goes on.
     """
     if context.announcement is not None:
         yield context.announcement
         return
-    context.announcement = announcement = Announcement(context.settings.study)
+    context.announcement = announcement = Announcement(context.settings.study if study is None else study)
     try:
         yield announcement
     except BaseException as error:

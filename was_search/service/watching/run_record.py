@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from was_search.errors import WasError
 from was_search.process.logs import event
 from was_search.service.context import Context
+from was_search.service.steps.question import Question
 from was_search.service.watching.notify import failure_words
 from was_search.studies.control import LAST_SLOT, Ending, EndingKind, Spent, Tally, Wish, limits_of
 from was_search.studies.slots import Slot
@@ -31,24 +32,26 @@ class Run:
     ending: Ending
 
 
-def over_already(context: Context, session: CoordinatorSession, slots: list[Slot]) -> Ending | None:
-    """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
-    from was_storage.studies.control import ControlSession
+def over_already(context: Context, question: Question, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
+    """How the study has ended before anything was started: all slots have finished, or a limit is met."""
+    from was_storage.studies.control import ControlDesk
 
     if all(slot.state.finished for slot in slots):
         return LAST_SLOT
-    control = ControlSession(context.database, session)
-    overrides = control.read().overrides
-    limits = overrides.limits(limits_of(vars(context.settings)))
-    rule = limits.met(control.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, session.name)))
+    desk = ControlDesk(context.database, book)
+    overrides = desk.read().overrides
+    limits = overrides.limits(limits_of(vars(question.settings)))
+    rule = limits.met(
+        desk.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, question.together, book.name))
+    )
     return Ending(EndingKind.STOPPED, rule) if rule else None
 
 
-def elsewhere(context: Context, study: str) -> Spent:
+def elsewhere(context: Context, together: frozenset[str], study: str) -> Spent:
     """What the other studies of the command have spent of its limits on time."""
     from was_storage.studies.control import ControlStore
 
-    return ControlStore(context.database).spent(context.together - {study})
+    return ControlStore(context.database).spent(together - {study})
 
 
 @contextmanager

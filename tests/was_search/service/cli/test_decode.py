@@ -185,9 +185,10 @@ def test_evaluate_compares_formats(plan):
 
 def test_a_protocol_names_rounded_weights():
     from was_search.service.context import Context
+    from was_search.service.token_sets import tokens_here
 
     with Context(demo_settings(weights="int4", device="cpu")) as context:
-        words = context.tokens_uncached("test").protocol.describe()
+        words = tokens_here(context, "test").protocol.describe()
     assert "float32, int4 weights in groups of 128 outputs, batch 8" in words
 
 
@@ -197,5 +198,5 @@ def test_cache_keys_tell_formats_apart():
     keys = set()
     for weights in ("none", "int8", "int4", "int4:64", "int4:128"):
         with Context(demo_settings(weights=weights, device="cpu")) as context:
-            keys.add(context.model_key)
+            keys.add(context.model.key)
     assert len(keys) == 4  # int4 is int4:128

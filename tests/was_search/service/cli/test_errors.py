@@ -76,12 +76,11 @@ def profile(tmp_path: Path):
     """Writes a made-up profile of the demo's shape, or of other blocks."""
     from tests.doubles.profiles import synthetic_profile
     from was_search.service.context import Context
-    from was_search.service.steps.decode_time import model_shape
     from was_search.service.steps.demonstration import demo_settings
 
     def write(n_blocks: int = 12) -> str:
         with Context(demo_settings()) as context:
-            shape = model_shape(context)
+            shape = context.model.shape
         shape = ModelShape(shape.in_features[:n_blocks], shape.out_features[:n_blocks])
         return str(synthetic_profile(shape).save(tmp_path / "profile.json"))
 

@@ -20,10 +20,12 @@ from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.progress import JsonReporter, RichReporter
 from was_search.service.steps import dense_predictions, exporting
-from was_search.service.steps.calibration import calibrate
+from was_search.service.steps.dense import Dense
 from was_search.service.steps.exporting import export
+from was_search.service.steps.question import Question
 from was_search.service.steps.study import search
 from was_search.service.steps.study_identity import identity, study_name
+from was_search.service.token_sets import TokenSets
 from was_search.service.watching.study_status import status
 from was_search.studies.slots import SlotState
 
@@ -70,11 +72,11 @@ def test_the_cached_top_is_the_dense_models(made, settings, monkeypatch: pytest.
     _, _, piece = made
     monkeypatch.setattr(dense_predictions, "PIECE_BYTES", piece)
     with Context(settings) as context:
-        found = dense_predictions.dense_top(context)
+        found = Dense(context).top
         assert "pool" not in vars(context)  # from the cache, in three pieces
         rows = [row for row in context.cache.list("dense-top") if row.size_bytes < piece]
         assert len(rows) >= 6
-        data = context.tokens("search")
+        data = TokenSets(context).search
     model = load_model(resolve_model(settings.model), dtype="float32", device="cpu")
     expected = direct_top(MaskedModel.of(model, "l2"), data, K)
     assert found.indices.dtype == np.int32
@@ -88,7 +90,9 @@ def test_a_piece_that_is_missing_makes_it_anew(made, settings, monkeypatch: pyte
     _, _, piece = made
     monkeypatch.setattr(dense_predictions, "PIECE_BYTES", piece)
     with Context(settings) as context:
-        stored = dense_predictions.Pieces(context.cache, dense_predictions.dense_top_key(context), 18, 95, K)
+        stored = dense_predictions.Pieces(
+            context.cache, dense_predictions.dense_top_key(context, TokenSets(context).search), 18, 95, K
+        )
         assert stored.get() is not None
         _, log_probs = stored.rows(7)
         assert context.cache.delete("dense-top", log_probs.key)
@@ -116,8 +120,8 @@ def test_the_winner_is_the_contender_of_least_divergence(
     )
     real = exporting.measure
 
-    def measure(context, calibration, requests):
-        found = real(context, calibration, requests)
+    def measure(dense, requests):
+        found = real(dense, requests)
         for i, request in enumerate(requests):
             if request.by_fitness:
                 seed = request.name == "fisher seed"
@@ -136,9 +140,9 @@ def test_the_winner_is_the_contender_of_least_divergence(
 def test_the_dense_model_diverges_by_nothing(made, settings) -> None:
     """The first thing that this context asks of its workers."""
     with Context(settings) as context:
-        request = exporting.Request("dense", "search", None, by_fitness=True)
-        (found,) = exporting.measure(context, calibrate(context), [request])
-        (again,) = exporting.measure(context, calibrate(context), [request])
+        dense, request = Dense(context), exporting.Request("dense", "search", None, by_fitness=True)
+        (found,) = exporting.measure(dense, [request])
+        (again,) = exporting.measure(dense, [request])
     # the top was cached by workers of the same kind, in the same batches
     np.testing.assert_allclose(found.evaluation.losses, 0.0, atol=1e-6)
     assert found.evaluation.nll_nats() > 1.0
@@ -178,8 +182,8 @@ def test_fitness_and_top_k_make_another_study(made, settings) -> None:
     with Context(other) as context, pytest.raises(StudyError, match=f"fitness: study has kl, dense top {K}, asked for"):
         export(context)
     with Context(dataclasses.replace(settings, fitness="nll")) as nll, Context(settings) as kl:
-        assert study_name(nll) != study_name(kl) == result.study
-        assert identity(nll)["fitness"] == "nll"
+        assert study_name(Question.of(nll)) != study_name(Question.of(kl)) == result.study
+        assert identity(Question.of(nll))["fitness"] == "nll"
 
 
 def test_a_vocabulary_that_the_configuration_does_not_tell(settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +191,11 @@ def test_a_vocabulary_that_the_configuration_does_not_tell(settings, monkeypatch
     with Context(dataclasses.replace(settings, kl_top_k=1025)) as context:
         dense_predictions.check_fitness(context)
         with pytest.raises(ConfigError, match="kl_top_k: must be at most the vocabulary, 1024 tokens, got 1025"):
-            dense_predictions.dense_top(context)
+            _ = Dense(context).top
 
 
 def test_nll_needs_no_top(settings) -> None:
     with Context(dataclasses.replace(settings, fitness="nll", kl_top_k=4000)) as context:
         dense_predictions.check_fitness(context)
-        assert dense_predictions.dense_top(context) is None
+        assert Dense(context).top is None
         assert "database" not in vars(context)

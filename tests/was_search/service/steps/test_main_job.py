@@ -34,6 +34,7 @@ from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import sensitivity
 from was_search.service.steps.study import search
 from was_search.service.steps.study_identity import identity, study_name
+from was_search.service.token_sets import TokenSets
 from was_search.texts.protocol import content_hash
 from was_search.vectors.seeds import SEED_DESCENT
 from was_storage.dashboard import study_page
@@ -127,7 +128,7 @@ def test_the_sparse_runtimes_logits_match_the_masked_reference(made) -> None:
 def test_sensitivity_is_read_from_the_cached_prices(made) -> None:
     settings, _ = made
     with Context(settings) as context:
-        costs = sensitivity(context, Question.of(context))
+        costs = sensitivity(Question.of(context))
         assert "pool" not in vars(context)
     assert costs.shape == (12, 7)
     assert costs.min() > 0.0  # a square, and 60 % of any input matters on some token
@@ -164,7 +165,7 @@ def test_a_study_of_another_seed_recipe_is_refused(made, monkeypatch) -> None:
     with Context(named_study) as context, pytest.raises(StudyError, match=named):
         export(context)
     with Context(settings) as context:
-        assert study_name(context) != result.search.study
+        assert study_name(Question.of(context)) != result.search.study
 
 
 def test_the_dashboards_note_and_figures_are_written_once(made, monkeypatch) -> None:
@@ -262,9 +263,9 @@ def test_tasks_are_of_masked_text_whatever_a_plan_does_with_prompts(made, monkey
 def test_another_seed_is_another_study_with_its_own_prices(made) -> None:
     settings, result = made
     with Context(settings) as context, Context(dataclasses.replace(settings, seed=1)) as other:
-        ours, theirs = context.tokens("calibration").protocol, other.tokens("calibration").protocol
+        ours, theirs = (TokenSets(each).calibration.protocol for each in (context, other))
         assert ours.tokens_hash != theirs.tokens_hash  # the same sequences in another order
-        assert study_name(other) != result.search.study
+        assert study_name(Question.of(other)) != result.search.study
         assert content_hash(ours) != content_hash(theirs)
 
 
@@ -272,7 +273,7 @@ def test_a_study_says_with_which_steps_it_descends(postgres_url: str) -> None:
     words = {}
     for chains in (1, 2, 3):
         with Context(small_settings(storage=postgres_url, descent_epochs=2, descent_chains=chains)) as context:
-            words[chains] = identity(context)["descents"]
+            words[chains] = identity(Question.of(context))["descents"]
     assert words[1].startswith("epochs 2, ") and words[1].endswith(", step 0.04")
     assert words[2].endswith(", step 0.04 and 0.015")
     assert words[3].endswith(", step 0.04 and 0.015 and 0.04")
@@ -304,7 +305,7 @@ def test_a_study_with_shared_masks(postgres_url: str, database, tmp_path: Path) 
     settings = small_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), space="full", seed_rounds=1)
     shared = dataclasses.replace(settings, masks="shared")
     with Context(settings) as separate, Context(shared) as context:
-        assert study_name(separate) != study_name(context)
+        assert study_name(Question.of(separate)) != study_name(Question.of(context))
         result = run(context)
         slots = StudyStore(database).slots(result.search.study)
         (evaluation,) = evaluate(context, Plan.load(result.plan))

@@ -18,7 +18,7 @@ from was_search.decode_time.time_budget import TimeBudget
 from was_search.errors import ConfigError
 from was_search.service.cli.main import app
 from was_search.service.context import Context
-from was_search.service.steps.decode_time import budget_of, model_shape, profile_of, shape_key
+from was_search.service.steps.decode_time import budget_of, profile_of, shape_key
 from was_search.service.steps.demonstration import demo_settings
 from was_search.service.steps.profiling import profile
 from was_search.vectors.budget import SparsityBudget
@@ -79,7 +79,7 @@ def test_other_conditions_are_measured_anew(measured, postgres_url):
     assert found.exit_code == 0, found.output
     assert "can be asked for" in found.output
     with Context(demo_settings(storage=postgres_url)) as context:
-        stored = profile_of(context)
+        stored = profile_of(context, context.settings)
         assert stored is not None and stored.measured_at >= before.measured_at
         assert stored.check == {}
         assert len(context.cache.list("profile")) == 1
@@ -98,13 +98,13 @@ def test_rounded_weights_have_profiles_of_their_own(measured, postgres_url, tmp_
     known = {}
     for weights in ("none", "int8", "int4"):
         with Context(demo_settings(storage=postgres_url, weights=weights)) as context:
-            known[weights] = profile_of(context)
+            known[weights] = profile_of(context, context.settings)
     assert known["none"] is not None and known["none"].weights == "none"
     assert known["int8"] is not None and known["int8"].hash == made.hash
     assert known["int4"] is None
     other = demo_settings(storage=postgres_url, profile=str(path))
     with Context(other) as context, pytest.raises(ConfigError, match=r"of int8 weights .*these are weights as stored"):
-        profile_of(context)
+        profile_of(context, context.settings)
 
 
 @pytest.mark.parametrize(
@@ -129,28 +129,28 @@ def test_the_newest_profile_of_the_models_shape_is_known(database, postgres_url)
     """Others' shapes are passed over; for a speed-up, profiles of two devices are refused."""
     cache = ArtifactCache(database)
     with Context(demo_settings(storage=postgres_url)) as context:
-        shape = model_shape(context)
+        shape = context.model.shape
     for name in ("first", "second"):
         made = LatencyProfile(**{**vars_of(synthetic_profile(shape)), "device": name})
         meta = {"shape": shape_key(shape), "conditions": name, "hash": made.hash, "weights": made.weights}
         cache.replace("profile", name, json.dumps(made.to_json()).encode(), meta)
     cache.replace("profile", "of another", b"{}", {"shape": "another", "conditions": "third"})
     with Context(demo_settings(storage=postgres_url)) as context:
-        assert profile_of(context, shape).device == "second"
-        assert budget_of(context, shape) == SparsityBudget(shape, 0.6)
+        assert profile_of(context, context.settings).device == "second"
+        assert budget_of(context.settings, shape, profile_of(context, context.settings)) == SparsityBudget(shape, 0.6)
     settings = demo_settings(storage=postgres_url, target_speedup=1.5)
     with Context(settings) as context, pytest.raises(ConfigError, match=r"holds profiles of .* kinds .*say which one"):
-        budget_of(context, shape)
+        budget_of(context.settings, shape, profile_of(context, context.settings))
     for row in cache.list("profile"):
         if row.key != "second":
             cache.delete("profile", row.key)
     with Context(settings) as context:
-        target = budget_of(context, shape)
+        target = budget_of(context.settings, shape, profile_of(context, context.settings))
         assert isinstance(target, TimeBudget)
         assert (target.profile.device, target.speedup) == ("second", 1.5)
     cache.replace("profile", "second", b"{", {"shape": shape_key(shape), "conditions": "second"})
     with Context(settings) as context, pytest.raises(ConfigError, match="no profile of this model's shape is known"):
-        budget_of(context, shape)
+        budget_of(context.settings, shape, profile_of(context, context.settings))
 
 
 def test_bench_prints_the_prediction_beside_the_measurement(tmp_path):

@@ -16,7 +16,6 @@ from was_search.errors import ConfigError, StudyError
 from was_search.plan import Plan
 from was_search.service.cli.main import app
 from was_search.service.context import Context
-from was_search.service.steps.decode_time import model_shape
 from was_search.service.steps.exporting import export
 from was_search.service.steps.study import search
 from was_search.service.targets.interpolation import may_interpolate
@@ -41,7 +40,7 @@ TOLERANCE = 1e-3
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LatencyProfile]:
     with Context(small_settings()) as context:
-        made = synthetic_profile(model_shape(context))
+        made = synthetic_profile(context.model.shape)
     return made.save(tmp_path_factory.mktemp("profile") / "made-up.json"), made
 
 

@@ -1,0 +1,95 @@
+"""The model that is asked about: its checkpoint, and how it is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from was_search.errors import ConfigError, ModelError
+from was_search.service.settings import Settings
+from was_search.shape import Masks, ModelShape
+from was_search.texts.protocol import content_hash
+
+if TYPE_CHECKING:
+    from was_search.checkpoints.load import ModelSource
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint under the settings; what is found in its files is read once.
+
+    Attributes:
+        source: of the checkpoint.
+        weights: the format to which they are rounded.
+        masks: of the projections that share an input.
+    """
+
+    source: ModelSource
+    weights: str
+    masks: Masks
+
+    @classmethod
+    def of(cls, settings: Settings) -> Model:
+        """The model of the settings; no weight is read.
+
+        Raises:
+            ConfigError: none is set.
+            ModelError: there is none of that name.
+        """
+        from was_search.checkpoints.load import resolve_model
+
+        settings.require("model")
+        return cls(resolve_model(settings.model, settings.revision), settings.weights, settings.masks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the checkpoint.
+
+        Raises:
+            ModelError: its weights are laid out for decoding.
+        """
+        from platformdirs import user_cache_path
+
+        from was_search.checkpoints.fingerprint import fingerprint
+
+        if self.source.columns is not None:  # what is found of it would be taken for the checkpoint's
+            raise ModelError(
+                f"model: {self.source.folder} holds weights laid out for decoding; give the checkpoint itself, or "
+                "decode with it: generate, evaluate and bench take it as --plan"
+            )
+        return fingerprint(self.source, user_cache_path("was-search"))
+
+    @property
+    def key(self) -> str:
+        """The model's part of a cache key: the checkpoint's fingerprint and the format of its weights."""
+        return content_hash("model", 1, self.fingerprint, self.weights)
+
+    @property
+    def label(self) -> str:
+        """Its name as it may stand in a study's name and a folder's."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.source.display_name)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The projections from the configuration alone; no weight is read.
+
+        Raises:
+            ModelError: no model can be made of it, or it lacks the projections.
+        """
+        from was_search.checkpoints.empty_model import empty_model
+        from was_search.checkpoints.structure import find_structure
+
+        return find_structure(empty_model(self.source), self.masks).shape
+
+    def require_positions(self, asked: int) -> None:
+        """Raise a ConfigError for sequences beyond what the model was made for: its losses mean nothing there."""
+        from was_search.checkpoints.files import read_config
+
+        room = read_config(self.source).get("max_position_embeddings")
+        if isinstance(room, int) and asked > room:
+            raise ConfigError(
+                f"sequence_length: must be at most the model's {room} positions, got {asked}; "
+                f"give --sequence-length {room}"
+            )

@@ -1,0 +1,119 @@
+"""Token ids of the splits under the settings' protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from was_search.service.arrays import pack_array, unpack_array
+from was_search.service.settings import Settings
+from was_search.service.steps.caching import Row, cached
+from was_search.texts.protocol import EvaluationProtocol, TokenSet, content_hash
+
+if TYPE_CHECKING:
+    from was_search.checkpoints.load import ModelSource
+    from was_search.service.context import Context
+    from was_search.texts.splits import SplitText
+    from was_storage.studies.cache import Artifact
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """What every split holds, each made when it is first asked for; cached, so that a second run needs no tokenizer.
+
+    Attributes:
+        context: its settings name text and protocol, its cache is where token ids are stored.
+    """
+
+    context: Context
+
+    @cached_property
+    def calibration(self) -> TokenSet:
+        return self._load("calibration", self.context.settings.calibration_sequences)
+
+    @cached_property
+    def search(self) -> TokenSet:
+        return self._load("search", self.context.settings.search_sequences)
+
+    @cached_property
+    def test(self) -> TokenSet:
+        return self._load("test", self.context.settings.test_sequences)
+
+    @cached_property
+    def slopes(self) -> TokenSet:
+        """What slopes are drawn from: the sequences of ``calibration`` and more of its split."""
+        settings = self.context.settings
+        if settings.slope_sequences == settings.calibration_sequences:
+            return self.calibration
+        return self._load("calibration", settings.slope_sequences)
+
+    def of(self, split: str) -> TokenSet:
+        found: TokenSet = getattr(self, split)
+        return found
+
+    def _load(self, split: str, n: int) -> TokenSet:
+        context = self.context
+        settings = context.settings
+        text, options = _text(settings, split), _options(settings, n, context.placement.dtype, settings.weights)
+        model = context.model
+        model.require_positions(settings.sequence_length)
+        key = content_hash("tokens", 2, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
+        return cached(Row(context.cache, "tokens", key, _read, _pack), lambda: _tokenise(model.source, text, options))
+
+
+def tokens_here(context: Context, split: str, weights: str = "") -> TokenSet:
+    """The same token ids without the database, for steps that need no other part of it.
+
+    Args:
+        context: its settings name text and protocol.
+        split: of the text.
+        weights: the format that the protocol tells of; "" for the settings'.
+    """
+    settings = context.settings
+    n = getattr(settings, f"{split}_sequences")
+    source, text = context.model.source, _text(settings, split)
+    return _tokenise(source, text, _options(settings, n, context.placement_here.dtype, weights or settings.weights))
+
+
+def _text(settings: Settings, split: str) -> SplitText:
+    from was_search.texts.splits import load_text
+
+    settings.require("model", "data")
+    return load_text(settings.data, split)
+
+
+def _options(settings: Settings, n: int, dtype: str, weights: str) -> dict[str, Any]:
+    return {
+        "weights": weights,
+        "sequence_length": settings.sequence_length,
+        "stride": settings.stride or settings.sequence_length,
+        "n_sequences": n,
+        "dtype": dtype,
+        "batch_size": settings.batch_size,
+        "dense_prefix": settings.dense_prefix,
+        "seed": settings.seed,
+        "at_most": True,
+    }
+
+
+def _read(found: Artifact) -> TokenSet:
+    protocol = EvaluationProtocol.from_json(found.meta["protocol"])
+    tokens = unpack_array(found.payload, (protocol.n_sequences, protocol.sequence_length), np.int64)
+    data = TokenSet.of(protocol, tokens)
+    if data.protocol != protocol:
+        raise ValueError("the tokens are not those of the protocol")
+    return data
+
+
+def _pack(data: TokenSet) -> tuple[bytes, dict[str, Any]]:
+    return pack_array(data.tokens), {"protocol": data.protocol.to_json()}
+
+
+def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> TokenSet:
+    from was_search.checkpoints.load import load_tokenizer
+    from was_search.texts.tokens import tokenise
+
+    return tokenise(text, load_tokenizer(source), **options)
