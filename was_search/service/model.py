@@ -68,7 +68,7 @@ class Model:
 
     @property
     def label(self) -> str:
-        """Its name as it may stand in a study's name and a folder's."""
+        """Its name in a form that suits names of studies and folders."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.source.display_name)
 
     @cached_property
@@ -76,7 +76,7 @@ class Model:
         """The projections from the configuration alone; no weight is read.
 
         Raises:
-            ModelError: no model can be made of it, or it lacks the projections.
+            ModelError: no model can be made of the configuration, or it lacks the projections.
         """
         from was_search.checkpoints.empty_model import empty_model
         from was_search.checkpoints.structure import find_structure

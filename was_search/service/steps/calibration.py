@@ -80,14 +80,14 @@ def calibrate(context: Context, tokens: TokenSets | None = None) -> Calibration:
 
 
 def point_key(calibration: Calibration, sparsities: FloatArray) -> str:
-    """Names the result of :func:`operating_point` in the cache; vectors count to nine decimals."""
+    """Key of :func:`operating_point`'s result in the cache; vectors count to nine decimals."""
     return content_hash("operating-point", 2, calibration.key, np.round(sparsities, 9))
 
 
 def operating_point(
     context: Context, calibration: Calibration, tokens: TokenSets, sparsities: FloatArray, name: str
 ) -> OperatingPoint:
-    """Histograms at the vector called ``name``, re-taken until what is nominal is achieved; cached by vector."""
+    """Histograms at the vector called ``name``, re-taken until nominal sparsities are achieved; cached by vector."""
     rounded, key = np.round(sparsities, 9), point_key(calibration, sparsities)
 
     def make() -> OperatingPoint:

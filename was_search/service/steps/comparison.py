@@ -114,7 +114,7 @@ def run(context: Context, question: Question | None = None) -> RunResult:
 
 
 def compare(found: SearchResult, plan: Plan) -> list[Row]:
-    """Dense, the seeds and the exported plan on the search and test splits.
+    """Evaluate the dense model, the seeds and the exported plan on the search and test splits.
 
     Every vector has thresholds re-calibrated at its own point, so all achieve the same sparsity on the calibration
     split and are compared at it.

@@ -27,8 +27,8 @@ def profile_of(context: Context, settings: Settings) -> LatencyProfile | None:
     """The profile of ``--profile``, else the newest one in the database that is of the model's shape, else None.
 
     Args:
-        context: its model is asked for the shape, where that is needed at all; its cache holds profiles.
-        settings: of the target.
+        context: its cache may hold profiles; its model is asked for the shape where it is needed at all.
+        settings: name the profile.
 
     Raises:
         ConfigError: a file that is no profile, or one of another shape or other weights; or masks that no profile is

@@ -34,7 +34,7 @@ def check_fitness(context: Context) -> None:
 
 
 def dense_top_key(context: Context, data: TokenSet) -> str:
-    """Names the result of :func:`dense_top` in the cache."""
+    """Key of :func:`dense_top`'s result in the cache."""
     return content_hash(
         "dense-top", 1, context.model.key, data.protocol, context.placement.device, context.settings.kl_top_k
     )

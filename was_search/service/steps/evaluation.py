@@ -135,7 +135,7 @@ def evaluate_on_tasks(
 
 
 def load_for(context: Context, plan: Plan | None, gpus: int = 1, *, weights: str = "") -> tuple[nn.Module, Structure]:
-    """The model of the settings with its structure, in this process; refused if ``plan`` is for another.
+    """The settings' model with its structure, in this process; refused if ``plan`` is for another model.
 
     Its blocks are spread over ``gpus`` GPUs. Its weights are of the format ``weights``, whatever the plan was made
     for; where none is given they are as the settings say, and a plan for another format is refused.

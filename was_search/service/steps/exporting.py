@@ -89,7 +89,7 @@ class Request:
 
 
 def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
-    """Evaluate the ``requests``, those that are not cached side by side on the workers; results in their order."""
+    """Figures of the ``requests``, in their order; those not cached are evaluated side by side on the workers."""
     started = time.perf_counter()
     context = dense.context
     found = [_cached(dense, request) for request in requests]
@@ -291,7 +291,7 @@ def make_plan(
     on_search: Figures,
     origin: dict[str, Any],
 ) -> Plan:
-    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says whence it is."""
+    """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says its source."""
     calibration, tokens = question.calibration, question.tokens
     test, dense_search, dense_test = measure(
         question.dense,
@@ -334,7 +334,7 @@ def stored_result(context: Context) -> SearchResult:
     question = Question.of(context)
     name = require_name(context, question)
     store = StudyStore(context.database)
-    store.get(name)  # an unknown name, too, is said before anything is calibrated
+    store.get(name)  # an unknown name is refused before anything is calibrated
     store.require_same(name, identity=identity(question), shape=question.shape.to_json())
     return SearchResult(name, store.slots(name), seed(context, question), question, drained=False)
 

@@ -13,7 +13,7 @@ from was_search.vectors.seeds import PRICES
 
 
 def fisher_prices(context: Context, calibration: Calibration, data: TokenSet, grid: FloatArray) -> FloatArray:
-    """Prices [L, 7, G] in nats per token on the first of the sequences of ``data``; one backward pass, cached."""
+    """Prices [L, 7, G] in nats per token on the first sequences of ``data``, from one backward pass; cached."""
     data = data.first(context.settings.pricing_sequences)
     key = content_hash("prices", PRICES, calibration.key, data.protocol, grid)
 

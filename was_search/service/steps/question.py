@@ -21,7 +21,7 @@ from was_search.vectors.budget import Budget
 
 @dataclass(frozen=True)
 class Question:
-    """How much of what is to be skipped; what follows from it is found when it is first needed.
+    """What a study asks: which budget to spend, on which model; what follows from it is found when first needed.
 
     Attributes:
         settings: of one target.
@@ -72,7 +72,7 @@ class Question:
 
     @property
     def calibration(self) -> Calibration:
-        """Of the dense model, which is calibrated where that is not cached."""
+        """The dense model's; it is calibrated where that is not cached."""
         return self.dense.calibration
 
     @property
@@ -105,7 +105,7 @@ class Question:
 
     @cached_property
     def budget(self) -> Budget:
-        """That every vector spends.
+        """What every vector spends.
 
         Raises:
             ConfigError: no profile is known, or the budget is out of its reach.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def seed(context: Context, question: Question | None = None, warm: list[Seed] | None = None) -> list[Seed]:
     """The study's seeds at the target: uniform, greedy-uniform if asked for, the warm start's if there is one, Fisher.
 
-    All that is costly is cached. ``question`` is that of the settings, and ``warm`` what :func:`warm_seeds` gives for
+    ``question`` is that of the settings, and ``warm`` what :func:`warm_seeds` gives for
     it, where they are at hand.
 
     The Fisher seed is the optimum of the dense model's prices, moved on by a short descent: at high sparsity
@@ -94,7 +94,7 @@ def sensitivity(question: Question) -> FloatArray:
 
 
 def greedy_table(context: Context, question: Question) -> Table:
-    """The component-level greedy by block-output error (TEAL, WAS), a block a call."""
+    """Table of the component-level greedy by block-output error (TEAL, WAS); each block is a call of a worker."""
     calibration, data = question.calibration, question.tokens.calibration.first(question.settings.greedy_sequences)
     key = content_hash("greedy", 3, calibration.key, data.protocol, GREEDY_STEP)
     shape = calibration.shape

@@ -164,7 +164,7 @@ def _search_named(context: Context, question: Question, warm: list[Seed], name: 
 
 
 def descent_plan(question: Question) -> DescentPlan | None:
-    """The descents of the settings, None if there are none."""
+    """The search's descents as the settings say, None if there are none."""
     from was_search.coordinator.descents import DescentPlan
 
     settings = question.settings

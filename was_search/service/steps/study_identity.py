@@ -16,7 +16,7 @@ from was_search.vectors.seeds import GREEDY_STEP, PRICES, SEED_DESCENT, SEED_SEQ
 
 
 def identity(question: Question) -> dict[str, Any]:
-    """What makes a study that study: another value of any of these is another study."""
+    """Everything that decides a study's losses: another value of any entry is another study."""
     settings = question.settings
     search_protocol, calibration = question.tokens.search.protocol, question.tokens.calibration.protocol
     return {
@@ -67,7 +67,7 @@ def study_name(question: Question) -> str:
 
 
 def require_name(context: Context, question: Question) -> str:
-    """The study's name, if it is one, and free or taken by the study of these settings.
+    """The study's name, if it is valid, and free or taken by the study of these settings.
 
     Raises:
         StudyError: it is not valid, or another study's; each setting that differs is listed.

@@ -45,7 +45,7 @@ class Neighbour:
 
 
 def may_interpolate(context: Context, question: Question | None = None) -> bool:
-    """Whether the settings' own study does not exist, none other of their target does, and two neighbours do.
+    """Whether to interpolate: the target has no study, and two neighbours have.
 
     Raises:
         StudyError: another study has this target; it should not be passed over silently.

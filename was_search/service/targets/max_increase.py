@@ -69,7 +69,7 @@ def run_max_increase(context: Context) -> MaxIncreaseResult:
         context.reporter.note(f"\nprobe {len(runs) + 1}: target {100 * target:g} %")
         warm_start = nearest.study if nearest else settings.warm_start
         at = one_of_several(asked, target, warm_start)
-        # A resumed command repeats its probes in their order: those before this one are all that have spent anything.
+        # A resumed command repeats its probes in their order, so only those before this one have spent anything.
         together = frozenset([*(run.study for run in runs), study_name(at)])
         done = run_at(context, replace(at, together=together))
         if done is None:

@@ -119,8 +119,10 @@ def run_targets(context: Context) -> TargetsResult:
 
 
 def _questions(asked: Question, targets: tuple[float, ...], *, by_time: bool) -> list[Question]:
-    """A question for each target. All know all studies' names: what any of them has spent counts, also in a resumed
-    command, whichever of them is still to be searched."""
+    """A question for each target, each with the names of all studies.
+
+    So what any of them has spent counts, also in a resumed command.
+    """
     found: list[Question] = []
     names: list[str] = []
     for target in targets:

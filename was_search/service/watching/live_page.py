@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def study_page(study: str, seeds: list[Seed], question: Question) -> StudyPage:
-    """What the page of ``study`` shows all the time."""
+    """The page of ``study``, made of what does not change while it runs."""
     settings = question.settings
     return StudyPage(
         study=study,

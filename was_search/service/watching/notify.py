@@ -29,7 +29,7 @@ class Announcement:
 
 @contextmanager
 def announced(context: Context, study: str | None = None) -> Iterator[Announcement]:
-    """Post how the block ended to the settings' ``notify``; inside another such block it is that one's.
+    """Post how the block ended to the settings' ``notify``; inside another such block only the outer one posts.
 
     ``study`` is what the run's study is called; None: as the settings say.
 

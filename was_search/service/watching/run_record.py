@@ -33,7 +33,7 @@ class Run:
 
 
 def over_already(context: Context, question: Question, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
-    """How the study has ended before anything was started: all slots have finished, or a limit is met."""
+    """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
     from was_storage.studies.control import ControlDesk
 
     if all(slot.state.finished for slot in slots):
