@@ -98,9 +98,9 @@ def _search_named(context: Context, question: Question, warm: list[Seed], name: 
     point = question.dense.point(seeds[-1].sparsities, "the Fisher seed")
     data = question.tokens.search
     started = time.perf_counter()
-    with store.coordinate(name) as book, draining() as drain:
-        slots = book.slots()
-        ending = over_already(context, question, book, slots)
+    with store.coordinate(name) as session, draining() as drain:
+        slots = session.slots()
+        ending = over_already(context, question, session, slots)
         if ending is not None:
             result = SearchResult(name, slots, seeds, question, drained=False, ending=ending)
             words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")
@@ -128,7 +128,7 @@ def _search_named(context: Context, question: Question, warm: list[Seed], name: 
         )
         top = question.dense.top
         pool = context.pool
-        page = LivePage(book, study_page(name, seeds, question), slots, record.report)
+        page = LivePage(session, study_page(name, seeds, question), slots, record.report)
         with (
             recorded(context, session, asked_since) as run,
             kept_fresh(page, run) as refresher,

@@ -32,17 +32,17 @@ class Run:
     ending: Ending
 
 
-def over_already(context: Context, question: Question, book: CoordinatorSession, slots: list[Slot]) -> Ending | None:
+def over_already(context: Context, question: Question, session: CoordinatorSession, slots: list[Slot]) -> Ending | None:
     """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
-    from was_storage.studies.control import ControlDesk
+    from was_storage.studies.control import ControlSession
 
     if all(slot.state.finished for slot in slots):
         return LAST_SLOT
-    desk = ControlDesk(context.database, book)
-    overrides = desk.read().overrides
+    control = ControlSession(context.database, session)
+    overrides = control.read().overrides
     limits = overrides.limits(limits_of(vars(question.settings)))
     rule = limits.met(
-        desk.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, question.together, book.name))
+        control.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, question.together, session.name))
     )
     return Ending(EndingKind.STOPPED, rule) if rule else None
 
