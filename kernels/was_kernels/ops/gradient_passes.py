@@ -1,7 +1,7 @@
 """Fused backward work of the passes that price sparsity and take slopes, and the counting of scores.
 
 Each does in one read of a projection's input and gradient what plain torch does in a dozen passes over it:
-``was_search.masks.pricing.price_terms``, ``was_search.masks.slope.slope_terms`` and
+``was_search.masks.gradient_terms.price_terms``, ``was_search.masks.gradient_terms.slope_terms`` and
 ``was_search.masks.histogram.bin_counts`` are the references. Sums are formed in float32 inside a tile and in float64
 over tiles, in a fixed order; counts are integers: two runs give the same bits.
 """
@@ -133,7 +133,7 @@ def count_scores(scores: Tensor) -> Tensor:
 def slope_terms(
     x: Tensor, gradient: Tensor, norms: Tensor, limits: Tensor, width: float, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask's backward, fused; see ``was_search.masks.slope.slope_terms``.
+    """The mask's backward, fused; see ``was_search.masks.gradient_terms.slope_terms``.
 
     Args:
         x: [sequences, positions, d], the input before masking.
@@ -177,7 +177,7 @@ def slope_terms(
 
 
 def price_terms(x: Tensor, gradient: Tensor, norms: Tensor, bounds: Tensor, prefix: int) -> Tensor:
-    """Prices of one input at every level, fused; see ``was_search.masks.pricing.price_terms``.
+    """Prices of one input at every level, fused; see ``was_search.masks.gradient_terms.price_terms``.
 
     Args:
         x: [sequences, positions, d].

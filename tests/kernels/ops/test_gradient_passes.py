@@ -6,7 +6,7 @@ import torch
 
 from tests.kernels.where import need_kernels
 from was_kernels.ops.gradient_passes import count_scores, price_terms, slope_terms
-from was_search.masks import pricing, slope
+from was_search.masks import gradient_terms
 from was_search.masks.histogram import bin_counts
 from was_search.masks.score import scores
 
@@ -54,7 +54,7 @@ def test_slopes_equal_the_plain_ones(device, dtype, shape, prefix):
     for width in (0.0, 0.5):
         found = slope_terms(*(t.to(device) for t in (x, gradient, norms, limits)), width, prefix)
         passed, change, counts = (t.cpu() for t in found)
-        wanted = slope.slope_terms(x, gradient, norms, limits, width, prefix)
+        wanted = gradient_terms.slope_terms(x, gradient, norms, limits, width, prefix)
         # The factor is formed in float32 by the same operations: it may differ in its last digit.
         tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
         torch.testing.assert_close(passed, wanted[0], rtol=tolerance, atol=1e-6)
@@ -80,7 +80,7 @@ def test_slopes_at_ties_and_at_a_threshold_of_zero(device):
     norms = torch.ones(4)
     for limits in (torch.tensor([1.0, 0.5, 2.0]), torch.zeros(3)):
         found = slope_terms(*(t.to(device) for t in (x, gradient, norms, limits)), 0.0, 0)
-        wanted = slope.slope_terms(x, gradient, norms, limits, 0.0, 0)
+        wanted = gradient_terms.slope_terms(x, gradient, norms, limits, 0.0, 0)
         torch.testing.assert_close(found[0].cpu(), wanted[0], rtol=0, atol=0)
         assert float(found[1]) == float(wanted[1])
     first = slope_terms(*(t.to(device) for t in (x, gradient, norms, torch.tensor([1.0, 0.5, 2.0]))), 0.0, 0)
@@ -93,7 +93,7 @@ def test_slopes_of_inputs_that_are_not_contiguous(device):
     limits = torch.tensor([0.4, 0.3, 0.6])
     x, gradient = x.transpose(0, 1), gradient.transpose(0, 1)
     found = slope_terms(*(t.to(device) for t in (x, gradient, norms, limits)), 0.5, 1)
-    wanted = slope.slope_terms(x, gradient, norms, limits, 0.5, 1)
+    wanted = gradient_terms.slope_terms(x, gradient, norms, limits, 0.5, 1)
     torch.testing.assert_close(found[0].cpu(), wanted[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=0, atol=0)
 
@@ -105,7 +105,7 @@ def test_slopes_of_special_values(device):
     norms, limits = torch.ones(6), torch.tensor([0.4, 0.3, 0.6])
     for width in (0.0, 0.5):
         found = slope_terms(*(t.to(device) for t in (x, gradient, norms, limits)), width, 0)
-        passed, change, counts = slope.slope_terms(x, gradient, norms, limits, width, 0)
+        passed, change, counts = gradient_terms.slope_terms(x, gradient, norms, limits, width, 0)
         torch.testing.assert_close(found[0].cpu(), passed, rtol=1e-6, atol=0.0, equal_nan=True)
         torch.testing.assert_close(found[1].cpu(), change, equal_nan=True)
         # A NaN's bits, and so its bin, are the device's own.
@@ -129,7 +129,7 @@ def test_prices_of_inputs_that_are_not_contiguous(device):
     bounds = torch.linspace(0.0, 2.0, 5)
     x, gradient = x.transpose(0, 1), gradient.transpose(0, 1)
     found = price_terms(*(t.to(device) for t in (x, gradient, norms, bounds)), 1).cpu()
-    wanted = pricing.price_terms(x.contiguous(), gradient.contiguous(), norms, bounds, 1)
+    wanted = gradient_terms.price_terms(x.contiguous(), gradient.contiguous(), norms, bounds, 1)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_prices_of_tokens_that_are_not_finite_are_not_finite(device):
     gradient[0, 1, 7], x[0, 1, 7] = INF, 0.01
     bounds = torch.tensor([0.0, 0.5, 2.0])
     found = price_terms(*(t.to(device) for t in (x, gradient, norms, bounds)), 0).cpu()
-    plain = pricing.price_terms(x, gradient, norms, bounds, 0)
+    plain = gradient_terms.price_terms(x, gradient, norms, bounds, 0)
     assert not torch.isfinite(found[1:]).any()
     assert not torch.isfinite(plain[1:]).any()
 
@@ -156,7 +156,7 @@ def test_prices_equal_float64(device, dtype, shape, levels):
     wanted = [0.5 * np.square((body * slope_at * (values < float(b))).sum(axis=1)).sum() for b in bounds]
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-5)
-    plain = pricing.price_terms(x, gradient, norms, bounds, 1)
+    plain = gradient_terms.price_terms(x, gradient, norms, bounds, 1)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
