@@ -129,7 +129,7 @@ def test_the_pareto_plot_holds_the_runs_figures(made, database) -> None:
         study = StudyStore(database).get(run.study)
         attributes = database.optuna_storage().get_study_system_attrs(study.optuna_study_id)
         assert any("pareto" in str(value) or "pareto" in key for key, value in attributes.items())
-        assert any(key.startswith("dashboard:note") and "Gap" in value for key, value in attributes.items())
+        assert any(key.startswith("dashboard:note") and "Gap" in str(value) for key, value in attributes.items())
 
 
 def test_the_report_holds_both_splits_the_gap_and_both_intervals(made, database) -> None:
