@@ -65,7 +65,10 @@ class Settings:
         parse=canonical,
     )
     data: str = setting(
-        "", Group.TEXT, "A text file, a folder of texts, or one of the data sets wikitext2, c4, alpaca."
+        "",
+        Group.TEXT,
+        "A file or a folder of texts (plain, or the column text of JSON lines, JSON, CSV, TSV or Parquet, also in "
+        "gzip), or one of the data sets wikitext2, c4, alpaca.",
     )
     sequence_length: int = setting(
         2048, Group.TEXT, "Tokens of one sequence, at most the model's positions.", at_least(2, " tokens")

@@ -61,7 +61,8 @@ class TokenSets:
         model = context.model
         model.require_positions(settings.sequence_length)
         key = content_hash("tokens", 2, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
-        return cached(Row(context.cache, "tokens", key, _read, _pack), lambda: _tokenise(model.source, text, options))
+        row = Row(context.cache, "tokens", key, _read, _pack)
+        return cached(row, lambda: _tokenise(model.source, text, options)).read_from(text.kind)
 
 
 def tokens_here(context: Context, split: str, weights: str = "") -> TokenSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class EvaluationProtocol:
         dense_prefix: tokens at a sequence's start that are never masked (and not counted as achieved sparsity).
         tokens_hash: sha256 of the token ids, so of the tokenizer, the windows and their order.
         weights: ``none``, or the format that the projections' weights were rounded to, such as ``int4:128``.
+        kind: what the data were read from, such as ``500 documents of JSON lines``; "" for plain text. It is only
+            shown: the text decides, which has its hash.
     """
 
     data: str
@@ -49,6 +51,7 @@ class EvaluationProtocol:
     dense_prefix: int
     tokens_hash: str = ""
     weights: str = AS_STORED
+    kind: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -84,13 +87,15 @@ class EvaluationProtocol:
             window += f", stride {self.stride}"
         form = WeightFormat.parse(self.weights)
         precision = self.dtype if form is None else f"{self.dtype}, {form.words}"
+        read = f", {self.kind}," if self.kind else ""
         return (
-            f"{self.data} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {precision}, "
+            f"{self.data}{read} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {precision}, "
             f"batch {self.batch_size}, {'BOS' if self.bos else 'no BOS'}, first {self.dense_prefix} token(s) dense"
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything that decides a loss: the same data read from another kind of file are the same protocol."""
+        return {key: value for key, value in asdict(self).items() if key != "kind"}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> EvaluationProtocol:
@@ -170,6 +175,10 @@ class TokenSet:
         """``tokens`` under ``protocol``, with their number of sequences and their hash in it."""
         digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
         return cls(replace(protocol, n_sequences=len(tokens), tokens_hash=digest), tokens)
+
+    def read_from(self, kind: str) -> TokenSet:
+        """The same token ids, whose protocol tells of this kind of data."""
+        return replace(self, protocol=replace(self.protocol, kind=kind))
 
     def first(self, n: int) -> TokenSet:
         """The first ``n`` sequences; they are in shuffled order, so they are spread over the text."""

@@ -81,6 +81,7 @@ def tokenise(
         weights=weights,
         batch_size=batch_size,
         dense_prefix=dense_prefix,
+        kind=text.kind,
     )  # checks the ranges before the text is tokenised
     ids = text_ids(text, tokenizer)
     span = sequence_length - with_bos

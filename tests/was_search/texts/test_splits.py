@@ -133,7 +133,7 @@ def test_an_unknown_split(tmp_path):
 
 def test_a_folder_without_text(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\0")
-    with pytest.raises(DataError, match=r"holds no text files \(\*\.txt, \*\.md, \*\.py, \*\.jsonl\)"):
+    with pytest.raises(DataError, match=r"holds no text files \(\*\.txt, \*\.md, \*\.py, \*\.json, "):
         load_text(str(tmp_path), "test")
     (tmp_path / "blank.txt").write_text("\n")
     with pytest.raises(DataError, match=r"the text files of .* are empty"):
