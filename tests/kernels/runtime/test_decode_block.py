@@ -149,6 +149,7 @@ def test_other_families_run_without_fused_blocks(op_device, dtype):
     assert not decode_block.fits(model.model.layers[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_step_compiles_without_a_graph_break(op_device, dtype):
     model = model_of("llama", op_device, dtype)

@@ -138,6 +138,7 @@ def test_odd_widths_stay_unfused(op_device, dtype):
         handle.restore()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_step_compiles_without_a_graph_break(op_device, dtype):
     model = rounded(model_of("llama", op_device, dtype, intermediate_size=352), WeightFormat(4, 64))
