@@ -86,3 +86,16 @@ def test_test_text_costs_less_than_1_6_nats_a_byte(model, tokenizer):
         nats -= log_probabilities.gather(1, inputs[0, 1:, None]).sum().item()
     # 0.77 over the whole text; the bound is what the packaged demo promises
     assert nats / len(text.encode()) <= 1.6
+
+
+@pytest.mark.parametrize(
+    ("split", "ids"), [("calibration", "b9695837e4ef"), ("search", "751203b91ecc"), ("test", "c4cd8cc467f5")]
+)
+def test_the_token_ids_behind_every_figure(split, ids):
+    """Of another sha256 the README's figures would be of other tokens."""
+    from was_search.checkpoints.load import load_tokenizer
+    from was_search.texts.splits import load_text
+    from was_search.texts.tokens import text_ids
+
+    found = text_ids(load_text(str(TEXT), split), load_tokenizer(str(MODEL)))
+    assert hashlib.sha256(found.astype("<i8").tobytes()).hexdigest().startswith(ids)

@@ -60,7 +60,7 @@ class TokenSets:
         text, options = _text(settings, split), _options(settings, n, context.placement.dtype, settings.weights)
         model = context.model
         model.require_positions(settings.sequence_length)
-        key = content_hash("tokens", 2, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
+        key = content_hash("tokens", 3, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
         row = Row(context.cache, "tokens", key, _read, _pack)
         return cached(row, lambda: _tokenise(model.source, text, options)).read_from(text.kind)
 

@@ -35,6 +35,7 @@ class EvaluationProtocol:
         dense_prefix: tokens at a sequence's start that are never masked (and not counted as achieved sparsity).
         tokens_hash: sha256 of the token ids, so of the tokenizer, the windows and their order.
         weights: ``none``, or the format that the projections' weights were rounded to, such as ``int4:128``.
+        control_tokens: control tokens that the tokenizer makes of the split's text itself; none for most.
         kind: what the data were read from, such as ``500 documents of JSON lines``; "" for plain text. It is only
             shown: the text decides, which has its hash.
     """
@@ -51,6 +52,7 @@ class EvaluationProtocol:
     dense_prefix: int
     tokens_hash: str = ""
     weights: str = AS_STORED
+    control_tokens: int = 0
     kind: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -88,14 +90,17 @@ class EvaluationProtocol:
         form = WeightFormat.parse(self.weights)
         precision = self.dtype if form is None else f"{self.dtype}, {form.words}"
         read = f", {self.kind}," if self.kind else ""
+        controls = f", {self.control_tokens} control token(s) in its text" if self.control_tokens else ""
         return (
             f"{self.data}{read} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {precision}, "
             f"batch {self.batch_size}, {'BOS' if self.bos else 'no BOS'}, first {self.dense_prefix} token(s) dense"
+            f"{controls}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides a loss: the same data read from another kind of file are the same protocol."""
-        return {key: value for key, value in asdict(self).items() if key != "kind"}
+        usual = {"kind": self.kind, "control_tokens": 0}
+        return {key: value for key, value in asdict(self).items() if value != usual.get(key, ...)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> EvaluationProtocol:

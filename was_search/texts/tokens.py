@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from was_search.checkpoints.files import reason
 from was_search.errors import ConfigError, DataError
 from was_search.shape import IntArray
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
@@ -24,9 +26,32 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def text_ids(text: SplitText, tokenizer: Any) -> IntArray:
-    """Token ids of the whole text without special tokens, int64 [n]."""
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray(ids, np.int64)
+    """Token ids of the whole text, int64 [n]: a text that names control tokens, such as ``<s>``, is text there too.
+
+    Raises:
+        DataError: the tokenizer cannot read the text.
+    """
+    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    try:
+        try:
+            found = tokenizer(text.text, split_special_tokens=True, **options)
+        except ValueError:  # Mistral's own tokenizers do not take the option, and never read control tokens in text
+            found = tokenizer(text.text, **options)
+    except Exception as error:
+        raise DataError(f"data: {text.name} [{text.split}] cannot be tokenised ({reason(error)})") from error
+    return np.asarray(found["input_ids"], np.int64)
+
+
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokenizer's control tokens; the token for what it does not know is none, as text may give it."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    controls = {*tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))}
+    return frozenset(controls - {getattr(tokenizer, "unk_token_id", None)})
+
+
+def count_controls(ids: IntArray, tokenizer: Any) -> int:
+    """How many of ``ids`` are control tokens: some vocabularies spell these of ordinary text as well."""
+    return int(np.isin(ids, sorted(control_ids(tokenizer))).sum())
 
 
 def tokenise(
@@ -46,7 +71,7 @@ def tokenise(
 ) -> TokenSet:
     """Windows of ``text`` as :class:`TokenSet`, int64 [n_sequences, sequence_length].
 
-    The text is tokenised as a whole without special tokens. Window k starts at text token ``k * stride`` and is
+    The text is tokenised as a whole, control tokens in it as text. Window k starts at text token ``k * stride`` and is
     ``sequence_length`` tokens, or BOS and ``sequence_length - 1`` tokens; the tail that fills no window is left
     out. The windows taken are the centres of ``n_sequences`` equal stretches of the text, then shuffled by ``seed``.
 
@@ -84,6 +109,7 @@ def tokenise(
         kind=text.kind,
     )  # checks the ranges before the text is tokenised
     ids = text_ids(text, tokenizer)
+    protocol = replace(protocol, control_tokens=count_controls(ids, tokenizer))
     span = sequence_length - with_bos
     there = _count(len(ids), span, protocol.stride)
     where = f"data: {text.name} [{text.split}]"
