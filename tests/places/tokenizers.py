@@ -63,6 +63,7 @@ class Tekken:
     """As Mistral's own tokenizers are called: no option for control tokens, which they never read in text."""
 
     all_special_ids = (1, 2)
+    bos_token_id = 1
     unk_token_id = 0
 
     def __call__(self, text: str, *, split_special_tokens: bool = False, **_: Any) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from was_search.checkpoints.load import load_model, load_tokenizer, resolve_model
 from was_search.checkpoints.structure import find_structure
-from was_search.texts.tokens import adds_bos
+from was_search.texts.tokens import beginning
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -72,7 +72,7 @@ def test_the_tokenizer_is_one_token_a_byte(script, tmp_path):
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode()) + 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert adds_bos(tokenizer)
+    assert beginning(tokenizer) == (tokenizer.bos_token_id,)
     assert len(tokenizer) == 258
 
 

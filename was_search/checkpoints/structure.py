@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -143,6 +144,13 @@ def device_of(linear: Projection) -> torch.device:
 def weight_of(linear: Projection) -> torch.Tensor:
     """A projection's weight [out_features, in_features]; a rounded one is written out."""
     return linear.dense_weight() if isinstance(linear, QuantisedLinear) else linear.weight
+
+
+def token_rows(model: nn.Module) -> int:
+    """Token ids that ``model`` has rows for: those of its embedding, or of its head where these are fewer."""
+    inner: Any = model
+    maps = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    return min(int(each.weight.shape[0]) for each in maps if each is not None)
 
 
 def _fused_paths(block: Block) -> Iterator[str]:

@@ -13,6 +13,8 @@ from was_search.shape import Masks, ModelShape
 from was_search.texts.protocol import content_hash
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from was_search.checkpoints.load import ModelSource
 
 
@@ -78,10 +80,26 @@ class Model:
         Raises:
             ModelError: no model can be made of the configuration, or it lacks the projections.
         """
-        from was_search.checkpoints.empty_model import empty_model
         from was_search.checkpoints.structure import find_structure
 
-        return find_structure(empty_model(self.source), self.masks).shape
+        return find_structure(self._empty, self.masks).shape
+
+    @cached_property
+    def token_rows(self) -> int:
+        """Token ids that the model has rows for, from the configuration alone.
+
+        Raises:
+            ModelError: no model can be made of the configuration.
+        """
+        from was_search.checkpoints.structure import token_rows
+
+        return token_rows(self._empty)
+
+    @cached_property
+    def _empty(self) -> nn.Module:
+        from was_search.checkpoints.empty_model import empty_model
+
+        return empty_model(self.source)
 
     def require_positions(self, asked: int) -> None:
         """Raise a ConfigError for sequences beyond what the model was made for: its losses mean nothing there."""

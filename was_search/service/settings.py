@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -33,6 +34,13 @@ _MONOTONE = "was-monotone"
 
 def _parse_workers(value: int | str) -> int | str:
     return WorkerRange.parse(value).plain
+
+
+def _parse_prefix(value: object) -> int | str:
+    text = str(value).strip()
+    if isinstance(value, bool) or not (text == "auto" or re.fullmatch(r"-?\d{1,18}", text)):
+        raise ConfigError(f"dense_prefix: must be a whole number or auto, got {value!r}")
+    return text if text == "auto" else int(text)
 
 
 def _is_gpu_share(gpus: float) -> bool:
@@ -99,11 +107,15 @@ class Settings:
     calibration_sequences: int = setting(
         64, Group.CALIBRATION, "At most N sequences of the calibration split for the histograms of scores.", _SOME
     )
-    dense_prefix: int = setting(
-        1,
+    dense_prefix: int | str = setting(
+        "auto",
         Group.CALIBRATION,
-        "Tokens at a sequence's start that are never masked.",
-        Rule("must be in [0, sequence_length)", lambda value, given: 0 <= value < given.sequence_length),
+        "Tokens at a sequence's start that are never masked; auto: those that the tokenizer puts first, at least 1.",
+        Rule(
+            "must be in [0, sequence_length)",
+            lambda value, given: value == "auto" or 0 <= value < given.sequence_length,
+        ),
+        parse=_parse_prefix,
     )
     target: float = setting(
         0.6,
@@ -328,6 +340,11 @@ class Settings:
     def scoring(self) -> str:
         """What decides the scores besides the weights, in the form that keys of the cache have."""
         return self.score if self.masks == "separate" else f"{self.score}, {self.masks} masks"
+
+    @property
+    def asked_prefix(self) -> int | None:
+        """``dense_prefix`` as a number, None for what the tokenizer puts first."""
+        return self.dense_prefix if isinstance(self.dense_prefix, int) else None
 
     @property
     def worker_range(self) -> WorkerRange:

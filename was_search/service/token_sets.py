@@ -14,8 +14,8 @@ from was_search.service.steps.caching import Row, cached
 from was_search.texts.protocol import EvaluationProtocol, TokenSet, content_hash
 
 if TYPE_CHECKING:
-    from was_search.checkpoints.load import ModelSource
     from was_search.service.context import Context
+    from was_search.service.model import Model
     from was_search.texts.splits import SplitText
     from was_storage.studies.cache import Artifact
 
@@ -60,9 +60,11 @@ class TokenSets:
         text, options = _text(settings, split), _options(settings, n, context.placement.dtype, settings.weights)
         model = context.model
         model.require_positions(settings.sequence_length)
-        key = content_hash("tokens", 3, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
+        key = content_hash("tokens", 4, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
         row = Row(context.cache, "tokens", key, _read, _pack)
-        return cached(row, lambda: _tokenise(model.source, text, options)).read_from(text.kind)
+        data = cached(row, lambda: _tokenise(model, text, options)).read_from(text.kind)
+        _require_rows(data, model)  # token ids that were cached may be of another model with this tokenizer
+        return data
 
 
 def tokens_here(context: Context, split: str, weights: str = "") -> TokenSet:
@@ -75,8 +77,9 @@ def tokens_here(context: Context, split: str, weights: str = "") -> TokenSet:
     """
     settings = context.settings
     n = getattr(settings, f"{split}_sequences")
-    source, text = context.model.source, _text(settings, split)
-    return _tokenise(source, text, _options(settings, n, context.placement_here.dtype, weights or settings.weights))
+    text = _text(settings, split)
+    options = _options(settings, n, context.placement_here.dtype, weights or settings.weights)
+    return _tokenise(context.model, text, options)
 
 
 def _text(settings: Settings, split: str) -> SplitText:
@@ -94,7 +97,7 @@ def _options(settings: Settings, n: int, dtype: str, weights: str) -> dict[str, 
         "n_sequences": n,
         "dtype": dtype,
         "batch_size": settings.batch_size,
-        "dense_prefix": settings.dense_prefix,
+        "dense_prefix": settings.asked_prefix,
         "seed": settings.seed,
         "at_most": True,
     }
@@ -113,8 +116,19 @@ def _pack(data: TokenSet) -> tuple[bytes, dict[str, Any]]:
     return pack_array(data.tokens), {"protocol": data.protocol.to_json()}
 
 
-def _tokenise(source: ModelSource, text: SplitText, options: dict[str, Any]) -> TokenSet:
+def _tokenise(model: Model, text: SplitText, options: dict[str, Any]) -> TokenSet:
     from was_search.checkpoints.load import load_tokenizer
     from was_search.texts.tokens import tokenise
 
-    return tokenise(text, load_tokenizer(source), **options)
+    data = tokenise(text, load_tokenizer(model.source), **options)
+    _require_rows(data, model)
+    return data
+
+
+def _require_rows(data: TokenSet, model: Model) -> None:
+    from was_search.checkpoints.load import load_tokenizer
+    from was_search.texts.tokens import require_rows
+
+    if not 0 <= data.tokens.min() <= data.tokens.max() < model.token_rows:
+        name = f"{data.protocol.data} [{data.protocol.split}]"
+        require_rows(data.tokens, model.token_rows, load_tokenizer(model.source), name)

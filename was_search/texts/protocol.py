@@ -25,16 +25,17 @@ class EvaluationProtocol:
         data: name of the data set or file, without folders.
         data_hash: sha256 of the split's text.
         split: ``calibration``, ``search`` or ``test``.
-        sequence_length: tokens of one sequence (the window), BOS included.
+        sequence_length: tokens of one sequence (the window), those that begin it included.
         stride: tokens between the starts of two windows; ``sequence_length`` means no overlap. With overlap
             only the last ``stride`` tokens of a window are predicted, the others are context.
         n_sequences: sequences evaluated.
-        bos: whether every sequence starts with the tokenizer's BOS.
+        bos: whether the tokenizer's BOS is among the tokens that begin every sequence.
         dtype: ``float32``, ``bfloat16`` or ``float16``: the model's weights and activations.
         batch_size: sequences per forward; fixed, because rounding may depend on it.
         dense_prefix: tokens at a sequence's start that are never masked (and not counted as achieved sparsity).
         tokens_hash: sha256 of the token ids, so of the tokenizer, the windows and their order.
         weights: ``none``, or the format that the projections' weights were rounded to, such as ``int4:128``.
+        begins: tokens that begin every sequence and are not of the text; None means one BOS, or none.
         control_tokens: control tokens that the tokenizer makes of the split's text itself; none for most.
         kind: what the data were read from, such as ``500 documents of JSON lines``; "" for plain text. It is only
             shown: the text decides, which has its hash.
@@ -52,6 +53,7 @@ class EvaluationProtocol:
     dense_prefix: int
     tokens_hash: str = ""
     weights: str = AS_STORED
+    begins: int | None = None
     control_tokens: int = 0
     kind: str = field(default="", compare=False)
 
@@ -66,13 +68,25 @@ class EvaluationProtocol:
             raise ConfigError(f"n_sequences: must be at least 1, got {self.n_sequences}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: must be at least 1, got {self.batch_size}")
+        if self.begins is None:
+            object.__setattr__(self, "begins", int(self.bos))
+        if self.first_tokens >= self.sequence_length:
+            raise ConfigError(
+                f"sequence_length: must be above the {self.first_tokens} token(s) that the tokenizer puts first, "
+                f"got {self.sequence_length}"
+            )
         if not 0 <= self.dense_prefix < self.sequence_length:
             raise ConfigError(f"dense_prefix: must be in [0, sequence_length), got {self.dense_prefix}")
 
     @property
+    def first_tokens(self) -> int:
+        """Tokens that begin every sequence and are not of the text."""
+        return int(self.bos) if self.begins is None else self.begins
+
+    @property
     def predicted_per_sequence(self) -> int:
-        """Tokens predicted in one sequence: the loss is a mean over these."""
-        return min(self.stride, self.sequence_length - 1)
+        """Tokens predicted in one sequence, all of them of the text: the loss is a mean over these."""
+        return min(self.stride, self.sequence_length - max(1, self.first_tokens))
 
     @property
     def predicted_tokens(self) -> int:
@@ -91,15 +105,18 @@ class EvaluationProtocol:
         precision = self.dtype if form is None else f"{self.dtype}, {form.words}"
         read = f", {self.kind}," if self.kind else ""
         controls = f", {self.control_tokens} control token(s) in its text" if self.control_tokens else ""
+        first = "BOS" if self.bos else "no BOS"
+        if self.first_tokens != int(self.bos):
+            first = f"{self.first_tokens} tokens of the tokenizer first, {first} among them"
         return (
             f"{self.data}{read} [{self.split}] sha256:{self.data_hash[:8]}, {window}, {precision}, "
-            f"batch {self.batch_size}, {'BOS' if self.bos else 'no BOS'}, first {self.dense_prefix} token(s) dense"
+            f"batch {self.batch_size}, {first}, first {self.dense_prefix} token(s) dense"
             f"{controls}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides a loss: the same data read from another kind of file are the same protocol."""
-        usual = {"kind": self.kind, "control_tokens": 0}
+        usual = {"kind": self.kind, "begins": int(self.bos), "control_tokens": 0}
         return {key: value for key, value in asdict(self).items() if value != usual.get(key, ...)}
 
     @classmethod

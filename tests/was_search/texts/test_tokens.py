@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from was_search.errors import ConfigError, DataError
 from was_search.texts.splits import SplitText
-from was_search.texts.tokens import adds_bos, text_ids, tokenise
+from was_search.texts.tokens import text_ids, tokenise
 
 BOS = 256
 
@@ -105,25 +105,6 @@ def test_the_protocol_says_what_was_done():
     assert (protocol.dtype, protocol.batch_size, protocol.dense_prefix) == ("float32", 5, 2)
     assert (found.tokens[:, 0] == BOS).all()
     assert tokenise(text, PLAIN, sequence_length=16).protocol.stride == 16
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "expected"),
-    [
-        (PLAIN, False),
-        (WITH_BOS, True),
-        (byte_tokenizer(template="<s> $A </s>"), True),
-        (byte_tokenizer(template="$A </s>"), False),
-        (byte_tokenizer(template="</s> $A"), False),
-        (byte_tokenizer(template="<s> $A", bos=None), False),
-    ],
-)
-def test_whether_the_tokenizer_adds_bos(tokenizer, expected, tmp_path):
-    from transformers import AutoTokenizer
-
-    assert adds_bos(tokenizer) is expected
-    tokenizer.save_pretrained(tmp_path)
-    assert adds_bos(AutoTokenizer.from_pretrained(tmp_path)) is expected
 
 
 def test_the_text_has_no_special_tokens_inside():

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from was_search.errors import ConfigError
 from was_search.plan import Plan
 from was_search.service.context import Context
@@ -38,6 +40,8 @@ def generate(
 
     from was_kernels import sparsify
     from was_search.checkpoints.load import load_tokenizer
+    from was_search.checkpoints.structure import token_rows
+    from was_search.texts.tokens import beginning, count_controls, prompt_ids, require_rows
 
     if not prompt:
         raise ConfigError("prompt: must not be empty")
@@ -45,8 +49,10 @@ def generate(
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     tokenizer = load_tokenizer(context.model.source)
     model, structure = load_for(context, plan, gpus)
-    inputs = tokenizer(prompt, return_tensors="pt").to(context.placement_here.device)
-    there = inputs["input_ids"].shape[1]
+    ids = prompt_ids(prompt, tokenizer)
+    require_rows(ids, token_rows(model), tokenizer, "the prompt")
+    fed = torch.from_numpy(ids)[None].to(context.placement_here.device)
+    there = len(ids)
     room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
     if there + max_new_tokens > room:
         raise ConfigError(f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions")
@@ -55,8 +61,8 @@ def generate(
         started = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(  # type: ignore[operator]
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=fed,
+                attention_mask=torch.ones_like(fed),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 use_cache=True,
@@ -81,6 +87,9 @@ def generate(
         finally:
             handle.restore()
     context.reporter.text(prompt + result.text)
+    controls = count_controls(ids, tokenizer) - count_controls(np.asarray(beginning(tokenizer), np.int64), tokenizer)
+    if controls > 0:
+        context.reporter.note(f"{controls} control token(s) are named in the prompt")
     speed = f"{result.tokens} tokens in {result.seconds:.2f} s ({result.tokens / result.seconds:.1f} tokens/s)"
     sparsity = (
         "dense" if result.achieved is None else f"{100 * result.achieved:.1f} % of weights skipped in decode steps"

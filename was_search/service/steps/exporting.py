@@ -306,7 +306,7 @@ def make_plan(
         weights=question.settings.weights,
         score=question.settings.score,
         budget=question.budget.nominal(sparsities),
-        dense_prefix=question.settings.dense_prefix,
+        dense_prefix=tokens.calibration.protocol.dense_prefix,
         prefill=question.settings.prefill,
         sparsities=sparsities,
         thresholds=point.thresholds,

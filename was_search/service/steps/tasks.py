@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from was_search.checkpoints.files import reason
 from was_search.errors import ConfigError, DataError, ResourceError
 
@@ -95,16 +97,16 @@ def evaluate_tasks(
         ConfigError: no or an unknown task (the message names close ones), a limit or batch size under 1, or no such
             ``include_path``.
         DataError: a task's data cannot be loaded.
+        ModelError: the tokenizer gives ids that the model has no row for.
         torch.OutOfMemoryError: the GPU is too full.
     """
     check_tasks(tasks, limit=limit, batch_size=batch_size, include_path=include_path)
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     with _quiet():
         found = simple_evaluate(
             # lm-eval sets a padding token, which must not happen to the caller's tokenizer.
-            model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
+            model=_checked_model(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
             tasks=list(dict.fromkeys(tasks)),
             task_manager=_manager(include_path),
             limit=limit,
@@ -115,6 +117,29 @@ def evaluate_tasks(
             fewshot_random_seed=seed,
         )
     return _results(found or {})
+
+
+def _checked_model(pretrained: nn.Module, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's model, which refuses texts with ids that it has no row for."""
+    from lm_eval.models.huggingface import HFLM
+
+    from was_search.checkpoints.structure import token_rows
+    from was_search.texts.tokens import require_rows
+
+    rows = token_rows(pretrained)
+
+    class Checked(HFLM):  # type: ignore[misc]
+        def tok_encode(self, *args: Any, **options: Any) -> Any:
+            found = super().tok_encode(*args, **options)
+            require_rows(np.asarray(found, np.int64), rows, self.tokenizer, "a task's text")
+            return found
+
+        def tok_batch_encode(self, *args: Any, **options: Any) -> Any:
+            ids, mask = super().tok_batch_encode(*args, **options)
+            require_rows(ids[mask.bool()].numpy(), rows, self.tokenizer, "a task's text")
+            return ids, mask
+
+    return Checked(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from was_search.checkpoints.load import load_model, load_tokenizer
-from was_search.errors import ConfigError, DataError, ResourceError
+from was_search.errors import ConfigError, DataError, ModelError, ResourceError
 from was_search.service.steps.tasks import TaskResult, evaluate_tasks
 
 pytest.importorskip("lm_eval", reason="the optional extra 'tasks' is not installed")
@@ -120,6 +120,15 @@ def test_accuracies_are_those_of_the_log_likelihoods(model, tokenizer, folder, b
         assert result.value == pytest.approx(sum(values) / len(values))
         assert result.stderr == pytest.approx(standard_error(values))
     assert 0 < sum(plain) < len(plain)  # else nothing was tested
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for(model, tokenizer, folder):
+    import copy
+
+    wider = copy.deepcopy(tokenizer)
+    wider.add_tokens(["Question"])
+    with pytest.raises(ModelError, match=r"gives id 258 \('Question'\) in a task's text, the model has 258 rows"):
+        evaluate_tasks(model, wider, ["was_second"], include_path=folder)
 
 
 def test_the_log_likelihoods_themselves(model, tokenizer, folder, monkeypatch):
