@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoints.files import ModelSource, read_config, reason
+from was_search.checkpoints.generation import special_ids
 from was_search.checkpoints.limits import check_values
 from was_search.errors import ModelError
 
@@ -25,12 +26,14 @@ def empty_model(source: ModelSource) -> nn.Module:
 
     Raises:
         ModelError: an architecture that transformers does not hold or that is no causal language model, values that
-            :func:`check_values` refuses, or more layers or weights than the checkpoint's files hold.
+            :func:`check_values` refuses, special ids that are none, or more layers or weights than the checkpoint's
+            files hold.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = _config(source)
+    special_ids(source)
     tensors, stored = _stored(source)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
     if layers > tensors:

@@ -197,14 +197,22 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     Raises:
         ModelError: it is not a JSON object.
     """
-    path = source.folder / "config.json"
+    return read_object(source.folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        ModelError: it is not a JSON object.
+    """
     try:
-        config = _read_json(path)
+        found = _read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {path} cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"model: {path} must hold a JSON object, got {type(config).__name__}")
-    return config
+    if not isinstance(found, dict):
+        raise ModelError(f"model: {path} must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _read_json(path: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from was_search.checkpoints.column_layout import column_state
 from was_search.checkpoints.empty_model import empty_model
 from was_search.checkpoints.files import ModelSource, reason, resolve_model
+from was_search.checkpoints.generation import own_generation
 from was_search.errors import ConfigError, ModelError, ResourceError
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -60,6 +61,9 @@ def load_model(
 ) -> nn.Module:
     """A causal language model in evaluation mode with frozen weights.
 
+    Its ``generate`` is greedy unless it is told otherwise: of the checkpoint's ``generation_config.json`` only the ids
+    that begin, end and pad a text are read.
+
     Args:
         source: as :func:`resolve_model` returns it, or a name for it.
         revision: the hub's, where ``source`` is a hub id.
@@ -101,7 +105,12 @@ def load_model(
     placement = device_map
     if placement is None and device != "cpu" and form is None and _has_accelerate():
         placement = {"": device}  # straight to the GPU, not by way of main memory
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device_map": placement, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "device_map": placement,
+        "output_loading_info": True,
+        "generation_config": own_generation(source),
+    }
     if memory is not None:
         options["max_memory"] = memory
     try:
@@ -144,12 +153,7 @@ def _from_columns(source: ModelSource, options: dict[str, Any]) -> Any:
 
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loaded = kind.from_pretrained(None, config=config, state_dict=column_state(source), **options)
-    if loaded[0].can_generate() and (source.folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        loaded[0].generation_config = GenerationConfig.from_pretrained(source.folder)
-    return loaded
+    return kind.from_pretrained(None, config=config, state_dict=column_state(source), **options)
 
 
 def _require_no_offload(placed: dict[str, Any]) -> None:

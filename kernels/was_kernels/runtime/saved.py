@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from was_kernels.runtime.sparse_model import Backend, SparseModel, sparsify
+from was_search.checkpoints.generation import stored_generation
 from was_search.checkpoints.load import load_model, resolve_model
 from was_search.errors import ModelError
 from was_search.plan import Plan
@@ -16,7 +18,8 @@ def load_sparse(
     """The model of a folder that ``was-search export --with-weights`` has written, running its plan.
 
     Weights are mapped from the files column-major as they are needed: on CPU nothing is copied or transposed, on a
-    GPU each is copied once. The handle's ``restore()`` gives a dense model with row-major weights.
+    GPU each is copied once. The handle's ``restore()`` gives a dense model with row-major weights. The model's
+    ``generate`` follows the checkpoint's ``generation_config.json``, as any model of transformers does.
 
     Args:
         folder: with ``columns.json``, weights, plan, configuration and tokenizer.
@@ -35,5 +38,6 @@ def load_sparse(
             f"model: {source.folder} holds no column-major weights; write them with 'was-search export --with-weights'"
         )
     plan = Plan.load(source.folder)
-    model = load_model(source, device=device, dtype=source.columns.dtype if dtype == "auto" else dtype)
+    model: Any = load_model(source, device=device, dtype=source.columns.dtype if dtype == "auto" else dtype)
+    model.generation_config = stored_generation(source)
     return sparsify(model, plan, backend=backend, fingerprint=source.columns.fingerprint)

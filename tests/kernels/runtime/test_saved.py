@@ -102,6 +102,17 @@ def test_the_files_hold_transposed_projections_and_plain_others(tmp_path):
     assert Plan.load(folder).fingerprint == layout["fingerprint"] == fingerprint(resolve_model(str(original)))
 
 
+def test_a_model_that_is_handed_over_decodes_as_its_checkpoint_wishes(tmp_path):
+    """The command's own decoding is greedy; a program that loads the folder gets what transformers would give it."""
+    _, folder, _ = saved(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7, "eos_token_id": 5}))
+    told = load_sparse(folder, device="cpu").model.generation_config
+    assert (told.do_sample, told.top_k, told.eos_token_id) == (True, 7, 5)
+    (folder / "generation_config.json").write_text(json.dumps({"early_stopping": "whenever"}))
+    with pytest.raises(ModelError, match=r"generation_config\.json is not valid"):
+        load_sparse(folder, device="cpu")
+
+
 def test_tied_embeddings_are_stored_once(tmp_path):
     source = resolve_model(str(DEMO_FOLDER / "model"))
     model = load_model(source, dtype="bfloat16")
