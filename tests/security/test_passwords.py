@@ -52,6 +52,11 @@ def changed(url: str, **values: object) -> str:
     return make_url(url).set(**values).render_as_string(hide_password=False)  # type: ignore[arg-type]
 
 
+def core_of(url: str) -> str:
+    """The password's part without odd characters."""
+    return min(spellings(url))
+
+
 def broken(url: str) -> list[str]:
     """URLs that fail, each in its own way."""
     plain = url.replace("postgresql+psycopg2", "postgresql")
@@ -72,6 +77,11 @@ def broken(url: str) -> list[str]:
         plain.replace("postgresql://", "postgresql:/"),
         plain.replace("127.0.0.1:", "127.0.0.1:x"),
         plain.replace("postgresql://", "postgresql://more@"),
+        plain.replace("127.0.0.1:", "127.0.0.1:1,127.0.0.1:2,x127.0.0.1:"),
+        plain.replace("/searches", "/searches?service=nowhere"),
+        plain.replace("%40", "/"),
+        f"host=127.0.0.1 port=1 user=owner password='{password_of(url)}'",
+        f"host=127.0.0.1 port=x user=owner password={core_of(url)}",
         " " + plain.replace("@127", "@@127"),
     ]
 
@@ -101,6 +111,43 @@ def test_no_log_of_any_library_tells_it(logins: Logins, caplog: pytest.LogCaptur
         assert "***" in database.display_url
         assert_silent(repr(database) + str(vars(database).get("engine")), logins.owner)
     assert caplog.records
+    assert_silent(caplog.text, logins.owner)
+
+
+def test_passwords_in_files_open_and_are_told_by_nothing(
+    logins: Logins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """libpq's password and service files, as arguments and as variables."""
+    caplog.set_level(logging.DEBUG)
+    url = make_url(logins.owner)
+    password = password_of(logins.owner)
+    escaped = password.replace("\\", "\\\\").replace(":", "\\:")
+    passwords, services = tmp_path / "pass", tmp_path / "services"
+    passwords.write_text(f"*:{url.port}:*:{url.username}:{escaped}\n", encoding="utf-8")
+    passwords.chmod(0o600)
+    services.write_text(
+        f"[searches]\nhost={url.host}\nport={url.port}\ndbname={url.database}\nuser={url.username}\npassword={password}\n",
+        encoding="utf-8",
+    )
+    bare = f"postgresql://{url.username}@{url.host}:{url.port}/{url.database}"
+    twice = bare.replace(f"{url.host}:{url.port}", f"{url.host}:1,{url.host}:{url.port}")
+    for given, variables in (
+        (bare + f"?passfile={passwords}", {}),
+        (bare, {"PGPASSFILE": str(passwords)}),
+        (twice, {"PGPASSFILE": str(passwords)}),
+        ("service=searches", {"PGSERVICEFILE": str(services)}),
+        ("postgresql:///?service=searches", {"PGSERVICEFILE": str(services)}),
+        (bare, {"PGPASSWORD": password}),
+    ):
+        with monkeypatch.context() as patch:
+            for key, value in variables.items():
+                patch.setenv(key, value)
+            with Database.open(given) as database:
+                database.optuna_storage()
+                assert_silent(repr(vars(database)) + database.display_url + database.url, logins.owner)
+            result = CliRunner().invoke(app, ["studies", "--storage", given])
+            assert result.exit_code == 0, result.output
+            assert_silent(result.output, logins.owner)
     assert_silent(caplog.text, logins.owner)
 
 

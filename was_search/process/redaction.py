@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 HIDDEN = "***"
 ENVIRONMENT = {"--storage": "WAS_SEARCH_STORAGE", "--notify": "WAS_SEARCH_NOTIFY"}
@@ -15,21 +14,27 @@ ENVIRONMENT = {"--storage": "WAS_SEARCH_STORAGE", "--notify": "WAS_SEARCH_NOTIFY
 SECRET_VARIABLES = (*ENVIRONMENT.values(), "PGPASSWORD")
 
 # "token" alone is left out: a model has tokens too.
-_NAMED = r"\b\w*(?:password|passwd|pwd|secret|auth_?token|api_?key)\w*"
+_NAMED = r"\b\w*(?:password|passwd|pwd|secret|auth_?token|api_?key|scram_\w+_key)\w*"
 # The last @ before a blank or quote: a password that was not quoted for a URL may hold others.
 _USER = re.compile(r"(?<=://)[^\s'\"]*@")
-_VALUE = re.compile(rf"({_NAMED}[\"']?\s*[=:]\s*[\"']?)[^\s&'\",;]+", re.IGNORECASE)
+_QUOTED = r"(?P<quote>['\"])(?:\\.|(?!(?P=quote))[^\\])*(?P=quote)"
+_VALUE = re.compile(rf"({_NAMED}[\"']?\s*[=:]\s*)(?:{_QUOTED}|[\"']?[^\s&'\",;]+)", re.IGNORECASE)
 
 
 def redacted(words: str) -> str:
     """``words`` without users and passwords of URLs, and without values called password, secret, auth_token, ..."""
-    return _VALUE.sub(rf"\g<1>{HIDDEN}", _USER.sub(f"{HIDDEN}@", words))
+    return _VALUE.sub(_without_value, _USER.sub(f"{HIDDEN}@", words))
+
+
+def _without_value(found: re.Match[str]) -> str:
+    quote = found["quote"] or ""
+    return f"{found[1]}{quote}{HIDDEN}{quote}"
 
 
 def secret_of(url: str) -> bool:
     """Whether a URL holds a password, in the usual place or among its arguments."""
-    authority = urlsplit(url).netloc if "://" in url else ""
-    return ":" in authority.rpartition("@")[0] or bool(_VALUE.search(url))
+    before_host = url.partition("://")[2].rpartition("@")[0]  # a password that was not quoted may hold any character
+    return ":" in before_host or bool(_VALUE.search(url))
 
 
 def out_of_the_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

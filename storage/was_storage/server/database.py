@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,25 +12,20 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from was_search.errors import StorageError
+from was_storage.server.connector import Connector
 from was_storage.server.embedded import EmbeddedServer, default_home
 from was_storage.server.migrate import migrate, setup_lock
 from was_storage.server.optuna_tables import require_known
 from was_storage.server.translation import translated
-from was_storage.server.urls import display_url, normalise_url, parse_url
+from was_storage.server.urls import DRIVER, display_url, normalise_url
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 EMBEDDED = "embedded"
 OLDEST_POSTGRES = 120000
-_DEFAULT_ARGUMENTS = {
-    "connect_timeout": 10,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    # A role called like our schema would otherwise have it before "public": Optuna would put its tables there.
-    "options": "-csearch_path=public",
-}
+_NO_URL = f"{DRIVER}://"
+"""What engines are made with: the connector knows where to connect, and no engine holds the password."""
 
 
 class Database:
@@ -50,7 +43,8 @@ class Database:
         self._server = server
         self._lock = threading.Lock()
         self._optuna: RDBStorage | None = None
-        self.engine: Engine = create_engine(self._url, **_engine_arguments(self._url, read_only))
+        self._connector = Connector(self._url, read_only=read_only)
+        self.engine: Engine = create_engine(_NO_URL, **_pool(self._connector))
 
     @classmethod
     def open(cls, storage: str = EMBEDDED, *, home: Path | None = None) -> Database:
@@ -123,7 +117,7 @@ class Database:
 
         with self.translated(), setup_lock(self.engine):
             try:
-                storage = RDBStorage(self._url, engine_kwargs=_engine_arguments(self._url, self._read_only))
+                storage = RDBStorage(_NO_URL, engine_kwargs=_pool(self._connector))
             except RuntimeError as error:
                 raise StorageError(f"database {self.display_url}: {error}") from error
             try:
@@ -171,16 +165,9 @@ def _end(storage: RDBStorage) -> None:
     storage.engine.dispose()
 
 
-def _engine_arguments(url: str, read_only: bool = False) -> dict[str, Any]:
-    """A small pool that notices dead connections; what the URL says about the connection wins."""
-    arguments: dict[str, Any] = dict(_DEFAULT_ARGUMENTS)
-    arguments["application_name"] = f"was-search {socket.gethostname()}:{os.getpid()}"
-    given = parse_url(url).query
-    connect = {key: value for key, value in arguments.items() if key not in given}
-    if read_only:
-        options = given.get("options", connect.get("options", ""))
-        connect["options"] = f"{options} -cdefault_transaction_read_only=on"
-    return {"pool_size": 2, "max_overflow": 3, "pool_pre_ping": True, "connect_args": connect}
+def _pool(connector: Connector) -> dict[str, Any]:
+    """Arguments of an engine: a small pool that notices dead connections."""
+    return {"pool_size": 2, "max_overflow": 3, "pool_pre_ping": True, "creator": connector}
 
 
 def _check_server(engine: Engine) -> None:

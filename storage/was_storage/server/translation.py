@@ -10,9 +10,15 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError, TimeoutError
 
 from was_search.errors import StorageError, TransientError, WasError
 
+_SERVICE = (
+    "the service is not described as libpq reads it; check its name, and the file in PGSERVICEFILE, ~/.pg_service.conf "
+    "or pg_service.conf in PGSYSCONFDIR"
+)
 # (part of the driver's message, what it means and what to do); the first that matches wins.
 _AT_CONNECT = (
     ("password authentication failed", "the user name or password is wrong"),
+    ("authentication failed", "the login was refused"),
+    ("no such user", "the user name is wrong, or the pooler does not know it"),
     ("no password supplied", "the server wants a password and the URL has none"),
     (
         "no pg_hba.conf entry",
@@ -30,17 +36,24 @@ _AT_CONNECT = (
     ),
     ("certificate file", "the file of sslcert (or PGSSLCERT) cannot be read"),
     ("requires a valid client certificate", "the server asks for a certificate; give sslcert and sslkey"),
+    ("service file", _SERVICE),
+    ("definition of service", _SERVICE),
     ("could not translate host name", "the host is unknown; check its spelling in the URL"),
     ("connection refused", "no server listens there; start it, or check host and port"),
     (
         "no such file or directory",
         "no server listens on that socket; start it, or check the folder in ?host=",
     ),
-    ("timeout expired", "the server does not answer; check host, port and firewall"),
+    ("timeout expired", "the server, or the one behind a pooler, does not answer; check host, port and firewall"),
     ("network is unreachable", "the host cannot be reached from here"),
     ("no route to host", "the host cannot be reached from here"),
     ("does not support ssl", "the server has no SSL, but the URL asks for it; try ?sslmode=prefer"),
     ("certificate", "the server's certificate was not accepted; check sslmode and sslrootcert"),
+    (
+        "unsupported startup parameter",
+        "a pooler in between does not take an argument of the URL or of PGOPTIONS; leave options out of both, "
+        "or name it in the pooler's ignore_startup_parameters",
+    ),
     ("invalid connection option", "an argument after '?' in the URL is not one that Postgres knows"),
     ("invalid sslmode", "sslmode must be disable, allow, prefer, require, verify-ca or verify-full"),
     ("invalid response to ssl negotiation", "that port is not a Postgres server's"),
@@ -50,6 +63,11 @@ _AT_CONNECT = (
         "the server hung up at once; is that port a Postgres server's?",
     ),
 )
+_FULL = (
+    *("too many clients", "remaining connection slots", "too many connections for"),
+    *("no more connections allowed", "query_wait_timeout"),
+)
+_POOLER_ALONE = ("pgbouncer cannot connect to server", "server login has been failing", "server login failed")
 _RESTARTING = ("starting up", "shutting down", "recovery mode", "not yet accepting connections")
 _LOST = (
     "server closed the connection",
@@ -112,10 +130,15 @@ def translate(error: BaseException, shown: str, *, opening: bool = False) -> Was
     detail = _first_line(cause.orig or cause)
     if any(part in text for part in _RESTARTING):
         return TransientError(f"database {shown} is restarting ({detail}); try again")
-    if "database" in text and "does not exist" in text and not code:
+    if any(part in text for part in _POOLER_ALONE):
+        return TransientError(f"database {shown}: the pooler cannot reach its Postgres ({detail}); try again")
+    if not code and (("database" in text and "does not exist" in text) or "no such database" in text):
         return StorageError(f"database {shown} does not exist: {detail}; create it first")
-    if "too many clients" in text or "remaining connection slots" in text:
-        return TransientError(f"database {shown} has no free connection ({detail}); try again or raise max_connections")
+    if any(part in text for part in _FULL):
+        return TransientError(
+            f"database {shown} has no free connection ({detail}); try again or raise max_connections "
+            "(of a pooler: default_pool_size, max_client_conn)"
+        )
     lost = code[:2] == "08" or (not code and any(part in text for part in _LOST))
     if code in _TRANSIENT_CODES or ((lost or cause.connection_invalidated) and not opening):
         return TransientError(f"database {shown}: the connection was lost or the server is busy ({detail}); try again")

@@ -130,7 +130,7 @@ def test_a_dashboard_that_can_only_read(database: Database) -> None:
 def test_reading_keeps_what_the_url_says(database: Database) -> None:
     with Database(f"{database.url}&options=-csearch_path%3Dpublic", read_only=True) as reading:
         with reading.engine.connect() as connection:
-            assert connection.exec_driver_sql("SHOW default_transaction_read_only").scalar() == "on"
+            assert connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
             assert connection.exec_driver_sql("SHOW search_path").scalar() == "public"
         with pytest.raises(StorageError), reading.begin() as connection:
             connection.exec_driver_sql("CREATE TABLE forbidden (x int)")

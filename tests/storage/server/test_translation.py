@@ -41,6 +41,10 @@ def _as_sqlalchemy(message: str, code: str | None = None) -> OperationalError:
         ("SSL error: certificate verify failed", "not signed by an authority of sslrootcert"),
         ('invalid sslmode value: "yes"', "sslmode must be"),
         ("timeout expired", "does not answer"),
+        ('FATAL:  "trust" authentication failed', "login was refused"),
+        ("FATAL:  no such user: u", "the pooler does not know it"),
+        ("FATAL:  no such database: d", "does not exist.*create it first"),
+        ("FATAL:  unsupported startup parameter: geqo", "pooler in between.*PGOPTIONS"),
         ("Network is unreachable", "cannot be reached"),
     ],
 )
@@ -56,6 +60,11 @@ def test_messages_at_connect_say_what_to_mend(message: str, words: str) -> None:
     [
         ("the database system is starting up", None, TransientError),
         ("sorry, too many clients already", None, TransientError),
+        ("no more connections allowed (max_client_conn)", None, TransientError),
+        ("query_wait_timeout", "08P01", TransientError),
+        ("pgbouncer cannot connect to server", "08P01", TransientError),
+        ("server login has been failing, try again later (server_login_retry)", None, TransientError),
+        ('too many connections for role "u"', "53300", TransientError),
         ("deadlock detected", "40P01", TransientError),
         ("terminating connection due to administrator command", "57P01", TransientError),
         ("server closed the connection unexpectedly", None, TransientError),

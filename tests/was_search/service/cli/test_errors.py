@@ -191,7 +191,7 @@ def test_a_plan_that_could_not_be_written_is_said_first(
     refused, database, tmp_path: Path, no_ray: None, command: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     printed = refused(*command.split(), *RUN[1:], *SMALL, "--plan", f"{tmp_path}/file/plan", "--storage", url)
     assert f"plan: cannot write {tmp_path / 'file' / 'plan'} ({tmp_path / 'file'} is not a folder)" in printed
     assert "choose another folder with --plan" in printed
@@ -238,7 +238,7 @@ def test_wrong_database_url(refused, url: str, message: str) -> None:
 class TestData:
     @pytest.fixture
     def calibrate(self, refused, database):
-        url = database.engine.url.render_as_string(hide_password=False)
+        url = database.url
         return lambda data, *more: refused(
             "calibrate", "--model", MODEL, "--data", str(data), *CPU, "--storage", url, *more
         )
@@ -346,7 +346,7 @@ class TestPlan:
 
 @pytest.mark.postgres
 def test_unknown_study(refused, database) -> None:
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     assert "does not exist" in refused("status", "--study", "nothing", "--storage", url)
     store = StudyStore(database)
     store.open_or_create("llama-60", identity={}, config={}, shape={}, n_slots=1)
@@ -358,7 +358,7 @@ def test_unknown_study(refused, database) -> None:
 
 @pytest.mark.postgres
 def test_a_dashboards_port_that_is_taken(capsys, monkeypatch, database) -> None:
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     monkeypatch.setattr(sys, "argv", ["was-search", "dashboard", "--storage", url])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -376,7 +376,7 @@ def test_a_dashboards_port_that_is_taken(capsys, monkeypatch, database) -> None:
 def test_a_study_of_other_settings_is_said_before_anything_is_calibrated(
     refused, database, no_ray: None, command: str
 ) -> None:
-    name, url = "taken", database.engine.url.render_as_string(hide_password=False)
+    name, url = "taken", database.url
     targets = "targets" in command
     StudyStore(database).open_or_create(
         f"{name}-50" if targets else name,
@@ -393,7 +393,7 @@ def test_a_study_of_other_settings_is_said_before_anything_is_calibrated(
 
 @pytest.mark.postgres
 def test_a_name_that_is_none_is_said_before_anything_is_calibrated(refused, database, no_ray: None) -> None:
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     printed = refused("run", *RUN[1:], *SMALL, "--study", " x", "--storage", url)
     assert "study name: must be printable, without blanks at its ends" in printed
 
@@ -447,7 +447,7 @@ def test_several_targets_in_a_file_are_for_run_only(refused, tmp_path: Path, com
 
 @pytest.mark.postgres
 def test_warm_start_from_a_study_that_is_not_there(refused, database) -> None:
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     small = ["--sequence-length", "64", "--calibration-sequences", "4", "--search-sequences", "4"]
     printed = refused(
         "search", "--model", MODEL, "--data", TEXT, *CPU, *small, "--storage", url, "--warm-start", "nothing"
@@ -457,7 +457,7 @@ def test_warm_start_from_a_study_that_is_not_there(refused, database) -> None:
 
 @pytest.mark.postgres
 def test_interpolating_without_neighbours(refused, database) -> None:
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     small = ["--sequence-length", "64", "--calibration-sequences", "4", "--search-sequences", "4"]
     printed = refused(
         "export", "--model", MODEL, "--data", TEXT, *CPU, *small, "--storage", url, "--target", "0.55", "--interpolate"

@@ -36,7 +36,7 @@ def name(database: Database) -> str:
 @pytest.fixture
 def typed(database: Database, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """Exit status, standard output and standard error of a command line."""
-    monkeypatch.setenv("WAS_SEARCH_STORAGE", database.engine.url.render_as_string(hide_password=False))
+    monkeypatch.setenv("WAS_SEARCH_STORAGE", database.url)
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["was-search", *words])
@@ -176,7 +176,7 @@ def test_the_redrawn_table(name: str, database: Database, monkeypatch) -> None:
 
     monkeypatch.setattr(time, "sleep", interrupt)
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = database.url
     with Context(Settings(storage=url), RichReporter(console)) as context:
         watch(context, name)
     assert "1 of 6 finished" in console.file.getvalue()
