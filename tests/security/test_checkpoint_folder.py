@@ -147,6 +147,7 @@ def test_an_index_leads_to_no_other_file(folder: Path, tmp_path: Path, name: str
 
 def test_the_fingerprint_follows_no_index_out_of_the_folder(folder: Path) -> None:
     source = resolve_model(str(folder))
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "/etc/passwd"}}))
     with pytest.raises(ModelError, match="only safetensors files of the folder"):
         fingerprint(source)
@@ -177,6 +178,7 @@ def test_absurd_sizes_take_no_memory(folder: Path, values: dict[str, Any], words
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_that_is_nested_too_deep_or_too_long(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / name).write_text("[" * 200_000)
     with pytest.raises(ModelError, match=r"cannot be read"):
         resolve_model(str(folder))

@@ -139,7 +139,7 @@ def save_columns(
         for stale in folder.glob("columns-*.safetensors"):
             if stale.name not in files.values():
                 stale.unlink()
-        for name in (*_COPIED, *source.tokenizer_files()):
+        for name in (*_COPIED, *(path.name for path in source.tokenizer_files())):
             if (source.folder / name).is_file():
                 with _appearing(folder / name) as temporary:
                     shutil.copyfile(source.folder / name, temporary)

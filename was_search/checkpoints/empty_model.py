@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from was_search.checkpoints.files import ModelSource, read_config, reason
+from was_search.checkpoints.files import ModelSource, read_config, reason, require_whole_index
 from was_search.checkpoints.generation import special_ids
 from was_search.checkpoints.limits import check_values
 from was_search.errors import ModelError
@@ -32,7 +32,8 @@ def empty_model(source: ModelSource) -> nn.Module:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(source)
+    require_whole_index(source)
+    config = model_config(source)
     special_ids(source)
     tensors, stored = _stored(source)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
@@ -59,7 +60,12 @@ def empty_model(source: ModelSource) -> nn.Module:
     return empty
 
 
-def _config(source: ModelSource) -> PretrainedConfig:
+def model_config(source: ModelSource) -> PretrainedConfig:
+    """The checked configuration of a checkpoint, as transformers reads it.
+
+    Raises:
+        ModelError: as :func:`empty_model`, for what the configuration alone says.
+    """
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -20,18 +20,15 @@ from was_search.process.close_names import did_you_mean_path
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
+_ENTRY = re.compile(r"[\w-][\w.-]*\.safetensors(?:\.index\.json)?", re.ASCII)
+_VARIANT = re.compile(r"model\.[\w-]+\.safetensors(?:\.index\.json)?", re.ASCII)
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-.*\.safetensors", re.ASCII)
+_CONFIG = re.compile(r"config\.[\w.-]+\.json", re.ASCII)
 _MAX_JSON_BYTES = 64 << 20
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".bpe", ".codes", ".vocab")
+_NOT_TOKENIZERS = re.compile(r"config\.(.*\.)?json|.*\.index\.json|(generation|preprocessor)_config\.json|plan\.json")
+_TOKENIZER_KEYS = ("model_type", "tokenizer_class")
 
 
 @dataclass(frozen=True)
@@ -58,30 +55,55 @@ class ModelSource:
         return self.name if self.revision else str(self.folder)
 
     def tokenizer_hash(self) -> str:
-        """sha256 over the tokenizer's files."""
+        """sha256 over all files from which a tokenizer may be read, and what the configuration says of it."""
         digest = hashlib.sha256()
-        for name in self.tokenizer_files():
-            path = self.folder / name
-            if path.is_file():
-                digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        config = read_config(self)
+        digest.update(json.dumps([str(config.get(key)) for key in _TOKENIZER_KEYS]).encode())
+        for path in self.tokenizer_files():
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
-    @staticmethod
-    def tokenizer_files() -> tuple[str, ...]:
-        """Names that files of a tokenizer have."""
-        return _TOKENIZER_FILES
+    def tokenizer_files(self) -> list[Path]:
+        """The files from which a tokenizer may be read, by name: which ones depends on its class and its files."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.suffix in _TOKENIZER_SUFFIXES
+            and path.name != COLUMNS_NAME
+            and not _NOT_TOKENIZERS.fullmatch(path.name)
+            and path.is_file()
+        )
+
+    def weights_entry(self) -> Path | None:
+        """The file from which the weights are found: one file with all of them, or the index of their shards.
+
+        It is the one that transformers takes: that which the configuration names, ``model.safetensors``, or else its
+        index. None where there is none of these.
+
+        Raises:
+            ModelError: the configuration names what is no such file of the folder.
+        """
+        named = read_config(self).get("transformers_weights")
+        if named is not None:
+            if not isinstance(named, str) or not _ENTRY.fullmatch(named):
+                raise ModelError(
+                    f"model: {self.folder / 'config.json'}: transformers_weights must name a safetensors file or index "
+                    f"of the folder, got {str(named)[:80]!r}"
+                )
+            return self.folder / named
+        return next((self.folder / name for name in (_WEIGHTS, _INDEX) if (self.folder / name).is_file()), None)
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files of the weights, by name: those that transformers loads, or the column-major ones.
+        """The safetensors files of the weights, by name: the very ones that are loaded, plain or column-major.
 
         Raises:
             ModelError: the index cannot be read, or names a file outside the folder.
         """
         if self.columns is not None:
             return [self.folder / name for name in sorted(set(self.columns.files.values()))]
-        index = self.folder / _INDEX
-        if not index.is_file():
-            return [self.folder / _WEIGHTS] if (self.folder / _WEIGHTS).is_file() else []
+        index = self.weights_entry()
+        if index is None or not index.name.endswith(".json"):
+            return [] if index is None else [index]
         try:
             names = {str(name) for name in _read_json(index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,7 +146,7 @@ def _snapshot(name: str, revision: str) -> Path:
 
     options: dict[str, Any] = {
         "revision": revision or None,
-        "allow_patterns": ["*.json", "model*.safetensors", "tokenizer.model", "*.txt"],
+        "allow_patterns": ["*.json", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"],
         "ignore_patterns": ["*/*"],  # other formats of the same weights
     }
     try:
@@ -159,21 +181,21 @@ def _checked(source: ModelSource) -> ModelSource:
 
     folder = source.folder
     if not (folder / "config.json").is_file():
-        hint = "an adapter: merge it into its base model first" if (folder / "adapter_config.json").exists() else ""
-        raise ModelError(
-            f"model: {folder} has no config.json; {hint or 'give the folder of a transformers checkpoint'}"
-        )
+        raise ModelError(f"model: {folder} has no config.json; {_instead_of(folder)}")
     check_values(folder, read_config(source))
     if (folder / COLUMNS_NAME).is_file():
         source = dataclasses.replace(source, columns=_columns(folder / COLUMNS_NAME))
+    elif distributed := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)):
+        raise ModelError(
+            f"model: {folder} holds a checkpoint of distributed training ({distributed[0]}), which is read in place of "
+            "other weights; load it there and save it with save_pretrained"
+        )
     files = source.weight_files()
     if not files:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-        hint = f"; {pickled[0]} is pickled, which is never loaded: convert it to safetensors" if pickled else ""
-        raise ModelError(f"model: {folder} has no weights ({_WEIGHTS} or {_INDEX}){hint}")
+        raise ModelError(f"model: {folder} has no weights ({_WEIGHTS} or {_INDEX}){_other_weights(folder)}")
     for path in files:
         if not path.is_file():
-            index = COLUMNS_NAME if source.columns else _INDEX
+            index = COLUMNS_NAME if source.columns else _names_it(source, path)
             raise ModelError(f"model: {path} is missing, though {index} names it; copy the checkpoint again")
         try:
             with safe_open(path, framework="numpy"):  # reads the header and compares it with the file's size
@@ -181,6 +203,46 @@ def _checked(source: ModelSource) -> ModelSource:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"model: {path} is damaged or truncated ({error}); copy the checkpoint again") from error
     return source
+
+
+def _names_it(source: ModelSource, path: Path) -> str:
+    entry = source.weights_entry()
+    return "config.json" if entry is None or entry == path else entry.name
+
+
+def _instead_of(folder: Path) -> str:
+    """What to give in place of a folder without a configuration."""
+    if (folder / "adapter_config.json").exists():
+        return "an adapter: merge it into its base model first"
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    return f"give {inside[0]}, which has one" if inside else "give the folder of a transformers checkpoint"
+
+
+def _other_weights(folder: Path) -> str:
+    """What lies there in place of weights, and what to do about it."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if _VARIANT.fullmatch(name):
+            return f"; {name} is a variant, which is read by no default: load it with its variant and save it without"
+    for name in names:
+        if Path(name).suffix in _PICKLED:
+            return f"; {name} is pickled, which is never loaded: convert it to safetensors"
+    for name in names:
+        if name.endswith(".gguf"):
+            return f"; {name} is GGUF, whose weights are rounded: give the checkpoint that it was made of"
+    inside = sorted(folder.glob(f"*/{_WEIGHTS}"))
+    return f"; there are some in {inside[0].parent}" if inside else ""
+
+
+def require_whole_index(source: ModelSource) -> None:
+    """Refuse an index that transformers does not take.
+
+    Raises:
+        ModelError: it has no metadata.
+    """
+    entry = None if source.columns is not None else source.weights_entry()
+    if entry is not None and entry.name.endswith(".json") and not isinstance(_read_json(entry).get("metadata"), dict):
+        raise ModelError(f'model: {entry} has no "metadata", which transformers asks for; add "metadata": {{}} to it')
 
 
 def _columns(path: Path) -> ColumnLayout:
@@ -192,12 +254,25 @@ def _columns(path: Path) -> ColumnLayout:
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
-    """The checkpoint's ``config.json``.
+    """The checkpoint's ``config.json``, or the file for this release of transformers that it names.
 
     Raises:
-        ModelError: it is not a JSON object.
+        ModelError: it is not a JSON object, or names no file of the folder.
     """
-    return read_object(source.folder / "config.json")
+    config = read_object(source.folder / "config.json")
+    versions = config.get("configuration_files")
+    if versions is None:
+        return config
+    from transformers.configuration_utils import get_configuration_file
+
+    path = source.folder / "config.json"
+    if not isinstance(versions, list) or not all(isinstance(v, str) and _CONFIG.fullmatch(v) for v in versions):
+        raise ModelError(f"model: {path}: configuration_files must name files config.VERSION.json of the folder")
+    try:
+        chosen: str = get_configuration_file(versions)
+    except Exception as error:
+        raise ModelError(f"model: {path}: configuration_files cannot be read ({reason(error)})") from error
+    return read_object(source.folder / chosen)
 
 
 def read_object(path: Path) -> dict[str, Any]:

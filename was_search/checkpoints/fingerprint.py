@@ -21,9 +21,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def fingerprint(source: ModelSource, cache_folder: Path | None = None) -> str:
     """sha256 as 64 hex digits over ``config.json`` (volatile keys left out) and every safetensors file of the model.
 
-    The configuration counts by its values, not by its layout; a weight file counts by its name and bytes. A file's
-    own hash is remembered in ``cache_folder`` by path, size and modification time, so that a second call does not
-    read the weights again; None remembers nothing, and what cannot be read or written there is ignored.
+    The configuration counts by its values, not by its layout; a weight file counts by its name and bytes, and only
+    files that are loaded count. A file's own hash is remembered in ``cache_folder`` by path, size and modification
+    time, so that a second call does not read the weights again; None remembers nothing, and what cannot be read or
+    written there is ignored.
 
     Raises:
         ModelError: a file cannot be read.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from was_search.checkpoints.files import ModelSource, read_object, reason
+from was_search.checkpoints.files import ModelSource, read_config, read_object, reason
 from was_search.errors import ModelError
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ def special_ids(source: ModelSource) -> dict[str, int | list[int] | None]:
         ModelError: the file is no JSON object, or one of the three is no id and no list of ids.
     """
     path = source.folder / _NAME
-    if not path.is_file():
-        path = source.folder / "config.json"
-    values = read_object(path)
+    if path.is_file():
+        values = read_object(path)
+    else:
+        path, values = source.folder / "config.json", read_config(source)
     nested = values.get("text_config")
     if path.name != _NAME and isinstance(nested, dict):
         values = {**nested, **{key: value for key, value in values.items() if value is not None}}

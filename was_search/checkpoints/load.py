@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoints.column_layout import column_state
-from was_search.checkpoints.empty_model import empty_model
+from was_search.checkpoints.empty_model import empty_model, model_config
 from was_search.checkpoints.files import ModelSource, reason, resolve_model
 from was_search.checkpoints.generation import own_generation
 from was_search.errors import ConfigError, ModelError, ResourceError
@@ -119,6 +119,7 @@ def load_model(
             if source.columns is not None:
                 loaded = _from_columns(source, options)
             else:
+                options["config"] = _config_with_entry(source)
                 loaded = AutoModelForCausalLM.from_pretrained(
                     source.folder, use_safetensors=True, trust_remote_code=False, **options
                 )
@@ -129,6 +130,8 @@ def load_model(
             f"model: {source.folder} cannot be loaded as a causal language model ({reason(error)})"
         ) from error
     model, info = loaded
+    for config in (model.config, model.config.get_text_config()):
+        config.__dict__.pop("transformers_weights", None)  # it would be saved with the model
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random weights
         raise ModelError(
@@ -146,12 +149,23 @@ def load_model(
     return frozen
 
 
+def _config_with_entry(source: ModelSource) -> Any:
+    """The configuration, which leaves transformers no choice: the files that were checked and hashed are loaded."""
+    config: Any = model_config(source)
+    entry = source.weights_entry()
+    further = [name for name in getattr(type(config), "extra_files", ()) if (source.folder / name).exists()]
+    if entry is None or further:
+        raise ModelError(f"model: {source.folder}: weights in {', '.join(further) or 'other files'} are not read")
+    for each in (config, config.get_text_config()):
+        each.transformers_weights = entry.name
+    return config
+
+
 def _from_columns(source: ModelSource, options: dict[str, Any]) -> Any:
     """The model as from_pretrained gives it, with the folder's tensors as they lie: transformers keeps strides."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    config = model_config(source)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind.from_pretrained(None, config=config, state_dict=column_state(source), **options)
 

@@ -57,6 +57,8 @@ def test_the_weights_are_those_that_transformers_loads(folder):
     save_file({"b": np.arange(3.0)}, folder / "model-00001-of-00002.safetensors")
     names = {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert [path.name for path in resolve_model(str(folder)).weight_files()] == ["model.safetensors"]
+    (folder / "model.safetensors").unlink()
     found = [path.name for path in resolve_model(str(folder)).weight_files()]
     assert found == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
@@ -180,13 +182,15 @@ def test_truncated_weights(folder):
 
 def test_a_missing_shard(folder):
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}))
+    (folder / "model.safetensors").rename(folder / "some.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "some.safetensors", "b": "other.safetensors"}}))
     with pytest.raises(ModelError, match=r"other\.safetensors is missing, though .*index\.json names it"):
         resolve_model(str(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_damaged_index(folder, content):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelError, match=r"index\.json cannot be read .*copy the checkpoint again"):
         resolve_model(str(folder))
