@@ -101,12 +101,18 @@ class Model:
 
         return empty_model(self.source)
 
+    @cached_property
+    def positions(self) -> int | None:
+        """Tokens of a text that the model was made for; None where its configuration names no limit."""
+        from was_search.checkpoints.files import read_config
+        from was_search.checkpoints.positions import most_positions
+
+        return most_positions(read_config(self.source))
+
     def require_positions(self, asked: int) -> None:
         """Raise a ConfigError for sequences beyond what the model was made for: its losses mean nothing there."""
-        from was_search.checkpoints.files import read_config
-
-        room = read_config(self.source).get("max_position_embeddings")
-        if isinstance(room, int) and asked > room:
+        room = self.positions
+        if room is not None and asked > room:
             raise ConfigError(
                 f"sequence_length: must be at most the model's {room} positions, got {asked}; "
                 f"give --sequence-length {room}"

@@ -53,8 +53,8 @@ def generate(
     require_rows(ids, token_rows(model), tokenizer, "the prompt")
     fed = torch.from_numpy(ids)[None].to(context.placement_here.device)
     there = len(ids)
-    room = getattr(model.config, "max_position_embeddings", there + max_new_tokens)
-    if there + max_new_tokens > room:
+    room = context.model.positions
+    if room is not None and there + max_new_tokens > room:
         raise ConfigError(f"prompt: {there} tokens and {max_new_tokens} new ones exceed the model's {room} positions")
 
     def run(new_tokens: int) -> tuple[str, int, float]:

@@ -109,10 +109,8 @@ def _check_options(context: Context, rows: int, kv_length: int, steps: int, roun
 
     if rows > DENSE_ABOVE:
         raise ConfigError(f"rows: at most {DENSE_ABOVE} decode sparsely, got {rows}")
-    from was_search.checkpoints.files import read_config
-
-    room = read_config(context.model.source).get("max_position_embeddings")
-    if isinstance(room, int) and 2 * kv_length > room:
+    room = context.model.positions
+    if room is not None and 2 * kv_length > room:
         raise ConfigError(f"kv_length: at most {room // 2} with the model's {room} positions, got {kv_length}")
 
 

@@ -91,8 +91,8 @@ def bench(
     if plan is not None:
         plan.require_weights(context.settings.weights)
     model, structure = load_for(context, plan, weights=AS_STORED)
-    room = getattr(model.config, "max_position_embeddings", 2 * kv_length)
-    if kv_length + steps > room:
+    room = context.model.positions
+    if room is not None and kv_length + steps > room:
         raise ConfigError(f"kv_length: {kv_length} and {steps} steps exceed the model's {room} positions")
     device = torch.device(context.placement_here.device)
     tokens = torch.as_tensor(text[: batch * each].reshape(batch, each), dtype=torch.long, device=device)
