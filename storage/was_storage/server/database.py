@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,14 +36,22 @@ class Database:
     ten connections, usually two or three.
     """
 
-    def __init__(self, url: str, server: EmbeddedServer | None = None, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        server: EmbeddedServer | None = None,
+        *,
+        read_only: bool = False,
+        host: Callable[[], str] | None = None,
+    ) -> None:
         """Use :meth:`open`."""
         self._url = normalise_url(url)
         self._read_only = read_only
         self._server = server
         self._lock = threading.Lock()
         self._optuna: RDBStorage | None = None
-        self._connector = Connector(self._url, read_only=read_only)
+        self._host = server.host if server is not None else host
+        self._connector = Connector(self._url, read_only=read_only, host=self._host)
         self.engine: Engine = create_engine(_NO_URL, **_pool(self._connector))
 
     @classmethod
@@ -83,7 +91,7 @@ class Database:
         Optuna's tables are made first where they are missing.
         """
         self.optuna_storage()
-        return Database(self._url, read_only=True)
+        return Database(self._url, read_only=True, host=self._host)
 
     @property
     def url(self) -> str:

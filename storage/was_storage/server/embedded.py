@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import time
@@ -21,11 +22,18 @@ from was_search.errors import StorageError
 from was_search.process.signals import undisturbed
 from was_storage.server import postgres_binaries
 from was_storage.server.file_lock import LockedFile
-from was_storage.server.socket_folder import HOME_VARIABLE, choose_socket_folder, remove_stale_pid, running_socket
+from was_storage.server.socket_folder import (
+    HOME_VARIABLE,
+    SOCKET_NAME,
+    choose_socket_folder,
+    remove_stale_locks,
+    running_socket,
+)
 from was_storage.server.translation import translated
 from was_storage.server.urls import DRIVER, display_url
 
 DATABASE = "was"
+_LAST_SECONDS = 5.0
 _DUPLICATE_DATABASE = ("42P04", "23505")
 _logger = logging.getLogger(__name__)
 
@@ -89,17 +97,40 @@ class EmbeddedServer:
 
     @classmethod
     def _use(cls, folder: Path) -> EmbeddedServer:
-        deadline = time.monotonic() + postgres_binaries.START_SECONDS
-        while time.monotonic() < deadline:
+        for _ in _attempts(folder):
             with undisturbed():  # a signal between the server's start and the note of its user would leave it to nobody
                 socket_folder = _start_or_find(folder)
                 if socket_folder is not None:
                     return cls(folder, socket_folder, _new_user(folder))
-            time.sleep(0.1)
-        raise StorageError(
-            f"embedded Postgres in {folder} runs but cannot be reached from here: another machine or "
-            f"container uses the folder. Give each its own {HOME_VARIABLE}, or share a Postgres by URL"
-        )
+        raise AssertionError("unreachable: the turns end with an error")
+
+    def host(self) -> str:
+        """The host of the next connection, which is the folder of the server's socket.
+
+        A server that has died, as by an out-of-memory killer, is started again first, by whichever of its users asks
+        next; Postgres then recovers whatever was committed.
+
+        Raises:
+            StorageError: the use is closed, or the server does not start.
+        """
+        if self._user is None:
+            raise StorageError("embedded Postgres: this use of the server is closed")
+        if not LockedFile.held(_running_lock(self.folder)):
+            self._start_again()
+        return str(self.socket_folder)
+
+    def _start_again(self) -> None:
+        began = time.monotonic()
+        with _guarded(self.folder):
+            for _ in _attempts(self.folder):
+                with undisturbed():
+                    socket_folder = _start_or_find(self.folder)
+                if socket_folder is not None:
+                    break
+        assert socket_folder is not None
+        self.socket_folder = socket_folder
+        seconds = time.monotonic() - began
+        _logger.warning("embedded Postgres in %s had died; it runs again after %.1f s", self.folder, seconds)
 
     def url(self, database: str = DATABASE) -> str:
         """Connection URL of ``database``, which is created if missing.
@@ -126,9 +157,9 @@ class EmbeddedServer:
             with _guarded(self.folder):
                 user.remove()
                 if not _live_users(self.folder):
-                    postgres_binaries.stop(self.folder, postgres_binaries.server_account())
+                    _stop(self.folder)
                     if self.socket_folder != self.folder:
-                        self.socket_folder.rmdir()
+                        _remove(self.socket_folder)
         except (OSError, StorageError) as error:
             _logger.warning("embedded Postgres in %s was not stopped: %s", self.folder, error)
 
@@ -147,6 +178,50 @@ def _guarded(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _attempts(folder: Path) -> Iterator[int]:
+    """Turns to reach a server that may be about to start or to die, for a minute.
+
+    Raises:
+        StorageError: the minute is over.
+    """
+    deadline = time.monotonic() + postgres_binaries.START_SECONDS
+    for turn in itertools.count():
+        if time.monotonic() >= deadline:
+            break
+        yield turn
+        time.sleep(0.1)
+    raise StorageError(
+        f"embedded Postgres in {folder} runs but cannot be reached from here: another machine or "
+        f"container uses the folder. Give each its own {HOME_VARIABLE}, or share a Postgres by URL"
+    )
+
+
+def _running_lock(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".running")
+
+
+def _stop(folder: Path) -> None:
+    """Stop the server; one that has died already, or dies meanwhile, is stopped."""
+    running = _running_lock(folder)
+    if not LockedFile.held(running):
+        return
+    try:
+        postgres_binaries.stop(folder, postgres_binaries.server_account())
+    except StorageError:
+        deadline = time.monotonic() + _LAST_SECONDS
+        while LockedFile.held(running):  # the sessions of a server that was killed end a moment after it
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _remove(socket_folder: Path) -> None:
+    """Remove a temporary folder; a server that was killed has left its socket there."""
+    for name in (SOCKET_NAME, f"{SOCKET_NAME}.lock"):
+        (socket_folder / name).unlink(missing_ok=True)
+    socket_folder.rmdir()
 
 
 def _users_folder(folder: Path) -> Path:
@@ -174,7 +249,7 @@ def _live_users(folder: Path) -> bool:
 
 def _start_or_find(folder: Path) -> Path | None:
     """Start the server unless it runs; returns its socket's folder, None while one that runs does not answer."""
-    running = LockedFile.take(folder.with_name(folder.name + ".running"))
+    running = LockedFile.take(_running_lock(folder))
     if running is not None:
         try:
             return _start(folder, running)
@@ -186,8 +261,8 @@ def _start_or_find(folder: Path) -> Path | None:
 
 def _start(folder: Path, running: LockedFile) -> Path:
     account = postgres_binaries.server_account()
-    remove_stale_pid(folder)
     socket_folder = choose_socket_folder(folder)
+    remove_stale_locks(folder, socket_folder)
     if socket_folder != folder:
         postgres_binaries.hand_over(socket_folder, account)
     postgres_binaries.start(folder, socket_folder, account, running.fd)

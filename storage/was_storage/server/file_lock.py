@@ -28,6 +28,21 @@ class LockedFile:
             raise
         return cls(path, fd)
 
+    @staticmethod
+    def held(path: Path) -> bool:
+        """Whether some process holds the lock of ``path``; asking keeps nobody from taking it."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     def close(self) -> None:
         """Close our descriptor; a process that inherited it keeps the lock."""
         os.close(self.fd)

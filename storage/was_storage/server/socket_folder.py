@@ -36,15 +36,28 @@ def choose_socket_folder(folder: Path) -> Path:
     return short
 
 
-def remove_stale_pid(folder: Path) -> None:
-    """Forget a dead server's process number: where something else has it now, Postgres would not start."""
-    path = folder / "postmaster.pid"
-    if not path.exists() or not Path("/proc/self").exists():
+def remove_stale_locks(folder: Path, socket_folder: Path) -> None:
+    """Forget a dead server's process number: where something else has it now, Postgres would not start.
+
+    A number is taken by a dead process that nobody has waited for yet too, and by another Postgres, as in a container
+    where numbers are small; a server of this folder works inside it.
+    """
+    if not Path("/proc/self").exists():
         return
-    lines = path.read_text().splitlines()
-    name = Path("/proc") / (lines[0].strip() if lines else "none") / "comm"
-    if not name.exists() or name.read_text().strip() != "postgres":
-        path.unlink()
+    for path in (folder / "postmaster.pid", socket_folder / f"{SOCKET_NAME}.lock"):
+        if path.exists():
+            lines = path.read_text().splitlines()
+            if not _serves(Path("/proc") / (lines[0].strip() if lines else "none"), folder):
+                path.unlink()
+
+
+def _serves(process: Path, folder: Path) -> bool:
+    try:
+        return (process / "comm").read_text().strip() == "postgres" and (process / "cwd").samefile(folder)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # another account's: not known
+        return True
 
 
 def running_socket(folder: Path) -> Path | None:
