@@ -39,13 +39,30 @@ _logger = logging.getLogger(__name__)
 
 
 def default_home() -> Path:
-    """``WAS_SEARCH_HOME``, else /var/lib/was-search for root, else the user's data folder."""
+    """``WAS_SEARCH_HOME``, else /var/lib/was-search for root, else the user's data folder.
+
+    Raises:
+        StorageError: the user has no home.
+    """
     override = os.environ.get(HOME_VARIABLE)
     if override:
         return Path(override)
     if os.geteuid() == 0:
         return Path("/var/lib/was-search")
-    return Path(user_data_dir("was-search", appauthor=False))
+    try:
+        found = Path(user_data_dir("was-search", appauthor=False))
+    except RuntimeError as error:
+        raise _homeless() from error
+    if not found.is_absolute():  # an older platformdirs leaves "~" in it
+        raise _homeless()
+    return found
+
+
+def _homeless() -> StorageError:
+    return StorageError(
+        f"embedded Postgres: user id {os.geteuid()} has no home folder and HOME is not set: "
+        f"set {HOME_VARIABLE} to a folder for the data, or give a database URL"
+    )
 
 
 class EmbeddedServer:
@@ -80,7 +97,7 @@ class EmbeddedServer:
             StorageError: the folder cannot be used, is private to root, belongs to another Postgres version
                 or is in use on another machine; or the server does not start.
         """
-        folder = Path(folder).expanduser().resolve()
+        folder = _resolved(Path(folder))
         account = postgres_binaries.server_account()
         postgres_binaries.check_reachable(folder, account)
         try:
@@ -168,6 +185,13 @@ class EmbeddedServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.expanduser().resolve()
+    except RuntimeError as error:  # "~", and no home
+        raise _homeless() from error
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import stat
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from was_search.errors import StorageError
+from was_storage.server import unnamed_user
 
 ACCOUNT = "was-search"
 SUPERUSER = "postgres"
@@ -91,7 +92,7 @@ def initialise(folder: Path, account: pwd.struct_passwd | None) -> None:
     """Make the data folder; it appears complete or not at all.
 
     Raises:
-        StorageError: initdb failed; the message holds its last words.
+        StorageError: initdb failed, with its last words; or our user id has no name.
     """
     programs = bin_folder(folder)
     if account is not None:
@@ -101,7 +102,8 @@ def initialise(folder: Path, account: pwd.struct_passwd | None) -> None:
     unfinished.mkdir(mode=0o700)
     hand_over(unfinished, account)
     arguments = ["--auth=trust", "--encoding=UTF8", "--no-locale", "-U", SUPERUSER, "-D", str(unfinished)]
-    run(programs / "initdb", arguments, account)
+    with unnamed_user.named() as variables:
+        run(programs / "initdb", arguments, account, variables=variables)
     unfinished.rename(folder)
 
 
@@ -140,7 +142,11 @@ def hand_over(path: Path, account: pwd.struct_passwd | None) -> None:
 
 
 def run(
-    program: Path, arguments: Sequence[str], account: pwd.struct_passwd | None, pass_fds: tuple[int, ...] = ()
+    program: Path,
+    arguments: Sequence[str],
+    account: pwd.struct_passwd | None,
+    pass_fds: tuple[int, ...] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     # The server keeps its parent's output open: a pipe would be waited on for ever, a file is not.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -152,6 +158,7 @@ def run(
                 stderr=output,
                 cwd="/",
                 pass_fds=pass_fds,
+                env={**os.environ, **(variables or {})},
                 start_new_session=True,  # what a terminal sends its programs is not for Postgres': we stop it
                 user=None if account is None else account.pw_uid,
                 group=None if account is None else account.pw_gid,
