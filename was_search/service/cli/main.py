@@ -14,6 +14,7 @@ from was_search import __version__
 from was_search.errors import WasError
 from was_search.process.redaction import hide_arguments, redacted
 from was_search.process.signals import Terminated, terminable
+from was_search.process.streams import forgiving
 from was_search.service.cli import cluster, decode, run, study
 from was_search.service.cli.command import EXIT_ERROR, stderr
 
@@ -37,7 +38,11 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line, never a traceback, and no password is shown."""
+    """Entry point: errors that a user can mend are one line, never a traceback, and no password is shown.
+
+    Whatever is written finds its way through the streams' encoding (:func:`forgiving`).
+    """
+    forgiving()
     hide_arguments()
     try:
         with terminable():

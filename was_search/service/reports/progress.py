@@ -229,7 +229,7 @@ class RichReporter(QuietReporter):
 
     def _bar(self, *extra: ProgressColumn) -> Progress:
         return Progress(
-            SpinnerColumn(),
+            SpinnerColumn("line" if self.console.options.ascii_only else "dots"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),

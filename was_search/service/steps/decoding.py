@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ def generate(
     """Greedy decoding of ``prompt``, sparse with a plan, dense without, on one GPU or spread over ``gpus``.
 
     Raises:
-        ConfigError: an empty prompt, or no room for it in the model's positions.
+        ConfigError: a prompt that is empty or no text, or no room for it in the model's positions.
         PlanError: the plan belongs to another model.
         ResourceError: fewer than ``gpus`` GPUs, or they are too small.
     """
@@ -45,6 +46,8 @@ def generate(
 
     if not prompt:
         raise ConfigError("prompt: must not be empty")
+    if not _is_text(prompt):
+        raise ConfigError(f"prompt: holds bytes that are no {sys.getfilesystemencoding()}, which this terminal says")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     tokenizer = load_tokenizer(context.model.source)
@@ -99,3 +102,8 @@ def generate(
         {"text": result.text, "tokens": result.tokens, "seconds": result.seconds, "achieved": result.achieved}
     )
     return result
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether there are no bytes of the command line in it that could not be read as text."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)

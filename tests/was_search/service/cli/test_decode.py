@@ -200,3 +200,9 @@ def test_cache_keys_tell_formats_apart():
         with Context(demo_settings(weights=weights, device="cpu")) as context:
             keys.add(context.model.key)
     assert len(keys) == 4  # int4 is int4:128
+
+
+def test_a_prompt_that_is_no_text_is_refused(plan):
+    found = run(app, ["generate", "--plan", str(plan), "--prompt", "a\udcffb", "--device", "cpu"])
+    assert isinstance(found.exception, ConfigError)
+    assert "prompt: holds bytes that are no" in str(found.exception)
