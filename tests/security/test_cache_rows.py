@@ -38,7 +38,7 @@ def context(postgres_url: str) -> Iterator[Context]:
 def everything(context: Context) -> dict[str, Any]:
     """Every figure that is cached, by step, to a question that nothing is known of yet."""
     question = Question.of(context)
-    dense, calibration = question.dense, question.calibration
+    dense = question.dense
     seeds = seed(context, question)
     point = dense.point(seeds[-1].sparsities, "the seed")
     top = dense.top
@@ -46,7 +46,7 @@ def everything(context: Context) -> dict[str, Any]:
     (figures,) = measure(dense, [Request("seed", "search", point, by_fitness=True)])
     return {
         "tokens": dense.tokens.search.tokens,
-        "histograms": calibration.histograms.counts,
+        "histograms": dense.calibration.histograms.counts,
         "seeds": np.stack([s.sparsities for s in seeds]),
         "thresholds": point.thresholds,
         "point": point.histograms.counts,
@@ -54,7 +54,7 @@ def everything(context: Context) -> dict[str, Any]:
         "log_probs": top.log_probs,
         "losses": figures.evaluation.losses,
         "nats": figures.evaluation.nats,
-        "norms": np.concatenate([norm for row in _norms(context, calibration) for norm in row]),
+        "norms": np.concatenate([norm for row in _norms(dense) for norm in row]),
     }
 
 

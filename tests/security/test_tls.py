@@ -196,14 +196,14 @@ def test_commands_take_it_by_flag_and_environment(place: Place) -> None:
 
 def test_doctor_says_how_it_is_connected(place: Place, postgres_server: EmbeddedServer) -> None:
     with Context(Settings(storage=place.proved())) as context:
-        assert ", TLSv1." in _postgres(context).found
+        assert ", TLSv1." in _postgres(context.database).found
     with Context(Settings(storage=postgres_server.url())) as context:  # a socket needs none
-        assert "TLS" not in _postgres(context).found and "encrypted" not in _postgres(context).found
+        assert "TLS" not in _postgres(context.database).found and "encrypted" not in _postgres(context.database).found
 
 
 def test_doctor_says_that_nothing_is_encrypted(logins: Logins) -> None:
     with Context(Settings(storage=logins.owner)) as context:
-        assert _postgres(context).found.endswith(", not encrypted")
+        assert _postgres(context.database).found.endswith(", not encrypted")
 
 
 def test_nothing_but_the_password_is_hidden_from_people(place: Place) -> None:

@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from was_search.errors import ConfigError, WasError
 from was_search.service.context import Context
 from was_search.service.settings import Settings
+from was_search.service.steps.demonstration import demo_settings
+from was_search.service.steps.exporting import export
+from was_search.service.steps.profiling import profile
+from was_search.service.steps.seeding import seed
+from was_search.service.steps.study import search
+from was_search.service.targets.several import run_targets
+from was_search.service.watching.control import change
+from was_search.studies.control import Overrides
 
 
 def test_what_is_opened_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +38,26 @@ def test_what_was_opened_is_closed_at_the_end() -> None:
         context._stack.callback(lambda: closed.append(True))
         assert not closed
     assert closed == [True]
+
+
+SERVICES = {"database", "cache", "cluster", "pool"}
+
+
+@pytest.mark.parametrize("step", [seed, search, export, run_targets])
+@pytest.mark.parametrize("study", ["", "named"])
+def test_missing_text_is_said_before_anything_is_opened(step: Callable[..., Any], study: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    several = {"target": Settings().target, "targets": "0.4,0.5"} if step is run_targets else {}
+    with Context(demo_settings(data=missing, study=study, kl_top_k=4000, **several)) as context:
+        with pytest.raises(WasError, match=missing):
+            step(context)
+        assert not SERVICES & vars(context).keys()
+
+
+def test_wrong_options_are_said_before_anything_is_opened() -> None:
+    context = Context(Settings())
+    with pytest.raises(ConfigError, match="rows: must be at least 1"):
+        profile(context, rows=0)
+    with pytest.raises(ConfigError, match="set: nothing to change"):
+        change(context, "a study", Overrides())
+    assert not {*SERVICES, "model"} & vars(context).keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from was_search.service.watching.notify import announced
 from was_search.studies.control import EndingKind
 from was_search.studies.origin import Origin, OriginKind
 from was_search.texts.protocol import SPLITS
+
+if TYPE_CHECKING:
+    from was_storage.server.database import Database
 
 _ROW_NAMES = {"fisher": SEED_ROW, "warm": "warm seed"}
 
@@ -108,7 +111,7 @@ def run(context: Context, question: Question | None = None) -> RunResult:
             {split: tokens.of(split).protocol.describe() for split in SPLITS},
         )
         values = [row.to_json(tokens) for row in rows]
-        _remember(context, found, values)
+        _remember(context.database, found, values)
         context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
         return RunResult(found, folder, rows)
 
@@ -157,13 +160,13 @@ def _step(profile: LatencyProfile, test: Figures | None) -> dict[str, float]:
     return profile.figures(np.clip(test.evaluation.achieved, 0.0, 1.0))
 
 
-def _remember(context: Context, found: SearchResult, rows: list[dict[str, Any]]) -> None:
+def _remember(database: Database, found: SearchResult, rows: list[dict[str, Any]]) -> None:
     """Add the comparison to the study's report and note."""
     from was_storage.studies.store import StudyStore
 
-    store = StudyStore(context.database)
+    store = StudyStore(database)
     store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
-    report_study(context, found.study, found.seeds, found.question)
+    report_study(database, found.study, found.seeds, found.question)
 
 
 def _interval(test: Figures, baseline: Figures) -> Interval | None:

@@ -11,6 +11,7 @@ from was_search.decode_time.profile import LatencyProfile
 from was_search.decode_time.time_budget import TimeBudget
 from was_search.errors import ConfigError
 from was_search.service.context import Context
+from was_search.service.model import Model
 from was_search.service.settings import Settings
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash
@@ -18,7 +19,7 @@ from was_search.vectors.budget import Budget, SparsityBudget
 
 if TYPE_CHECKING:
     from was_search.service.steps.calibration import OperatingPoint
-    from was_storage.studies.cache import Artifact, ArtifactInfo
+    from was_storage.studies.cache import Artifact, ArtifactCache, ArtifactInfo
 
 CACHED_AS = "profile"
 
@@ -38,7 +39,10 @@ def profile_of(context: Context, settings: Settings) -> LatencyProfile | None:
         if settings.profile or settings.target_speedup:
             raise ConfigError(why)
         return None
-    found = _profile_at_hand(context, settings)
+    if settings.profile:
+        found: LatencyProfile | None = LatencyProfile.load(Path(settings.profile))
+    else:
+        found = _newest_of_shape(context.cache, context.model, settings)
     if found is not None:
         found.require_weights(settings.weights)
         found.require_shape(context.model.shape)
@@ -52,20 +56,18 @@ def _not_profiled(settings: Settings) -> str | None:
     return None
 
 
-def _profile_at_hand(context: Context, settings: Settings) -> LatencyProfile | None:
-    if settings.profile:
-        return LatencyProfile.load(Path(settings.profile))
-    rows = context.cache.list(CACHED_AS)
+def _newest_of_shape(cache: ArtifactCache, model: Model, settings: Settings) -> LatencyProfile | None:
+    rows = cache.list(CACHED_AS)
     if not rows:
         return None
-    wanted = shape_key(context.model.shape)
+    wanted = shape_key(model.shape)
     mine = [row for row in rows if row.meta.get("shape") == wanted and row.meta.get("weights") == settings.weights]
     if not mine:
         return None
     if settings.target_speedup:
         _require_one_device(mine)
     newest = max(mine, key=lambda row: row.created_at)
-    return context.cache.get(CACHED_AS, newest.key, read_profile)
+    return cache.get(CACHED_AS, newest.key, read_profile)
 
 
 def _require_one_device(rows: list[ArtifactInfo]) -> None:

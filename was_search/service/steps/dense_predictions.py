@@ -9,6 +9,7 @@ import numpy as np
 
 from was_search.masks.divergence import ENTRY_BYTES, DenseTop, check_top_k, concatenate
 from was_search.service.context import Context
+from was_search.service.model import Model
 from was_search.service.steps.caching import Row, array_row, cached
 from was_search.service.token_sets import TokenSets
 from was_search.texts.protocol import TokenSet, content_hash
@@ -20,17 +21,16 @@ PIECE_BYTES = 64 * 2**20
 """Bytes of one cached row: many rows of this size suit a database better than one, and any number of sequences fits."""
 
 
-def check_fitness(context: Context) -> None:
+def check_vocabulary(model: Model, kl_top_k: int) -> None:
     """Raise ConfigError if the model's configuration says that its vocabulary is below ``kl_top_k``.
 
     A configuration that says nothing of it is no error here, as the workers check the model itself.
     """
     from was_search.checkpoints.files import read_config
 
-    if context.settings.fitness == "kl":
-        vocabulary = read_config(context.model.source).get("vocab_size")
-        if isinstance(vocabulary, int):
-            check_top_k(context.settings.kl_top_k, vocabulary)
+    vocabulary = read_config(model.source).get("vocab_size")
+    if isinstance(vocabulary, int):
+        check_top_k(kl_top_k, vocabulary)
 
 
 def dense_top_key(context: Context, data: TokenSet) -> str:

@@ -22,7 +22,7 @@ from was_search.service.context import Context
 from was_search.service.reports.study_report import plan_gap_nats
 from was_search.service.settings import Settings
 from was_search.service.steps.caching import array_row, cached
-from was_search.service.steps.calibration import Calibration, OperatingPoint
+from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.decode_time import predictions
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.dense_predictions import dense_top_key
@@ -100,7 +100,7 @@ def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
             EvaluateThresholds(
                 dense.tokens.of(requests[i].split),
                 _thresholds(requests[i]),
-                dense.shared_top if _by_divergence(context, requests[i]) else None,
+                dense.shared_top if _by_divergence(context.settings, requests[i]) else None,
             )
             for i in missing
         ]
@@ -123,22 +123,22 @@ def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
     return None if request.point is None else request.point.thresholds
 
 
-def _by_divergence(context: Context, request: Request) -> bool:
-    return request.by_fitness and context.settings.fitness == "kl"
+def _by_divergence(settings: Settings, request: Request) -> bool:
+    return request.by_fitness and settings.fitness == "kl"
 
 
 def _key(dense: Dense, request: Request) -> str:
     context, protocol = dense.context, dense.tokens.of(request.split).protocol
     settings, device = context.settings, context.placement.device
     parts = ["evaluation", 2, context.model.key, settings.scoring, protocol, device, _thresholds(request)]
-    if _by_divergence(context, request):
+    if _by_divergence(settings, request):
         parts.append(dense_top_key(context, dense.tokens.search))
     return content_hash(*parts)
 
 
 def _cached(dense: Dense, request: Request) -> Evaluation | None:
     n = len(dense.tokens.of(request.split).tokens)
-    by_divergence = _by_divergence(dense.context, request)
+    by_divergence = _by_divergence(dense.context.settings, request)
 
     def read(found: Artifact) -> Evaluation:
         rows = unpack_array(found.payload, (2, n) if by_divergence else (n,), np.float64)
@@ -177,7 +177,7 @@ def export(context: Context, result: SearchResult | None = None) -> Path:
     result = dataclasses.replace(result, question=result.question.on(context))
     with logs.bound(study=result.study):
         folder = write_plan(context, result)
-        report_study(context, result.study, result.seeds, result.question)
+        report_study(context.database, result.study, result.seeds, result.question)
     return folder
 
 
@@ -251,7 +251,6 @@ def write_plan(context: Context, result: SearchResult) -> Path:
             f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
         )
     plan = make_plan(
-        context,
         question,
         chosen.name,
         chosen.sparsities,
@@ -283,7 +282,6 @@ def write_plan(context: Context, result: SearchResult) -> Path:
 
 
 def make_plan(
-    context: Context,
     question: Question,
     name: str,
     sparsities: FloatArray,
@@ -292,17 +290,17 @@ def make_plan(
     origin: dict[str, Any],
 ) -> Plan:
     """The plan of ``sparsities`` [L, 7] at its ``point``, with figures on both splits; ``origin`` says its source."""
-    calibration, tokens = question.calibration, question.tokens
+    shape, tokens, model = question.shape, question.tokens, question.model
     test, dense_search, dense_test = measure(
         question.dense,
         [Request(name, "test", point), Request("dense", "search", None), Request("dense", "test", None)],
     )
     dense = {"search": dense_search.to_json(tokens), "test": dense_test.to_json(tokens)}
     return Plan(
-        model=context.model.source.display_name,
-        revision=context.model.source.revision,
-        fingerprint=context.model.fingerprint,
-        shape=calibration.shape,
+        model=model.source.display_name,
+        revision=model.source.revision,
+        fingerprint=model.fingerprint,
+        shape=shape,
         weights=question.settings.weights,
         score=question.settings.score,
         budget=question.budget.nominal(sparsities),
@@ -310,9 +308,9 @@ def make_plan(
         prefill=question.settings.prefill,
         sparsities=sparsities,
         thresholds=point.thresholds,
-        norms=_norms(context, calibration),
+        norms=_norms(question.dense),
         achieved={
-            "calibration": calibration.shape.sparsity(point.achieved),
+            "calibration": shape.sparsity(point.achieved),
             "search": on_search.achieved,
             "test": test.achieved,
         },
@@ -332,16 +330,17 @@ def stored_result(context: Context) -> SearchResult:
     from was_storage.studies.store import StudyStore
 
     question = Question.of(context)
-    name = require_name(context, question)
+    mine = identity(question)
+    name = require_name(context.database, question, mine)
     store = StudyStore(context.database)
     store.get(name)  # an unknown name is refused before anything is calibrated
-    store.require_same(name, identity=identity(question), shape=question.shape.to_json())
+    store.require_same(name, identity=mine, shape=question.shape.to_json())
     return SearchResult(name, store.slots(name), seed(context, question), question, drained=False)
 
 
-def _norms(context: Context, calibration: Calibration) -> tuple[tuple[Any, ...], ...]:
+def _norms(dense: Dense) -> tuple[tuple[Any, ...], ...]:
+    context, shape = dense.context, dense.calibration.shape
     key = content_hash("norms", 1, context.model.key, context.settings.scoring, context.placement.dtype)
-    shape = calibration.shape
     width = sum(sum(row) for row in shape.in_features)
 
     def make() -> npt.NDArray[np.float32]:

@@ -19,6 +19,7 @@ from was_search.decode_time.fit import FUSED, SINGLE, check, check_summary, fit,
 from was_search.decode_time.profile import VERSION, LatencyProfile
 from was_search.errors import ConfigError
 from was_search.service.context import Context
+from was_search.service.model import Model
 from was_search.service.reports.profile import show_profile
 from was_search.service.steps.caching import cached
 from was_search.service.steps.decode_time import CACHED_AS, read_profile, shape_key
@@ -60,7 +61,8 @@ def profile(
     Raises:
         ConfigError: an option out of range, or a file that cannot be written.
     """
-    _check_options(context, rows, kv_length, steps, rounds, check_vectors)
+    _check_options(rows, kv_length, steps, rounds, check_vectors)
+    _check_positions(context.model, kv_length)
     compiled = context.placement_here.device.startswith("cuda") if compiled is None else compiled
     key = _key(context, rows, kv_length, compiled)
     comparison: list[dict[str, float]] = []
@@ -100,7 +102,7 @@ class _Measured:
         self.cache.replace(CACHED_AS, self.key, payload, {**meta, "weights": value.weights})
 
 
-def _check_options(context: Context, rows: int, kv_length: int, steps: int, rounds: int, check_vectors: int) -> None:
+def _check_options(rows: int, kv_length: int, steps: int, rounds: int, check_vectors: int) -> None:
     least = {"rows": (rows, 1), "kv_length": (kv_length, 32), "steps": (steps, 1), "rounds": (rounds, 1)}
     for name, (value, minimum) in {**least, "check": (check_vectors, 0)}.items():
         if value < minimum:
@@ -109,7 +111,10 @@ def _check_options(context: Context, rows: int, kv_length: int, steps: int, roun
 
     if rows > DENSE_ABOVE:
         raise ConfigError(f"rows: at most {DENSE_ABOVE} decode sparsely, got {rows}")
-    room = context.model.positions
+
+
+def _check_positions(model: Model, kv_length: int) -> None:
+    room = model.positions
     if room is not None and 2 * kv_length > room:
         raise ConfigError(f"kv_length: at most {room // 2} with the model's {room} positions, got {kv_length}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.process import logs
@@ -12,7 +12,7 @@ from was_search.process.signals import draining
 from was_search.service.context import Context
 from was_search.service.reports.metrics import served
 from was_search.service.reports.page import tally
-from was_search.service.steps.dense_predictions import check_fitness
+from was_search.service.steps.dense_predictions import check_vocabulary
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study_identity import identity, require_name, search_descent_options
@@ -68,18 +68,23 @@ def search(context: Context, question: Question | None = None) -> SearchResult:
 
 
 def _search(context: Context, question: Question) -> SearchResult:
-    question.settings.require_one_target()
-    check_fitness(context)
+    settings = question.settings
+    settings.require_one_target()
+    if settings.fitness == "kl":
+        check_vocabulary(question.model, settings.kl_top_k)
     question.check_target(context.reporter)
     warm = warm_seeds(context, question)  # refused before anything is calibrated
-    name = require_name(context, question)
+    mine = identity(question)  # what model or data lack is said before a database is opened
+    name = require_name(context.database, question, mine)
     if context.announcement is not None:
         context.announcement.study = name
     with logs.bound(study=name):
-        return _search_named(context, question, warm, name)
+        return _search_named(context, question, warm, name, mine)
 
 
-def _search_named(context: Context, question: Question, warm: list[Seed], name: str) -> SearchResult:
+def _search_named(
+    context: Context, question: Question, warm: list[Seed], name: str, mine: dict[str, Any]
+) -> SearchResult:
     from was_storage.studies.control import ControlStore
     from was_storage.studies.store import StudyStore
 
@@ -90,7 +95,7 @@ def _search_named(context: Context, question: Question, warm: list[Seed], name: 
     store = StudyStore(context.database)
     record = store.open_or_create(
         name,
-        identity=identity(question),
+        identity=mine,
         config={**settings.to_json(), **({TOGETHER: sorted(together)} if together else {})},
         shape=calibration.shape.to_json(),
         n_slots=settings.trials,
@@ -100,7 +105,7 @@ def _search_named(context: Context, question: Question, warm: list[Seed], name: 
     started = time.perf_counter()
     with store.coordinate(name) as session, draining() as drain:
         slots = session.slots()
-        ending = over_already(context, question, session, slots)
+        ending = over_already(context.database, question, session, slots)
         if ending is not None:
             result = SearchResult(name, slots, seeds, question, drained=False, ending=ending)
             words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")
@@ -124,7 +129,7 @@ def _search_named(context: Context, question: Question, warm: list[Seed], name: 
             max_attempts=settings.max_attempts,
             descents=descent_plan(question),
             limits=limits_of(vars(settings)),
-            elsewhere=elsewhere(context, together, name),
+            elsewhere=elsewhere(context.database, together, name),
         )
         top = question.dense.top
         pool = context.pool

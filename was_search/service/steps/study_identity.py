@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from was_search.service.context import Context
 from was_search.service.settings import Settings
 from was_search.service.steps.decode_time import budget_of, target_label
 from was_search.service.steps.question import Question
@@ -13,6 +12,9 @@ from was_search.studies.fitness import fitness_identity
 from was_search.texts.protocol import content_hash
 from was_search.vectors.descent import DescentOptions, chain_steps
 from was_search.vectors.seeds import GREEDY_STEP, PRICES, SEED_DESCENT, SEED_SEQUENCES
+
+if TYPE_CHECKING:
+    from was_storage.server.database import Database
 
 
 def identity(question: Question) -> dict[str, Any]:
@@ -66,8 +68,13 @@ def study_name(question: Question) -> str:
     return f"{question.model.label}-{target_label(settings)}-{settings.sampler}-{digest}"
 
 
-def require_name(context: Context, question: Question) -> str:
+def require_name(database: Database, question: Question, mine: dict[str, Any]) -> str:
     """The study's name, if it is valid, and free or taken by the study of these settings.
+
+    Args:
+        database: where studies are.
+        question: the study's.
+        mine: its :func:`identity`, whose making says what model or data lack before a database need be opened.
 
     Raises:
         StudyError: it is not valid, or another study's; each setting that differs is listed.
@@ -75,7 +82,7 @@ def require_name(context: Context, question: Question) -> str:
     from was_storage.studies.store import StudyStore
 
     name = study_name(question)
-    StudyStore(context.database).require_free_or_same(name, identity=identity(question))
+    StudyStore(database).require_free_or_same(name, identity=mine)
     return name
 
 

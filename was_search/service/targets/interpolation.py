@@ -21,6 +21,7 @@ from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.descent import HIGHEST_DESCENDED
 
 if TYPE_CHECKING:
+    from was_storage.server.database import Database
     from was_storage.studies.store import StudyRecord
 
 IN_COMMON = ("model", "score", "masks", "fitness", "search data", "calibration data")
@@ -53,8 +54,9 @@ def may_interpolate(context: Context, question: Question | None = None) -> bool:
     from was_storage.studies.store import StudyStore
 
     question = question or Question.of(context)
-    context.settings.require_one_target()
-    if context.settings.study or context.settings.target_speedup:
+    settings = question.settings
+    settings.require_one_target()
+    if settings.study or settings.target_speedup:
         return False
     records = StudyStore(context.database).list()
     if study_name(question) in {record.name for record in records}:
@@ -62,7 +64,7 @@ def may_interpolate(context: Context, question: Question | None = None) -> bool:
     mine = _plain_identity(question)
     same = [
         f"{record.name} (other: {', '.join(k for k in {**record.identity, **mine} if _differs(record, mine, k))})"
-        for record in _alike(context, question)
+        for record in _alike(context.database, question)
         if not _differs(record, mine, "target")
     ]
     if same:
@@ -70,7 +72,7 @@ def may_interpolate(context: Context, question: Question | None = None) -> bool:
             f"study {study_name(question)!r} does not exist, but studies of this target made with other options do: "
             f"{'; '.join(same)}; give the same options, or --interpolate to pass them by"
         )
-    return None not in _neighbours(context, question)
+    return None not in _neighbours(context.database, question)
 
 
 def interpolate(context: Context, question: Question | None = None) -> Path:
@@ -84,14 +86,15 @@ def interpolate(context: Context, question: Question | None = None) -> Path:
         PlanError: the plan's folder cannot be written.
     """
     question = question or Question.of(context)
-    context.settings.require_one_target()
-    if context.settings.target_speedup:
+    settings = question.settings
+    settings.require_one_target()
+    if settings.target_speedup:
         raise ConfigError("interpolate: only between budgets of sparsity; search a speed-up with 'was-search run'")
-    require_writable(plans_folder(context.settings))
-    target = context.settings.target
-    below, above = _neighbours(context, question)
+    require_writable(plans_folder(settings))
+    target = settings.target
+    below, above = _neighbours(context.database, question)
     if below is None or above is None:
-        raise StudyError(_one_sided(context, below, above))
+        raise StudyError(_one_sided(target, below, above))
     sparsities = between(below, above, question.shape, target)
     name = f"interpolated at {100 * target:g} %"
     point = question.dense.point(sparsities, name)
@@ -104,10 +107,10 @@ def interpolate(context: Context, question: Question | None = None) -> Path:
         "searched": False,
         "interpolated": {"below": below.to_json(), "above": above.to_json(), "share_of_above": share},
     }
-    plan = make_plan(context, question, name, sparsities, point, on_search, origin)
+    plan = make_plan(question, name, sparsities, point, on_search, origin)
     digest = content_hash(below.to_json(), above.to_json(), sparsities)[:8]
     label = f"{question.model.label}-{round(100 * target, 2):g}-interpolated-{digest}"
-    folder = plan.save(plan_folder(context.settings, label))
+    folder = plan.save(plan_folder(settings, label))
     protocols = [question.tokens.of(split).protocol.describe() for split in ("search", "test")]
     show_interpolated(context.reporter, plan, below, above, folder, protocols)
     return folder
@@ -120,13 +123,13 @@ def between(below: Neighbour, above: Neighbour, shape: ModelShape, target: float
     return SparsityBudget(shape, target).onto(line, HIGHEST_DESCENDED)
 
 
-def _alike(context: Context, question: Question) -> list[StudyRecord]:
+def _alike(database: Database, question: Question) -> list[StudyRecord]:
     from was_storage.studies.store import StudyStore
 
     mine = _plain_identity(question)
     return [
         record
-        for record in StudyStore(context.database).list()
+        for record in StudyStore(database).list()
         if "target" in record.identity and not any(_differs(record, mine, key) for key in IN_COMMON)
     ]
 
@@ -142,13 +145,13 @@ def _plain_identity(question: Question) -> dict[str, Any]:
     return found
 
 
-def _neighbours(context: Context, question: Question) -> tuple[Neighbour | None, Neighbour | None]:
+def _neighbours(database: Database, question: Question) -> tuple[Neighbour | None, Neighbour | None]:
     """The nearest studies with a complete trial below and above the target; of several at one target the best."""
     from was_storage.studies.store import StudyStore
 
-    store = StudyStore(context.database)
-    target = context.settings.target
-    records = [record for record in _alike(context, question) if record.best_loss_nats is not None]
+    store = StudyStore(database)
+    target = question.settings.target
+    records = [record for record in _alike(database, question) if record.best_loss_nats is not None]
     records.sort(key=lambda r: (abs(_target(r) - target), r.best_loss_nats))
     found: list[Neighbour | None] = []
     for side in (-1, 1):
@@ -162,13 +165,13 @@ def _target(record: StudyRecord) -> float:
     return float(record.identity["target"])
 
 
-def _one_sided(context: Context, below: Neighbour | None, above: Neighbour | None) -> str:
-    target = f"{100 * context.settings.target:g} %"
+def _one_sided(wanted: float, below: Neighbour | None, above: Neighbour | None) -> str:
+    target = f"{100 * wanted:g} %"
     missing = " or ".join(side for side, found in (("below", below), ("above", above)) if found is None)
     there = below or above
     has = f"there is {there.study} at {100 * there.target:g} %" if there else "there is none of any target"
     return (
         f"interpolate: no study of this model, data and score {missing} {target} has a complete trial ({has}); "
         f"run 'was-search run' with a --target {missing} {target}, or search this one with "
-        f"--target {context.settings.target:g}"
+        f"--target {wanted:g}"
     )

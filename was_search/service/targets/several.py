@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from was_search.errors import ConfigError, StudyError
 from was_search.service.context import Context
 from was_search.service.reports.study_report import interval_json
 from was_search.service.reports.targets import asked_words, increase_on_test, show_targets
+from was_search.service.settings import Settings
 from was_search.service.steps.comparison import Row, RunResult, run
 from was_search.service.steps.question import Question
-from was_search.service.steps.study_identity import require_name, study_name
+from was_search.service.steps.study_identity import identity, require_name, study_name
 from was_search.service.targets.pareto import Point, dominated, pareto_figure
 from was_search.service.token_sets import TokenSets
 from was_search.service.watching.run_record import elsewhere
@@ -21,6 +22,9 @@ from was_search.studies.control import EndingKind, Tally, limits_of
 from was_search.studies.names import folder_name
 from was_search.studies.slots import SlotState
 from was_search.texts.protocol import content_hash, perplexity
+
+if TYPE_CHECKING:
+    from was_storage.server.database import Database
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ def run_targets(context: Context) -> TargetsResult:
     for target in targets:  # what is out of reach is said before anything is run
         asked.at(target, by_time=by_time).check_target(context.reporter)
     questions = _questions(asked, targets, by_time=by_time)
-    for each in questions:
-        require_name(context, each)
+    identities = [identity(each) for each in questions]
+    for each, mine in zip(questions, identities, strict=True):
+        require_name(context.database, each, mine)
     runs: list[TargetRun] = []
     unsearched: list[float] = []
     for number, (target, each) in enumerate(zip(targets, questions, strict=True), 1):
@@ -153,10 +158,10 @@ def run_at(context: Context, question: Question) -> TargetRun | None:
     """
     from was_storage.studies.store import StudyStore
 
-    name = study_name(question)
+    settings, name = question.settings, study_name(question)
     known = {record.name: record for record in StudyStore(context.database).list()}
     if (name not in known or known[name].best_loss_nats is None) and (
-        rule := time_is_up(context, question.together, name)
+        rule := time_is_up(context.database, settings, question.together, name)
     ):
         context.reporter.note(f"not searched; {rule}")
         return None
@@ -165,16 +170,16 @@ def run_at(context: Context, question: Question) -> TargetRun | None:
         raise DrainedError
     if result.plan is None:
         return None
-    settings, by_time = question.settings, bool(question.settings.target_speedup)
+    by_time = bool(settings.target_speedup)
     return TargetRun(settings.target_speedup if by_time else settings.target, result, by_time)
 
 
-def time_is_up(context: Context, together: frozenset[str], study: str) -> str:
+def time_is_up(database: Database, settings: Settings, together: frozenset[str], study: str) -> str:
     """The limit on time that all studies of the command have met together, in words; "" if none."""
     from was_storage.studies.control import ControlStore
 
-    spent = ControlStore(context.database).spent({study})
-    return limits_of(vars(context.settings)).met(spent, Tally(), elsewhere(context, together, study))
+    spent = ControlStore(database).spent({study})
+    return limits_of(vars(settings)).met(spent, Tally(), elsewhere(database, together, study))
 
 
 def nothing_complete() -> StudyError:
@@ -200,7 +205,7 @@ def report_targets(context: Context, asked: Question, runs: list[TargetRun], uns
     )
     dense = perplexity(runs[0].dense.test.evaluation.loss_nats)
     figure = pareto_figure(points, dense, protocol)
-    path = _folder(context, runs) / "pareto.html"
+    path = _folder(asked, runs) / "pareto.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.write_html(path, include_plotlyjs=True)
@@ -226,12 +231,13 @@ def _point(method: str, run: TargetRun, row: Row) -> Point:
     return Point(method, run.target, row.test.achieved, perplexity(loss), run.words, predicted_ms)
 
 
-def _folder(context: Context, runs: list[TargetRun]) -> Path:
-    if context.settings.plan:
-        return Path(context.settings.plan)
-    if context.settings.study:
-        return Path("was-runs") / folder_name(context.settings.study)
-    return Path("was-runs") / f"{context.model.label}-targets-{content_hash([run.study for run in runs])[:8]}"
+def _folder(asked: Question, runs: list[TargetRun]) -> Path:
+    settings = asked.settings
+    if settings.plan:
+        return Path(settings.plan)
+    if settings.study:
+        return Path("was-runs") / folder_name(settings.study)
+    return Path("was-runs") / f"{asked.model.label}-targets-{content_hash([run.study for run in runs])[:8]}"
 
 
 def _json(tokens: TokenSets, run: TargetRun, bad: bool) -> dict[str, Any]:

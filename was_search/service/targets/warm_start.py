@@ -15,6 +15,7 @@ from was_search.studies.slots import Slot, best_slot
 from was_search.vectors.seeds import Seed, point_seed, retarget
 
 if TYPE_CHECKING:
+    from was_storage.server.database import Database
     from was_storage.studies.store import StudyRecord
 
 WARM = "warm"
@@ -30,14 +31,17 @@ def warm_seeds(context: Context, question: Question) -> list[Seed]:
         StudyError: the earlier study does not exist, is this one, has no complete trial, or is of another model or
             score.
     """
-    return [_warm_seed(context, question, study_name(question))] if question.settings.warm_start else []
+    if not question.settings.warm_start:
+        return []
+    study = study_name(question)
+    return [_warm_seed(context.database, question, study)]
 
 
-def _warm_seed(context: Context, question: Question, study: str) -> Seed:
+def _warm_seed(database: Database, question: Question, study: str) -> Seed:
     from was_storage.studies.store import StudyStore
 
     settings = question.settings
-    store = StudyStore(context.database)
+    store = StudyStore(database)
     if settings.warm_start == study:
         raise StudyError(f"warm_start: study {study!r} cannot start from itself; choose another --study")
     own = next((record for record in store.list() if record.name == study), None)

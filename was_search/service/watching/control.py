@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from was_search.errors import ConfigError
 from was_search.service.context import Context
+from was_search.service.reports.progress import Reporter
 from was_search.studies.control import Control, Overrides, Wish
 
 _RUNNING = {
@@ -31,7 +32,7 @@ def ask(context: Context, study: str, wish: Wish) -> Control:
     store = ControlStore(context.database)
     running = store.wish(study, wish)
     what = f"its coordinator {_RUNNING[wish]}" if running else f"no coordinator is running it: {_NOT_RUNNING[wish]}"
-    return _said(context, study, store.read(study), running, f"{wish} of study {study} is asked for; {what}")
+    return _said(context.reporter, study, store.read(study), running, f"{wish} of study {study} is asked for; {what}")
 
 
 def change(context: Context, study: str, overrides: Overrides) -> Control:
@@ -50,12 +51,12 @@ def change(context: Context, study: str, overrides: Overrides) -> Control:
     given = overrides.given.items()
     words = ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in given)
     what = "its coordinator obeys within about a second" if running else "it holds from the study's next run on"
-    return _said(context, study, store.read(study), running, f"study {study}: {words}; {what}")
+    return _said(context.reporter, study, store.read(study), running, f"study {study}: {words}; {what}")
 
 
-def _said(context: Context, study: str, control: Control, running: bool, words: str) -> Control:
-    context.reporter.note(words)
-    context.reporter.result(
+def _said(reporter: Reporter, study: str, control: Control, running: bool, words: str) -> Control:
+    reporter.note(words)
+    reporter.result(
         {
             "study": study,
             "wish": control.wish.value,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.errors import StudyError
 from was_search.process.refresher import Refresher
-from was_search.service.context import Context
 from was_search.service.reports.page import StudyPage
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import sensitivity
@@ -22,6 +21,7 @@ from was_search.studies.slots import Slot
 from was_search.vectors.seeds import Seed
 
 if TYPE_CHECKING:
+    from was_storage.server.database import Database
     from was_storage.studies.session import CoordinatorSession
 
 _LAST_PATIENCE_SECONDS = 20.0
@@ -117,17 +117,17 @@ def kept_fresh(live: LivePage, run: Run, *, least_seconds: float = 15.0) -> Iter
     live.write_last(run.ending)
 
 
-def report_study(context: Context, study: str, seeds: list[Seed], question: Question) -> None:
+def report_study(database: Database, study: str, seeds: list[Seed], question: Question) -> None:
     """Write the page of a study that has been exported; a coordinator that runs it does so itself."""
     from was_search.studies.overview import overview
     from was_storage.dashboard.study_page import show_idle
     from was_storage.studies.overview import read_snapshot
     from was_storage.studies.store import StudyStore
 
-    snapshot = read_snapshot(context.database, study)
+    snapshot = read_snapshot(database, study)
     found = overview(snapshot)
     play = f"{found.play}: {found.play_detail}" if found.play_detail else found.play
-    slots = StudyStore(context.database).slots(study)
+    slots = StudyStore(database).slots(study)
     page = study_page(study, seeds, question)
     note = page.note(slots, len(slots), play, snapshot.report, datetime.now(UTC))
-    show_idle(context.database, study, note, page.figures(slots))
+    show_idle(database, study, note, page.figures(slots))

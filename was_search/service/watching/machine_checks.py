@@ -7,10 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from was_search import __version__
 from was_search.errors import WasError
 from was_search.service.context import Context
+
+if TYPE_CHECKING:
+    from was_storage.server.database import Database
+    from was_workers.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,10 @@ def doctor(context: Context, *, start_services: bool = True) -> list[Check]:
     """
     checks = [_python(), _packages(), _gpu(), _triton(), _tasks()]
     if start_services:
-        checks += [_guard("Postgres", lambda: _postgres(context)), _guard("Ray", lambda: _ray(context))]
+        checks += [
+            _guard("Postgres", lambda: _postgres(context.database)),
+            _guard("Ray", lambda: _ray(context.cluster)),
+        ]
     marks = {True: "ok", False: "missing", None: "none"}
     context.reporter.table(
         f"was-search {__version__}",
@@ -106,18 +114,17 @@ def _tasks() -> Check:
         return Check("lm-eval tasks", None, "not installed", "for evaluate --tasks: pip install 'was-search[tasks]'")
 
 
-def _postgres(context: Context) -> Check:
+def _postgres(database: Database) -> Check:
     from sqlalchemy import text
 
-    with context.database.engine.connect() as connection:
+    with database.engine.connect() as connection:
         server = str(connection.execute(text("show server_version")).scalar_one())
         over_tcp = connection.execute(text("SELECT inet_server_addr() IS NOT NULL")).scalar_one()
         tls = connection.execute(text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")).scalar()
     how = "" if not over_tcp else f", {tls}" if tls else ", not encrypted"
-    return Check("Postgres", True, f"{server} at {context.database.display_url}{how}")
+    return Check("Postgres", True, f"{server} at {database.display_url}{how}")
 
 
-def _ray(context: Context) -> Check:
-    cluster = context.cluster
+def _ray(cluster: Cluster) -> Check:
     kind = "local" if cluster.local else f"cluster at {cluster.address}"
     return Check("Ray", True, f"{version('ray')}, {kind}: {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs")

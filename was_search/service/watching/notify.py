@@ -42,10 +42,10 @@ def announced(context: Context, study: str | None = None) -> Iterator[Announceme
     try:
         yield announcement
     except BaseException as error:
-        _send(context, announcement, Ending(EndingKind.FAILED, failure_words(error)))
+        _send(context.settings.notify, announcement, Ending(EndingKind.FAILED, failure_words(error)))
         raise
     else:
-        _send(context, announcement, announcement.ending)
+        _send(context.settings.notify, announcement, announcement.ending)
     finally:
         context.announcement = None
 
@@ -86,6 +86,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _send(context: Context, announcement: Announcement, ending: Ending) -> None:
-    if context.settings.notify:
-        post(context.settings.notify, payload(announcement, ending))
+def _send(url: str, announcement: Announcement, ending: Ending) -> None:
+    """Post it to ``url``; nothing where there is none."""
+    if url:
+        post(url, payload(announcement, ending))

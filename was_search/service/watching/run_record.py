@@ -18,6 +18,7 @@ from was_search.studies.control import LAST_SLOT, Ending, EndingKind, Spent, Tal
 from was_search.studies.slots import Slot
 
 if TYPE_CHECKING:
+    from was_storage.server.database import Database
     from was_storage.studies.control import ControlSession
     from was_storage.studies.session import CoordinatorSession
 
@@ -32,26 +33,28 @@ class Run:
     ending: Ending
 
 
-def over_already(context: Context, question: Question, session: CoordinatorSession, slots: list[Slot]) -> Ending | None:
+def over_already(
+    database: Database, question: Question, session: CoordinatorSession, slots: list[Slot]
+) -> Ending | None:
     """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
     from was_storage.studies.control import ControlSession
 
     if all(slot.state.finished for slot in slots):
         return LAST_SLOT
-    control = ControlSession(context.database, session)
+    control = ControlSession(database, session)
     overrides = control.read().overrides
     limits = overrides.limits(limits_of(vars(question.settings)))
     rule = limits.met(
-        control.spent_before(), Tally.of(slots), overrides.shared(elsewhere(context, question.together, session.name))
+        control.spent_before(), Tally.of(slots), overrides.shared(elsewhere(database, question.together, session.name))
     )
     return Ending(EndingKind.STOPPED, rule) if rule else None
 
 
-def elsewhere(context: Context, together: frozenset[str], study: str) -> Spent:
+def elsewhere(database: Database, together: frozenset[str], study: str) -> Spent:
     """What the other studies of the command have spent of its limits on time."""
     from was_storage.studies.control import ControlStore
 
-    return ControlStore(context.database).spent(together - {study})
+    return ControlStore(database).spent(together - {study})
 
 
 @contextmanager

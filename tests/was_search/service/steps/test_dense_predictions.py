@@ -189,13 +189,12 @@ def test_fitness_and_top_k_make_another_study(made, settings) -> None:
 def test_a_vocabulary_that_the_configuration_does_not_tell(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("was_search.checkpoints.files.read_config", lambda source: {})
     with Context(dataclasses.replace(settings, kl_top_k=1025)) as context:
-        dense_predictions.check_fitness(context)
+        dense_predictions.check_vocabulary(context.model, 1025)
         with pytest.raises(ConfigError, match="kl_top_k: must be at most the vocabulary, 1024 tokens, got 1025"):
             _ = Dense(context).top
 
 
 def test_nll_needs_no_top(settings) -> None:
     with Context(dataclasses.replace(settings, fitness="nll", kl_top_k=4000)) as context:
-        dense_predictions.check_fitness(context)
         assert Dense(context).top is None
         assert "database" not in vars(context)
