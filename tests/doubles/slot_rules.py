@@ -56,6 +56,19 @@ class SlotRules:
         np.testing.assert_array_equal(slot.losses, [2.0, 3.0])
         assert not store.requeue(0, "it has finished")
 
+    def test_of_several_results_at_once_the_first_of_the_attempt_that_runs_counts(self, store: SlotStore) -> None:
+        hand_out(store, 0)
+        assert store.requeue(0, "")
+        assert store.begin([HandOut(0, "other")], 60) == [2]
+        late = Result(0, 1, SlotState.FAILED, error="late")
+        first, second = (
+            Result(0, 2, SlotState.COMPLETE, losses=[nats] * 3, loss_nats=nats, nll_nats=nats, tokens=9, worker="w")
+            for nats in (2.0, 1.0)
+        )
+        assert store.finish_all([late, first, second]) == [False, True, False]
+        assert store.finish_all([late, first, second]) == [False, False, False]
+        assert (store.slots()[0].state, store.slots()[0].loss_nats) == (SlotState.COMPLETE, 2.0)
+
     def test_a_slot_that_failed_says_why(self, store: SlotStore) -> None:
         assert finish(store, 3, hand_out(store, 3), SlotState.FAILED, error="lost 3 times")
         assert (store.slots()[3].state, store.slots()[3].error) == (SlotState.FAILED, "lost 3 times")

@@ -39,7 +39,7 @@ _FINISH = text(
     "losses double precision[], loss_nats double precision, nll_nats double precision, tokens bigint, "
     "seconds double precision, achieved double precision, worker text, error text, attrs jsonb) "
     "WHERE s.study_id = :study_id AND s.number = r.number AND s.attempt = r.attempt AND s.state = 'running' "
-    "RETURNING s.number, s.trial_id"
+    "RETURNING s.number, s.attempt, s.trial_id"
 )
 
 
@@ -142,21 +142,26 @@ def finish(
         unsure: slots whose result may have been committed by an earlier call of the same.
 
     Returns:
-        For each result, whether it is its slot's.
+        For each result, whether it is its slot's; of two of one attempt, the first.
     """
-    rows = [_result_row(slot, attrs) for slot, attrs in results]
+    first = {(slot.number, slot.attempt): slot for slot, _ in reversed(results)}
+    firsts = [(slot, attrs) for slot, attrs in results if first[slot.number, slot.attempt] is slot]
+    rows = [_result_row(slot, attrs) for slot, attrs in firsts]
     given = {"study_id": study_id, "rows": json.dumps(rows, ensure_ascii=False)}
-    booked = {row.number: row.trial_id for row in connection.execute(_FINISH, given)}
-    ended = []
-    for slot, attrs in results:
-        if slot.number in booked:
-            ended.append(trials.ended_trial(booked[slot.number], slot, attrs))
-    optuna_rows.end(connection, ended)
-    late = [slot.number for slot, _ in results if slot.number not in booked and slot.number in unsure]
+    trial_ids = {(row.number, row.attempt): row.trial_id for row in connection.execute(_FINISH, given)}
+    written = [(slot, attrs) for slot, attrs in firsts if (slot.number, slot.attempt) in trial_ids]
+    optuna_rows.end(
+        connection, [trials.ended_trial(trial_ids[slot.number, slot.attempt], slot, attrs) for slot, attrs in written]
+    )
+    late = [slot.number for slot, _ in firsts if (slot.number, slot.attempt) not in trial_ids and slot.number in unsure]
     before: dict[int, Row[Any]] = {}
     if late:
         before = {row.number: row for row in connection.execute(_READ, {"study_id": study_id, "numbers": late})}
-    return [slot.number in booked or _is_finished(before.get(slot.number), slot.attempt) for slot, _ in results]
+    return [
+        slot is first[key := (slot.number, slot.attempt)]
+        and (key in trial_ids or _is_finished(before.get(slot.number), slot.attempt))
+        for slot, _ in results
+    ]
 
 
 def _same(row: Row[Any], vector: dict[str, Any]) -> bool:

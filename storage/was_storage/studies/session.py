@@ -145,8 +145,8 @@ class CoordinatorSession:
     def finish_all(self, results: Sequence[Result]) -> list[bool]:
         """Commit results and tell Optuna of them in one transaction; returns for each whether it counts.
 
-        Only the attempt that is running counts: a late or second result is ignored. A loss that is not a finite
-        number makes the slot failed.
+        Only the attempt that is running counts: a late or second result is ignored, also one in the same batch. A loss
+        that is not a finite number makes the slot failed.
 
         Raises:
             StudyError: a state that is not a finished one.
@@ -156,13 +156,13 @@ class CoordinatorSession:
         with self._fence.transaction() as connection:
             unsure = self._unsure & numbers
             self._unsure |= numbers
-            booked = batches.finish(connection, self._study_id, checked, unsure)
+            counted = batches.finish(connection, self._study_id, checked, unsure)
         self._unsure -= numbers
-        self._log_results(checked, booked)
-        return booked
+        self._log_results(checked, counted)
+        return counted
 
-    def _log_results(self, results: Sequence[tuple[Slot, dict[str, Any]]], booked: Sequence[bool]) -> None:
-        for (slot, _), counts in zip(results, booked, strict=True):
+    def _log_results(self, results: Sequence[tuple[Slot, dict[str, Any]]], counted: Sequence[bool]) -> None:
+        for (slot, _), counts in zip(results, counted, strict=True):
             self._tell_log(
                 "slot finished" if counts else "late result ignored",
                 slot.number,
