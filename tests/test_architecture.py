@@ -49,7 +49,7 @@ def imports(path: Path) -> list[Import]:
 
 
 def _package(path: Path) -> list[str]:
-    root = next(folder.parent for folder in PACKAGES.values() if path.is_relative_to(folder))
+    root = next((folder.parent for folder in PACKAGES.values() if path.is_relative_to(folder)), ROOT)
     return list(path.relative_to(root).parent.parts)
 
 
@@ -106,6 +106,14 @@ def test_nothing_below_imports_the_service(package, path):
     if not is_service(path):
         for found in imports(path):
             assert not found.module.startswith("was_search.service"), f"imports {found.module}"
+
+
+def test_only_tests_import_tests_and_no_package_imports_benchmarks():
+    scripts = [path for folder in ("benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*(path for _, path in EVERY), *scripts]:
+        tops = {found.module.split(".")[0] for found in imports(path)}
+        assert "tests" not in tops, path
+        assert "benchmarks" not in tops or path in scripts, path
 
 
 def room(module: str) -> str:

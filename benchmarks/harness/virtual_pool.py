@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.doubles.pool import Given, PoolDouble
+from benchmarks.harness.pool_double import Given, PoolDouble
 from was_search.coordinator.calls import Call
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS
 from was_search.coordinator.model_calls import Evaluate
@@ -41,7 +41,7 @@ class Window:
 
 
 class VirtualPool(PoolDouble):
-    """The tests' pool, with calls that end when their time is up.
+    """A pool without Ray, with calls that end when their time is up.
 
     Args:
         n_workers: number of workers.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.doubles.pool import Given, PoolDouble
+from benchmarks.harness.pool_double import Given, PoolDouble
 from was_search.coordinator.model_calls import Evaluate
 from was_search.masks.early_stop import StopRule
 from was_search.shape import ModelShape

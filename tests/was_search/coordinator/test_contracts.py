@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from benchmarks.harness.pool_double import Given, PoolDouble, run_here
 from tests.doubles.memory_slots import MemorySlots
-from tests.doubles.pool import Given, PoolDouble, run_here
 from tests.doubles.pool_rules import Die, Hold, PoolRules
 from tests.doubles.slot_rules import SlotRules
 from was_search.coordinator.health import QuarantinePolicy

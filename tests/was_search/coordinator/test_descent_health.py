@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.harness.pool_double import Given
 from tests.doubles.loop_doubles import SHAPE, seeds
 from tests.doubles.memory_slots import MemorySlots
-from tests.doubles.pool import Given
 from tests.was_search.coordinator.test_descents import DATA
 from tests.was_search.coordinator.test_descents import Pool as DescendingPool
 from was_search.coordinator.calls import Call

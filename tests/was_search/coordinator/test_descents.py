@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.harness.pool_double import Given, PoolDouble
 from tests.doubles.loop_doubles import SHAPE, evaluation, seeds
 from tests.doubles.memory_slots import MemorySlots
-from tests.doubles.pool import Given, PoolDouble
 from was_search.coordinator.descents import DescentPlan
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.model_calls import Descend, Evaluate

@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from tests.doubles.pool import PoolDouble
+from benchmarks.harness.pool_double import PoolDouble
 from was_search.coordinator import health as health_module
 from was_search.coordinator.calls import Work
 from was_search.coordinator.health import Health, QuarantinePolicy

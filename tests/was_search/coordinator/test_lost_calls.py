@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from tests.doubles.pool import PoolDouble
+from benchmarks.harness.pool_double import PoolDouble
 from was_search.coordinator.calls import Work
 from was_search.coordinator.contracts import Outcome
 from was_search.coordinator.health import QuarantinePolicy

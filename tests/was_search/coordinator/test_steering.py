@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.pool_double import PoolDouble
 from tests.doubles.loop_doubles import SHAPE, evaluation, evaluations, many_workers, seeds, two_workers
 from tests.doubles.memory_slots import MemorySlots
-from tests.doubles.pool import PoolDouble
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.steering import Steering

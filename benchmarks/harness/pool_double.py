@@ -1,4 +1,4 @@
-"""A pool of workers without Ray: its calls end in ``wait``, when and how a test says."""
+"""A pool of workers without Ray, for benchmarks and tests: its calls end in ``wait``, when and how they say."""
 
 from __future__ import annotations
 
