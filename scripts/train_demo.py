@@ -49,13 +49,7 @@ import transformers
 from demo_texts import MODULES, TEXT_FOLDER, SourceFile, leaked_share, select
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 1024
 BOS, BOS_ID = "<s>", 0

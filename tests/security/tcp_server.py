@@ -21,9 +21,9 @@ class GuardedServer(TcpServer):
     """The server, with a database whose ``owner`` may make roles; stopped by :meth:`stop`.
 
     Args:
-        folder: see :class:`TcpServer`.
-        programs: see there.
-        tls: see there.
+        folder: of data and log.
+        programs: of Postgres; None for the bundled ones.
+        tls: then nobody connects without.
     """
 
     def __init__(self, folder: Path, programs: Path | None = None, tls: Tls | None = None) -> None:

@@ -132,7 +132,7 @@ def test_a_slow_worker_gets_no_more_of_a_long_phase(start, tmp_path: Path) -> No
     (tmp_path / "slow-2").write_text("4.0")
     map_until_quarantine(pool, 20, tokens=400, phase="price")
     seen = evaluations(tmp_path).count(2)
-    assert seen >= 3, "so many show that it is slow"
+    assert seen >= 3, "it takes three to show that it is slow"
     assert values(pool.map(shards(30, 400), phase="price")) == list(range(30))
     assert evaluations(tmp_path).count(2) == seen
     (held,) = pool.state.quarantined

@@ -94,7 +94,7 @@ def test_a_slow_worker_gets_no_more_slots_and_another_takes_its_place(search, tm
     slots, pool, shown = search(3000, 3, QuarantinePolicy(), enough)
     assert all(slot.state is SlotState.COMPLETE for slot in slots)
     began = evaluations(tmp_path)
-    assert began.count(1) >= 3, "so many evaluations show that it is slow"
+    assert began.count(1) >= 3, "it takes three evaluations to show that it is slow"
     assert began.count(3) > 3, "the worker in its place"
     assert len(slots) < 3000
     (held,) = shown[-1].quarantined

@@ -9,14 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from was_search.masks.divergence import (
-    DenseTop,
-    bucket_log_probs,
-    check_top_k,
-    concatenate,
-    divergence,
-    top_log_probs,
-)
+from was_search.masks.divergence import DenseTop, bucket_log_probs, check_top_k, concatenate, divergence, top_log_probs
 from was_search.masks.early_stop import StopRule
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking

@@ -80,8 +80,8 @@ class ControlStore:
             done = [str(state) for state in SlotState if state.finished]
             finished = select(func.count()).where(slot.c.study_id == study_id, slot.c.state.in_(done))
             raise StudyError(
-                f"trials: must be at least {least} by now, got {trials}: so many slots have a vector already "
-                f"({connection.execute(finished).scalar_one()} have finished), and none of these is given up"
+                f"trials: must be at least {least}, got {trials}: the study has used {least} slots already, "
+                f"{connection.execute(finished).scalar_one()} of them finished, and keeps them"
             )
         free = text("SELECT pg_try_advisory_xact_lock(:key, :id)")
         if trials >= slot_rows.add_slots(connection, study_id, trials):

@@ -30,7 +30,7 @@ def spread(model: Any, *devices: int) -> Any:
 
 
 def logits(model: nn.Module, plan: Any, backend: Any, batch: int, static: bool) -> torch.Tensor:
-    """Of a prompt of 8 tokens and of one token at a time behind it: (steps, rows, vocabulary), on the CPU."""
+    """Of a prompt of 8 tokens and of one token at a time after it: (steps, rows, vocabulary), on the CPU."""
     tokens = tokens_of(batch, 8 + STEPS).to("cuda:0")
     config: Any = model.config
     cache: Any = StaticCache(config=config, max_cache_len=64) if static else DynamicCache(config=config)

@@ -31,7 +31,7 @@ ATTENTION_SECONDS = 2e-5
 
 
 class Device:
-    """A step of so many launches, each a fixed time and its live bytes, with a floor on small ones; and noise."""
+    """A step of many launches, each a fixed time and its live bytes, with a floor on small ones; and noise."""
 
     def __init__(self, groups=FUSED, noise: float = 0.0, drift: float = 0.0, overlap: float = 0.0) -> None:
         self.groups, self.noise, self.drift, self.overlap = groups, noise, drift, overlap

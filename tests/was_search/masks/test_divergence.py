@@ -10,14 +10,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from was_search.errors import ConfigError
-from was_search.masks.divergence import (
-    DenseTop,
-    bucket_log_probs,
-    check_top_k,
-    concatenate,
-    divergence,
-    top_log_probs,
-)
+from was_search.masks.divergence import DenseTop, bucket_log_probs, check_top_k, concatenate, divergence, top_log_probs
 
 V = 61
 

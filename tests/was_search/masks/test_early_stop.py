@@ -98,7 +98,7 @@ def test_a_cut_holds_back_from_its_number_of_sequences_on():
 
 
 def test_a_cut_judges_by_its_own_sequences():
-    """Batches may end behind it: what came after those sequences does not count."""
+    """Batches may end after it: what came after those sequences does not count."""
     losses = INCUMBENT.copy()
     losses[8:12] -= 10.0
     losses[:8] += 0.2

@@ -13,14 +13,7 @@ from was_search.service.steps.study_identity import seed_descent_options
 from was_search.service.targets.warm_start import warm_seeds
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash
-from was_search.vectors.seeds import (
-    GREEDY_STEP,
-    SEED_SEQUENCES,
-    Seed,
-    baseline_seeds,
-    fisher_seed,
-    point_seed,
-)
+from was_search.vectors.seeds import GREEDY_STEP, SEED_SEQUENCES, Seed, baseline_seeds, fisher_seed, point_seed
 from was_search.vectors.table import Table
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ def change(context: Context, study: str, overrides: Overrides) -> Control:
 
     Raises:
         ConfigError: nothing was given.
-        StudyError: there is no such study, or it has gone beyond so few trials.
+        StudyError: there is no such study, or it has used more slots than it would be left with.
     """
     from was_storage.studies.control import ControlStore
 

@@ -3,7 +3,7 @@
 // A stream of HEAD / 8 threads walks every so-many-th position with its own running softmax; streams are merged in
 // shared memory, blocks of one head by the block that arrives last, in a fixed order. When IN_PARTS they are not:
 // the launch that reads the result merges them (`merged_attention` in parts.cuh), and makes the sequence one longer.
-// Positions behind the end of the sequence are never read, so the cache's length costs nothing.
+// Positions past the end of the sequence are never read, so the cache's length costs nothing.
 //
 // Compiled by NVRTC with these macros: BF16, HEAD (32, 64, 128 or 256), QUERIES (query heads of a key head), WARPS,
 // UNROLL (positions of a stream in flight), NORMED (RMSNorm of each head of q and k first), IN_PARTS, PDL.

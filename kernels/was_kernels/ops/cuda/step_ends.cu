@@ -1,4 +1,4 @@
-// What a decoding step does before its first block and behind its last one.
+// What a decoding step does before its first block and after its last one.
 //
 // Compiled by NVRTC with these macros: BF16, THREADS, PDL.
 

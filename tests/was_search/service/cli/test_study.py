@@ -107,7 +107,7 @@ def test_fewer_trials_than_have_finished(typed, database: Database, name: str) -
         propose(session, 1)
     code, _, err = typed("set", name, "--trials", "1")
     assert code == 1
-    assert "trials: must be at least 2 by now, got 1: so many slots have a vector already (1 have finished)" in err
+    assert "at least 2, got 1: the study has used 2 slots already, 1 of them finished, and keeps them" in err
 
 
 @pytest.mark.parametrize("command", ["pause", "resume", "drain", "cancel", "set", "status"])

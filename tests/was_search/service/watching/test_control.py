@@ -162,7 +162,7 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
 
         # Fewer trials while nothing runs: all that have a vector, and two more.
         n = 3 + max(slot.number for slot in slots if slot.levels is not None)
-        with pytest.raises(StudyError, match=f"trials: must be at least {n - 2} by now, got {n - 3}"):
+        with pytest.raises(StudyError, match=f"trials: must be at least {n - 2}, got {n - 3}"):
             change(here, STUDY, Overrides(trials=n - 3))
         change(here, STUDY, Overrides(max_seconds=0, trials=n))
         search = was_search("search", *flags)
