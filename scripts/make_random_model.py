@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from was_search.checkpoints.files import ModelSource
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "hidden_size": 4096,
@@ -54,15 +56,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Arguments of LlamaConfig by shape; the vocabulary is raised to the tokenizer's where that is larger."""
 
 SHARD_BYTES = 4 * 10**9
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def make_random_model(
@@ -84,7 +77,7 @@ def make_random_model(
     if tokenizer is None:
         byte_tokenizer().save_pretrained(folder)
     else:
-        for name in TOKENIZER_FILES:
+        for name in ModelSource.tokenizer_files():
             if (tokenizer / name).is_file():
                 shutil.copy(tokenizer / name, folder / name)
     loaded = AutoTokenizer.from_pretrained(folder)

@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.harness.pool_double import Given, PoolDouble
 from was_search.coordinator.model_calls import Evaluate
+from was_search.coordinator.options import SearchOptions
 from was_search.masks.early_stop import StopRule
 from was_search.shape import ModelShape
 from was_search.texts.protocol import Evaluation
@@ -83,3 +84,23 @@ def divergence(sparsities: np.ndarray) -> Evaluation:
 def seeds() -> list[Seed]:
     greedy = Table("greedy", uniform_table(SHAPE).blocks)
     return [*baseline_seeds(SparsityBudget(SHAPE, 0.6), greedy), fisher_seed(PRICES, GRID, SparsityBudget(SHAPE, 0.6))]
+
+
+def search_options(**changes: Any) -> SearchOptions:
+    """Those of a search for 60 % of :data:`SHAPE`."""
+    usual: dict[str, Any] = {
+        "budget": SparsityBudget(SHAPE, 0.6),
+        "sampler": "tpe",
+        "radius": 0.1,
+        "seed": 0,
+        "early_stopping": True,
+        "significance": 0.1,
+        "rung_keep": 0.5,
+        "trial_timeout": 60.0,
+        "max_attempts": 3,
+    }
+    return SearchOptions(**{**usual, **changes})
+
+
+BRIEF: dict[str, Any] = {"sampler": "qmc", "radius": 0.05, "early_stopping": False, "rung_keep": 1.0}
+"""Options of a search that spends no time on choosing vectors and evaluates each in full."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,24 @@ def logits_of_steps(
             call = model if first == 0 or forward is None else forward
             found.append(call(tokens[:, first:last], past_key_values=cache, use_cache=True, **given).logits[:, -1])
     return torch.stack(found[1:])
+
+
+def logits_of_replays(model: Any, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The same of steps that are one CUDA graph, captured at the first of them and replayed for each."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 9)
+    found = []
+    with torch.inference_mode():
+        model(tokens[:, :prompt], past_key_values=cache, use_cache=True)
+        token = tokens[:, prompt : prompt + 1].clone()
+        model(token, past_key_values=copy.deepcopy(cache), use_cache=True)  # compiles the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+        for at in range(prompt, tokens.shape[1]):
+            token.copy_(tokens[:, at : at + 1])
+            graph.replay()
+            found.append(logits[:, -1].clone())
+    return torch.stack(found)
 
 
 def assert_as_exact(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:

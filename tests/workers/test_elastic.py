@@ -19,17 +19,15 @@ from ray.cluster_utils import Cluster as Nodes
 import was_workers.pool as pool_module
 from tests.doubles.ask import Ask
 from tests.doubles.bowl_worker import bowl_worker, evaluations
-from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.loop_doubles import BRIEF, SHAPE, search_options, seeds
 from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
-from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.errors import ResourceError
 from was_search.studies.pool_state import PoolState
 from was_search.studies.slots import SlotState
 from was_search.studies.worker_range import WorkerRange
-from was_search.vectors.budget import SparsityBudget
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
@@ -262,7 +260,7 @@ def test_a_search_goes_through_nodes_that_come_and_go(nodes: Nodes, add, start, 
             held[0].unlink(missing_ok=True)
 
     store = MemorySlots(60)
-    options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3)
+    options = search_options(trial_timeout=120.0, **BRIEF)
     loop = SearchLoop(
         store, pool, "data", "histograms",
         shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event(), progress=progress,

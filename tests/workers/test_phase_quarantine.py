@@ -13,16 +13,14 @@ import pytest
 import was_workers.pool as pool_module
 from tests.doubles.ask import Ask
 from tests.doubles.bowl_worker import bowl_worker, evaluations
-from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.loop_doubles import BRIEF, SHAPE, search_options, seeds
 from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
-from was_search.coordinator.options import SearchOptions
 from was_search.errors import TransientError
 from was_search.process.logs import bound
 from was_search.studies.pool_state import PoolState
 from was_search.studies.slots import SlotState
-from was_search.vectors.budget import SparsityBudget
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
@@ -146,7 +144,7 @@ def test_the_search_begins_with_what_the_phases_found(start, tmp_path: Path) -> 
     map_until_quarantine(pool, 10, phase="price")
     loop = SearchLoop(
         MemorySlots(8), pool, "data", "histograms", shape=SHAPE, seeds=seeds(), drain=threading.Event(),
-        options=SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, 120.0, 3),
+        options=search_options(trial_timeout=120.0, **BRIEF),
         progress=lambda progress: shown.append(progress.pool),
     )  # fmt: skip
     assert all(slot.state is SlotState.COMPLETE for slot in loop.run())

@@ -12,17 +12,15 @@ import pytest
 
 import was_workers.pool as pool_module
 from tests.doubles.bowl_worker import bowl_worker, evaluations
-from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.loop_doubles import BRIEF, SHAPE, search_options, seeds
 from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator import health
 from was_search.coordinator.health import QuarantinePolicy
 from was_search.coordinator.loop import SearchLoop
-from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.studies.pool_state import PoolState
 from was_search.studies.slots import Slot, SlotState
 from was_search.studies.worker_range import WorkerRange
-from was_search.vectors.budget import SparsityBudget
 from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
@@ -71,7 +69,7 @@ def search(
             if enough(state):
                 drain.set()
 
-        options = SearchOptions(SparsityBudget(SHAPE, 0.6), "qmc", 0.05, 0, False, 0.1, 1.0, trial_timeout, 3)
+        options = search_options(trial_timeout=trial_timeout, **BRIEF)
         loop = SearchLoop(
             MemorySlots(n_trials), pool, "data", "histograms",
             shape=SHAPE, seeds=seeds(), options=options, drain=drain, progress=progress,

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM, StaticCache
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from tests.doubles.tiny_models import (
     FUSED_STEPS,
     WIDER,
     assert_as_exact,
+    logits_of_replays,
     logits_of_steps,
     model_of,
     tiny_plan,
@@ -159,13 +160,8 @@ def test_a_step_compiles_without_a_graph_break(op_device, dtype):
         expected = logits_of_steps(sparse, tokens, 8)
         backend = "inductor" if op_device == "cuda" or shutil.which("g++") else "aot_eager"
         compiled = torch.compile(sparse.forward, fullgraph=True, backend=backend)
-        cache = StaticCache(config=model.config, max_cache_len=21)
-        found = []
-        with torch.inference_mode():
-            sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
-            for at in range(8, 12):
-                found.append(compiled(tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1])
-    torch.testing.assert_close(torch.stack(found), expected, rtol=0.02, atol=0.02 if op_device == "cuda" else 1e-4)
+        found = logits_of_steps(sparse, tokens, 8, forward=compiled)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 if op_device == "cuda" else 1e-4)
 
 
 @pytest.mark.gpu
@@ -173,19 +169,5 @@ def test_a_step_is_captured_in_a_cuda_graph(cuda):
     model = model_of("qwen3", "cuda", torch.bfloat16)
     plan = tiny_plan(model)
     tokens = tokens_of(1, 12).to(cuda)
-    with sparsify(model, plan) as sparse, torch.inference_mode():
-        expected = logits_of_steps(sparse, tokens, 8)
-        cache = StaticCache(config=model.config, max_cache_len=21)
-        sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
-        start = copy.deepcopy(cache)
-        token = tokens[:, 8:9].clone()
-        sparse(token, past_key_values=start, use_cache=True)  # compiles the kernels
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = sparse(token, past_key_values=cache, use_cache=True).logits
-        found = []
-        for at in range(8, 12):
-            token.copy_(tokens[:, at : at + 1])
-            graph.replay()
-            found.append(logits[:, -1].clone())
-    assert torch.equal(torch.stack(found), expected)
+    with sparsify(model, plan) as sparse:
+        assert torch.equal(logits_of_replays(sparse, tokens, 8), logits_of_steps(sparse, tokens, 8))

@@ -11,19 +11,16 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.pool_double import Given
-from tests.doubles.loop_doubles import SHAPE, seeds
+from tests.doubles.descending_pool import DATA, DescendingPool
+from tests.doubles.loop_doubles import BRIEF, SHAPE, search_options, seeds
 from tests.doubles.memory_slots import MemorySlots
-from tests.was_search.coordinator.test_descents import DATA
-from tests.was_search.coordinator.test_descents import Pool as DescendingPool
 from was_search.coordinator.calls import Call
 from was_search.coordinator.descents import DescentPlan
 from was_search.coordinator.loop import SearchLoop
 from was_search.coordinator.model_calls import Descend
-from was_search.coordinator.options import SearchOptions
 from was_search.errors import TransientError
 from was_search.process.logs import bound
 from was_search.studies.slots import Slot
-from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.descent import DescentOptions
 
 
@@ -56,18 +53,8 @@ class PartlySick(DescendingPool):
 
 
 def search(pool: PartlySick) -> list[Slot]:
-    options = SearchOptions(
-        budget=SparsityBudget(SHAPE, 0.6),
-        sampler="qmc",
-        radius=0.05,
-        seed=0,
-        early_stopping=False,
-        significance=0.1,
-        rung_keep=0.5,
-        trial_timeout=60.0,
-        max_attempts=3,
-        descents=DescentPlan(2, (0.04, 0.015), DescentOptions(rounds=12), 4, DATA),
-    )
+    descents = DescentPlan(2, (0.04, 0.015), DescentOptions(rounds=12), 4, DATA)
+    options = search_options(**BRIEF, descents=descents)
     return SearchLoop(
         MemorySlots(10), pool, DATA, None, shape=SHAPE, seeds=seeds(), options=options, drain=threading.Event()
     ).run()

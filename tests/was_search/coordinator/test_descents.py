@@ -3,77 +3,36 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.harness.pool_double import Given, PoolDouble
-from tests.doubles.loop_doubles import SHAPE, evaluation, seeds
+from tests.doubles.descending_pool import DATA, DescendingPool
+from tests.doubles.loop_doubles import SHAPE, search_options, seeds
 from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.descents import DescentPlan
 from was_search.coordinator.loop import SearchLoop
-from was_search.coordinator.model_calls import Descend, Evaluate
-from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.model_calls import Evaluate
 from was_search.errors import ModelError, TransientError
 from was_search.studies.control import Limits
 from was_search.studies.slots import SlotState
-from was_search.vectors.budget import SparsityBudget
-from was_search.vectors.descent import DescentOptions, chain_steps, descend
-
-BEST = np.clip(0.6 + 0.1 * np.random.default_rng(0).standard_normal((3, 7)), 0.2, 0.9)
-DATA = SimpleNamespace(
-    tokens=np.zeros((8, 10), np.int64),
-    protocol=SimpleNamespace(
-        n_sequences=8, predicted_per_sequence=9, predicted_tokens=72, batch_size=4, dense_prefix=1
-    ),
-)
-
-
-class Pool(PoolDouble):
-    """Two workers. ``lose`` is how many descents are lost first, ``broken`` an error that they all raise."""
-
-    def __init__(self, lose: int = 0, broken: Exception | None = None, **options: Any) -> None:
-        super().__init__(self._answer, **options)
-        self.lose, self.broken = lose, broken
-        self.descents: list[tuple[np.ndarray, DescentOptions, int]] = []
-
-    def _answer(self, given: Given) -> Any:
-        call = given.call
-        if isinstance(call, Evaluate):
-            return evaluation(call.sparsities, 2.0 + float(np.square(call.sparsities - BEST).sum()))
-        assert isinstance(call, Descend)
-        assert given.deadline > given.started
-        if self.broken is not None:
-            raise self.broken
-        if self.lose:
-            self.lose -= 1
-            raise ConnectionError("gone")
-        self.descents.append((call.start, call.options, call.seed))
-        noise = np.random.default_rng(call.seed).normal(0, 0.02, (3, 7))
-        return descend(lambda p: p - BEST + noise, call.start, call.budget, call.options)
+from was_search.vectors.descent import DescentOptions, chain_steps
 
 
 @pytest.fixture
 def run():
     def start(
-        store: MemorySlots, pool: Pool, *, epochs: int = 2, chains: int = 2, drain=None, progress=lambda _: None, **more
+        store: MemorySlots,
+        pool: DescendingPool,
+        *,
+        epochs: int = 2,
+        chains: int = 2,
+        drain=None,
+        progress=lambda _: None,
+        **more,
     ):
         plan = DescentPlan(epochs, chain_steps(chains), DescentOptions(rounds=12), 4, DATA)
-        options = SearchOptions(
-            budget=SparsityBudget(SHAPE, 0.6),
-            sampler="tpe",
-            radius=0.05,
-            seed=0,
-            early_stopping=False,
-            significance=0.1,
-            rung_keep=0.5,
-            trial_timeout=60.0,
-            max_attempts=3,
-            descents=plan,
-            **more,
-        )
+        options = search_options(radius=0.05, early_stopping=False, descents=plan, **more)
         loop = SearchLoop(
             store,
             pool,
@@ -91,7 +50,7 @@ def run():
 
 
 def test_epochs_come_between_seeds_and_sampled_trials_each_from_the_best(run):
-    pool = Pool()
+    pool = DescendingPool()
     slots = run(MemorySlots(14), pool)
     origins = [slot.origin for slot in slots]
     first, second = (sorted(origins[i : i + 3]) for i in (3, 6))
@@ -121,20 +80,20 @@ def test_a_restarted_search_does_not_repeat_its_descents(run):
         return finish(number, *args, **kwargs)
 
     store.finish = stop_after_the_first_epoch
-    first = Pool()
+    first = DescendingPool()
     run(store, first, drain=drain)
     assert len(first.descents) == 2
     store.finish = finish
-    second = Pool()
+    second = DescendingPool()
     slots = run(store, second)
     assert [step.step for _, step, _ in second.descents] == [0.02, 0.0075]
-    undisturbed = run(MemorySlots(14), Pool())
+    undisturbed = run(MemorySlots(14), DescendingPool())
     for ours, theirs in zip(slots[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)
 
 
 def test_lost_chains_are_repeated_and_give_the_same(run):
-    disturbed, undisturbed = run(MemorySlots(12), Pool(lose=2)), run(MemorySlots(12), Pool())
+    disturbed, undisturbed = run(MemorySlots(12), DescendingPool(lose=2)), run(MemorySlots(12), DescendingPool())
     for ours, theirs in zip(disturbed[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(
             next(s.sparsities for s in disturbed if s.origin == theirs.origin), theirs.sparsities
@@ -145,28 +104,28 @@ def test_lost_chains_are_repeated_and_give_the_same(run):
 def test_a_chain_lost_too_often_ends_the_search_and_consumes_no_slot(run):
     store = MemorySlots(12)
     with pytest.raises(TransientError, match="a descent was lost 3 times, last on worker-0: gone"):
-        run(store, Pool(lose=99, n_workers=1))
+        run(store, DescendingPool(lose=99, n_workers=1))
     assert [slot.state for slot in store.rows[3:]] == [SlotState.WAITING] * 9
 
 
 def test_an_error_of_a_chain_ends_the_search(run):
     with pytest.raises(ModelError, match="weights are gone"):
-        run(MemorySlots(12), Pool(broken=ModelError("weights are gone")))
+        run(MemorySlots(12), DescendingPool(broken=ModelError("weights are gone")))
 
 
 def test_with_few_slots_the_mean_comes_first(run):
-    slots = run(MemorySlots(4), Pool())
+    slots = run(MemorySlots(4), DescendingPool())
     assert slots[3].origin == "descent:0:mean"
 
 
 def test_one_chain_has_no_mean(run):
-    slots = run(MemorySlots(5), Pool(), epochs=1, chains=1)
+    slots = run(MemorySlots(5), DescendingPool(), epochs=1, chains=1)
     assert [slot.origin for slot in slots[3:]] == ["descent:0:0", "sampler:tpe"]
 
 
-def endless() -> Pool:
+def endless() -> DescendingPool:
     """Its descents never end by themselves: all evaluations do."""
-    return Pool(due=lambda running: [given for given in running if isinstance(given.call, Evaluate)][:1])
+    return DescendingPool(due=lambda running: [given for given in running if isinstance(given.call, Evaluate)][:1])
 
 
 @pytest.mark.parametrize("how", ["limit", "drain"])
@@ -183,7 +142,7 @@ def test_the_end_of_a_search_does_not_wait_for_a_descent(run, how):
     assert pool.abandoned == 1
     assert pool.n_idle == 2
     assert [slot.state for slot in slots[3:]] == [SlotState.WAITING] * 9
-    again, undisturbed = run(store, Pool()), run(MemorySlots(12), Pool())
+    again, undisturbed = run(store, DescendingPool()), run(MemorySlots(12), DescendingPool())
     for ours, theirs in zip(again[:9], undisturbed[:9], strict=True):
         np.testing.assert_array_equal(ours.sparsities, theirs.sparsities)
 
@@ -197,7 +156,7 @@ def test_workers_are_left_alone_where_no_descent_is_under_way(run):
 
 def test_what_goes_on_is_shown_once(run):
     shown = []
-    run(MemorySlots(9), Pool(), chains=1, progress=shown.append)
+    run(MemorySlots(9), DescendingPool(), chains=1, progress=shown.append)
     activities = [progress.activity for progress in shown]
     assert activities.count("descent 1 of 2, 1 chain(s) of 12 rounds") == 1
     assert activities.count("descent 2 of 2, 1 chain(s) of 12 rounds") == 1

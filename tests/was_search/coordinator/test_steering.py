@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.pool_double import PoolDouble
-from tests.doubles.loop_doubles import SHAPE, evaluation, evaluations, many_workers, seeds, two_workers
+from tests.doubles.loop_doubles import SHAPE, evaluation, evaluations, many_workers, search_options, seeds, two_workers
 from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.loop import SearchLoop
-from was_search.coordinator.options import SearchOptions
 from was_search.coordinator.steering import Steering
 from was_search.errors import TransientError
 from was_search.studies.control import NO_LIMITS, Control, EndingKind, Limits, Overrides, Spent, Usage, Wish
 from was_search.studies.pool_state import PoolState
 from was_search.studies.slots import Slot, SlotState
-from was_search.vectors.budget import SparsityBudget
 
 NOTHING = Spent()
 
@@ -213,18 +211,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, clock: Clock):
         pool_of=two_workers,
         **limits: Any,
     ) -> SearchLoop:
-        options = SearchOptions(
-            budget=SparsityBudget(SHAPE, 0.6),
-            sampler="random",
-            radius=0.1,
-            seed=0,
-            early_stopping=True,
-            significance=0.1,
-            rung_keep=0.5,
-            trial_timeout=60.0,
-            max_attempts=3,
-            limits=Limits(**limits),
-        )
+        options = search_options(sampler="random", limits=Limits(**limits))
         control.store = store
         pool = pool_of(lambda call, sparsities, rule: evaluation(sparsities))
         turns = iter(range(10_000))

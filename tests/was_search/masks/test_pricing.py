@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.was_search.masks.by_autograd import backward_through
 from was_search.masks.calibration import histogram_pass
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking
@@ -21,32 +22,22 @@ def level_thresholds(model, data):
 
 def brute_force(masked, tokens, thresholds, prefix, predicted):
     """Every sequence alone, every level by masking the input and multiplying it out; g by autograd."""
-    model, structure, norms = masked.model, masked.structure, masked.norms
     sums = np.zeros(thresholds.shape)
     for sequence in tokens:
-        inputs, outputs, handles = {}, {}, []
-        for b, p, linear in structure.linears():
+        inputs, outputs = {}, {}
 
-            def hook(linear, args, out, key=(b, p), inputs=inputs, outputs=outputs):
-                x = args[0]
-                inputs[key] = x.detach()
-                out = out.detach().requires_grad_(True) if not out.requires_grad else out
-                out.retain_grad()
-                outputs[key] = out
-                return out
+        def hook(key, linear, x, out, inputs=inputs, outputs=outputs):
+            inputs[key] = x.detach()
+            out = out.detach().requires_grad_(True) if not out.requires_grad else out
+            out.retain_grad()
+            outputs[key] = out
+            return out
 
-            handles.append(linear.register_forward_hook(hook))
-        ids = torch.as_tensor(sequence)[None]
-        logits = model(input_ids=ids).logits[0]
-        for handle in handles:
-            handle.remove()
-        n = len(sequence)
-        nats = -F.log_softmax(logits, dim=-1)[torch.arange(n - 1), ids[0, 1:]]
-        nats[n - 1 - predicted :].sum().backward()
+        backward_through(masked, sequence, predicted, hook)
         for (b, p), x in inputs.items():
-            linear = structure.linears()[7 * b + p][2]
+            linear = masked.structure.linears()[7 * b + p][2]
             g = outputs[b, p].grad[0]
-            score = x[0].abs().float() * norms[b][p]
+            score = x[0].abs().float() * masked.norms[b][p]
             for level in range(thresholds.shape[-1]):
                 kept = torch.where(score >= float(thresholds[b, p, level]), x[0], torch.zeros_like(x[0]))
                 change = F.linear(kept, linear.weight) - F.linear(x[0], linear.weight)

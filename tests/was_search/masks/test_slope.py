@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.was_search.masks.by_autograd import backward_through
 from was_search.masks.calibration import histogram_pass
 from was_search.masks.evaluation import evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
@@ -25,30 +26,20 @@ def histograms(masked, make_data, tokens):
 
 def brute_force(masked, tokens, thresholds, low, high, prefix, predicted):
     """Sum over dropped-next channels of -g x by plain autograd: masked inputs as leaves, a sequence at a time."""
-    model, structure, norms = masked.model, masked.structure, masked.norms
     changes = np.zeros(thresholds.shape)
     for sequence in tokens:
-        inputs, leaves, handles = {}, {}, []
-        for b, p, linear in structure.linears():
+        inputs, leaves = {}, {}
 
-            def hook(linear, args, out, key=(b, p), inputs=inputs, leaves=leaves):
-                x = args[0]
-                score = x.detach().abs().float() * norms[key[0]][key[1]]
-                keep = score >= float(thresholds[key])
-                keep[:, :prefix] = True
-                left = x * keep
-                left.retain_grad() if left.requires_grad else left.requires_grad_(True)
-                inputs[key], leaves[key] = (x.detach(), score), left
-                return F.linear(left, linear.weight)
+        def hook(key, linear, x, out, inputs=inputs, leaves=leaves):
+            score = x.detach().abs().float() * masked.norms[key[0]][key[1]]
+            keep = score >= float(thresholds[key])
+            keep[:, :prefix] = True
+            left = x * keep
+            left.retain_grad() if left.requires_grad else left.requires_grad_(True)
+            inputs[key], leaves[key] = (x.detach(), score), left
+            return F.linear(left, linear.weight)
 
-            handles.append(linear.register_forward_hook(hook))
-        ids = torch.as_tensor(sequence)[None]
-        logits = model(input_ids=ids).logits[0]
-        for handle in handles:
-            handle.remove()
-        n = len(sequence)
-        nats = -F.log_softmax(logits, dim=-1)[torch.arange(n - 1), ids[0, 1:]]
-        nats[n - 1 - predicted :].sum().backward()
+        backward_through(masked, sequence, predicted, hook)
         for key, (x, score) in inputs.items():
             window = (score >= float(low[key])) & (score < float(high[key]))
             window[:, :prefix] = False

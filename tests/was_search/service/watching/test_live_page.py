@@ -14,16 +14,14 @@ import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from tests.doubles.loop_doubles import SHAPE, evaluation, seeds, two_workers
+from tests.doubles.loop_doubles import SHAPE, evaluation, search_options, seeds, two_workers
 from was_search.coordinator.loop import SearchLoop
-from was_search.coordinator.options import SearchOptions
 from was_search.errors import ModelError, StudyError
 from was_search.service.reports.page import StudyPage
 from was_search.service.watching.live_page import LivePage, kept_fresh
 from was_search.service.watching.run_record import Run
 from was_search.studies.control import LAST_SLOT, EndingKind
 from was_search.studies.slots import SlotState
-from was_search.vectors.budget import SparsityBudget
 from was_storage.dashboard.study_page import annotate
 from was_storage.server.database import Database
 from was_storage.studies.control import ControlSession
@@ -88,7 +86,7 @@ def search(
             "histograms",
             shape=SHAPE,
             seeds=seeds(),
-            options=SearchOptions(SparsityBudget(SHAPE, 0.6), "random", 0.1, 0, False, 0.1, 0.5, 60.0, 3),
+            options=search_options(sampler="random", early_stopping=False),
             drain=drain or threading.Event(),
             progress=lambda state: live.update(state) and refresher.changed(),
         )
