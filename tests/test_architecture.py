@@ -116,6 +116,26 @@ def test_only_tests_import_tests_and_no_package_imports_benchmarks():
         assert "benchmarks" not in tops or path in scripts, path
 
 
+TESTED = {
+    "was_search": PACKAGES["was_search"],
+    **{name: PACKAGES[f"was_{name}"] for name in ("storage", "workers", "kernels")},
+    **{name: ROOT / name for name in ("benchmarks", "scripts")},
+}
+"""Source folders by the name of their tests' folder."""
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_tests_mirror_the_source(name):
+    """A test that is called like a module lies where the module does, every other one in some folder of the source."""
+    folders: dict[str, set[Path]] = {}
+    for path in TESTED[name].rglob("*.py"):
+        folders.setdefault(path.stem, set()).add(path.parent.relative_to(TESTED[name]))
+    every = set().union(*folders.values())
+    for path in (ROOT / "tests" / name).rglob("test_*.py"):
+        there = folders.get(path.stem.removeprefix("test_"), every)
+        assert path.parent.relative_to(ROOT / "tests" / name) in there, f"{identify(path)} belongs into {there}"
+
+
 def room(module: str) -> str:
     """The folder of the core that ``module`` lies in; a module beside the folders is a room of its own."""
     return module.split(".")[1] if module.count(".") else ""

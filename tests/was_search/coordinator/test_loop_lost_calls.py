@@ -1,4 +1,4 @@
-"""Calls that are lost or fail, in the loop without Ray or Postgres: which slot pays, and what ends the search."""
+"""Calls that are lost or fail, in the loop without Ray or Postgres: which slot fails, and what ends the search."""
 
 from __future__ import annotations
 

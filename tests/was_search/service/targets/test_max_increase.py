@@ -1,4 +1,4 @@
-"""What is said of a limit; the run itself is in test_targets.py."""
+"""What is said of a limit; the run itself is in test_several.py."""
 
 from __future__ import annotations
 
