@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from was_search.errors import ConfigError
@@ -21,13 +21,9 @@ def parse_targets(text: str) -> tuple[float, ...]:
     if not text:
         return ()
     found = []
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            raise ConfigError(f"targets: must be numbers with commas between, such as 0.4,0.5, got {text!r}") from None
+    for written, value in _numbers(text, "targets", "0.4,0.5"):
         if not 0.0 < value < 0.95:
-            raise ConfigError(f"targets: each must be above 0 and below 0.95{percent_hint(value)}, got {part.strip()}")
+            raise ConfigError(f"targets: each must be above 0 and below 0.95{percent_hint(value)}, got {written}")
         found.append(value)
     # Studies are told apart by their targets to a hundredth of a percentage point.
     rounded = [round(value, 4) for value in found]
@@ -35,6 +31,18 @@ def parse_targets(text: str) -> tuple[float, ...]:
     if twice:
         raise ConfigError(f"targets: each may be given once, got {', '.join(f'{v:g}' for v in twice)} more than once")
     return tuple(sorted(found))
+
+
+def _numbers(text: str, option: str, example: str) -> Iterator[tuple[str, float]]:
+    """What stands between the commas of ``text``, as it is written and as a number."""
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise ConfigError(
+                f"{option}: must be numbers with commas between, such as {example}, got {text!r}"
+            ) from None
+        yield part.strip(), value
 
 
 def percent_hint(value: float) -> str:
@@ -51,15 +59,9 @@ def parse_speedups(text: str) -> tuple[float, ...]:
     if not text:
         return ()
     found = []
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            raise ConfigError(
-                f"target_speedups: must be numbers with commas between, such as 1.5,2, got {text!r}"
-            ) from None
+    for written, value in _numbers(text, "target_speedups", "1.5,2"):
         if not 1.0 < value < math.inf:
-            raise ConfigError(f"target_speedups: each must be above 1, got {part.strip()}")
+            raise ConfigError(f"target_speedups: each must be above 1, got {written}")
         found.append(value)
     if len(set(found)) < len(found):
         raise ConfigError(f"target_speedups: each may be given once, got {text!r}")

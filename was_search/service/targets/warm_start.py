@@ -25,7 +25,7 @@ WARM = "warm"
 def warm_seeds(context: Context, question: Question) -> list[Seed]:
     """The winner of the settings' ``warm_start`` moved onto the budget, as a list of one seed; [] if none is set.
 
-    Needs no calibration, so that a wrong name is refused at once.
+    Needs no calibration, so that a wrong name is refused at once. The context's database is opened only if one is set.
 
     Raises:
         StudyError: the earlier study does not exist, is this one, has no complete trial, or is of another model or
