@@ -77,9 +77,8 @@ def make_random_model(
     if tokenizer is None:
         byte_tokenizer().save_pretrained(folder)
     else:
-        for name in ModelSource.tokenizer_files():
-            if (tokenizer / name).is_file():
-                shutil.copy(tokenizer / name, folder / name)
+        for path in ModelSource(str(tokenizer), tokenizer.name, tokenizer, "").tokenizer_files():
+            shutil.copy(path, folder / path.name)
     loaded = AutoTokenizer.from_pretrained(folder)
     values = {**SHAPES[shape], "vocab_size": max(SHAPES[shape]["vocab_size"], len(loaded))}
     config = LlamaConfig(
