@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,15 @@ def logits_of_replays(model: Any, tokens: torch.Tensor, prompt: int) -> torch.Te
             graph.replay()
             found.append(logits[:, -1].clone())
     return torch.stack(found)
+
+
+def assert_compiles(model: Any, tokens: torch.Tensor, prompt: int) -> None:
+    """Steps through torch.compile, as one graph, give the same logits."""
+    expected = logits_of_steps(model, tokens, prompt)
+    backend = "inductor" if tokens.is_cuda or shutil.which("g++") else "aot_eager"
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
+    found = logits_of_steps(model, tokens, prompt, forward=compiled)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 if tokens.is_cuda else 1e-4)
 
 
 def assert_as_exact(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
