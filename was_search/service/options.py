@@ -74,7 +74,7 @@ def setting(
     *rules: Rule,
     parse: Callable[[Any], Any] | None = None,
     env: str = "",
-    secret: bool = False,
+    secret: str = "",
 ) -> _T:
     """A field of ``Settings``.
 
@@ -85,9 +85,9 @@ def setting(
         rules: what its values must meet besides their type. A ``Literal`` type is a rule by itself.
         parse: gives a value's canonical form, and raises a ConfigError for one that has none.
         env: the environment variable that gives it where no flag does.
-        secret: it may hold a password, and is left out of ``repr``.
+        secret: for one that may hold a password: what is shown instead of its value. It is left out of ``repr``.
     """
-    metadata = {"group": group, "help": help, "rules": rules, "parse": parse, "env": env}
+    metadata = {"group": group, "help": help, "rules": rules, "parse": parse, "env": env, "secret": secret}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -109,10 +109,15 @@ class Option:
     rules: tuple[Rule, ...]
     parse: Callable[[Any], Any] | None
     env: str
+    secret: str
 
     @property
     def flag(self) -> str:
         return f"--{self.name.replace('_', '-')}"
+
+    def shown(self, value: Any) -> Any:
+        """``value`` as it may be stored and shown: of a secret, only whether it is the default."""
+        return self.secret if self.secret and value != self.default else value
 
     def canonical(self, value: Any) -> Any:
         """``value`` with the option's type, in its canonical form.

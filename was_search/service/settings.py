@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -239,7 +238,7 @@ class Settings:
         "URL that gets a small JSON when a run has ended or failed.",
         parse=checked_by(check_webhook),
         env="WAS_SEARCH_NOTIFY",
-        secret=True,
+        secret="a URL",
     )
     descent_epochs: int = setting(
         2,
@@ -323,7 +322,11 @@ class Settings:
         "Figures are always of masked text.",
     )
     storage: str = setting(
-        "embedded", Group.STORAGE, "A Postgres URL, or embedded.", env="WAS_SEARCH_STORAGE", secret=True
+        "embedded",
+        Group.STORAGE,
+        "A Postgres URL, or embedded.",
+        env="WAS_SEARCH_STORAGE",
+        secret="a Postgres URL",
     )
 
     def __post_init__(self) -> None:
@@ -382,12 +385,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """All options but the URLs, which may hold passwords in more places than can be masked safely."""
-        value = dataclasses.asdict(self)
-        if self.notify:
-            value["notify"] = "a URL"
-        if self.storage != "embedded":
-            value["storage"] = "a Postgres URL"
-        return value
+        return {name: option.shown(getattr(self, name)) for name, option in OPTIONS.items()}
 
 
 OPTIONS = options_of(Settings)

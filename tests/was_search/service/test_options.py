@@ -26,7 +26,7 @@ class Kitchen:
     drink: Literal["tea", "milk"] = setting("tea", Group.MODEL, "What is in them.")
     warmth: float = setting(0.5, Group.MODEL, "How warm it is.")
     sugar: bool = setting(False, Group.MODEL, "Whether it is sweet.")
-    pairs: str = setting("", Group.MODEL, "Letters.", parse=checked_by(_even), env="KITCHEN_PAIRS", secret=True)
+    pairs: str = setting("", Group.MODEL, "Letters.", parse=checked_by(_even), env="KITCHEN_PAIRS", secret="letters")
     guests: int | str = setting(1, Group.MODEL, "A number or a name.", parse=lambda value: str(value).strip())
 
 
@@ -45,6 +45,11 @@ def test_options_stand_in_the_order_of_the_fields_with_what_they_were_given():
 def test_the_dataclass_keeps_its_defaults_and_hides_secrets():
     assert (Kitchen().cups, Kitchen.cups, Kitchen(cups=4).full) == (3, 3, 1)
     assert "pairs" not in repr(Kitchen(pairs="secret"))
+
+
+def test_of_a_secret_only_its_default_is_shown():
+    assert [OPTIONS["pairs"].shown(value) for value in ("", "abab")] == ["", "letters"]
+    assert OPTIONS["drink"].shown("milk") == "milk"
 
 
 @pytest.mark.parametrize(

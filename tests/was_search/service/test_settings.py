@@ -6,6 +6,7 @@ import re
 import pytest
 
 from was_search.errors import ConfigError
+from was_search.process import redaction
 from was_search.service.settings import OPTIONS, Settings
 
 
@@ -108,6 +109,12 @@ def test_json_leaves_the_password_out(url):
     assert "cret" not in str(found)
     assert {**found, "storage": url} == dataclasses.asdict(Settings(storage=url))
     assert Settings().to_json()["storage"] == "embedded"
+
+
+def test_secrets_are_taken_from_the_command_line_too():
+    """The program's arguments are looked at before the table of options is read, so they are named there again."""
+    secrets = {option.flag: option.env for option in OPTIONS.values() if option.secret}
+    assert secrets == redaction.ENVIRONMENT
 
 
 def test_every_option_is_documented():

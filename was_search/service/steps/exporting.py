@@ -20,7 +20,7 @@ from was_search.process import logs
 from was_search.service.arrays import pack_array, unpack_array
 from was_search.service.context import Context
 from was_search.service.reports.study_report import plan_gap_nats
-from was_search.service.settings import Settings
+from was_search.service.settings import OPTIONS, Settings
 from was_search.service.steps.caching import array_row, cached
 from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.decode_time import predictions
@@ -356,10 +356,9 @@ def _norms(dense: Dense) -> tuple[tuple[Any, ...], ...]:
 def _provenance(question: Question, point: OperatingPoint) -> dict[str, Any]:
     from importlib.metadata import version
 
-    settings = dataclasses.asdict(question.settings)
+    settings = {name: getattr(question.settings, name) for name, option in OPTIONS.items() if not option.secret}
     if settings["profile"]:
         settings["profile"] = str(Path(settings["profile"]).resolve())
-    del settings["storage"], settings["notify"]
     settings["model"], settings["revision"] = question.model.source.location, question.model.source.revision
     if Path(question.settings.data).exists():
         settings["data"] = str(Path(question.settings.data).resolve())
