@@ -40,6 +40,7 @@ READ_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX
 _OBJECT = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 _ARRAY = re.compile(r"\s*\[\s*\{")
 _COLUMN = re.compile(r"\w[\w.-]*")
+_LONGEST_HEADER = 10_000
 _DELIMITERS = (",", "\t", ";", "|")
 _PACKED: dict[bytes, tuple[str, Callable[[bytes], bytes]]] = {
     b"\x1f\x8b": ("gzip", gzip.decompress),
@@ -212,9 +213,12 @@ def _names(columns: Any) -> str:
 
 def _delimiter(text: str, name: str) -> str:
     """What parts a table's columns, "" for text that is none: one column is ``text``, and all have plain names."""
-    line = text.lstrip("\n\r").partition("\n")[0].rstrip("\r")
+    line = text.lstrip("\n\r")[:_LONGEST_HEADER].partition("\n")[0].partition("\r")[0]
     for delimiter in _DELIMITERS:
-        cells = next(csv.reader([line], delimiter=delimiter), [])
+        try:
+            cells = next(csv.reader([line], delimiter=delimiter), [])
+        except csv.Error:
+            continue
         if "text" in cells and (
             name in TABLE_SUFFIXES or (len(cells) > 1 and all(_COLUMN.fullmatch(cell) for cell in cells))
         ):

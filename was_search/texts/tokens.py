@@ -19,10 +19,16 @@ def beginning(tokenizer: Any) -> tuple[int, ...]:
     """Ids that the tokenizer puts before every text of its own accord; tried on a text, whatever its flags say.
 
     It is what a window of calibration, search and evaluation begins with, and a prompt.
+
+    Raises:
+        ModelError: the tokenizer reads no text.
     """
     for probe in ("a", "0", "."):
-        whole = list(tokenizer(probe)["input_ids"])
-        inner = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+        try:
+            whole = list(tokenizer(probe)["input_ids"])
+            inner = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+        except Exception as error:
+            raise ModelError(f"model: its tokenizer cannot be used ({reason(error)}); copy its files again") from error
         for start in range(len(whole) - len(inner) + 1) if inner else ():
             if whole[start : start + len(inner)] == inner:
                 return tuple(int(i) for i in whole[:start])

@@ -86,6 +86,13 @@ def test_a_cell_may_be_longer_than_the_csv_module_takes(tmp_path):
     assert read_file(path).text == "word " * 100_000 + "\n\nb"
 
 
+@pytest.mark.parametrize("text", ["word " * 100_000 + "\nmore\n", "a\rb\rc", '"' * 200_000])
+def test_a_first_line_that_is_no_header(text, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_bytes(text.encode())
+    assert read_file(path).text == text
+
+
 def test_a_folder_reads_every_kind_that_lies_in_it(tmp_path):
     (tmp_path / "a.txt").write_text("plain\n")
     (tmp_path / "b").mkdir()
