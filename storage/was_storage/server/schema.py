@@ -24,7 +24,7 @@ from was_search.studies.control import Wish
 from was_search.studies.slots import SlotState
 
 SCHEMA = "was"
-HEAD = "0001"
+HEAD = "0002"
 """The newest revision in ``migrations/versions``."""
 
 STATES = tuple(str(state) for state in SlotState)
@@ -44,7 +44,9 @@ study = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("versions", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Column("report", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("seen_at", DateTime(timezone=True)),
 )
+"""``seen_at``, when its coordinator was last seen, tells a dead one also where a pooler keeps its lock."""
 
 slot = Table(
     "slot",

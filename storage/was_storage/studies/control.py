@@ -7,7 +7,7 @@ import socket
 from collections.abc import Collection
 from datetime import datetime
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from was_search.errors import StudyError
@@ -16,7 +16,7 @@ from was_search.studies.slots import SlotState
 from was_storage.server.database import Database
 from was_storage.server.schema import control, run, slot, study
 from was_storage.studies import control_rows, slot_rows
-from was_storage.studies.coordinator_lock import COORDINATOR_LOCK, held
+from was_storage.studies.coordinator_lock import free, held
 from was_storage.studies.session import CoordinatorSession
 from was_storage.studies.store import StudyStore
 
@@ -83,10 +83,9 @@ class ControlStore:
                 f"trials: must be at least {least}, got {trials}: the study has used {least} slots already, "
                 f"{connection.execute(finished).scalar_one()} of them finished, and keeps them"
             )
-        free = text("SELECT pg_try_advisory_xact_lock(:key, :id)")
         if trials >= slot_rows.add_slots(connection, study_id, trials):
             return
-        if connection.execute(free, {"key": COORDINATOR_LOCK, "id": study_id}).scalar():
+        if free(connection, study_id):
             slot_rows.drop_slots(connection, study_id, trials)
 
 

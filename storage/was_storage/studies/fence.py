@@ -6,12 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, func, select, update
 
 from was_search.errors import StudyError
 from was_storage.server.database import Database
 from was_storage.server.schema import study
 from was_storage.studies.coordinator_lock import CoordinatorLock
+from was_storage.studies.pulse import Pulse
 
 
 class Fence:
@@ -19,7 +20,7 @@ class Fence:
 
     The lock refuses a second coordinator while one is alive, but a restart of the database drops it. The
     epoch is raised by every takeover and compared in every transaction, so that a replaced coordinator
-    writes nothing more. Thread-safe: transactions run one at a time.
+    writes nothing more. A pulse says that it is alive. Thread-safe: transactions run one at a time.
     """
 
     def __init__(self, database: Database, study_id: int, name: str) -> None:
@@ -30,12 +31,14 @@ class Fence:
         self._lock = CoordinatorLock(database, study_id, name)
         self._serial = threading.RLock()
         self._open = False
+        self._pulse = Pulse(self._beat)
 
     def take_over(self) -> None:
-        """Take the lock and a new epoch.
+        """Take the lock and a new epoch, and be seen from now on.
 
         Raises:
             StudyError: another coordinator is alive, or the study was deleted.
+            StorageError: the connection is not one session.
             TransientError: the connection was lost.
         """
         with self._serial:
@@ -46,6 +49,7 @@ class Fence:
                 self._lock.release()
                 raise
             self._open = True
+            self._pulse.start()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -73,7 +77,16 @@ class Fence:
         """Give the lock up; transactions are refused from now on. Idempotent."""
         with self._serial:
             self._open = False
+            self._pulse.stop()
             self._lock.release()
+
+    def _beat(self) -> None:
+        with self._serial:
+            if self._open:
+                self._lock.renew()
+                mine = (study.c.id == self._study_id) & (study.c.epoch == self.epoch)
+                with self._database.begin() as connection:
+                    connection.execute(update(study).where(mine).values(seen_at=func.now()))
 
     def _next_epoch(self) -> int:
         statement = update(study).where(study.c.id == self._study_id).values(epoch=study.c.epoch + 1)

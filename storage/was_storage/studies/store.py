@@ -8,7 +8,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sqlalchemy import Row, delete, func, select, text, update
+from sqlalchemy import Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from was_search.errors import StudyError
@@ -21,7 +21,7 @@ from was_storage.server.schema import artifact
 from was_storage.server.schema import slot as slot_table
 from was_storage.server.schema import study as study_table
 from was_storage.studies import control_rows, optuna_study
-from was_storage.studies.coordinator_lock import COORDINATOR_LOCK, held
+from was_storage.studies.coordinator_lock import free, held
 from was_storage.studies.session import CoordinatorSession
 from was_storage.studies.slot_rows import add_slots, read_slots
 
@@ -212,8 +212,7 @@ class StudyStore:
         record = self.get(name)
         storage = self._database.optuna_storage()
         with self._database.begin() as connection:
-            free = text("SELECT pg_try_advisory_xact_lock(:key, :id)")
-            if not connection.execute(free, {"key": COORDINATOR_LOCK, "id": record.id}).scalar():
+            if not free(connection, record.id):
                 raise _being_run(name)
             query = select(study_table.c.optuna_study_id).where(study_table.c.id == record.id).with_for_update()
             optuna_study.drop(storage, connection.execute(query).scalar())
