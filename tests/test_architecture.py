@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,3 +243,11 @@ def test_importing_the_kernels_imports_no_triton():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_guide_names_files_that_exist():
+    """Of ``CONTRIBUTING.md``: each as a path from the root, or as the end of one."""
+    known = [str(path.relative_to(ROOT)) for folder in (*TESTED, "tests") for path in (ROOT / folder).rglob("*.py")]
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    lost = {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in known)}
+    assert {name for name in lost if "NAME" not in name} == {"utils.py"}  # said to be no name for a file

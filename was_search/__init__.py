@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from was_search.service.context import Context
     from was_search.service.settings import Settings
     from was_search.service.steps.calibration import calibrate
-    from was_search.service.steps.comparison import run
     from was_search.service.steps.decoding import generate
     from was_search.service.steps.evaluation import evaluate
     from was_search.service.steps.exporting import export
+    from was_search.service.steps.main_job import run
     from was_search.service.steps.seeding import seed
     from was_search.service.steps.study import search
 
@@ -89,7 +89,7 @@ _MODULES = {
     "export": "was_search.service.steps.exporting",
     "generate": "was_search.service.steps.decoding",
     "load_sparse": "was_kernels",
-    "run": "was_search.service.steps.comparison",
+    "run": "was_search.service.steps.main_job",
     "search": "was_search.service.steps.study",
     "seed": "was_search.service.steps.seeding",
     "sparsify": "was_kernels",

@@ -22,7 +22,7 @@ _SEARCH = (*_SEED, Group.SEARCH, Group.DESCENTS, Group.LIMITS, Group.FAILURES)
 @commands.command(*_SEARCH, Group.TARGETS, Group.PLAN)
 def run(call: Call) -> None:
     """Calibrate, seed, search, export and compare, skipping what is cached; for one target or several."""
-    from was_search.service.steps import comparison
+    from was_search.service.steps import main_job
     from was_search.service.targets import max_increase, several
 
     def step(context: Any) -> bool:
@@ -35,7 +35,7 @@ def run(call: Call) -> None:
             if best.answer is not None:
                 context.reporter.note(f"plan: {best.answer.result.plan}")
             return bool(best.drained)
-        found = comparison.run(context)
+        found = main_job.run(context)
         if found.plan is not None:
             context.reporter.note(f"plan: {found.plan}")
         return bool(found.search.drained)

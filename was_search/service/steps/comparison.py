@@ -1,34 +1,22 @@
-"""All steps, skipping what is cached, and the table that compares the winner with its baselines."""
+"""The table that compares the exported vector with its baselines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from was_search.decode_time.profile import LatencyProfile
 from was_search.masks.intervals import Interval, paired_interval
-from was_search.plan import Plan, require_writable
-from was_search.process import logs
-from was_search.service.context import Context
-from was_search.service.reports.comparison import SEED_ROW, show_comparison
+from was_search.plan import Plan
+from was_search.service.reports.comparison import SEED_ROW
 from was_search.service.reports.study_report import gap_nats, interval_json
 from was_search.service.steps.calibration import OperatingPoint
-from was_search.service.steps.decode_time import budget_title
-from was_search.service.steps.exporting import Figures, Request, measure, plans_folder, write_plan
-from was_search.service.steps.question import Question
-from was_search.service.steps.study import SearchResult, search
+from was_search.service.steps.exporting import Figures, Request, measure
+from was_search.service.steps.study import SearchResult
 from was_search.service.token_sets import TokenSets
-from was_search.service.watching.live_page import report_study
-from was_search.service.watching.notify import announced
-from was_search.studies.control import EndingKind
 from was_search.studies.origin import Origin, OriginKind
-from was_search.texts.protocol import SPLITS
-
-if TYPE_CHECKING:
-    from was_storage.server.database import Database
 
 _ROW_NAMES = {"fisher": SEED_ROW, "warm": "warm seed"}
 
@@ -73,49 +61,6 @@ class Row:
         }
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What ``run`` made: the search, the plan's folder and the comparison.
-
-    There is no plan where the search was interrupted, or, with several targets, ended by a limit before its first
-    complete trial.
-    """
-
-    search: SearchResult
-    plan: Path | None
-    rows: list[Row]
-
-
-def run(context: Context, question: Question | None = None) -> RunResult:
-    """Calibrate, seed, search, export and compare; an interrupted search ends the run after its report.
-
-    ``question`` is that of the settings, unless one is given.
-    """
-    question = question or Question.of(context)
-    tokens = question.tokens
-    require_writable(plans_folder(question.settings))  # a plan is written once all has been done
-    with announced(context, question.settings.study):
-        found = search(context, question)
-        if found.drained or (question.together and found.best is None and found.ending.kind is EndingKind.STOPPED):
-            # Of several targets, the others are exported.
-            return RunResult(found, None, [])
-        with logs.bound(study=found.study):
-            folder = write_plan(context, found)
-            rows = compare(found, Plan.load(folder))
-        timed = all(row.step is not None for row in rows)
-        show_comparison(
-            context.reporter,
-            rows,
-            budget_title(question.settings),
-            found.question.latency if timed else None,
-            {split: tokens.of(split).protocol.describe() for split in SPLITS},
-        )
-        values = [row.to_json(tokens) for row in rows]
-        _remember(context.database, found, values)
-        context.reporter.result({"study": found.study, "plan": str(folder), "rows": values})
-        return RunResult(found, folder, rows)
-
-
 def compare(found: SearchResult, plan: Plan) -> list[Row]:
     """Evaluate the dense model, the seeds and the exported plan on the search and test splits.
 
@@ -158,15 +103,6 @@ def _step(profile: LatencyProfile, test: Figures | None) -> dict[str, float]:
     if test is None:
         return {"predicted_ms": 1e3 * profile.dense_seconds, "predicted_speedup": 1.0}
     return profile.figures(np.clip(test.evaluation.achieved, 0.0, 1.0))
-
-
-def _remember(database: Database, found: SearchResult, rows: list[dict[str, Any]]) -> None:
-    """Add the comparison to the study's report and note."""
-    from was_storage.studies.store import StudyStore
-
-    store = StudyStore(database)
-    store.set_report(found.study, {**store.get(found.study).report, "comparison": rows})
-    report_study(database, found.study, found.seeds, found.question)
 
 
 def _interval(test: Figures, baseline: Figures) -> Interval | None:

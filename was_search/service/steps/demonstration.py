@@ -9,8 +9,8 @@ from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.comparison import next_commands
 from was_search.service.settings import Settings
-from was_search.service.steps.comparison import RunResult, run
 from was_search.service.steps.decoding import generate
+from was_search.service.steps.main_job import RunResult, run
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo_data"
 

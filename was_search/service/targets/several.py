@@ -12,7 +12,8 @@ from was_search.service.context import Context
 from was_search.service.reports.study_report import interval_json
 from was_search.service.reports.targets import asked_words, increase_on_test, show_targets
 from was_search.service.settings import Settings
-from was_search.service.steps.comparison import Row, RunResult, run
+from was_search.service.steps.comparison import Row
+from was_search.service.steps.main_job import RunResult, run
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import identity, require_name, study_name
 from was_search.service.targets.pareto import Point, dominated, pareto_figure

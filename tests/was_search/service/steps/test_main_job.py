@@ -26,10 +26,10 @@ from was_search.plan import Plan
 from was_search.service.cli.decode import load_plan
 from was_search.service.context import Context
 from was_search.service.steps import evaluation, study_identity
-from was_search.service.steps.comparison import run
 from was_search.service.steps.demonstration import DEMO_FOLDER
 from was_search.service.steps.evaluation import evaluate, evaluate_on_tasks
 from was_search.service.steps.exporting import export
+from was_search.service.steps.main_job import run
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import sensitivity
 from was_search.service.steps.study import search
