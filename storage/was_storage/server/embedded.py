@@ -6,6 +6,7 @@ import atexit
 import itertools
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ from was_storage.server.translation import translated
 from was_storage.server.urls import DRIVER, display_url
 
 DATABASE = "was"
+WATCH_SECONDS = 2.0
+"""Between two looks at whether the server is alive."""
+
 _LAST_SECONDS = 5.0
 _DUPLICATE_DATABASE = ("42P04", "23505")
 _logger = logging.getLogger(__name__)
@@ -56,6 +60,10 @@ def default_home() -> Path:
     if not found.is_absolute():  # an older platformdirs leaves "~" in it
         raise _homeless()
     return found
+
+
+def _closed() -> StorageError:
+    return StorageError("embedded Postgres: this use of the server is closed")
 
 
 def _homeless() -> StorageError:
@@ -83,6 +91,8 @@ class EmbeddedServer:
         self.socket_folder = socket_folder
         self._user: LockedFile | None = user
         self._pid = os.getpid()
+        self._closing = threading.Event()
+        threading.Thread(target=self._watch, name="embedded Postgres' watch", daemon=True).start()
         atexit.register(self.close)
 
     @classmethod
@@ -125,20 +135,35 @@ class EmbeddedServer:
         """The host of the next connection, which is the folder of the server's socket.
 
         A server that has died, as by an out-of-memory killer, is started again first, by whichever of its users asks
-        next; Postgres then recovers whatever was committed.
+        or looks next; Postgres then recovers whatever was committed.
 
         Raises:
             StorageError: the use is closed, or the server does not start.
         """
         if self._user is None:
-            raise StorageError("embedded Postgres: this use of the server is closed")
+            raise _closed()
         if not LockedFile.held(_running_lock(self.folder)):
             self._start_again()
         return str(self.socket_folder)
 
+    def _watch(self) -> None:
+        """Others may need the server while this user does not."""
+        while not self._closing.wait(WATCH_SECONDS):
+            try:
+                self.host()
+            except (OSError, StorageError) as error:
+                if not self._closing.is_set():
+                    _logger.warning("embedded Postgres in %s has died: %s", self.folder, error)
+                return
+
     def _start_again(self) -> None:
         began = time.monotonic()
         with _guarded(self.folder):
+            if self._user is None:
+                raise _closed()
+            if LockedFile.held(_running_lock(self.folder)):  # another of its users was faster
+                self.socket_folder = running_socket(self.folder) or self.socket_folder
+                return
             for _ in _attempts(self.folder):
                 with undisturbed():
                     socket_folder = _start_or_find(self.folder)
@@ -156,7 +181,7 @@ class EmbeddedServer:
             StorageError: the server is closed or refuses.
         """
         if self._user is None:
-            raise StorageError("embedded Postgres: this use of the server is closed")
+            raise _closed()
         _create_database(self.socket_folder, database)
         return _url(self.socket_folder, database).render_as_string(hide_password=False)
 
@@ -164,6 +189,7 @@ class EmbeddedServer:
         """End this use; the last one stops the server, and no signal cuts that off. Idempotent; never fails."""
         if self._user is None or os.getpid() != self._pid:
             return
+        self._closing.set()
         with undisturbed():
             user, self._user = self._user, None
             atexit.unregister(self.close)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import psycopg2
 import pytest
 from sqlalchemy import text
 
@@ -16,11 +17,12 @@ from tests.doubles.small_study import assert_one_to_one, finish, hand_out, new_s
 from was_search.coordinator.durable import durable
 from was_search.errors import StorageError, TransientError
 from was_search.studies.slots import SlotState
-from was_storage.server import postgres_binaries
+from was_storage.server import embedded, postgres_binaries
 from was_storage.server.database import Database
 from was_storage.server.embedded import EmbeddedServer
 from was_storage.server.file_lock import LockedFile
 from was_storage.server.socket_folder import remove_stale_locks
+from was_storage.server.urls import parameters
 from was_storage.studies.store import StudyStore
 
 pytestmark = pytest.mark.postgres
@@ -147,6 +149,21 @@ def test_a_dead_server_leaves_no_temporary_socket(server_home: Path, caplog: pyt
     assert "was not stopped" not in caplog.text
 
 
+def test_it_comes_back_though_nobody_here_needs_it(home: Path) -> None:
+    """A run computes for minutes; whoever looks with psql meanwhile finds the server."""
+    with Database.open("embedded", home=home) as database:
+        arguments = parameters(database.url)
+        kill_postmaster(home / "postgres")
+
+        def look() -> None:
+            try:
+                psycopg2.connect(**arguments).close()
+            except psycopg2.OperationalError as error:
+                raise TransientError(str(error)) from error
+
+        print(f"back after {until_it_answers(look):.1f} s")
+
+
 def test_two_who_need_it_at_once_start_one(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Database.open("embedded", home=home) as first, Database.open("embedded", home=home) as second:
         kill_all(home / "postgres")
@@ -164,8 +181,9 @@ def test_two_who_need_it_at_once_start_one(home: Path, caplog: pytest.LogCapture
         first._server.host()  # type: ignore[union-attr]
 
 
-def test_a_server_that_cannot_start_again_says_why(server_home: Path) -> None:
+def test_a_server_that_cannot_start_again_says_why(server_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = server_home / "ruined"
+    monkeypatch.setattr(embedded, "WATCH_SECONDS", 3600.0)
     with Database.open("embedded", home=home) as database:
         kill_all(home / "postgres")
         (home / "postgres" / "global" / "pg_control").unlink()
