@@ -187,7 +187,17 @@ def run_case(case: Case, url: str, spawned_at: float) -> dict[str, Any]:
         marks["opened"] = time.time() - spawned_at
         with store.coordinate(STUDY) as session:
             marks["coordinating"] = time.time() - spawned_at
-            options = SearchOptions(BUDGET, "tpe", RADIUS, 0, True, 0.1, 0.5, 3600.0, 3)
+            options = SearchOptions(
+                budget=BUDGET,
+                sampler="tpe",
+                radius=RADIUS,
+                seed=0,
+                early_stopping=True,
+                significance=0.1,
+                rung_keep=0.5,
+                trial_timeout=3600.0,
+                max_attempts=3,
+            )
             live = LivePage(session, page(), session.slots(), {})
 
             def write() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import uuid
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,10 @@ from was_search.shape import PROJECTIONS, SCORE_KINDS, FloatArray, ModelShape, S
 from was_search.weight_format import AS_STORED, WeightFormat, describe
 
 SCHEMA_VERSION = 1
+"""Rises when an entry is added, removed or changes its meaning: an older plan is then refused, never misread.
+
+Entries of ``metrics`` and ``provenance`` may come and go: nothing needs them to decode.
+"""
 
 Prefill = Literal["masked", "dense"]
 PREFILLS: tuple[Prefill, ...] = ("masked", "dense")
@@ -30,6 +35,12 @@ TENSORS_NAME = "plan.safetensors"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_TENSORS_BYTES = 1 << 30
 """Largest file of tensors that is read; norms of a model with 126 blocks of width 16,384 take 76 MB."""
+
+_ENTRIES = (
+    *("model", "revision", "fingerprint", "shape", "weights", "score", "budget", "dense_prefix", "prefill"),
+    *("achieved", "metrics", "provenance", "tensors"),
+)
+"""What is read of the JSON; the rest is for people."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -222,7 +233,10 @@ class Plan:
         document = _read_document(folder)
         tensors_path = folder / TENSORS_NAME
         try:
+            _require_all(folder / JSON_NAME, document, _ENTRIES)
             declared = document["tensors"]
+            _require_all(folder / JSON_NAME, declared, ("sha256", "bytes"))
+            _require_all(folder / JSON_NAME, document["shape"], ("in_features", "out_features", "masks"))
             payload = _read(tensors_path, _MAX_TENSORS_BYTES)
             if len(payload) != declared["bytes"]:
                 raise PlanError(
@@ -235,6 +249,8 @@ class Plan:
                 )
             tensors = load(payload)
             shape = ModelShape.from_json(document["shape"])
+            each = (f"norms.{b}.{name}" for b in range(shape.n_blocks) for name in PROJECTIONS)
+            _require_all(tensors_path, tensors, ("sparsities", "thresholds", *each))
             norms = tuple(tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks))
             return cls(
                 model=str(document["model"]),
@@ -266,6 +282,16 @@ class Plan:
 def _document_hash(document: dict[str, Any]) -> str:
     body = {key: value for key, value in document.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _require_all(path: Path, found: Collection[str], names: Iterable[str]) -> None:
+    """Refuse a file that lacks one of ``names``: what wrote it knew another form of the same schema version."""
+    lost = next((name for name in names if name not in found), None)
+    if lost is not None:
+        raise PlanError(
+            f"{path}: has no {lost!r}, which plans of schema_version {SCHEMA_VERSION} have; another version of "
+            "was-search wrote it, or it was changed; export it again"
+        )
 
 
 def require_writable(folder: Path) -> None:

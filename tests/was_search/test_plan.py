@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
 from was_search.errors import PlanError
-from was_search.plan import JSON_NAME, TENSORS_NAME, Plan, _document_hash
+from was_search.plan import _ENTRIES, JSON_NAME, TENSORS_NAME, Plan, _document_hash
 from was_search.shape import ModelShape
 
 SHAPE = ModelShape(((3, 3, 3, 3, 3, 3, 5),) * 2, ((3, 1, 1, 3, 5, 5, 3),) * 2)
@@ -72,6 +75,13 @@ def rewrite(folder, change) -> None:
     (folder / JSON_NAME).write_text(json.dumps(document))
 
 
+def lacks(file: str, key: str) -> str:
+    return (
+        rf"{re.escape(file)}: has no '{key}', which plans of schema_version 1 have; "
+        "another version of was-search wrote it, or it was changed; export it again"
+    )
+
+
 def test_round_trip_is_exact(folder):
     found = Plan.load(folder)
     assert same(found, make_plan())
@@ -97,7 +107,7 @@ def test_saving_again_replaces(folder):
 @pytest.mark.parametrize("key", ["prefill", "weights"])
 def test_nothing_is_taken_for_granted(folder, key):
     rewrite(folder, lambda document: document.pop(key))
-    with pytest.raises(PlanError, match=f"not a readable plan \\('{key}'\\); export it again"):
+    with pytest.raises(PlanError, match=lacks(JSON_NAME, key)):
         Plan.load(folder)
 
 
@@ -200,11 +210,36 @@ def test_json_that_is_too_large(folder, monkeypatch):
         Plan.load(folder)
 
 
-@pytest.mark.parametrize("key", ["tensors", "shape", "budget", "achieved", "model"])
+@pytest.mark.parametrize("key", _ENTRIES)
 def test_a_missing_entry(folder, key):
     rewrite(folder, lambda document: document.pop(key))
-    with pytest.raises(PlanError, match=rf"not a readable plan \('{key}'\); export it again"):
+    with pytest.raises(PlanError, match=lacks(JSON_NAME, key)):
         Plan.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("group", "key"), [("tensors", "bytes"), ("tensors", "sha256"), ("shape", "masks"), ("shape", "in_features")]
+)
+def test_a_missing_entry_further_in(folder, group, key):
+    rewrite(folder, lambda document: document[group].pop(key))
+    with pytest.raises(PlanError, match=lacks(JSON_NAME, key)):
+        Plan.load(folder)
+
+
+@pytest.mark.parametrize("name", ["sparsities", "thresholds", "norms.1.down"])
+def test_a_missing_tensor(folder, name):
+    tensors = load((folder / TENSORS_NAME).read_bytes())
+    payload = save({key: value for key, value in tensors.items() if key != name})
+    (folder / TENSORS_NAME).write_bytes(payload)
+    declared = {"file": TENSORS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
+    rewrite(folder, lambda document: document.update(tensors=declared))
+    with pytest.raises(PlanError, match=lacks(TENSORS_NAME, re.escape(name))):
+        Plan.load(folder)
+
+
+def test_the_page_describes_every_entry(folder):
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(json.loads((folder / JSON_NAME).read_text()))
 
 
 def test_a_shape_that_does_not_fit_the_tensors(folder):

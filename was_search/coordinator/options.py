@@ -13,7 +13,7 @@ from was_search.vectors.budget import Budget
 from was_search.vectors.space import SpaceName
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """How a search runs; :class:`was_search.service.settings.Settings` explains each option.
 
