@@ -13,6 +13,7 @@ from was_search.checkpoints.column_layout import column_state
 from was_search.checkpoints.empty_model import empty_model, model_config
 from was_search.checkpoints.files import ModelSource, reason, resolve_model
 from was_search.checkpoints.generation import own_generation
+from was_search.checkpoints.ordinary_tensors import ordinary_tensors
 from was_search.errors import ConfigError, ModelError, ResourceError
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -49,6 +50,7 @@ def load_tokenizer(source: ModelSource | str, revision: str = "") -> Any:
         raise ModelError(f"model: {source.folder} has no tokenizer that can be read ({reason(error)})") from error
 
 
+@ordinary_tensors()
 def load_model(
     source: ModelSource | str,
     *,

@@ -23,6 +23,7 @@ from was_kernels.runtime.decode_model import DecodeModel
 from was_kernels.runtime.fused_forward import fuse, unfuse
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
+from was_search.checkpoints.ordinary_tensors import ordinary_tensors
 from was_search.checkpoints.quantised import QuantisedLinear
 from was_search.checkpoints.structure import Projection, Structure, device_of, find_structure
 from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
@@ -83,8 +84,12 @@ class SparseModel:
     ) -> None:
         self.restore()
 
+    @ordinary_tensors()
     def restore(self) -> None:
-        """Give the model its own linear maps back, weights bit-identical; a second call does nothing."""
+        """Give the model its own linear maps back, weights bit-identical; a second call does nothing.
+
+        In any mode of torch: the weights may be trained again afterwards.
+        """
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
@@ -120,6 +125,7 @@ class SparseModel:
                 swap.sparse.count = None
 
 
+@ordinary_tensors()
 def sparsify(
     model: nn.Module,
     plan: Plan,
