@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search.errors import ConfigError, PlanError
+from was_search.process import plain_json
 from was_search.process.close_names import did_you_mean_path
 from was_search.shape import PROJECTIONS, SCORE_KINDS, FloatArray, ModelShape, ScoreKind
 from was_search.weight_format import AS_STORED, WeightFormat, describe
@@ -211,12 +212,12 @@ class Plan:
                 "bytes": len(payload),
             },
         }
-        document = json.loads(json.dumps(document))  # as it will be read: keys are text, tuples are lists
+        document = json.loads(plain_json.dumps(document))  # as it will be read: keys are text, tuples are lists
         document["sha256"] = _document_hash(document)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / TENSORS_NAME, payload)
-            _write(folder / JSON_NAME, (json.dumps(document, indent=2) + "\n").encode())
+            _write(folder / JSON_NAME, (plain_json.dumps(document, indent=2) + "\n").encode())
         except OSError as error:
             raise PlanError(f"plan: cannot write {folder} ({error.strerror}); choose another folder") from error
         return folder

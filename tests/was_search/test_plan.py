@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -319,3 +320,14 @@ def test_refuses_other_bad_values():
         broken = (norms[0], (*norms[1][:6], np.array([1, 1, bad, 1, 1], np.float32)))
         with pytest.raises(PlanError, match="norms: must be finite and not negative; the model's weights are damaged"):
             make_plan(norms=broken)
+
+
+def test_figures_that_are_not_finite_are_null_in_the_file(tmp_path):
+    """Standard JSON has no number for them; what is read is what was written, hash and all."""
+    metrics = {"test": {"loss_nats": 705.0, "perplexity": math.inf}, "dense": {"test": {"loss_nats": math.nan}}}
+    folder = make_plan(metrics=metrics, provenance={"step": [math.inf]}).save(tmp_path / "plan")
+    text = (folder / JSON_NAME).read_text()
+    json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    found = Plan.load(folder)
+    assert found.metrics == {"test": {"loss_nats": 705.0, "perplexity": None}, "dense": {"test": {"loss_nats": None}}}
+    assert found.provenance == {"step": [None]}

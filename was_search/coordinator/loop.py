@@ -313,7 +313,8 @@ class SearchLoop:
             "achieved": self._shape.sparsity(evaluation.achieved),
             "worker": outcome.worker,
         }
-        attrs = {"perplexity": round(perplexity(nll), 5), "nll_nats": nll}
+        # The dashboard draws any attribute of all trials; a mean over the first sequences is none of the whole text.
+        attrs = {} if evaluation.stopped_early else {"perplexity": round(perplexity(nll), 5), "nll_nats": nll}
         self._results.append((Result(number, attempt, state, **result, attrs=attrs), result))
 
     def _fail(self, number: int, attempt: int, worker: str, seconds: float, error: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from was_search.process.plain_json import finite
 from was_search.studies.control import NOTHING_SPENT, Control, EndingKind, Limits, Spent, Wish, limits_of
 from was_search.studies.fitness import fitness_of
 from was_search.studies.pool_state import PoolState
@@ -266,7 +266,7 @@ def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None)
         "fitness": fitness_of(snapshot.identity),
         "best_slot": best.number if best else None,
         "best_loss_nats": best.loss_nats if best else None,
-        "best_perplexity": _finite(found.best_perplexity),
+        "best_perplexity": finite(found.best_perplexity),
         "best_predicted_ms": best.predicted_ms if best else None,
         "best_predicted_speedup": best.predicted_speedup if best else None,
         "tokens_saved": found.tokens_saved,
@@ -284,7 +284,3 @@ def to_json(snapshot: Snapshot, found: Overview, gpu_price: float | None = None)
         "identity": snapshot.identity,
         "report": snapshot.report,
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None

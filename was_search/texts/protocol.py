@@ -145,8 +145,8 @@ def _plain(value: Any) -> Any:
 
 
 def perplexity(loss_nats: float) -> float:
-    """exp of the mean nats per predicted token; inf where that overflows."""
-    return math.exp(loss_nats) if loss_nats < 700 else math.inf
+    """exp of the mean nats per predicted token; inf where that overflows, NaN for NaN."""
+    return math.inf if loss_nats >= 700 else math.exp(loss_nats)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from was_search.errors import StudyError
+from was_search.process.plain_json import dumps
 from was_search.studies.hand_outs import HandOut
 from was_search.studies.slots import Slot, SlotState
 from was_storage.studies import optuna_rows, trials
@@ -124,7 +124,7 @@ def begin(
             "study_id": study_id,
             "epoch": epoch,
             "lease": float(lease_seconds),
-            "rows": json.dumps(rows, ensure_ascii=False),
+            "rows": dumps(rows, ensure_ascii=False),
         }
         for row in connection.execute(_BEGIN, given):
             attempts[row.number] = row.attempt
@@ -147,7 +147,7 @@ def finish(
     first = {(slot.number, slot.attempt): slot for slot, _ in reversed(results)}
     firsts = [(slot, attrs) for slot, attrs in results if first[slot.number, slot.attempt] is slot]
     rows = [_result_row(slot, attrs) for slot, attrs in firsts]
-    given = {"study_id": study_id, "rows": json.dumps(rows, ensure_ascii=False)}
+    given = {"study_id": study_id, "rows": dumps(rows, ensure_ascii=False)}
     trial_ids = {(row.number, row.attempt): row.trial_id for row in connection.execute(_FINISH, given)}
     written = [(slot, attrs) for slot, attrs in firsts if (slot.number, slot.attempt) in trial_ids]
     optuna_rows.end(

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, text
 
 from was_search.errors import StudyError
+from was_search.process.plain_json import dumps
 
 # Optuna locks the same row while it numbers a trial.
 _LOCK = text("SELECT study_id FROM studies WHERE study_id = :study_id FOR NO KEY UPDATE")
@@ -158,7 +159,7 @@ def unfinished(connection: Connection, study_id: int, attr: str) -> list[tuple[i
 
 
 def _set_attrs(connection: Connection, attrs: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
-    rows = [(trial_id, key, json.dumps(value)) for trial_id, items in attrs for key, value in items.items()]
+    rows = [(trial_id, key, dumps(value)) for trial_id, items in attrs for key, value in items.items()]
     if rows:
         ids, keys, values = zip(*rows, strict=True)
         connection.execute(_ATTRS, {"ids": list(ids), "keys": list(keys), "values": list(values)})

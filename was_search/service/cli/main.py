@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.markup import escape
 
 from was_search import __version__
 from was_search.errors import WasError
+from was_search.process.plain_json import dumps
 from was_search.process.redaction import hide_arguments, redacted
 from was_search.process.signals import Terminated, terminable
 from was_search.process.streams import forgiving
@@ -54,7 +54,7 @@ def main() -> None:
     except WasError as error:
         message = redacted(str(error))
         if "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": message}) + "\n")
+            sys.stdout.write(dumps({"event": "error", "kind": type(error).__name__, "message": message}) + "\n")
         stderr().print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
         sys.exit(EXIT_ERROR)
     except MemoryError as error:

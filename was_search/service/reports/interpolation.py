@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from was_search.plan import Plan
+from was_search.process.plain_json import number
 from was_search.service.reports.progress import Reporter
 from was_search.service.reports.study_report import increase, plan_gap_nats
+from was_search.texts.protocol import perplexity
 
 if TYPE_CHECKING:
     from was_search.service.targets.interpolation import Neighbour
@@ -20,16 +22,17 @@ def show_interpolated(
     metrics, dense = plan.metrics, plan.metrics["dense"]
     rows = []
     for name, figures in (("dense", dense), ("interpolated", metrics)):
-        more = increase(figures["test"]["loss_nats"], dense["test"]["loss_nats"])
+        search, test = (number(figures[split]["loss_nats"]) for split in ("search", "test"))
+        more = increase(test, number(dense["test"]["loss_nats"]))
         sparse = name != "dense"
         rows.append(
             [
                 name,
                 f"{100 * plan.budget:.2f}" if sparse else "0.00",
                 " ".join(f"{100 * (plan.achieved[s] if sparse else 0.0):.1f}" for s in plan.achieved),
-                f"{figures['search']['loss_nats']:.4f}",
-                f"{figures['test']['loss_nats']:.4f}",
-                f"{figures['test']['perplexity']:.3f}",
+                f"{search:.4f}",
+                f"{test:.4f}",
+                f"{perplexity(test):.3f}",
                 f"{100 * more:+.2f} %" if sparse else "",
             ]
         )

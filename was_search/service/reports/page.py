@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from was_search.decode_time.profile import LatencyProfile
+from was_search.process.plain_json import dumps
 from was_search.service.reports.study_report import note_lines
 from was_search.shape import FloatArray
 from was_search.studies.fitness import UNITS, FitnessName, fitness_words
@@ -62,7 +62,7 @@ class StudyPage:
             f"At {now.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC: **{play}**. {tally(slots, total)}.",
             *self._best(slots),
             "\n".join(note_lines(report)).strip(),
-            f"## Settings\n\n```json\n{json.dumps(self.settings, indent=2)}\n```\n",
+            f"## Settings\n\n```json\n{dumps(self.settings, indent=2)}\n```\n",
         ]
         return "\n\n".join(part for part in parts if part)
 

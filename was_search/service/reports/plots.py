@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from was_search.masks.early_stop import estimated_loss
+from was_search.service.reports.quantity import Quantity
 from was_search.shape import PROJECTIONS, FloatArray
 from was_search.studies.fitness import FitnessName
 from was_search.studies.origin import Origin
-from was_search.studies.slots import Slot, SlotState, tokens_saved
-from was_search.texts.protocol import perplexity
+from was_search.studies.slots import Slot, SlotState, best_slot, tokens_saved
 
 MAX_BARS = 1000
 """Most evaluations in the timeline, the latest ones: more make the page slow, and writing it too."""
@@ -90,17 +91,17 @@ def progress_figure(
     """Perplexity of evaluations on the search split as they finished, with the best and the seeds'; a plotly Figure.
 
     Drawn against their number or, in UTC, against time, where pauses and interruptions show. With the fitness ``kl``
-    the divergence itself is drawn, in nats per token. Of more than :data:`MAX_POINTS` evaluations only those that made
-    a new best are shown, and evenly spaced ones of the others.
+    the divergence itself is drawn, in nats per token, and so is a loss whose perplexity is beyond every number. Of more
+    than :data:`MAX_POINTS` evaluations only those that made a new best are shown, and evenly spaced ones of the others.
+
+    A trial that was stopped early has a mean over its first sequences alone, which may be easier than the others: it is
+    drawn at the best's loss plus its difference to the best on the same sequences, and not at all before there is one.
     """
     import plotly.graph_objects as go
 
-    def shown(loss_nats: float | None) -> float:
-        loss = 0.0 if loss_nats is None else loss_nats
-        return round(perplexity(loss) if fitness == "nll" else loss, 5)
-
-    quantity = "perplexity" if fitness == "nll" else "KL to the dense model, nats per token"
     done = [s for s in slots if s.state.finished and s.loss_nats is not None and math.isfinite(s.loss_nats)]
+    best = best_slot(done)
+    quantity = Quantity.of([s.loss_nats for s in done], fitness)
     if against == "time":
         done = [s for s in done if s.finished_at is not None]
     done.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
@@ -108,26 +109,31 @@ def progress_figure(
     def at(positions: list[int]) -> list[Any]:
         return [_utc(done[i].finished_at) if against == "time" else i + 1 for i in positions]
 
+    heights = [quantity.shown(comparable_loss(s, best)) for s in done]
     records = _records(done)
     every = -(-len(done) // MAX_POINTS)
     figure = go.Figure()
     for state, label, symbol in (
         (SlotState.COMPLETE, "complete", "circle"),
-        (SlotState.STOPPED, "stopped early (mean so far)", "x"),
+        (SlotState.STOPPED, "stopped early (best + difference on the same sequences)", "x"),
     ):
-        points = [i for i, s in enumerate(done) if s.state is state and (i % every == 0 or i in records)]
+        points = [
+            i
+            for i, s in enumerate(done)
+            if s.state is state and heights[i] is not None and (i % every == 0 or i in records)
+        ]
         figure.add_scatter(
             x=at(points),
-            y=[shown(done[i].loss_nats) for i in points],
-            text=[f"slot {done[i].number}, {done[i].origin}" for i in points],
+            y=[heights[i] for i in points],
+            text=[f"slot {done[i].number}, {done[i].origin}{_seen(done[i])}" for i in points],
             mode="markers",
             marker={"symbol": symbol, "color": _STATES[state][1], "opacity": 0.7},
             name=label,
         )
-    steps = [i for i in records if math.isfinite(shown(done[i].loss_nats))]
+    steps = list(records)
     figure.add_scatter(
         x=at(steps + [len(done) - 1] * bool(steps)),
-        y=[shown(done[i].loss_nats) for i in steps] + [shown(done[i].loss_nats) for i in steps[-1:]],
+        y=[heights[i] for i in steps + steps[-1:]],
         mode="lines",
         line={"shape": "hv", "color": _COLOURS["best"]},
         name="best",
@@ -137,7 +143,7 @@ def progress_figure(
         if found:
             figure.add_scatter(
                 x=at([0, len(done) - 1]),
-                y=[shown(found[0].loss_nats)] * 2,
+                y=[quantity.shown(found[0].loss_nats)] * 2,
                 mode="lines",
                 line={"dash": "dot", "color": _COLOURS[name]},
                 name=label,
@@ -145,12 +151,26 @@ def progress_figure(
     over = " over time" if against == "time" else ""
     left_out = f", one in {every} of {len(done)} evaluations" if every > 1 else ""
     figure.update_layout(
-        title=f"{quantity[0].upper()}{quantity[1:]} on the search split{over}{left_out}",
+        title=f"{quantity.words[0].upper()}{quantity.words[1:]} on the search split{over}{left_out}",
         xaxis={"type": "date", "title": "UTC"} if against == "time" else {"title": "evaluations"},
-        yaxis_title=quantity,
+        yaxis_title=quantity.words,
         template="plotly_white",
     )
     return figure
+
+
+def comparable_loss(slot: Slot, best: Slot | None) -> float | None:
+    """A finished slot's loss over all sequences: an estimate for one that was stopped early, None without a best."""
+    if slot.state is SlotState.COMPLETE:
+        return slot.loss_nats
+    if slot.losses is None or best is None or best.losses is None or len(slot.losses) > len(best.losses):
+        return None
+    return estimated_loss(slot.losses, best.losses)
+
+
+def _seen(slot: Slot) -> str:
+    stopped = slot.state is SlotState.STOPPED and slot.losses is not None
+    return f", {len(slot.losses)} sequences" if stopped and slot.losses is not None else ""
 
 
 def _records(done: list[Slot]) -> dict[int, None]:

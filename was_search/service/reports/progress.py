@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +26,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from was_search.coordinator.search_progress import SearchProgress
+from was_search.process.plain_json import dumps
 from was_search.studies.fitness import UNITS, FitnessName
 from was_search.studies.pool_state import PoolState
+from was_search.studies.slots import Slot, SlotState
 from was_search.texts.protocol import perplexity
 
 Advance = Callable[[], None]
@@ -77,22 +77,11 @@ class Reporter:
         sys.stdout.write(text + "\n")
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with what JSON has no number for (nan, inf) as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
 class JsonReporter(Reporter):
     """One JSON object a line on standard output; ``event`` names its kind."""
 
     def _emit(self, event: str, **values: Any) -> None:
-        sys.stdout.write(json.dumps(_finite({"event": event, **values}), default=str, allow_nan=False) + "\n")
+        sys.stdout.write(dumps({"event": event, **values}, default=str) + "\n")
         sys.stdout.flush()
 
     @contextmanager
@@ -132,6 +121,8 @@ class JsonReporter(Reporter):
                 slot=progress.current.number if progress.current else None,
                 loss_nats=progress.current.loss_nats if progress.current else None,
                 nll_nats=progress.current.nll_nats if progress.current else None,
+                # The losses of such a trial are means over its first sequences, and compare with no other's.
+                **({"stopped_early": True} if _stopped_early(progress.current) else {}),
             )
 
         yield show
@@ -259,7 +250,8 @@ def _figures(progress: SearchProgress, rate: float, fitness: FitnessName, *, cur
         shown = "" if best.nll_nats is None else f"ppl {perplexity(best.nll_nats):.3f}, "
         parts.append(f"best {best.loss_nats:.4f} {UNITS[fitness]} ({shown}#{best.number})")
     if current and progress.current is not None and progress.current.loss_nats is not None:
-        parts.append(f"current {progress.current.loss_nats:.4f}")
+        early = _stopped_early(progress.current)
+        parts.append("current stopped early" if early else f"current {progress.current.loss_nats:.4f}")
     parts.append(f"{rate:.1f} trials/min")
     stopped = f"{100 * progress.stopped / max(progress.finished, 1):.0f} % stopped early"
     parts.append(f"{stopped} ({100 * progress.saved:.0f} % of the tokens saved)" if progress.stopped else stopped)
@@ -267,6 +259,10 @@ def _figures(progress: SearchProgress, rate: float, fitness: FitnessName, *, cur
     if progress.failed:
         parts.append(f"[red]{progress.failed} failed[/]")
     return ", ".join(parts)
+
+
+def _stopped_early(slot: Slot | None) -> bool:
+    return slot is not None and slot.state is SlotState.STOPPED
 
 
 def _quarantined(pool: PoolState) -> list[str]:

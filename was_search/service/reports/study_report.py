@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from was_search.masks.intervals import Interval
+from was_search.process.plain_json import number
+from was_search.texts.protocol import perplexity
 
 if TYPE_CHECKING:
     from was_search.plan import Plan
@@ -27,9 +29,9 @@ def gap_nats(search: float, dense_search: float, test: float, dense_test: float)
 
 
 def increase(loss_nats: float, dense_nats: float) -> float:
-    """Increase of perplexity over the dense model's, as a fraction."""
+    """Increase of perplexity over the dense model's, as a fraction; inf where that overflows, NaN for NaN."""
     difference = loss_nats - dense_nats
-    return math.expm1(difference) if difference < 700 else math.inf
+    return math.inf if difference >= 700 else math.expm1(difference)
 
 
 def interval_json(interval: Interval | None) -> dict[str, float] | None:
@@ -67,21 +69,21 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for split in ("search", "test"):
-        mine, base = metrics[split], dense[split]
-        more = increase(mine["loss_nats"], base["loss_nats"])
+        mine, base = number(metrics[split]["loss_nats"]), number(dense[split]["loss_nats"])
         lines.append(
-            f"| {split} | {mine['loss_nats']:.4f} | {mine['perplexity']:.3f} | {base['perplexity']:.3f} "
-            f"| {100 * more:+.2f} % |"
+            f"| {split} | {mine:.4f} | {perplexity(mine):.3f} | {perplexity(base):.3f} "
+            f"| {100 * increase(mine, base):+.2f} % |"
         )
-    lines += ["", f"Gap {report['gap_nats']:+.4f}. {GAP_MEANING[0].upper()}{GAP_MEANING[1:]}."]
+    lines += ["", f"Gap {number(report['gap_nats']):+.4f}. {GAP_MEANING[0].upper()}{GAP_MEANING[1:]}."]
     if "step" in report:
         lines += ["", f"{step_words(report['step'])}."]
     for row in report.get("comparison", [])[-1:]:
         for key, name in (("test_against_uniform", "uniform"), ("test_against_fisher_seed", "the Fisher seed")):
-            if row.get(key) and row[key]["low"] < row[key]["high"]:  # equal where the seed itself was exported
+            mean, low, high = (number((row.get(key) or {}).get(end)) for end in ("mean", "low", "high"))
+            if low < high:  # equal where the seed itself was exported
                 lines.append(
-                    f"Test split, difference to {name}: {row[key]['mean']:+.4f}, 95 % interval "
-                    f"[{row[key]['low']:+.4f}, {row[key]['high']:+.4f}] (paired by sequence; negative is better)."
+                    f"Test split, difference to {name}: {mean:+.4f}, 95 % interval "
+                    f"[{low:+.4f}, {high:+.4f}] (paired by sequence; negative is better)."
                 )
     return [*lines, ""]
 
@@ -89,4 +91,4 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
 def plan_gap_nats(plan: Plan) -> float:
     """The gap between the splits in a plan's own figures; :data:`GAP_MEANING` says what it means."""
     dense, search, test = plan.metrics["dense"], plan.metrics["search"], plan.metrics["test"]
-    return gap_nats(*(m["loss_nats"] for m in (search, dense["search"], test, dense["test"])))
+    return gap_nats(*(number(m["loss_nats"]) for m in (search, dense["search"], test, dense["test"])))

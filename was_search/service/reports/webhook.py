@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import urllib.error
 import urllib.request
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from was_search.errors import ConfigError
+from was_search.process.plain_json import dumps
 
 TIMEOUT_SECONDS = 10.0
 _logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def post(url: str, payload: Mapping[str, Any], *, timeout_seconds: float = TIMEO
     Errors are logged with the receiver's host alone, and never raised.
     """
     host = urlsplit(url).hostname
-    body = json.dumps(payload, allow_nan=False).encode()
+    body = dumps(payload).encode()
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=timeout_seconds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from was_search.coordinator.model_calls import EvaluateThresholds, Norms
 from was_search.errors import ConfigError, StorageError, StudyError
 from was_search.plan import Plan, require_writable
 from was_search.process import logs
+from was_search.process.plain_json import finite
 from was_search.service.arrays import pack_array, unpack_array
 from was_search.service.context import Context
 from was_search.service.reports.study_report import plan_gap_nats
@@ -65,14 +67,17 @@ class Figures:
     def to_json(self, tokens: TokenSets) -> dict[str, Any]:
         nll = self.evaluation.nll_nats()
         by_divergence = {} if self.evaluation.nats is None else {"kl_nats": self.evaluation.loss_nats}
-        return {
-            **by_divergence,
-            "loss_nats": nll,
-            "perplexity": perplexity(nll),
-            "achieved_sparsity": self.achieved,
-            "tokens": self.evaluation.tokens,
-            "protocol": tokens.of(self.split).protocol.to_json(),
-        }
+        figures: dict[str, Any] = finite(
+            {
+                **by_divergence,
+                "loss_nats": nll,
+                "perplexity": perplexity(nll),
+                "achieved_sparsity": self.achieved,
+                "tokens": self.evaluation.tokens,
+                "protocol": tokens.of(self.split).protocol.to_json(),
+            }
+        )
+        return figures
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         question.dense,
         [Request(c.name, "search", p, by_fitness=True) for c, p in zip(contenders, points, strict=True)],
     )
-    winner = min(range(len(contenders)), key=lambda i: on_search[i].evaluation.loss_nats)
+    winner = least([figures.evaluation.loss_nats for figures in on_search])
     chosen, point, figures = contenders[winner], points[winner], on_search[winner]
     if winner:
         context.reporter.note(
@@ -279,6 +284,11 @@ def write_plan(context: Context, result: SearchResult) -> Path:
     except StorageError as error:
         context.reporter.note(f"the plan is not shown in optuna-dashboard: {error}")
     return folder
+
+
+def least(losses: list[float]) -> int:
+    """Index of the least loss; one that is no number never wins, unless none is."""
+    return min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))
 
 
 def make_plan(

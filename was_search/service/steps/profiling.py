@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from was_search import __version__
 from was_search.decode_time.fit import FUSED, SINGLE, check, check_summary, fit, launch_kinds, n_measurements
 from was_search.decode_time.profile import VERSION, LatencyProfile
 from was_search.errors import ConfigError
+from was_search.process.plain_json import dumps
 from was_search.service.context import Context
 from was_search.service.model import Model
 from was_search.service.reports.profile import show_profile
@@ -97,7 +97,7 @@ class _Measured:
         return found if found is not None and found.check.get("vectors", 0) >= self.check_vectors else None
 
     def put(self, value: LatencyProfile) -> None:
-        payload = json.dumps(value.to_json(), allow_nan=False).encode()
+        payload = dumps(value.to_json()).encode()
         meta = {"shape": shape_key(value.shape), "conditions": _conditions(value), "hash": value.hash}
         self.cache.replace(CACHED_AS, self.key, payload, {**meta, "weights": value.weights})
 

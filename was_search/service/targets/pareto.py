@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from was_search.process.plain_json import finite
 
 METHODS = {"best": ("best of the search", "#c0392b"), "uniform": ("uniform", "#999999")}
 """Methods of the figure: their names in the legend, and colours."""
@@ -59,7 +62,8 @@ def dominated(points: Sequence[Point]) -> list[bool]:
 def pareto_figure(points: Sequence[Point], dense_perplexity: float, protocol: str) -> Any:
     """Perplexity against achieved sparsity by method, the dense model as a line; a plotly Figure.
 
-    Dominated points are hollow. ``protocol`` is the one line that says what the figures are of.
+    Dominated points are hollow. ``protocol`` is the one line that says what the figures are of. A perplexity that is
+    beyond every number has no point; the title counts them.
     """
     import plotly.graph_objects as go
 
@@ -70,16 +74,19 @@ def pareto_figure(points: Sequence[Point], dense_perplexity: float, protocol: st
         mine.sort(key=lambda item: (item[0].achieved, item[0].perplexity))
         figure.add_scatter(
             x=[round(100 * p.achieved, 3) for p, _ in mine],
-            y=[round(p.perplexity, 5) for p, _ in mine],
+            y=finite([round(p.perplexity, 5) for p, _ in mine]),
             text=[f"{p.label}{', dominated' if bad else ''}" for p, bad in mine],
             name=label,
             mode="lines+markers",
             line={"color": colour, "dash": "dot" if method == "uniform" else "solid"},
             marker={"symbol": ["circle-open" if bad else "circle" for _, bad in mine], "size": 9},
         )
-    figure.add_hline(y=dense_perplexity, line_dash="dash", annotation_text=f"dense {dense_perplexity:.3f}")
+    if math.isfinite(dense_perplexity):
+        figure.add_hline(y=dense_perplexity, line_dash="dash", annotation_text=f"dense {dense_perplexity:.3f}")
+    lost = sum(not math.isfinite(value) for value in (dense_perplexity, *(point.perplexity for point in points)))
+    left_out = f"; {lost} that are no finite number are left out" if lost else ""
     figure.update_layout(
-        title=f"Perplexity against achieved sparsity<br><sub>{protocol}</sub>",
+        title=f"Perplexity against achieved sparsity{left_out}<br><sub>{protocol}</sub>",
         xaxis_title="achieved sparsity of the seven projections, %",
         yaxis_title="perplexity",
         template="plotly_white",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from was_search.errors import WasError
+from was_search.process.plain_json import finite
 from was_search.process.redaction import redacted
 from was_search.process.signals import Terminated
 from was_search.service.context import Context
@@ -76,14 +76,10 @@ def payload(announcement: Announcement, ending: Ending) -> dict[str, Any]:
         "detail": ending.detail,
         "best_slot": best.number if best else None,
         "best_loss_nats": best.loss_nats if best else None,
-        "best_perplexity": _finite(perplexity(nll)) if nll is not None else None,
+        "best_perplexity": finite(perplexity(nll)) if nll is not None else None,
         "slots": {"total": len(slots), **counts},
         "text": f"was-search {announcement.study or 'run'} {ending}; {done} of {len(slots)} trials{shown}",
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _send(url: str, announcement: Announcement, ending: Ending) -> None:

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import dispatch_model
 from typer.testing import CliRunner
 
+from scripts.make_random_model import make_random_model
 from tests.doubles.tiny_models import tiny_plan
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import load_model, resolve_model
@@ -206,3 +208,20 @@ def test_a_prompt_that_is_no_text_is_refused(plan):
     found = run(app, ["generate", "--plan", str(plan), "--prompt", "a\udcffb", "--device", "cpu"])
     assert isinstance(found.exception, ConfigError)
     assert "prompt: holds bytes that are no" in str(found.exception)
+
+
+def test_losses_of_more_than_700_nats(tmp_path):
+    """Such a perplexity is no number: the table says inf, JSON null."""
+    made = make_random_model(tmp_path / "tiny", "tiny")
+    model = load_model(str(made), dtype="float32")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    model.save_pretrained(made)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven\n" * 400)
+    given = ["evaluate", "--model", str(made), "--data", str(text), "--sequence-length", "32", "--test-sequences", "4"]
+    shown = run(app, [*given, "--device", "cpu"])
+    assert shown.exit_code == 0 and " inf " in shown.output, shown.output
+    found = run(app, [*given, "--device", "cpu", "--json"])
+    last = [json.loads(line, parse_constant=pytest.fail) for line in found.output.splitlines()][-1]
+    assert last["dense"]["loss_nats"] > 700 and last["dense"]["perplexity"] is None

@@ -5,6 +5,7 @@ import json
 from datetime import UTC, datetime
 
 import numpy as np
+import pytest
 
 from was_search.service.reports.page import StudyPage, tally
 from was_search.studies.slots import Slot, SlotState
@@ -70,3 +71,11 @@ def test_the_figures_are_plotlys_json():
     assert set(found) == {"progress", "progress-time", "timeline", "tokens-saved", "levels", "sensitivity"}
     assert all(figure["data"] and figure["layout"]["title"]["text"] for figure in found.values())
     assert [trace["name"] for trace in found["progress"]["data"]][-2:] == ["uniform", "fisher seed"]
+
+
+def test_losses_beyond_every_perplexity_leave_a_page_that_browsers_read():
+    slots = [dataclasses.replace(slot, loss_nats=900.0, nll_nats=900.0) for slot in SLOTS if slot.loss_nats]
+    page = dataclasses.replace(PAGE, settings={"max_seconds": float("inf")})
+    texts = [page.note(slots, 9, "running", {}, NOW).split("```json")[1].split("```")[0], *page.figures(slots).values()]
+    for text in texts:
+        json.loads(text, parse_constant=lambda word: pytest.fail(word))

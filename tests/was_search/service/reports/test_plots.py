@@ -17,12 +17,19 @@ from was_search.service.reports.plots import (
 )
 from was_search.studies.slots import Slot, SlotState
 
+STOPPED = "stopped early (best + difference on the same sequences)"
 START = datetime(2025, 1, 1)
 
 
 def slot(number: int, minute: int | None, loss: float | None, state: SlotState = SlotState.COMPLETE) -> Slot:
     at = None if minute is None else START + timedelta(minutes=minute)
     return Slot(number, state, origin="sampler:tpe", loss_nats=loss, finished_at=at)
+
+
+def with_losses(number: int, minute: int, losses: list[float], of: int = 4) -> Slot:
+    """A slot with the losses of its sequences; stopped early if they are fewer than ``of``."""
+    state = SlotState.COMPLETE if len(losses) == of else SlotState.STOPPED
+    return dataclasses.replace(slot(number, minute, float(np.mean(losses)), state), losses=np.asarray(losses))
 
 
 def traces(figure) -> dict[str, object]:
@@ -48,10 +55,35 @@ def test_progress_runs_in_the_order_of_finishing():
         "slot 4, sampler:tpe",
         "slot 0, sampler:tpe",
     ]
-    assert list(found["stopped early (mean so far)"].x) == [2]
-    # A stopped trial's running mean is never the best, though it is lower here. A step where the best changed.
+    assert list(found[STOPPED].x) == []  # nothing is known of its sequences
+    # A stopped trial is never the best. A step where the best changed.
     assert list(found["best"].x) == [1, 3, 4, 4]
     np.testing.assert_allclose(found["best"].y, np.exp([3.0, 2.2, 2.0, 2.0]), atol=1e-5)
+
+
+BEST = [1.0, 1.2, 5.0, 5.6]
+"""The best's losses: the first sequences are easy, so whoever sees them alone looks good."""
+
+
+def test_a_stopped_trial_stands_against_the_best_on_the_same_sequences():
+    slots = [
+        with_losses(0, 1, [1.4, 1.8]),  # 0.5 worse than the best there; its mean so far is 1.6, the best's is 3.2
+        with_losses(1, 2, [1.3, 1.5, 5.3, 6.1]),
+        with_losses(2, 3, BEST),
+        with_losses(3, 4, [1.1, 1.2, 5.2]),
+    ]
+    for fitness, height in (("nll", np.exp), ("kl", np.asarray)):
+        found = traces(progress_figure(slots, fitness))
+        assert list(found[STOPPED].x) == [1, 4]
+        np.testing.assert_allclose(found[STOPPED].y, height([3.2 + 0.5, 3.2 + 0.1]), atol=1e-4)
+        assert min(found[STOPPED].y) > min(found["best"].y)
+    assert list(found[STOPPED].text) == ["slot 0, sampler:tpe, 2 sequences", "slot 3, sampler:tpe, 3 sequences"]
+
+
+def test_without_a_best_a_stopped_trial_is_not_shown():
+    assert list(traces(progress_figure([with_losses(0, 1, [1.4, 1.8])]))[STOPPED].x) == []
+    longer = [with_losses(0, 1, [1.4] * 6, of=9), with_losses(1, 2, BEST)]  # no longer the same text
+    assert list(traces(progress_figure(longer))[STOPPED].x) == []
 
 
 def test_before_the_first_complete_trial_there_is_no_best():
@@ -71,10 +103,13 @@ def test_slots_without_a_time_come_last_by_number():
 
 
 def test_losses_beyond_every_perplexity():
-    found = traces(progress_figure([slot(0, 1, 5000.0), slot(1, 2, 1.0)]))
-    assert found["complete"].y[0] == math.inf
-    assert list(found["best"].x) == [2, 2]
-    traces(progress_figure([slot(0, 1, math.nan)]))
+    """The losses themselves are drawn: a figure has no place for an infinite number."""
+    figure = progress_figure([slot(0, 1, 5000.0), slot(1, 2, 1.0)])
+    found = traces(figure)
+    assert list(found["complete"].y) == list(found["best"].y[:2]) == [5000.0, 1.0]
+    assert figure.layout.yaxis.title.text == "nats per token"
+    assert "Infinity" not in figure.to_json() and "NaN" not in figure.to_json()
+    assert list(traces(progress_figure([slot(0, 1, math.nan)]))["complete"].y) == []
 
 
 def test_a_divergence_is_shown_as_it_is():

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 from rich.console import Console
 
-from was_search.service.reports.progress import JsonReporter, QuietReporter, Reporter, RichReporter, _Quarantined
+from was_search.service.reports.progress import (
+    JsonReporter,
+    QuietReporter,
+    Reporter,
+    RichReporter,
+    _figures,
+    _Quarantined,
+)
 from was_search.studies.pool_state import PoolState, Quarantined
 from was_search.studies.slots import Slot, SlotState
 
@@ -197,3 +204,13 @@ def test_quiet_shows_tables_and_texts_and_nothing_of_the_way(capsys):
     assert found.endswith("generated [search] :dog:\n")
     assert found.lstrip().startswith("Title [t]")
     assert not any(words in found for words in ("calibrate", "price", "plan:", "trials", "✓"))
+
+
+def test_a_stopped_trials_mean_is_not_shown_as_a_loss(rich, capsys):
+    """It is of the first sequences alone, and may be below the best's."""
+    early = Slot(9, SlotState.STOPPED, loss_nats=0.5, nll_nats=0.5)
+    state = State(finished=5, stopped=2, best=slot, current=early)
+    assert _figures(state, 1.0, "nll").startswith("best 1.2500 nats (ppl 3.490, #3), current stopped early, ")
+    with JsonReporter().search("s", PROTOCOL) as show:
+        show(state)
+    assert json.loads(capsys.readouterr().out)["stopped_early"] is True

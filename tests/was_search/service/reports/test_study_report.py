@@ -7,6 +7,7 @@ import pytest
 
 from was_search.masks.intervals import Interval
 from was_search.service.reports.study_report import GAP_MEANING, gap_nats, increase, interval_json, note_lines
+from was_search.texts.protocol import perplexity
 
 REPORT = {
     "exported": {
@@ -77,3 +78,24 @@ def test_an_exported_seed_has_no_interval_to_itself() -> None:
 @pytest.mark.parametrize("report", [{}, {"exported": {}, "metrics": {}}])
 def test_nothing_before_the_first_export(report) -> None:
     assert note_lines(report) == []
+
+
+@pytest.mark.parametrize(("dense", "mine"), [(650.0, 720.0), (705.0, 1500.0), (2.0, None), (None, None)])
+def test_a_report_of_figures_that_are_not_finite_is_written(dense, mine) -> None:
+    """As the database gives it back: perplexities over 700 nats and losses that are no number are null."""
+    report = copy.deepcopy(REPORT)
+    for split in ("search", "test"):
+        report["metrics"][split] = {"loss_nats": mine, "perplexity": None}
+        report["metrics"]["dense"][split] = {"loss_nats": dense, "perplexity": None}
+    report["gap_nats"] = None
+    broken = {**COMPARED, "test_against_uniform": {"mean": None, "low": None, "high": None}}
+    found = "\n".join(note_lines({**report, "comparison": [broken]}))
+    assert ("| inf | inf |" in found) is (dense == 705.0)
+    assert "Gap +nan." in found and "to uniform" not in found
+    assert "difference to the Fisher seed: +0.0010" in found
+
+
+def test_no_number_is_neither_much_nor_little() -> None:
+    assert math.isnan(increase(math.nan, 2.0)) and math.isnan(increase(math.inf, math.inf))
+    assert increase(math.inf, 2.0) == math.inf and increase(2.0, math.inf) == -1.0
+    assert math.isnan(perplexity(math.nan)) and perplexity(700.0) == perplexity(math.inf) == math.inf

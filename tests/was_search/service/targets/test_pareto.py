@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -62,3 +64,10 @@ def test_the_figure_holds_every_point() -> None:
 def test_two_points_at_one_sparsity() -> None:
     figure = pareto_figure([POINTS[0], Point("best", 0.5, 0.50, 8.9)], 8.4, "")
     assert list(figure.data[0].y) == pytest.approx([8.9, 9.0])
+
+
+def test_a_perplexity_beyond_every_number_is_counted_not_drawn() -> None:
+    figure = pareto_figure([POINTS[0], Point("best", 0.7, 0.70, math.inf)], math.inf, "")
+    assert list(figure.data[0].y) == [9.0, None]
+    assert "; 2 that are no finite number are left out" in figure.layout.title.text
+    assert "Infinity" not in figure.to_json() and not figure.layout.shapes
