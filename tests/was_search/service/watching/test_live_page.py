@@ -58,8 +58,8 @@ def shown(database: Database, record: StudyRecord) -> Callable[[], tuple[str, in
         plots = get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
         if "progress" not in plots:
             return get_note(study), 0
-        traces = {trace["name"]: trace for trace in json.loads(plots["progress"])["data"]}
-        return get_note(study), sum(len(traces[name]["x"]) for name in ("complete", "stopped early (mean so far)"))
+        traces = json.loads(plots["progress"])["data"]
+        return get_note(study), sum(len(t["x"]) for t in traces if t["name"].startswith(("complete", "stopped early")))
 
     return look
 
