@@ -22,9 +22,9 @@ def fingerprint(source: ModelSource, cache_folder: Path | None = None) -> str:
     """sha256 as 64 hex digits over ``config.json`` (volatile keys left out) and every safetensors file of the model.
 
     The configuration counts by its values, not by its layout; a weight file counts by its name and bytes, and only
-    files that are loaded count. A file's own hash is remembered in ``cache_folder`` by path, size and modification
-    time, so that a second call does not read the weights again; None remembers nothing, and what cannot be read or
-    written there is ignored.
+    files that are loaded count. A file's own hash is remembered in ``cache_folder`` by path, size and times of
+    modification and change, so that a second call does not read the weights again; None remembers nothing, and what
+    cannot be read or written there is ignored.
 
     Raises:
         ModelError: a file cannot be read.
@@ -44,7 +44,8 @@ def _file_hash(path: Path, known: dict[str, str]) -> str:
     try:
         real = path.resolve()
         stat = real.stat()
-        key = f"{real}:{stat.st_size}:{stat.st_mtime_ns}"
+        # What keeps its time of modification (cp -p, rsync -t) has another time of change.
+        key = f"{real}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
         if key not in known:
             with real.open("rb") as file:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,20 @@ def test_the_weights_are_read_once(source, tmp_path, reads):
     os.utime(source.folder / "model-2.safetensors", ns=(1, 1))
     assert fingerprint(source, tmp_path / "cache") == found
     assert reads[2:] == ["model-2.safetensors"]
+
+
+def test_other_weights_of_the_same_size_and_modification_time(source, tmp_path):
+    """As cp -p and rsync -t leave them, of two models of one shape that were made at once."""
+    path = source.folder / "model.safetensors"
+    before, was = fingerprint(source, tmp_path / "cache"), path.stat()
+    while True:
+        save_file({"a": np.arange(6.0) + 1.0}, path)
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+        if path.stat().st_ctime_ns != was.st_ctime_ns:  # a file system's clock may be coarse
+            break
+        time.sleep(0.001)
+    assert path.stat().st_size == was.st_size
+    assert fingerprint(source, tmp_path / "cache") != before
 
 
 def test_without_a_cache_folder_nothing_is_written(source, reads):
