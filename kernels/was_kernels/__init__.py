@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from was_kernels.runtime.sparse_linear import SparseLinear
     from was_kernels.runtime.sparse_model import SparseModel, sparsify
 
-__all__ = ["SparseLinear", "SparseModel", "available", "load_sparse", "sparsify"]
+__all__ = ["SparseLinear", "SparseModel", "load_sparse", "sparsify", "triton_available"]
 
 _LAZY = {
     "SparseLinear": "was_kernels.runtime.sparse_linear",
@@ -21,7 +21,7 @@ _LAZY = {
 }
 
 
-def available() -> tuple[bool, str]:
+def triton_available() -> tuple[bool, str]:
     """Whether the Triton kernels can run here, and why (not) in one line; imports no triton."""
     import torch
 

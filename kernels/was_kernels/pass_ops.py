@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from was_kernels import available
+from was_kernels import triton_available
 from was_search.masks.ops import Ops
 
 
 def ops_for(device: str | torch.device) -> Ops:
     """The fused Triton ops where ``device`` is a GPU that runs the kernels, plain torch elsewhere."""
-    if torch.device(device).type != "cuda" or not available()[0]:
+    if torch.device(device).type != "cuda" or not triton_available()[0]:
         return Ops()
     from was_kernels.ops import gradient_passes
     from was_kernels.ops.mask_input import mask_input as fused_mask_input

@@ -22,7 +22,7 @@ def test_importing_imports_no_triton_kernels(module):
     if module == "was_kernels":
         then = "assert not {'triton', 'torch'} & set(sys.modules)"
     else:
-        then = "assert not {'was_kernels.ops.score_mask', 'was_kernels.ops.launch'} & set(sys.modules)"
+        then = "assert not {'was_kernels.ops.score_mask', 'was_kernels.ops.triton_launch'} & set(sys.modules)"
     code = f"import sys; sys.path[:0] = {path!r}; import {module}; {then}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -39,22 +39,22 @@ def test_what_the_package_shows():
         was_kernels.nothing  # noqa: B018
 
 
-def test_available_says_why(monkeypatch):
-    good, reason = was_kernels.available()
+def test_triton_available_says_why(monkeypatch):
+    good, reason = was_kernels.triton_available()
     assert good is torch.cuda.is_available()
     assert reason.startswith("triton ")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert was_kernels.available()[1].endswith(", no CUDA device")
+    assert was_kernels.triton_available()[1].endswith(", no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
-    assert "V100 has compute capability 7.0" in was_kernels.available()[1]
+    assert "V100 has compute capability 7.0" in was_kernels.triton_available()[1]
 
     def missing(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(was_kernels, "version", missing)
-    assert was_kernels.available() == (False, "triton is not installed")
+    assert was_kernels.triton_available() == (False, "triton is not installed")
 
 
 def test_ops_for_cpu_are_the_plain_ones():

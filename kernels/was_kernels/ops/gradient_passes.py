@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from was_kernels.ops.launch import on_device_of
+from was_kernels.ops.triton_launch import on_device_of
 
 N_BINS = 1 << 15
 """Bins of a histogram of scores: the upper 16 bits of a float32 without its sign."""

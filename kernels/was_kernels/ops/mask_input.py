@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from was_kernels.ops.launch import on_device_of
+from was_kernels.ops.triton_launch import on_device_of
 
 _ROWS = 4
 _COLUMNS = 1024

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from was_kernels.ops.launch import DTYPES, on_device_of, runs
 from was_kernels.ops.reference import score_mask_reference
+from was_kernels.ops.triton_launch import DTYPES, on_device_of, runs
 
 _BLOCK_ROWS = 4
 _BLOCK_COLUMNS = 1024

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
-from was_kernels.ops.launch import DTYPES, interpreted, on_device_of, processors, runs
 from was_kernels.ops.reference import sparse_gemv_reference
 from was_kernels.ops.sparse_gemv_kernels import batch_kernel, reduce_kernel, row_kernel
+from was_kernels.ops.triton_launch import DTYPES, interpreted, on_device_of, processors, runs
 
 TILE_ROWS = 16
 """Batch rows of one tile: the least that tensor cores take. Larger batches read the weight once per tile."""

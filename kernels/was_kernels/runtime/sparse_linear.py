@@ -133,10 +133,10 @@ class SparseLinear(nn.Module):
         return None
 
     def extra_repr(self) -> str:
+        kernels = "cuda" if self._counters is not None else "triton" if self._triton else "reference"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, threshold={self.threshold:.4g}, "
-            f"{'triton' if self._triton else 'reference'}"
+            f"bias={self.bias is not None}, threshold={self.threshold:.4g}, {kernels}"
         )
 
 

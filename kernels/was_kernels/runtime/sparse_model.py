@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from was_kernels import available
+from was_kernels import triton_available
 from was_kernels.ops import nvrtc
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.gather_step import HALF
@@ -30,7 +30,9 @@ from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS, ModelShape
 
-Backend = Literal["auto", "cuda", "triton", "reference"]
+Chosen = Literal["cuda", "triton", "reference"]
+Backend = Literal["auto", Chosen]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -246,9 +248,9 @@ def _fuse_blocks(
     return steps
 
 
-def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "triton", "reference"]:
-    if backend not in ("auto", "cuda", "triton", "reference"):
-        raise ConfigError(f"backend: must be auto, cuda, triton or reference, got {backend!r}")
+def _choose_backend(backend: str, structure: Structure) -> Chosen:
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, got {backend!r}")
     if backend == "reference":
         return "reference"
     linears = _linears(structure)
@@ -262,7 +264,7 @@ def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "trit
             where = why_not or "the model is not wholly on a GPU"
             raise ResourceError(f"backend cuda: {where}; use backend auto or reference")
         return "cuda"
-    good, reason = available()
+    good, reason = triton_available()
     if backend == "auto":
         return "triton" if on_gpu and good and dtypes <= set(_DTYPES) else "reference"
     if not dtypes <= set(_DTYPES):
@@ -276,7 +278,7 @@ def _choose_backend(backend: str, structure: Structure) -> Literal["cuda", "trit
 def _interpreter() -> bool:
     try:
         from was_kernels.ops import score_mask
-        from was_kernels.ops.launch import interpreted
+        from was_kernels.ops.triton_launch import interpreted
     except ImportError:
         return False
     return interpreted(score_mask._score_mask_kernel)

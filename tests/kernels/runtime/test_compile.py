@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from was_kernels.ops import score_mask, sparse_gemv_kernels
-from was_kernels.ops.launch import interpreted
 from was_kernels.ops.sparse_gemv import choose_tiling
+from was_kernels.ops.triton_launch import interpreted
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""SparseLinear with the Triton kernels: needs ``device``; the plain path is covered by test_runtime.py."""
+"""SparseLinear with the Triton kernels: needs ``device``; the plain path is covered by test_sparse_model.py."""
 
 from __future__ import annotations
 

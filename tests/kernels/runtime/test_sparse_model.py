@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tests.doubles.tiny_models import FAMILIES, FUSED_FAMILIES, masked_logits, tiny_model, tiny_plan
+from was_kernels.ops.gather_launch import counters
 from was_kernels.runtime import sparse_model
 from was_kernels.runtime.sparse_linear import SparseLinear
 from was_kernels.runtime.sparse_model import sparsify
@@ -300,6 +301,22 @@ def test_the_weight_is_held_once_and_column_major():
         assert weight.untyped_storage().nbytes() == values.untyped_storage().nbytes()
         assert "down_proj): SparseLinear(in_features=80" in repr(model)
     assert weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "counted", "triton", "kernels"),
+    [
+        (torch.float16, True, True, "cuda"),
+        (torch.float32, True, True, "triton"),  # no CUDA kernel takes it, whatever the model's other projections do
+        (torch.float16, False, True, "triton"),
+        (torch.float16, False, False, "reference"),
+    ],
+)
+def test_a_projection_shows_the_kernels_that_it_uses(dtype, counted, triton, kernels):
+    given = counters(torch.device("cpu")) if counted else None
+    linear = nn.Linear(64, 64, dtype=dtype)
+    found = SparseLinear(linear, torch.ones(64), 0.3, prefix=None, triton=triton, counters=given)
+    assert repr(found).endswith(f"threshold=0.3, {kernels})")
 
 
 def test_restores_on_exception():

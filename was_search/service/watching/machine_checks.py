@@ -100,9 +100,9 @@ def _gpu() -> Check:
 
 
 def _triton() -> Check:
-    from was_kernels import available
+    from was_kernels import triton_available
 
-    good, reason = available()
+    good, reason = triton_available()
     advice = "" if good else "decoding falls back to the plain reference, which is right but not faster"
     return Check("Triton kernels", good or None, reason, advice)
 
