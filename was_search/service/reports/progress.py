@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +27,7 @@ from rich.text import Text
 
 from was_search.coordinator.search_progress import SearchProgress
 from was_search.process.plain_json import dumps
+from was_search.service.reports.heartbeat import Ticking, clock, eta_seconds, every_half_minute, progress_words
 from was_search.studies.fitness import UNITS, FitnessName
 from was_search.studies.pool_state import PoolState
 from was_search.studies.slots import Slot, SlotState
@@ -78,7 +79,20 @@ class Reporter:
 
 
 class JsonReporter(Reporter):
-    """One JSON object a line on standard output; ``event`` names its kind."""
+    """One JSON object a line on standard output; ``event`` names its kind.
+
+    A phase that lasts says how far it is every half minute, as ``"state": "running"``.
+
+    Args:
+        now: the time in seconds.
+        ticking: says how far a phase is while it lasts.
+    """
+
+    def __init__(
+        self, *, now: Callable[[], float] = lambda: time.perf_counter(), ticking: Ticking = every_half_minute
+    ) -> None:
+        self._now = now
+        self._ticking = ticking
 
     def _emit(self, event: str, **values: Any) -> None:
         sys.stdout.write(dumps({"event": event, **values}, default=str) + "\n")
@@ -88,17 +102,23 @@ class JsonReporter(Reporter):
     def phase(
         self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
     ) -> Iterator[Advance]:
-        started = time.perf_counter()
+        started, done = self._now(), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+
+        def say() -> None:
+            seconds = self._now() - started
+            left = eta_seconds(done, total, seconds)
+            shown = {"done": done, "total": total, "seconds": round(seconds, 3), "eta_seconds": left}
+            self._emit("phase", name=name, state="running", **shown, **_held(workers()))
+
         self._emit("phase", name=name, state="started", total=total)
-        yield lambda: None
-        held = workers().to_json()["quarantined"]
-        self._emit(
-            "phase",
-            name=name,
-            state="finished",
-            seconds=round(time.perf_counter() - started, 3),
-            **({"quarantined": held} if held else {}),
-        )
+        with self._ticking(say):
+            yield advance
+        seconds = round(self._now() - started, 3)
+        self._emit("phase", name=name, state="finished", seconds=seconds, **_held(workers()))
 
     @contextmanager
     def search(
@@ -160,27 +180,68 @@ class QuietReporter(Reporter):
 class RichReporter(QuietReporter):
     """Shows bars, notes and tables on a terminal, plain lines where standard output is none.
 
-    Names, protocols and notes hold square brackets (``[search]``), which rich would take for its markup.
+    Where nothing can be redrawn, a phase that lasts says how far it is in a line every half minute. Names, protocols
+    and notes hold square brackets (``[search]``), which rich would take for its markup.
+
+    Args:
+        console: where to.
+        now: the time in seconds.
+        ticking: says how far a phase is while it lasts.
     """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        now: Callable[[], float] = lambda: time.perf_counter(),
+        ticking: Ticking = every_half_minute,
+    ) -> None:
+        super().__init__(console)
+        self._now = now
+        self._ticking = ticking
 
     @contextmanager
     def phase(
         self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
     ) -> Iterator[Advance]:
-        started = time.perf_counter()
+        started = self._now()
+
+        def held() -> str:
+            return "".join(f", {words}" for words in _quarantined(workers()))
+
         with self._bar(_Quarantined(workers)) as bar:
             task = bar.add_task(escape(name), total=total)
-            yield lambda: bar.advance(task)
-        held = "".join(f", {words}" for words in _quarantined(workers()))
-        self.console.print(f"[green]✓[/] {escape(name)} [dim]{_clock(time.perf_counter() - started)}[/]{held}")
+
+            def say() -> str:
+                done = int(bar.tasks[0].completed)
+                return f"{escape(name)}: {progress_words(done, total, self._now() - started)}{held()}"
+
+            with self._lines(say):
+                yield lambda: bar.advance(task)
+        self.console.print(f"[green]✓[/] {escape(name)} [dim]{clock(self._now() - started)}[/]{held()}")
 
     @contextmanager
     def search(
         self, name: str, protocol: str, fitness: FitnessName = "nll"
     ) -> Iterator[Callable[[SearchProgress], None]]:
-        started = time.perf_counter()
+        started = self._now()
         first: list[int] = []
         last: list[SearchProgress] = []
+
+        def words(done: SearchProgress, **options: bool) -> str:
+            minutes = max((self._now() - started) / 60, 1e-9)
+            return _figures(done, (done.finished - first[0]) / minutes, fitness, **options)
+
+        def say() -> str:
+            seconds = self._now() - started
+            if not last:
+                return f"search: {clock(seconds)}"
+            done = last[0]
+            left = eta_seconds(done.finished - first[0], done.total - first[0], seconds)
+            eta = "" if left is None else f", ETA {clock(left)}"
+            figures = words(done, current=False)
+            return f"search: {done.finished} of {done.total} trials, {figures}, {clock(seconds)}{eta}"
+
         self.console.print(f"  study [bold]{escape(name)}[/], losses on {escape(protocol)}", soft_wrap=True)
         with self._bar(TextColumn("{task.fields[figures]}")) as bar:
             task = bar.add_task("search", total=None, figures="")
@@ -188,20 +249,15 @@ class RichReporter(QuietReporter):
             def show(progress: SearchProgress) -> None:
                 first.append(progress.finished)
                 last[:] = [progress]
-                minutes = (time.perf_counter() - started) / 60
-                rate = (progress.finished - first[0]) / minutes if minutes > 0 else 0.0
-                bar.update(
-                    task, completed=progress.finished, total=progress.total, figures=_figures(progress, rate, fitness)
-                )
+                bar.update(task, completed=progress.finished, total=progress.total, figures=words(progress))
 
-            yield show
+            with self._lines(say):
+                yield show
         if last:
             done = last[0]
-            rate = (done.finished - first[0]) / max((time.perf_counter() - started) / 60, 1e-9)
-            figures = _figures(done, rate, fitness, current=False)
             self.console.print(
-                f"[green]✓[/] search {done.finished}/{done.total} trials, {figures} "
-                f"[dim]{_clock(time.perf_counter() - started)}[/]"
+                f"[green]✓[/] search {done.finished}/{done.total} trials, {words(done, current=False)} "
+                f"[dim]{clock(self._now() - started)}[/]"
             )
 
     def cached(self, name: str, detail: str, seconds: float) -> None:
@@ -212,11 +268,17 @@ class RichReporter(QuietReporter):
 
     @contextmanager
     def live(self) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None]]:
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             yield lambda title, rows, line: self.note(line)
             return
         with Live(console=self.console, auto_refresh=False) as live:
             yield lambda title, rows, line: live.update(_table(title, ["", ""], rows), refresh=True)
+
+    def _lines(self, say: Callable[[], str]) -> AbstractContextManager[None]:
+        """Print what ``say`` gives, again and again while the block lasts, where no bar can."""
+        if self.console.is_interactive:
+            return nullcontext()
+        return self._ticking(lambda: self.console.print(f"  {say()}", soft_wrap=True))
 
     def _bar(self, *extra: ProgressColumn) -> Progress:
         return Progress(
@@ -230,7 +292,7 @@ class RichReporter(QuietReporter):
             *extra,
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not self.console.is_interactive,
         )
 
 
@@ -261,6 +323,11 @@ def _figures(progress: SearchProgress, rate: float, fitness: FitnessName, *, cur
     return ", ".join(parts)
 
 
+def _held(pool: PoolState) -> dict[str, Any]:
+    held = pool.to_json()["quarantined"]
+    return {"quarantined": held} if held else {}
+
+
 def _stopped_early(slot: Slot | None) -> bool:
     return slot is not None and slot.state is SlotState.STOPPED
 
@@ -280,7 +347,3 @@ class _Quarantined(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text.from_markup(" ".join(_quarantined(self._workers())))
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -3,11 +3,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
 from rich.console import Console
 
+from was_search.service.reports import heartbeat
 from was_search.service.reports.progress import (
     JsonReporter,
     QuietReporter,
@@ -214,3 +218,117 @@ def test_a_stopped_trials_mean_is_not_shown_as_a_loss(rich, capsys):
     with JsonReporter().search("s", PROTOCOL) as show:
         show(state)
     assert json.loads(capsys.readouterr().out)["stopped_early"] is True
+
+
+class Beats:
+    """A clock and a ticking that a test moves by hand: no test waits for half a minute."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.say: Callable[[], None] | None = None
+
+    def now(self) -> float:
+        return self.seconds
+
+    @contextmanager
+    def ticking(self, say: Callable[[], None]) -> Iterator[None]:
+        self.say = say
+        yield
+        self.say = None
+
+    def after(self, seconds: float) -> None:
+        self.seconds += seconds
+        assert self.say is not None
+        self.say()
+
+
+@pytest.fixture
+def beats():
+    return Beats()
+
+
+def test_a_log_says_within_a_phase_how_far_it_is(beats):
+    reporter = RichReporter(Console(file=io.StringIO(), width=160), now=beats.now, ticking=beats.ticking)
+    pool = PoolState(quarantined=(Quarantined("w3", "12:00:00", "slow"),))
+    with reporter.phase("greedy table on a [x]", 8, lambda: pool) as advance:
+        beats.after(30.0)
+        advance()
+        advance()
+        beats.after(30.0)
+    with reporter.phase("start Ray"):
+        beats.after(45.0)
+    assert beats.say is None
+    assert shown(reporter).splitlines() == [
+        "  greedy table on a [x]: 0 of 8, 30.0 s, 1 worker(s) in quarantine",
+        "  greedy table on a [x]: 2 of 8, 60.0 s, ETA 3.0 min, 1 worker(s) in quarantine",
+        "✓ greedy table on a [x] 60.0 s, 1 worker(s) in quarantine",
+        "  start Ray: 45.0 s",
+        "✓ start Ray 45.0 s",
+    ]
+
+
+def test_a_log_says_within_a_search_what_is_best_and_when_it_ends(beats):
+    reporter = RichReporter(Console(file=io.StringIO(), width=200), now=beats.now, ticking=beats.ticking)
+    with reporter.search("s", PROTOCOL) as show:
+        beats.after(30.0)
+        show(replace(STATES[1], finished=12))  # eleven of them by an earlier run
+        beats.after(30.0)
+        show(replace(STATES[2], finished=15))
+        beats.after(60.0)
+    lines = shown(reporter).splitlines()[1:4]
+    assert lines[0] == "  search: 30.0 s"
+    assert lines[1].startswith("  search: 12 of 20 trials, best 1.2500 nats (ppl 3.490, #3), 0.0 trials/min, ")
+    assert lines[1].endswith(", 60.0 s")
+    assert lines[2].startswith("  search: 15 of 20 trials, best 1.2500 nats")
+    assert lines[2].endswith(", 2.0 min, ETA 3.3 min")  # three in two minutes, five to go
+
+
+def test_json_says_it_too(beats, capsys):
+    reporter = JsonReporter(now=beats.now, ticking=beats.ticking)
+    with reporter.phase("price", 4) as advance:
+        advance()
+        beats.after(30.0)
+    running = json.loads(capsys.readouterr().out.splitlines()[1])
+    expected = {"state": "running", "done": 1, "total": 4, "seconds": 30.0, "eta_seconds": 90.0}
+    assert running == {"event": "phase", "name": "price", **expected}
+
+
+@pytest.mark.parametrize("kind", ["terminal", "quiet"])
+def test_no_lines_where_a_bar_moves_or_silence_was_asked_for(beats, kind):
+    console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    options = {"now": beats.now, "ticking": beats.ticking}
+    reporter = RichReporter(console, **options) if kind == "terminal" else QuietReporter(console)
+    with reporter.phase("x", 2):
+        assert beats.say is None
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(beats, monkeypatch):
+    """An editor's shell is a terminal, and shows no bar."""
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with RichReporter(console, now=beats.now, ticking=beats.ticking).phase("x", 2):
+        beats.after(31.0)
+    assert "x: 0 of 2, 31.0 s" in console.file.getvalue()
+
+
+def test_the_real_ticking_ends_with_its_block_and_with_its_reader(monkeypatch):
+    monkeypatch.setattr(heartbeat, "EVERY_SECONDS", 0.001)
+    said = threading.Event()
+    calls: list[int] = []
+
+    def say() -> None:
+        calls.append(1)
+        said.set()
+        raise BrokenPipeError  # nobody reads any more
+
+    with heartbeat.every_half_minute(say):
+        assert said.wait(60)
+    assert len(calls) == 1
+    assert not any(thread.name == "progress lines" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3.0, "3.0 s"), (119.0, "119.0 s"), (120.0, "2.0 min"), (7200.0, "2.0 h")]
+)
+def test_durations(seconds, words):
+    assert heartbeat.clock(seconds) == words
