@@ -97,7 +97,8 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokenizer's control tokens; the token for what it does not know is none, as text may give it."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     controls = {*tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))}
-    return frozenset(controls - {getattr(tokenizer, "unk_token_id", None)})
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return frozenset(int(i) for i in controls if i is not None and i != unknown)
 
 
 def count_controls(ids: IntArray, tokenizer: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.places.tokenizers import CONTROLS, SPELLS_CONTROLS, TEXT_IS_TEXT, byte_bpe, with_words_of_its_own
+from tests.places.tokenizers import CONTROLS, SPELLS_CONTROLS, TEXT_IS_TEXT, Tekken, byte_bpe, with_words_of_its_own
 from was_search.errors import DataError
 from was_search.texts.protocol import EvaluationProtocol
 from was_search.texts.splits import SplitText
@@ -60,6 +60,14 @@ def test_control_tokens_that_a_vocabulary_spells_are_counted(build):
     assert found.protocol.describe().endswith(", 60 control token(s) in its text")
     assert EvaluationProtocol.from_json(found.protocol.to_json()) == found.protocol
     assert tokenise(text_of("hello world and nobody " * 30), tokenizer, sequence_length=8).protocol.control_tokens == 0
+
+
+def test_a_control_token_that_the_vocabulary_lacks_has_no_id():
+    class Lacking(Tekken):
+        all_special_ids = (1, None, 0)
+
+    assert control_ids(Lacking()) == {1}
+    assert tokenise(text_of("some text"), Lacking(), sequence_length=4, bos=False).protocol.control_tokens == 0
 
 
 def test_a_text_that_a_tokenizer_cannot_read_is_named():
