@@ -115,7 +115,7 @@ def progress_figure(
     figure = go.Figure()
     for state, label, symbol in (
         (SlotState.COMPLETE, "complete", "circle"),
-        (SlotState.STOPPED, "stopped early (against the best on the same sequences)", "x"),
+        (SlotState.STOPPED, "stopped early (against the best)", "x"),
     ):
         points = [
             i

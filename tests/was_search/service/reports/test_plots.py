@@ -17,7 +17,7 @@ from was_search.service.reports.plots import (
 )
 from was_search.studies.slots import Slot, SlotState
 
-STOPPED = "stopped early (against the best on the same sequences)"
+STOPPED = "stopped early (against the best)"
 START = datetime(2025, 1, 1)
 
 
