@@ -17,7 +17,9 @@ SECRET_VARIABLES = (*ENVIRONMENT.values(), "PGPASSWORD")
 _NAMED = r"\b\w*(?:password|passwd|pwd|secret|auth_?token|api_?key|scram_\w+_key)\w*"
 # The last @ before a blank or quote: a password that was not quoted for a URL may hold others.
 _USER = re.compile(r"(?<=://)[^\s'\"]*@")
+_SCHEME = re.compile(r"\s*[A-Za-z][\w+.-]*:/+")
 _QUOTED = r"(?P<quote>['\"])(?:\\.|(?!(?P=quote))[^\\])*(?P=quote)"
+_GIVEN = re.compile(rf"{_NAMED}[\"']?\s*[=:]\s*\S", re.IGNORECASE)
 _VALUE = re.compile(rf"({_NAMED}[\"']?\s*[=:]\s*)(?:{_QUOTED}|[\"']?[^\s&'\",;]+)", re.IGNORECASE)
 
 
@@ -33,8 +35,10 @@ def _without_value(found: re.Match[str]) -> str:
 
 def secret_of(url: str) -> bool:
     """Whether a URL holds a password, in the usual place or among its arguments."""
-    before_host = url.partition("://")[2].rpartition("@")[0]  # a password that was not quoted may hold any character
-    return ":" in before_host or bool(_VALUE.search(url))
+    scheme = _SCHEME.match(url)
+    # A password that was not quoted may hold any character; without a scheme a blank means that it is a text.
+    place = url[scheme.end() :] if scheme else "".join(url.split(maxsplit=1)[:1])
+    return ":" in place.rpartition("@")[0] or bool(_GIVEN.search(url))
 
 
 def out_of_the_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -73,6 +73,7 @@ def test_shown_urls_hold_no_password() -> None:
         ("postgresql://h/d?options=-c%20a%3Db+c", "postgresql+psycopg2://h/d?options=-c%20a%3Db%2Bc"),
         ("postgresql://h/d%3Fx%2Fy%40z", "postgresql+psycopg2://h/d%3Fx/y%40z"),
         ("postgresql://", "postgresql+psycopg2://"),
+        ("postgresql://h/d?sslmode=", "postgresql+psycopg2://h/d?sslmode="),
         ("postgresql://%C3%BC:%C3%A9@h/d", "postgresql+psycopg2://%C3%BC:%C3%A9@h/d"),
     ],
 )
