@@ -20,7 +20,7 @@ from was_search.checkpoints.load import load_model
 from was_search.errors import WasError
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
 from was_search.process import plain_json
-from was_search.service.cli.decode import load_plan
+from was_search.service.cli.plan import load_plan
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from tests.security.bounded import bounded
 from was_search.errors import PlanError
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan, _document_hash
-from was_search.service.cli.decode import load_plan
+from was_search.service.cli.plan import load_plan
 from was_search.shape import ModelShape
 
 SHAPE = ModelShape(((3, 3, 3, 3, 3, 3, 5),) * 2, ((3, 1, 1, 3, 5, 5, 3),) * 2)

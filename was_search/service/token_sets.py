@@ -10,7 +10,7 @@ import numpy as np
 
 from was_search.service.arrays import pack_array, unpack_array
 from was_search.service.settings import Settings
-from was_search.service.steps.caching import Row, cached
+from was_search.service.steps.caching import CachedRow, cached
 from was_search.texts.protocol import EvaluationProtocol, TokenSet, content_hash
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class TokenSets:
         model = context.model
         model.require_positions(settings.sequence_length)
         key = content_hash("tokens", 4, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
-        row = Row(context.cache, "tokens", key, _read, _pack)
+        row = CachedRow(context.cache, "tokens", key, _read, _pack)
         data = cached(row, lambda: _tokenise(model, text, options)).read_from(text.kind)
         _require_rows(data, model)  # token ids that were cached may be of another model with this tokenizer
         return data

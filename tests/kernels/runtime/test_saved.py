@@ -21,7 +21,7 @@ from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import load_model
 from was_search.errors import ConfigError, ModelError, PlanError
 from was_search.plan import Plan
-from was_search.service.cli.decode import load_plan
+from was_search.service.cli.plan import load_plan
 from was_search.service.context import Context
 from was_search.service.settings import Settings
 from was_search.service.steps.decoding import generate

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from was_search.errors import ConfigError
-from was_search.service.cli.command import EXIT_ERROR, Call, Commands
+from was_search.service.cli.command import EXIT_ERROR, Commands, Invocation
 from was_search.service.options import Group
 
 commands = Commands("Machines")
@@ -19,14 +19,14 @@ commands.typer.add_typer(db, name="db", rich_help_panel=commands.panel)
 
 @commands.command(Group.STORAGE, "ray")
 def doctor(
-    call: Call,
+    invocation: Invocation,
     *,
     services: Annotated[bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")] = True,
 ) -> None:
     """Check what this machine has, and say what to do about what is missing."""
     from was_search.service.watching import machine_checks
 
-    checks = call.run(lambda context: machine_checks.doctor(context, start_services=services))
+    checks = invocation.run(lambda context: machine_checks.doctor(context, start_services=services))
     if any(check.good is False for check in checks):
         raise typer.Exit(EXIT_ERROR)
 

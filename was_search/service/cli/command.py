@@ -56,7 +56,7 @@ def _flag(option: Option) -> Any:
 
 
 @dataclass(frozen=True)
-class Call:
+class Invocation:
     """The settings and common options that a command was called with."""
 
     config: Path | None
@@ -85,7 +85,7 @@ class Commands:
         """Make a function a command: its options are its own keyword-only ones and the ``settings``.
 
         Args:
-            settings: what it takes into :meth:`Call.settings`: whole groups, or single options by name.
+            settings: what it takes into :meth:`Invocation.settings`: whole groups, or single options by name.
         """
 
         def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -122,7 +122,7 @@ def _command(function: Callable[..., None], shared: dict[str, Any]) -> Callable[
         configure(options.pop("log_format") or "")
         reporter = JsonReporter() if as_json else QuietReporter() if quiet else RichReporter()
         try:
-            function(Call(options.pop("config"), reporter, options), **mine)
+            function(Invocation(options.pop("config"), reporter, options), **mine)
         except KeyboardInterrupt:
             # Click would end silently; phases that were finished are cached, and slots wait for the next run.
             stderr().print(f"interrupted; go on with\n  was-search {escape(shlex.join(sys.argv[1:]))}", soft_wrap=True)

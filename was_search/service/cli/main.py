@@ -15,7 +15,7 @@ from was_search.process.plain_json import dumps
 from was_search.process.redaction import hide_arguments, redacted
 from was_search.process.signals import Terminated, terminable
 from was_search.process.streams import forgiving
-from was_search.service.cli import cluster, decode, run, study
+from was_search.service.cli import cluster, plan, run, study
 from was_search.service.cli.command import EXIT_ERROR, stderr
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find how much of each layer's input an LLM can skip while decoding, and export it as a plan.",
 )
-for group in (run, decode, study, cluster):
+for group in (run, plan, study, cluster):
     app.add_typer(group.commands.typer)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from was_search.service.cli.command import EXIT_DRAINED, EXIT_ERROR, Call, Commands, stderr
+from was_search.service.cli.command import EXIT_DRAINED, EXIT_ERROR, Commands, Invocation, stderr
 from was_search.service.options import Group
 
 commands = Commands("Find a plan")
@@ -20,7 +20,7 @@ _SEARCH = (*_SEED, Group.SEARCH, Group.DESCENTS, Group.LIMITS, Group.FAILURES)
 
 
 @commands.command(*_SEARCH, Group.TARGETS, Group.PLAN)
-def run(call: Call) -> None:
+def run(invocation: Invocation) -> None:
     """Calibrate, seed, search, export and compare, skipping what is cached; for one target or several."""
     from was_search.service.steps import main_job
     from was_search.service.targets import max_increase, several
@@ -40,11 +40,11 @@ def run(call: Call) -> None:
             context.reporter.note(f"plan: {found.plan}")
         return bool(found.search.drained)
 
-    _end(call.run(step))
+    _end(invocation.run(step))
 
 
 @commands.command(*_CALIBRATE)
-def calibrate(call: Call) -> None:
+def calibrate(invocation: Invocation) -> None:
     """Take score histograms of the dense model on the calibration split."""
     from was_search.service.steps import calibration
 
@@ -56,11 +56,11 @@ def calibrate(call: Call) -> None:
         )
         context.reporter.result({"key": found.key, "shape": shape.to_json()})
 
-    call.run(step)
+    invocation.run(step)
 
 
 @commands.command(*_SEED)
-def seed(call: Call) -> None:
+def seed(invocation: Invocation) -> None:
     """Make the seed vectors and show what each projection costs."""
     from was_search.service.reports.seeds import show_seeds
     from was_search.service.steps import seeding
@@ -71,11 +71,11 @@ def seed(call: Call) -> None:
         seeds = seeding.seed(context, question)
         show_seeds(context.reporter, seeds, seeding.sensitivity(question), question.budget.flat)
 
-    call.run(step)
+    invocation.run(step)
 
 
 @commands.command(*_SEARCH)
-def search(call: Call) -> None:
+def search(invocation: Invocation) -> None:
     """Create or resume a study and run it to its last trial."""
     from was_search.service.steps import study
     from was_search.studies.fitness import fitness_words
@@ -101,12 +101,12 @@ def search(call: Call) -> None:
         )
         return bool(found.drained)
 
-    _end(call.run(step))
+    _end(invocation.run(step))
 
 
 @commands.command(*_SEARCH, Group.PLAN)
 def export(
-    call: Call,
+    invocation: Invocation,
     *,
     interpolate: Annotated[
         bool,
@@ -140,15 +140,15 @@ def export(
         context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 
-    call.run(step)
+    invocation.run(step)
 
 
 @commands.command(Group.STORAGE, "trials", "workers", "target", Group.PLAN)
-def demo(call: Call) -> None:
+def demo(invocation: Invocation) -> None:
     """Run the whole main job on the packaged demo checkpoint, on CPU."""
     from was_search.service.steps import demonstration
 
-    found = call.run(demonstration.demo, demonstration.demo_settings())
+    found = invocation.run(demonstration.demo, demonstration.demo_settings())
     _end(found.search.drained)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from was_search.errors import ConfigError
-from was_search.service.cli.command import EXIT_ERROR, Call, Commands
+from was_search.service.cli.command import EXIT_ERROR, Commands, Invocation
 from was_search.service.options import Group
 from was_search.studies.control import Overrides, Wish
 
@@ -17,16 +17,16 @@ Study = Annotated[str, typer.Argument(help="Name of the study.", metavar="STUDY"
 
 
 @commands.command(Group.STORAGE)
-def studies(call: Call) -> None:
+def studies(invocation: Invocation) -> None:
     """List the studies of a database."""
     from was_search.service.watching import study_list
 
-    call.run(study_list.studies)
+    invocation.run(study_list.studies)
 
 
 @commands.command(Group.STORAGE)
 def status(
-    call: Call,
+    invocation: Invocation,
     *,
     name: Annotated[str, typer.Argument(help="Name of the study; the newest one if not given.", metavar="STUDY")] = "",
     study: Annotated[str, typer.Option(help="The same name, as an option.")] = "",
@@ -43,14 +43,14 @@ def status(
         raise ConfigError(f"study: given twice, as {name!r} and as {study!r}; give one of them")
     wanted = name or study
     if watch:
-        call.run(lambda context: study_status.watch(context, wanted, seconds=every, gpu_price=gpu_price))
+        invocation.run(lambda context: study_status.watch(context, wanted, seconds=every, gpu_price=gpu_price))
     else:
-        call.run(lambda context: study_status.status(context, wanted, gpu_price=gpu_price))
+        invocation.run(lambda context: study_status.status(context, wanted, gpu_price=gpu_price))
 
 
 @commands.command(Group.STORAGE)
 def delete(
-    call: Call,
+    invocation: Invocation,
     *,
     study: Study,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
@@ -66,13 +66,13 @@ def delete(
         print(f"delete {words}? [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
-    if not call.run(lambda context: study_list.delete(context, study, agreed)):
+    if not invocation.run(lambda context: study_list.delete(context, study, agreed)):
         raise typer.Exit(EXIT_ERROR)
 
 
 @commands.command(Group.STORAGE)
 def dashboard(
-    call: Call,
+    invocation: Invocation,
     *,
     study: Annotated[str, typer.Option(help="Study to point to.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -89,7 +89,7 @@ def dashboard(
     from was_search.service.watching import study_list
 
     names = allow_host or []
-    call.run(
+    invocation.run(
         lambda context: study_list.dashboard(
             context, study=study, host=host, port=port, allow_hosts=names, allow_edits=allow_edits
         )
@@ -97,32 +97,32 @@ def dashboard(
 
 
 @commands.command(Group.STORAGE)
-def pause(call: Call, *, study: Study) -> None:
+def pause(invocation: Invocation, *, study: Study) -> None:
     """Hand out no more trials; those in flight finish, and the coordinator keeps running."""
-    _ask(call, study, Wish.PAUSE)
+    _ask(invocation, study, Wish.PAUSE)
 
 
 @commands.command(Group.STORAGE)
-def resume(call: Call, *, study: Study) -> None:
+def resume(invocation: Invocation, *, study: Study) -> None:
     """Let a paused study go on."""
-    _ask(call, study, Wish.RUN)
+    _ask(invocation, study, Wish.RUN)
 
 
 @commands.command(Group.STORAGE)
-def drain(call: Call, *, study: Study) -> None:
+def drain(invocation: Invocation, *, study: Study) -> None:
     """Let the trials in flight finish, then end the run, as ctrl-C does; the same command continues it."""
-    _ask(call, study, Wish.DRAIN)
+    _ask(invocation, study, Wish.DRAIN)
 
 
 @commands.command(Group.STORAGE)
-def cancel(call: Call, *, study: Study) -> None:
+def cancel(invocation: Invocation, *, study: Study) -> None:
     """End the run at once; the trials in flight wait for the next run."""
-    _ask(call, study, Wish.CANCEL)
+    _ask(invocation, study, Wish.CANCEL)
 
 
 @commands.command(Group.STORAGE)
 def set_(
-    call: Call,
+    invocation: Invocation,
     *,
     study: Study,
     trials: Annotated[
@@ -142,10 +142,10 @@ def set_(
     from was_search.service.watching import control
 
     overrides = Overrides(trials, workers, max_seconds, max_gpu_seconds, max_failures, patience)
-    call.run(lambda context: control.change(context, study, overrides))
+    invocation.run(lambda context: control.change(context, study, overrides))
 
 
-def _ask(call: Call, study: str, wish: Wish) -> None:
+def _ask(invocation: Invocation, study: str, wish: Wish) -> None:
     from was_search.service.watching import control
 
-    call.run(lambda context: control.ask(context, study, wish))
+    invocation.run(lambda context: control.ask(context, study, wish))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Place(Protocol[T]):
-    """A place where a value may be stored."""
+class CacheEntry(Protocol[T]):
+    """Where a value may be stored."""
 
     def get(self) -> T | None: ...
 
@@ -27,7 +27,7 @@ class Place(Protocol[T]):
 
 
 @dataclass(frozen=True)
-class Row(Generic[T]):
+class CachedRow(Generic[T]):
     """A row of the database's cache.
 
     Attributes:
@@ -53,30 +53,30 @@ class Row(Generic[T]):
 
 def array_row(
     cache: ArtifactCache, kind: str, key: str, shape: tuple[int | None, ...], dtype: npt.DTypeLike
-) -> Row[npt.NDArray[Any]]:
+) -> CachedRow[npt.NDArray[Any]]:
     """A row that holds an array of ``shape`` (None: any width) and ``dtype``."""
-    return Row(
+    return CachedRow(
         cache, kind, key, lambda row: unpack_array(row.payload, shape, dtype), lambda value: (pack_array(value), {})
     )
 
 
 def cached(
-    place: Place[T],
+    entry: CacheEntry[T],
     make: Callable[[], T],
     reporter: Reporter | None = None,
     name: str = "",
     detail: str | Callable[[T], str] = "",
 ) -> T:
-    """The value at ``place``; where there is none, ``make`` makes it and it is put there.
+    """The value of ``entry``; where there is none, ``make`` makes it and it is put there.
 
     A value that was found is shown by ``reporter`` (None: by nobody) as the phase ``name``, with ``detail``. ``make``
     itself shows the phase that it runs.
     """
     started = time.perf_counter()
-    found = place.get()
+    found = entry.get()
     if found is None:
         made = make()
-        place.put(made)
+        entry.put(made)
         return made
     if reporter is not None:
         reporter.cached(name, detail if isinstance(detail, str) else detail(found), time.perf_counter() - started)

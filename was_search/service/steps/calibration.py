@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from was_search.masks.histogram import Histograms
 from was_search.service.context import Context
-from was_search.service.steps.caching import Row, cached
+from was_search.service.steps.caching import CachedRow, cached
 from was_search.service.token_sets import TokenSets
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash
@@ -71,7 +71,7 @@ def calibrate(context: Context, tokens: TokenSets | None = None) -> Calibration:
         return Calibration(key, shape, histograms)
 
     return cached(
-        Row(context.cache, "histograms", key, lambda row: _read_calibration(row, key), _pack_calibration),
+        CachedRow(context.cache, "histograms", key, lambda row: _read_calibration(row, key), _pack_calibration),
         make,
         context.reporter,
         "calibrate",
@@ -101,7 +101,9 @@ def operating_point(
             )
 
     return cached(
-        Row(context.cache, "operating-point", key, lambda row: _read_point(row, key, calibration.shape), _pack_point),
+        CachedRow(
+            context.cache, "operating-point", key, lambda row: _read_point(row, key, calibration.shape), _pack_point
+        ),
         make,
         context.reporter,
         f"calibrate at {name}",

@@ -10,7 +10,7 @@ import numpy as np
 from was_search.masks.divergence import ENTRY_BYTES, DenseTop, check_top_k, concatenate
 from was_search.service.context import Context
 from was_search.service.model import Model
-from was_search.service.steps.caching import Row, array_row, cached
+from was_search.service.steps.caching import CachedRow, array_row, cached
 from was_search.service.token_sets import TokenSets
 from was_search.texts.protocol import TokenSet, content_hash
 
@@ -97,10 +97,10 @@ class Pieces:
     def _starts(self) -> range:
         return range(0, self.n, max(1, PIECE_BYTES // (self.predicted * self.k * ENTRY_BYTES)))
 
-    def rows(self, start: int) -> tuple[Row[Any], Row[Any]]:
+    def rows(self, start: int) -> tuple[CachedRow[Any], CachedRow[Any]]:
         size = min(self._starts.step, self.n - start)
 
-        def row(name: str, width: int, dtype: type[np.generic]) -> Row[Any]:
+        def row(name: str, width: int, dtype: type[np.generic]) -> CachedRow[Any]:
             key = content_hash(self.key, start, PIECE_BYTES, name)
             return array_row(self.cache, "dense-top", key, (size, self.predicted, width), dtype)
 

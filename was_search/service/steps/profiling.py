@@ -72,8 +72,8 @@ def profile(
         comparison.extend(compared)
         return made
 
-    place = _Measured(context.cache, key, check_vectors, again)
-    found = cached(place, make, context.reporter, "profile", LatencyProfile.describe)
+    entry = _Measured(context.cache, key, check_vectors, again)
+    found = cached(entry, make, context.reporter, "profile", LatencyProfile.describe)
     if output is not None:
         found.save(output)
     show_profile(context.reporter, found, comparison, output)

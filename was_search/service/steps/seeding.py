@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from was_search.service.context import Context
-from was_search.service.steps.caching import Row, array_row, cached
+from was_search.service.steps.caching import CachedRow, array_row, cached
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import seed_descent_options
 from was_search.service.targets.warm_start import warm_seeds
@@ -101,7 +101,7 @@ def greedy_table(context: Context, question: Question) -> Table:
             )
 
     return cached(
-        Row(
+        CachedRow(
             context.cache,
             "greedy",
             key,

@@ -23,7 +23,7 @@ from was_search.errors import ConfigError, StudyError
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking
 from was_search.plan import Plan
-from was_search.service.cli.decode import load_plan
+from was_search.service.cli.plan import load_plan
 from was_search.service.context import Context
 from was_search.service.steps import evaluation, study_identity
 from was_search.service.steps.demonstration import DEMO_FOLDER

@@ -10,7 +10,7 @@ import typer
 from was_search.checkpoints.column_layout import COLUMNS_NAME
 from was_search.errors import ConfigError
 from was_search.plan import Plan
-from was_search.service.cli.command import Call, Commands
+from was_search.service.cli.command import Commands, Invocation
 from was_search.service.options import Group
 from was_search.service.settings import Settings
 from was_search.service.settings_file import load_settings
@@ -28,7 +28,7 @@ PlanIn = Annotated[
 
 @commands.command(Group.MODEL, Group.TEXT, Group.CALIBRATION, "search_sequences")
 def evaluate(
-    call: Call,
+    invocation: Invocation,
     *,
     plan: PlanIn = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on: calibration, search or test.")] = "test",
@@ -53,7 +53,7 @@ def evaluate(
     formats = [form.strip() for form in weights.split(",") if form.strip()]
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if len(formats) == 1:
-        call.flags.update(weights=formats[0])
+        invocation.flags.update(weights=formats[0])
 
     def step(context: Any) -> Any:
         if not names:
@@ -62,12 +62,12 @@ def evaluate(
             raise ConfigError(f"weights: tasks take one format, got {weights!r}")
         return evaluation.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)
 
-    call.run(step, base)
+    invocation.run(step, base)
 
 
 @commands.command(Group.MODEL)
 def generate(
-    call: Call,
+    invocation: Invocation,
     *,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     plan: PlanIn = None,
@@ -79,12 +79,12 @@ def generate(
 
     loaded, base = load_plan(plan)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "gpus": gpus}
-    call.run(lambda context: decoding.generate(context, loaded, prompt, **options), base)
+    invocation.run(lambda context: decoding.generate(context, loaded, prompt, **options), base)
 
 
 @commands.command(Group.MODEL, "data", "test_sequences")
 def bench(
-    call: Call,
+    invocation: Invocation,
     *,
     plan: PlanIn = None,
     batch: Annotated[int, typer.Option(help="Rows that decode together.")] = 1,
@@ -99,8 +99,8 @@ def bench(
     from was_search.service.steps import step_times
 
     loaded, base = load_plan(plan)
-    call.flags.update(profile=profile)
-    call.run(
+    invocation.flags.update(profile=profile)
+    invocation.run(
         lambda context: step_times.bench(
             context, loaded, batch=batch, kv_length=kv_length, steps=steps, compiled=compiled
         ),
@@ -110,7 +110,7 @@ def bench(
 
 @commands.command(Group.MODEL, Group.STORAGE)
 def profile(
-    call: Call,
+    invocation: Invocation,
     *,
     rows: Annotated[int, typer.Option(help="Rows that decode together, at most 8.")] = 1,
     kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
@@ -129,7 +129,7 @@ def profile(
     """Measure how a decode step's time depends on sparsity on this device, to predict it for any vector."""
     from was_search.service.steps import profiling
 
-    call.run(
+    invocation.run(
         lambda context: profiling.profile(
             context,
             rows=rows,
