@@ -17,13 +17,13 @@ db = typer.Typer(no_args_is_help=True, help="Set a database up, as its owner.")
 commands.typer.add_typer(db, name="db", rich_help_panel=commands.panel)
 
 
-@commands.command(Group.STORAGE, "ray")
+@commands.command(Group.MODEL, Group.TEXT, Group.STORAGE, "calibration_sequences", "search_sequences", "ray", "workers")
 def doctor(
     invocation: Invocation,
     *,
     services: Annotated[bool, typer.Option("--services/--no-services", help="Also start Postgres and Ray.")] = True,
 ) -> None:
-    """Check what this machine has, and say what to do about what is missing."""
+    """Check what this machine has, and with --model and --data what a run of them would meet."""
     from was_search.service.watching import machine_checks
 
     checks = invocation.run(lambda context: machine_checks.doctor(context, start_services=services))

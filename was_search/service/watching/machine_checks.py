@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from was_search import __version__
-from was_search.errors import WasError
 from was_search.service.context import Context
+from was_search.service.watching.check import Check, guarded
+from was_search.service.watching.input_checks import input_checks, surroundings
 
 if TYPE_CHECKING:
     from was_storage.server.database import Database
     from was_workers.cluster import Cluster
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check of the machine; ``good`` is None for what is optional and absent."""
-
-    name: str
-    good: bool | None
-    found: str
-    advice: str = ""
-
-
 def doctor(context: Context, *, start_services: bool = True) -> list[Check]:
-    """Look at Python, packages, GPU, Triton, Ray and Postgres, and show a table.
+    """Look at Python, packages, GPU, Triton, Ray and Postgres, and at the model and the data, and show a table.
 
     Args:
-        context: its storage option is the database that is tried.
+        context: its storage option is the database that is tried; model and data are looked at if they are set.
         start_services: also open the database and connect to Ray, which takes some seconds.
     """
-    checks = [_python(), _packages(), _gpu(), _triton(), _tasks()]
+    checks = [_python(), _packages(), _gpu(), _triton(), _tasks(), *surroundings(context), *input_checks(context)]
     if start_services:
         checks += [
-            _guard("Postgres", lambda: _postgres(context.database)),
-            _guard("Ray", lambda: _ray(context.cluster)),
+            guarded("Postgres", lambda: _postgres(context.database)),
+            guarded("Ray", lambda: _ray(context.cluster)),
         ]
     marks = {True: "ok", False: "missing", None: "none"}
     context.reporter.table(
@@ -49,13 +38,6 @@ def doctor(context: Context, *, start_services: bool = True) -> list[Check]:
     )
     context.reporter.result({"checks": [vars(check) for check in checks]})
     return checks
-
-
-def _guard(name: str, check: Callable[[], Check]) -> Check:
-    try:
-        return check()
-    except WasError as error:
-        return Check(name, False, "cannot be used", str(error))
 
 
 def _python() -> Check:
