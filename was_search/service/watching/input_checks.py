@@ -21,7 +21,7 @@ _SLACK = 1.2
 """Memory that a model takes while it computes, in units of its weights, at the least."""
 
 
-def input_checks(context: Context) -> Iterator[Check]:
+def check_inputs(context: Context) -> Iterator[Check]:
     """Check what the settings name: the model, its memory, and each split of the data.
 
     The same functions are asked that a run asks, so the words are those that it would end with. No weight is read.

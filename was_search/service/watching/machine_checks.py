@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from was_search import __version__
 from was_search.service.context import Context
 from was_search.service.watching.check import Check, guarded
-from was_search.service.watching.input_checks import input_checks, surroundings
+from was_search.service.watching.input_checks import check_inputs, surroundings
 
 if TYPE_CHECKING:
     from was_storage.server.database import Database
@@ -24,7 +24,7 @@ def doctor(context: Context, *, start_services: bool = True) -> list[Check]:
         context: its storage option is the database that is tried; model and data are looked at if they are set.
         start_services: also open the database and connect to Ray, which takes some seconds.
     """
-    checks = [_python(), _packages(), _gpu(), _triton(), _tasks(), *surroundings(context), *input_checks(context)]
+    checks = [_python(), _packages(), _gpu(), _triton(), _tasks(), *surroundings(context), *check_inputs(context)]
     if start_services:
         checks += [
             guarded("Postgres", lambda: _postgres(context.database)),

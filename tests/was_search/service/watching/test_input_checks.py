@@ -41,7 +41,7 @@ def text(tmp_path: Path) -> Path:
 def found(model: Path, data: Path | str = "", **changes: object) -> dict[str, Check]:
     given = {"model": str(model), "data": str(data), "device": "cpu", **SMALL, **changes}
     with Context(Settings(**given)) as context:
-        return {check.name: check for check in input_checks.input_checks(context)}
+        return {check.name: check for check in input_checks.check_inputs(context)}
 
 
 def test_a_model_and_a_text_that_will_do(folder, text):
@@ -53,7 +53,7 @@ def test_a_model_and_a_text_that_will_do(folder, text):
 
 def test_without_a_model_nothing_is_looked_at(text):
     with Context(Settings(data=str(text), **SMALL)) as context:
-        assert list(input_checks.input_checks(context)) == []
+        assert list(input_checks.check_inputs(context)) == []
 
 
 def test_without_data_the_model_alone(folder):
