@@ -139,6 +139,11 @@ def translate(error: BaseException, shown: str, *, opening: bool = False) -> Was
             f"database {shown} has no free connection ({detail}); try again or raise max_connections "
             "(of a pooler: default_pool_size, max_client_conn)"
         )
+    if code == "57014":
+        return TransientError(
+            f"database {shown}: the server gave a statement up ({detail}); if it comes again, raise statement_timeout "
+            "of this login or database"
+        )
     lost = code[:2] == "08" or (not code and any(part in text for part in _LOST))
     if code in _TRANSIENT_CODES or ((lost or cause.connection_invalidated) and not opening):
         return TransientError(f"database {shown}: the connection was lost or the server is busy ({detail}); try again")

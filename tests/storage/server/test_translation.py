@@ -65,6 +65,7 @@ def test_messages_at_connect_say_what_to_mend(message: str, words: str) -> None:
         ("pgbouncer cannot connect to server", "08P01", TransientError),
         ("server login has been failing, try again later (server_login_retry)", None, TransientError),
         ('too many connections for role "u"', "53300", TransientError),
+        ("canceling statement due to statement timeout", "57014", TransientError),
         ("deadlock detected", "40P01", TransientError),
         ("terminating connection due to administrator command", "57P01", TransientError),
         ("server closed the connection unexpectedly", None, TransientError),
@@ -129,6 +130,15 @@ def test_a_database_that_does_not_exist(postgres_url: str) -> None:
     url = make_url(postgres_url).set(database="nowhere").render_as_string(hide_password=False)
     with pytest.raises(StorageError, match=r"does not exist.*create it first"):
         Database.open(url)
+
+
+def test_a_site_that_gives_long_statements_up(postgres_url: str) -> None:
+    with (
+        Database.open(postgres_url + "&options=-cstatement_timeout%3D500") as opened,
+        pytest.raises(TransientError, match=r"gave a statement up .*raise statement_timeout"),
+        opened.begin() as connection,
+    ):
+        connection.execute(text("SELECT pg_sleep(30)"))
 
 
 def test_an_unknown_connection_argument(postgres_url: str) -> None:
