@@ -16,7 +16,7 @@ from benchmarks.harness.ledger import Exhausted, Ledger, Score
 from was_search.errors import ConfigError
 from was_search.shape import FloatArray, ModelShape
 from was_search.studies.fitness import FitnessName
-from was_search.studies.sampling import SamplerName, Suggester
+from was_search.studies.sampling import MONOTONE, SamplerName, Suggester
 from was_search.studies.slots import SlotState
 from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.descent import HIGHEST_DESCENDED, DescentOptions, chain_seed, chain_steps
@@ -162,7 +162,7 @@ def _sampler(name: SamplerName, make: SamplerMaker | None = None) -> Run:
 
     def run(task: Task, ledger: Ledger) -> None:
         scores: list[Score] = []
-        if name == "was-monotone":
+        if name == MONOTONE:
             # The published method knows no seeds.
             space: Space = MonotoneSpace(task.budget, task.seed_called("greedy-uniform").table)
         else:

@@ -18,7 +18,7 @@ from was_search.masks.early_stop import StopRule, estimated_loss, rung_cuts
 from was_search.shape import FloatArray, ModelShape
 from was_search.studies.hand_outs import Proposal
 from was_search.studies.origin import Origin, OriginKind
-from was_search.studies.sampling import Suggester
+from was_search.studies.sampling import MONOTONE, Suggester
 from was_search.studies.slots import Slot, SlotState, best_slot
 from was_search.vectors.seeds import Seed, point_seed
 from was_search.vectors.space import MonotoneSpace, Space, level_params, make_space, open_distributions
@@ -158,7 +158,7 @@ class Chooser:
         return proposal
 
     def _make_space(self) -> Space:
-        if self._options.sampler == "was-monotone":
+        if self._options.sampler == MONOTONE:
             greedy = next(seed for seed in self._seeds if seed.name == "greedy-uniform")
             return MonotoneSpace(self._options.budget, greedy.table)
         options = self._options

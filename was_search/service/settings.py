@@ -16,7 +16,7 @@ from was_search.service.reports.webhook import check_webhook
 from was_search.service.targets.asked import parse_increase, parse_speedups, parse_targets, percent_hint
 from was_search.shape import Masks, ScoreKind
 from was_search.studies.fitness import FitnessName
-from was_search.studies.sampling import SamplerName
+from was_search.studies.sampling import MONOTONE, SamplerName
 from was_search.studies.worker_range import WorkerRange
 from was_search.vectors.space import SpaceName
 from was_search.weight_format import AS_STORED, canonical
@@ -28,7 +28,6 @@ _SOME = at_least(1)
 _NOT_NEGATIVE = Rule("must not be negative", lambda value, _: value >= 0)
 _SHARE = Rule("must be in (0, 1]", lambda value, _: 0.0 < value <= 1.0)
 _LIMIT = Rule("must be from 0 (no limit) to a thousand million", lambda value, _: 0 <= value < 1e9)
-_MONOTONE = "was-monotone"
 
 
 def _parse_workers(value: int | str) -> int | str:
@@ -171,7 +170,7 @@ class Settings:
         _NOT_NEGATIVE,
         Rule(
             "must be at least 1 with --sampler was-monotone",
-            lambda value, given: value > 0 or given.sampler != _MONOTONE,
+            lambda value, given: value > 0 or given.sampler != MONOTONE,
         ),
     )
     trials: int = setting(100, Group.SEARCH, "Trials of the study; a number above what it has extends it.", _SOME)
@@ -193,7 +192,7 @@ class Settings:
         "offsets of blocks and kinds of projections, or the full sparsities of all projections.",
         Rule(
             "must be levels with the sampler was-monotone",
-            lambda value, given: value == "levels" or given.sampler != _MONOTONE,
+            lambda value, given: value == "levels" or given.sampler != MONOTONE,
         ),
     )
     radius: float = setting(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import optuna
@@ -23,6 +23,8 @@ from was_search.vectors.space import Space
 
 SamplerName = Literal["tpe", "cmaes", "gp", "qmc", "random", "was-monotone"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+MONOTONE: Final = "was-monotone"
+"""The one that is TPE in a space of its own, :class:`was_search.vectors.space.MonotoneSpace`, and knows no seeds."""
 
 # Every evaluation is chosen by us and logged by us; Optuna's own lines would double them.
 logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -42,8 +44,8 @@ def make_sampler(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.simplefilter("ignore", FutureWarning)  # Optuna 6 removes x0 and sigma0 of CMA-ES
-        match name:
-            case "tpe" | "was-monotone":
+        match "tpe" if name == MONOTONE else name:
+            case "tpe":
                 return make_tpe(seed)
             case "cmaes":
                 return optuna.samplers.CmaEsSampler(
@@ -84,7 +86,7 @@ class Suggester:
         self._seed = seed
         self._name: SamplerName = name
         self._study = optuna.create_study(direction="minimize", sampler=make_sampler(name, space, seed, _STEP))
-        self._startup_left = n_startup if name in ("tpe", "gp", "was-monotone") else 0
+        self._startup_left = n_startup if name in ("tpe", "gp", MONOTONE) else 0
         self._trials: dict[int, int] = {}
         self._distributions = _Shared(space.distributions)
 

@@ -77,7 +77,7 @@ class SparsityBudget:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"target": self.target}
+        return sparsity_identity(self.target)
 
     @property
     def flat(self) -> float:
@@ -152,3 +152,8 @@ def project(
         shift = float(shifts[right - 1] + inside * (shifts[right] - shifts[right - 1]))
     levels: FloatArray = np.clip(wanted + shift, low, high)
     return levels
+
+
+def sparsity_identity(target: float) -> dict[str, Any]:
+    """The ``identity`` of a :class:`SparsityBudget`, which needs no model's shape."""
+    return {"target": target}

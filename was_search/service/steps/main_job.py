@@ -10,8 +10,8 @@ from was_search.plan import Plan, require_writable
 from was_search.process import logs
 from was_search.service.context import Context
 from was_search.service.reports.comparison import show_comparison
+from was_search.service.steps.budgets import budget_title
 from was_search.service.steps.comparison import Row, compare
-from was_search.service.steps.decode_time import budget_title
 from was_search.service.steps.exporting import plans_folder, write_plan
 from was_search.service.steps.question import Question
 from was_search.service.steps.study import SearchResult, search

@@ -11,8 +11,9 @@ from was_search.service.model import Model
 from was_search.service.reports.profile import SPREAD_WARNED
 from was_search.service.reports.progress import Reporter
 from was_search.service.settings import Settings
+from was_search.service.steps.budgets import budget_of
 from was_search.service.steps.calibration import Calibration
-from was_search.service.steps.decode_time import budget_of, profile_of
+from was_search.service.steps.decode_time import profile_of
 from was_search.service.steps.dense import Dense
 from was_search.service.token_sets import TokenSets
 from was_search.shape import ModelShape

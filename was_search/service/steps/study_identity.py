@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from was_search.service.settings import Settings
-from was_search.service.steps.decode_time import budget_of, target_label
+from was_search.service.steps.budgets import budget_of, target_label
 from was_search.service.steps.question import Question
 from was_search.studies.fitness import fitness_identity
 from was_search.texts.protocol import content_hash
+from was_search.vectors.budget import sparsity_identity
 from was_search.vectors.descent import DescentOptions, chain_steps
 from was_search.vectors.seeds import GREEDY_STEP, PRICES, SEED_DESCENT, SEED_SEQUENCES
 
@@ -42,7 +43,7 @@ def identity(question: Question) -> dict[str, Any]:
 def _target_identity(question: Question) -> dict[str, Any]:
     """The budget's part of it; known without calibrating."""
     if not question.settings.target_speedup:
-        return {"target": question.settings.target}
+        return sparsity_identity(question.settings.target)
     return budget_of(question.settings, question.model.shape, question.latency).identity
 
 

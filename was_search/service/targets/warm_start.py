@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from was_search.errors import StudyError
 from was_search.service.context import Context
-from was_search.service.steps.decode_time import budget_of
+from was_search.service.steps.budgets import budget_of
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import study_name
 from was_search.shape import ModelShape

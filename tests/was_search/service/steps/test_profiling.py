@@ -18,7 +18,8 @@ from was_search.decode_time.time_budget import TimeBudget
 from was_search.errors import ConfigError
 from was_search.service.cli.main import app
 from was_search.service.context import Context
-from was_search.service.steps.decode_time import budget_of, profile_of, shape_key
+from was_search.service.steps.budgets import budget_of
+from was_search.service.steps.decode_time import profile_of, shape_key
 from was_search.service.steps.demonstration import demo_settings
 from was_search.service.steps.profiling import profile
 from was_search.vectors.budget import SparsityBudget

@@ -16,6 +16,7 @@ from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import identity
 from was_search.shape import ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet, content_hash
+from was_search.vectors.budget import SparsityBudget
 
 SHAPE = ModelShape(((8,) * 7,) * 2, ((8,) * 7,) * 2)
 SMALL = {"model": "m", "data": "d", "dtype": "float32", "sequence_length": 8, "stride": 8, "dense_prefix": 1}
@@ -117,6 +118,12 @@ def test_each_is_named_once():
 def test_a_setting_makes_another_study_unless_it_is_listed(name):
     """A new option fails here until somebody has decided what it is."""
     assert (identity_of() == identity_of(**{name: other(name)})) == (name in NOT)
+
+
+def test_the_target_stands_in_it_as_in_every_study_so_far():
+    """A study is found by its identity: the same words in the same order, for studies that are in a database."""
+    assert list(identity_of(target=0.5).items())[1:4] == [("weights", "none"), ("target", 0.5), ("score", "l2")]
+    assert identity_of(target=0.5)["target"] == SparsityBudget(SHAPE, 0.5).identity["target"]
 
 
 def test_what_the_divergence_keeps_makes_another_study_of_the_divergence_only():
