@@ -17,6 +17,7 @@ from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_launch import launch_gather
 from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.runtime.fused_forward import is_hooked
+from was_kernels.runtime.growing_cache import Room, filled
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sparse_linear import SparseLinear
 
@@ -37,6 +38,9 @@ class DecodeBlock:
         prefix: tells which tokens are dense.
         arrived: counters of the model.
         dense_above: leave steps of more rows to the modules, which then keep every channel; None: run all.
+
+    Attributes:
+        max_rows: the most rows of a step that runs here.
     """
 
     def __init__(
@@ -61,15 +65,20 @@ class DecodeBlock:
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
         most = self._projections[0].held.columns.max_rows
-        self._max_rows = most if dense_above is None else min(most, dense_above)
+        self.max_rows = most if dense_above is None else min(most, dense_above)
+
+    @property
+    def counts(self) -> bool:
+        """Whether kept channels of its projections are counted."""
+        return any(projection.count is not None for projection in self._projections)
 
     def takes(self, hidden: Tensor, given: dict[str, Any]) -> bool:
         """Whether this forward is a step that :meth:`run` covers."""
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or not 1 <= hidden.shape[0] <= self._max_rows:
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or not 1 <= hidden.shape[0] <= self.max_rows:
             return False
         if hidden.dtype != self._projections[0].dtype or given.get("output_attentions"):
             return False
-        if any(projection.count is not None for projection in self._projections):
+        if self.counts:
             return False
         layer, angles, mask = self._cache_layer(given), given.get("position_embeddings"), given.get("attention_mask")
         if layer is None or angles is None or layer.keys.dtype != hidden.dtype:
@@ -123,6 +132,8 @@ class DecodeBlock:
             mask=None if mask is None else mask[:, 0, 0],
         )
         attended = attend_in_parts(inputs, early=True) if direct else attend(inputs, self._arrived, early=True)
+        if isinstance(cache, Room):
+            cache.length += 1
         x, squares = self._gather(attended, (3,), None, dense, residual=x)
         inner, _ = self._gather(x, (4, 5), layer.post_attention_layernorm, dense, gated=True, squares=squares)
         return self._gather(inner, (6,), None, dense, residual=x)
@@ -152,14 +163,14 @@ class DecodeBlock:
         return gather_gemv(step, self._arrived, early=True), None
 
     def _cache_layer(self, given: dict[str, Any]) -> Any:
-        """The cache's layer of this block if it is a static one that holds something already, else None."""
+        """What :func:`filled` says of this block's layer of the cache, if that holds something; else None."""
         cache = given.get("cache")
         cache = given.get("past_key_values") if cache is None else cache
         layers = getattr(cache, "layers", None)
         if layers is None or self._index >= len(layers) or getattr(cache, "offloading", False):
             return None
-        layer = layers[self._index]
-        return layer if type(layer).__name__ == "StaticLayer" and layer.is_initialized else None
+        held = filled(layers[self._index])
+        return held if held is not None and held.is_initialized else None
 
 
 def _is_row_of_flags(mask: Any, longest: int) -> bool:

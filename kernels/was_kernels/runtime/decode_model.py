@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from was_kernels.ops.column_weight import MAX_ROWS
@@ -19,6 +20,7 @@ from was_kernels.ops.gather_step import HALF
 from was_kernels.ops.step_ends import begin_step, rms_norm
 from was_kernels.runtime.decode_block import DecodeBlock
 from was_kernels.runtime.fused_forward import is_hooked
+from was_kernels.runtime.growing_cache import filled, make_room
 from was_kernels.runtime.positions import DensePrefix
 
 FAMILIES = {
@@ -51,14 +53,43 @@ class DecodeModel:
         self._steps = steps
         self._ends = (decoder.embed_tokens, decoder.rotary_emb, decoder.norm)
         self._prefix = prefix
+        self._max_rows = min(MAX_ROWS, *(step.max_rows for step in steps))
         self._frequencies: Tensor = decoder.rotary_emb.inv_freq.float().contiguous()
         self._scaling: float = float(decoder.rotary_emb.attention_scaling)
         self._names = tuple(inspect.signature(decoder.forward).parameters)
 
-    def takes(self, given: dict[str, Any]) -> bool:
-        """Whether this forward is a step that :meth:`run` covers."""
+    @property
+    def counts(self) -> bool:
+        """Whether kept channels are counted, which blocks do not do themselves."""
+        return self._steps[0].counts
+
+    def prepared(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """``given`` as :meth:`run` takes it, or None where this forward is no step of ours.
+
+        A dynamic cache has room for the new position afterwards; a mask of tokens becomes one of positions.
+        """
+        if not self.is_step(given):
+            return None
+        cache, mask = next(iter(_cache_of(given).values()), None), _mask_of(given)
+        longest = longest_of(cache)
+        if longest is None or not (mask is None or isinstance(mask, Tensor)):
+            return None
+        if mask is not None and mask.dim() == 2:
+            if mask.shape[1] > longest or mask.shape[0] != given["input_ids"].shape[0]:
+                return None
+            mask = row_of_flags(mask, longest)
+        like, rows = self._decoder.embed_tokens.weight, given["input_ids"].shape[0]
+        hidden = like.new_empty((rows, 1, like.shape[1]))
+        angles = like.new_empty((1, 2 * len(self._frequencies)))
+        block = {**_cache_of(given), "attention_mask": mask, "position_embeddings": (angles, angles)}
+        if not all(step.takes(hidden, block) for step in self._steps):
+            return None
+        return {**given, "attention_mask": mask}
+
+    def is_step(self, given: dict[str, Any]) -> bool:
+        """Whether this is a one-token forward that leaves nothing to transformers, but for what its cache is like."""
         tokens, config = given.get("input_ids"), self._decoder.config
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or not 1 <= tokens.shape[0] <= MAX_ROWS:
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or not 1 <= tokens.shape[0] <= self._max_rows:
             return False
         if tokens.dtype != torch.int64 or tokens.device != self._frequencies.device:
             return False
@@ -70,25 +101,18 @@ class DecodeModel:
         use_cache = given.get("use_cache")
         if not (config.use_cache if use_cache is None else use_cache):
             return False
-        positions, mask = given.get("position_ids"), _mask_of(given)
+        positions = given.get("position_ids")
         if positions is not None and (positions.shape[1:] != (1,) or positions.dtype != torch.int64):
             return False
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
-            return False
-        if given.get("return_dict") is False or is_hooked(self._ends):
-            return False
-        like = self._decoder.embed_tokens.weight
-        hidden = like.new_empty((tokens.shape[0], 1, like.shape[1]))
-        angles = like.new_empty((1, 2 * len(self._frequencies)))
-        block = {**_cache_of(given), "attention_mask": mask, "position_embeddings": (angles, angles)}
-        return all(step.takes(hidden, block) for step in self._steps)
+        return given.get("return_dict") is not False and not is_hooked(self._ends)
 
     def run(self, given: dict[str, Any]) -> Any:
         """The decoder's output for one token a row; the cache is one position longer afterwards."""
         decoder, tokens = self._decoder, given["input_ids"]
         cache = next(iter(_cache_of(given).values()))
         positions = given.get("position_ids")
-        positions = cache.layers[0].cumulative_length if positions is None else positions
+        if positions is None:
+            positions = filled(cache.layers[0]).cumulative_length
         x, cos, sin, dense, squares = begin_step(
             tokens[:, 0],
             decoder.embed_tokens.weight,
@@ -108,8 +132,8 @@ class DecodeModel:
 
     def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """The decoder's forward: a step through :meth:`run`, all else through ``plain``, the class's own forward."""
-        if not args and self.takes(given):
-            return self.run(given)
+        if not args and (step := self.prepared(given)) is not None:
+            return self.run(step)
         if self._prefix is None:
             return plain(self._decoder, *args, **given)
         self._prefix.begin({**dict(zip(self._names, args, strict=False)), **given})
@@ -128,6 +152,26 @@ def _mask_of(given: dict[str, Any]) -> Any:
     """The mask of blocks that see the whole cache; ``generate`` hands some decoders one for each kind of block."""
     mask = given.get("attention_mask")
     return mask["full_attention"] if isinstance(mask, dict) and list(mask) == ["full_attention"] else mask
+
+
+def longest_of(cache: Any) -> int | None:
+    """How many positions the blocks' kernels may find in ``cache``, after a dynamic one was given room; else None."""
+    layers = getattr(cache, "layers", None)
+    if not layers or getattr(cache, "offloading", False):
+        return None
+    if all(isinstance(layer, DynamicLayer) for layer in layers) and (
+        torch.compiler.is_compiling() or not make_room(cache)
+    ):
+        return None
+    held = filled(layers[0])
+    return None if held is None or not held.is_initialized else int(held.keys.shape[2])
+
+
+def row_of_flags(mask: Tensor, longest: int) -> Tensor:
+    """A mask of tokens [B, n] as flags of positions, bool [B, 1, 1, longest]; those after the mask are not seen."""
+    flags = mask.new_zeros((mask.shape[0], 1, 1, longest), dtype=torch.bool)
+    flags[:, 0, 0, : mask.shape[1]] = mask != 0
+    return flags
 
 
 def fits(decoder: Any) -> bool:

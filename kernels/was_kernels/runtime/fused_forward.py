@@ -11,7 +11,7 @@ from torch import nn
 
 
 class FusedForward(Protocol):
-    """Our code that runs in the place of a module's forward."""
+    """Our code that runs in the place of a module's forward, and of those ``methods`` of it that it names, if any."""
 
     def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """The module's output for ``args`` and ``given``; ``plain`` is the class's own forward, unbound."""
@@ -39,6 +39,11 @@ def is_hooked(modules: Iterable[nn.Module]) -> bool:
     )
 
 
+def hooks_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """The collections in which ``modules`` keep their hooks on a forward: all empty where there are none."""
+    return tuple(hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
+
+
 def fuse(module: nn.Module, step: FusedForward) -> None:
     """Call ``step`` in the place of the forward of ``module``, until :func:`unfuse`.
 
@@ -47,7 +52,7 @@ def fuse(module: nn.Module, step: FusedForward) -> None:
     """
     module._was_step = step  # type: ignore[assignment]
     kind: Any = type(module)
-    module.__class__ = _fused(kind)
+    module.__class__ = _fused(kind, getattr(step, "methods", ()))
 
 
 def unfuse(module: nn.Module) -> None:
@@ -58,10 +63,17 @@ def unfuse(module: nn.Module) -> None:
 
 
 @lru_cache(maxsize=16)
-def _fused(kind: Any) -> type[nn.Module]:
-    def forward(self: Any, *args: Any, **given: Any) -> Any:
-        step: FusedForward = self._was_step
-        return step.forward(kind.forward, args, given)
+def _fused(kind: Any, methods: tuple[str, ...]) -> type[nn.Module]:
+    own = {name: _method(kind, name) for name in ("forward", *methods) if hasattr(kind, name)}
+    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__})
 
-    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+def _method(kind: Any, name: str) -> Any:
+    plain = getattr(kind, name)
+
+    def method(self: Any, *args: Any, **given: Any) -> Any:
+        return getattr(self._was_step, name)(plain, args, given)
+
+    method.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    method.__name__ = name
+    return method

@@ -23,6 +23,7 @@ from was_kernels.runtime.decode_model import DecodeModel
 from was_kernels.runtime.fused_forward import fuse, unfuse
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
+from was_kernels.runtime.step_graphs import StepGraphs, supports
 from was_search.checkpoints.ordinary_tensors import ordinary_tensors
 from was_search.checkpoints.quantised import QuantisedLinear
 from was_search.checkpoints.structure import Projection, Structure, device_of, find_structure
@@ -57,6 +58,7 @@ class SparseModel:
         shape: the model's projections.
         backend: ``cuda``, ``triton`` or ``reference``.
         fused: blocks whose one-token steps run fused.
+        eager_because: why the last one-token step did not run from a CUDA graph; None if it did, or there was none.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, shape: ModelShape, backend: str) -> None:
@@ -68,6 +70,13 @@ class SparseModel:
         self._hooks: list[RemovableHandle] = []
         self._fused: list[nn.Module] = []
         self._fused_decoder: nn.Module | None = None
+        self._graphs: StepGraphs | None = None
+
+    @property
+    def eager_because(self) -> str | None:
+        if self._graphs is not None:
+            return self._graphs.refusal
+        return "graphs are off" if self._fused_decoder is not None else "its blocks do not run fused"
 
     @property
     def fused(self) -> int:
@@ -95,6 +104,10 @@ class SparseModel:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+        if self._graphs is not None:
+            self._graphs.drop()
+            unfuse(self.model)
+            self._graphs = None
         if self._fused_decoder is not None:
             unfuse(self._fused_decoder)
             self._fused_decoder = None
@@ -135,6 +148,7 @@ def sparsify(
     backend: Backend = "auto",
     fingerprint: str | None = None,
     dense_above: int | None = DENSE_ABOVE,
+    graphs: bool = True,
 ) -> SparseModel:
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
@@ -207,8 +221,12 @@ def sparsify(
             steps = _fuse_blocks(handle, structure, prefix, arrived, dense_above)
         decoder = _decoder(model, structure)
         if len(steps) == len(structure.blocks) and decode_model.fits(decoder):
-            fuse(decoder, DecodeModel(decoder, steps, prefix))
+            step = DecodeModel(decoder, steps, prefix)
+            fuse(decoder, step)
             handle._fused_decoder = decoder
+            if graphs and supports(model):
+                handle._graphs = StepGraphs(model, step)
+                fuse(model, handle._graphs)
         elif prefix is not None:
             handle._hooks.extend(prefix.attach(decoder))
     except BaseException:

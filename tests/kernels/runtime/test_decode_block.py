@@ -52,7 +52,7 @@ def test_fused_steps_equal_the_plain_path(family, batch, op_device, dtype, monke
     with sparsify(model, plan, backend="reference") as sparse:
         plain = logits_of_steps(sparse, tokens, 8)
     assert not taken
-    handle = sparsify(model, plan, backend="cuda")
+    handle = sparsify(model, plan, backend="cuda", graphs=False)
     assert handle.fused == 2
     found = logits_of_steps(model, tokens, 8)
     assert taken == [batch] * 24
@@ -73,7 +73,7 @@ def test_shared_masks(family, batch, op_device, dtype, monkeypatch):
     with sparsify(model, plan, backend="reference") as sparse:
         plain = logits_of_steps(sparse, tokens, 8)
     taken = steps_taken(monkeypatch)
-    handle = sparsify(model, plan, backend="cuda")
+    handle = sparsify(model, plan, backend="cuda", graphs=False)
     found = logits_of_steps(model, tokens, 8)
     assert taken == [batch] * 16
     handle.restore()
@@ -91,7 +91,7 @@ def test_left_padding(family, op_device, dtype, monkeypatch):
     mask[1, :5] = 0
     tokens[1, :5] = 0
     taken = steps_taken(monkeypatch)
-    with sparsify(model, plan, backend="cuda") as sparse:
+    with sparsify(model, plan, backend="cuda", graphs=False) as sparse:
         padded = logits_of_steps(sparse, tokens, 10, mask)
         alone = logits_of_steps(sparse, tokens[1:, 5:], 5)
     assert taken
@@ -114,7 +114,8 @@ def test_generate_with_both_caches(batch, op_device, dtype, monkeypatch):
     taken = steps_taken(monkeypatch)
     with sparsify(model, plan, backend="cuda") as sparse:
         dynamic = sparse.generate(tokens, **options)
-        assert not taken  # a growing cache has no place to append to
+        assert taken
+        taken.clear()
         static = sparse.generate(tokens, cache_implementation="static", **options)
     assert taken
     if op_device == "cpu":
@@ -128,7 +129,7 @@ def test_steps_that_are_not_covered_take_the_plain_path(op_device, dtype, monkey
     plan = tiny_plan(model)
     taken = steps_taken(monkeypatch)
     tokens = tokens_of(17, 12).to(op_device)
-    handle = sparsify(model, plan, backend="cuda")
+    handle = sparsify(model, plan, backend="cuda", graphs=False)
     logits_of_steps(model, tokens, 10)  # more rows than a launch takes
     with torch.inference_mode():
         model(tokens[:1, :1])  # no cache
@@ -137,7 +138,7 @@ def test_steps_that_are_not_covered_take_the_plain_path(op_device, dtype, monkey
     assert not taken
     assert counts.tokens == 2
     handle.restore()
-    with sparsify(model, plan, backend="cuda", dense_above=2) as sparse:
+    with sparsify(model, plan, backend="cuda", dense_above=2, graphs=False) as sparse:
         logits_of_steps(sparse, tokens[:3], 10)
         assert not taken
         logits_of_steps(sparse, tokens[:2], 10)
@@ -156,7 +157,7 @@ def test_a_step_compiles_without_a_graph_break(op_device, dtype):
     model = model_of("llama", op_device, dtype)
     plan = tiny_plan(model)
     tokens = tokens_of(1, 12).to(op_device)
-    with sparsify(model, plan, backend="cuda") as sparse:
+    with sparsify(model, plan, backend="cuda", graphs=False) as sparse:
         assert_compiles(sparse, tokens, 8)
 
 

@@ -37,11 +37,11 @@ def test_equals_the_same_blocks_called_by_transformers(family, batch, op_device,
     model = model_of(family, op_device, dtype)
     plan = tiny_plan(model, dense_prefix=12)  # the first four of twelve steps lie inside it
     tokens = tokens_of(batch, 20).to(op_device)
-    with sparsify(model, plan, backend="cuda") as sparse:
+    with sparsify(model, plan, backend="cuda", graphs=False) as sparse:
         found = logits_of_steps(sparse, tokens, 8)
     assert runs == [batch] * 12
     monkeypatch.setattr(decode_model, "fits", lambda decoder: False)
-    with sparsify(model, plan, backend="cuda") as sparse:
+    with sparsify(model, plan, backend="cuda", graphs=False) as sparse:
         expected = logits_of_steps(sparse, tokens, 8)
     assert runs == [batch] * 12
     if op_device == "cpu":
@@ -62,7 +62,7 @@ def test_scaled_angles_and_generate(op_device, dtype, runs):
     options = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
     with sparsify(model, plan, backend="reference") as sparse:
         expected = sparse.generate(tokens, **options)
-    with sparsify(model, plan, backend="cuda") as sparse:
+    with sparsify(model, plan, backend="cuda", graphs=False) as sparse:
         found = sparse.generate(tokens, cache_implementation="static", **options)
     assert runs
     if op_device == "cpu":
@@ -86,7 +86,7 @@ KEPT = (
 def test_what_transformers_keeps(op_device, dtype, kind, runs, monkeypatch):
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 9).to(op_device)
-    with sparsify(model, tiny_plan(model), backend="cuda") as sparse, torch.inference_mode():
+    with sparsify(model, tiny_plan(model), backend="cuda", graphs=False) as sparse, torch.inference_mode():
         cache = StaticCache(config=model.config, max_cache_len=16)
         sparse(tokens[:, :8], past_key_values=cache, use_cache=True)
         given: dict[str, Any] = {"input_ids": tokens[:, 8:], "past_key_values": cache, "use_cache": True}
@@ -126,7 +126,7 @@ def test_outputs_that_were_wanted_once_do_not_end_the_decoders_own_steps(op_devi
     """transformers leaves hooks behind that capture them."""
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 12).to(op_device)
-    with sparsify(model, tiny_plan(model), backend="cuda") as sparse:
+    with sparsify(model, tiny_plan(model), backend="cuda", graphs=False) as sparse:
         with torch.inference_mode():
             assert len(sparse(tokens, output_hidden_states=True).hidden_states) == 3
         assert any(module._forward_hooks for module in model.modules())
@@ -137,7 +137,7 @@ def test_outputs_that_were_wanted_once_do_not_end_the_decoders_own_steps(op_devi
 def test_a_tuple_where_one_is_asked_for(op_device, dtype, runs):
     model = model_of("llama", op_device, dtype)
     tokens = tokens_of(1, 9).to(op_device)
-    with sparsify(model, tiny_plan(model), backend="cuda"), torch.inference_mode():
+    with sparsify(model, tiny_plan(model), backend="cuda", graphs=False), torch.inference_mode():
         cache = StaticCache(config=model.config, max_cache_len=16)
         model.model(tokens[:, :8], past_key_values=cache, use_cache=True)
         found = model.model(tokens[:, 8:], past_key_values=cache, use_cache=True, return_dict=False)
@@ -153,7 +153,7 @@ def test_embeddings_that_are_views(op_device, dtype, kind):
     if kind == "expanded":
         tokens = tokens[:1].expand(2, 12)
     found = []
-    with sparsify(model, tiny_plan(model), backend="cuda") as sparse, torch.inference_mode():
+    with sparsify(model, tiny_plan(model), backend="cuda", graphs=False) as sparse, torch.inference_mode():
         embedded = model.model.embed_tokens(tokens[:1] if kind == "expanded" else tokens)
         for copied in (False, True):
             cache = StaticCache(config=model.config, max_cache_len=16)
@@ -176,7 +176,7 @@ def test_a_step_beyond_a_full_cache_ends_in_an_error_not_in_anothers_memory(cuda
         model = model_of("llama", "cuda", torch.float16)
         tokens = tokens_of(1, 18).cuda()
         cache = StaticCache(config=model.config, max_cache_len=16)
-        with sparsify(model, tiny_plan(model), backend="cuda"), torch.inference_mode():
+        with sparsify(model, tiny_plan(model), backend="cuda", graphs=False), torch.inference_mode():
             model(tokens[:, :15], past_key_values=cache, use_cache=True)
             model(tokens[:, 15:16], past_key_values=cache, use_cache=True)
             torch.cuda.synchronize()
