@@ -106,7 +106,7 @@ class StepGraphs:
         if self._capturing or torch.compiler.is_compiling():
             return plain(self.model, *args, **given)
         if len(args) == 1 and "input_ids" not in given:
-            args, given = (), {"input_ids": args[0], **given}
+            given, args = {"input_ids": args[0], **given}, ()
         if args or not _one_token(given):
             self._weights = ()  # looked at again before the next step
             return plain(self.model, *args, **given)
