@@ -124,7 +124,23 @@ class JsonReporter(Reporter):
     def search(
         self, name: str, protocol: str, fitness: FitnessName = "nll"
     ) -> Iterator[Callable[[SearchProgress], None]]:
+        started = self._now()
+        first: list[int] = []
+        last: list[SearchProgress] = []
+
+        def say() -> None:
+            seconds = self._now() - started
+            shown: dict[str, Any] = {"study": name, "seconds": round(seconds, 3)}
+            if last:
+                done, best = last[0], last[0].best
+                left = eta_seconds(done.finished - first[0], done.total - first[0], seconds)
+                shown |= {"finished": done.finished, "total": done.total, "eta_seconds": left}
+                shown |= {"best_loss_nats": best.loss_nats if best else None, **_held(done.pool)}
+            self._emit("search", state="running", **shown)
+
         def show(progress: SearchProgress) -> None:
+            first.append(progress.finished)
+            last[:] = [progress]
             self._emit(
                 "trial",
                 study=name,
@@ -145,7 +161,8 @@ class JsonReporter(Reporter):
                 **({"stopped_early": True} if _stopped_early(progress.current) else {}),
             )
 
-        yield show
+        with self._ticking(say):
+            yield show
 
     def cached(self, name: str, detail: str, seconds: float) -> None:
         self._emit("phase", name=name, state="cached", detail=detail, seconds=round(seconds, 3))

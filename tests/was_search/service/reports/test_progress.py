@@ -293,6 +293,19 @@ def test_json_says_it_too(beats, capsys):
     assert running == {"event": "phase", "name": "price", **expected}
 
 
+def test_json_says_it_of_a_search_too(beats, capsys):
+    """A trial of a large model takes minutes, in which no other line comes."""
+    with JsonReporter(now=beats.now, ticking=beats.ticking).search("s", PROTOCOL) as show:
+        beats.after(30.0)
+        show(STATES[1])
+        show(STATES[2])
+        beats.after(30.0)
+    first, last = (line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["event"] == "search")
+    assert first == {"event": "search", "state": "running", "study": "s", "seconds": 30.0}
+    expected = {"finished": 4, "total": 20, "eta_seconds": 320.0, "best_loss_nats": 1.25, "seconds": 60.0}
+    assert last == {"event": "search", "state": "running", "study": "s", **expected}
+
+
 @pytest.mark.parametrize("kind", ["terminal", "quiet"])
 def test_no_lines_where_a_bar_moves_or_silence_was_asked_for(beats, kind):
     console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
