@@ -11,6 +11,7 @@ import torch
 import was_kernels
 from was_kernels.ops.reference import score_mask_reference
 from was_kernels.pass_ops import Ops, ops_for
+from was_search.masks.histogram import N_BINS
 from was_search.masks.score import mask_input, masked
 
 KERNELS = Path(was_kernels.__file__).parents[2]
@@ -55,6 +56,12 @@ def test_triton_available_says_why(monkeypatch):
 
     monkeypatch.setattr(was_kernels, "version", missing)
     assert was_kernels.triton_available() == (False, "triton is not installed")
+
+
+def test_kernels_count_scores_into_the_bins_of_the_core():
+    """The number stands twice, since an op imports torch and triton only."""
+    gradient_passes = pytest.importorskip("was_kernels.ops.gradient_passes")
+    assert gradient_passes.N_BINS == N_BINS
 
 
 def test_ops_for_cpu_are_the_plain_ones():

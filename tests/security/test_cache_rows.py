@@ -12,7 +12,8 @@ from sqlalchemy import text
 
 from tests.doubles.small_run import coarse_greedy, small_settings
 from was_search.service.context import Context
-from was_search.service.steps.exporting import Request, _norms, measure
+from was_search.service.steps.candidates import Request, measure
+from was_search.service.steps.exporting import _norms
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_storage.server.database import Database

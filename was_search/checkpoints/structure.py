@@ -15,7 +15,10 @@ from was_search.errors import ModelError
 from was_search.shape import PROJECTIONS, SEPARATE, SHARED, Masks, ModelShape
 from was_search.weight_format import AS_STORED
 
-_SUFFIXES = {f"{name}_proj": name for name in PROJECTIONS}
+_NAMES: dict[str, tuple[str, ...]] = {name: (f"{name}_proj",) for name in PROJECTIONS}
+"""What families call each projection's linear map; messages show the first."""
+
+_SUFFIXES = {suffix: name for name, suffixes in _NAMES.items() for suffix in suffixes}
 _FUSED_SUFFIXES = {"qkv_proj": SHARED[0], "gate_up_proj": SHARED[2]}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUSED = ("c_attn", "query_key_value", "Wqkv", "dense_h_to_4h", "W_pack", "c_fc")
@@ -107,9 +110,9 @@ class Structure:
 def find_structure(model: nn.Module, masks: Masks = "separate") -> Structure:
     """Blocks of ``model``: the members of a ModuleList that hold each of the seven projections exactly once.
 
-    Llama, Mistral, Qwen2, Qwen3 and Gemma fit; so does any model that names its linear maps q_proj, k_proj, v_proj,
-    o_proj, gate_proj, up_proj and down_proj. With shared masks q, k and v may be one map ``qkv_proj``, and gate and
-    up one ``gate_up_proj``, as in Phi-3 and GLM-4.
+    Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and OLMo 2 fit; so does any model that names its linear maps q_proj,
+    k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. With shared masks q, k and v may be one map ``qkv_proj``,
+    and gate and up one ``gate_up_proj``, as in Phi-3, Phi-4 and GLM-4.
 
     Raises:
         ModelError: no such list, naming what was looked for and what is missing; or a projection that occurs
@@ -122,7 +125,7 @@ def find_structure(model: nn.Module, masks: Masks = "separate") -> Structure:
             count = _count(module[0])
             if count and (best is None or count > _count(best[1][0])):
                 best = (name, module)
-    wanted = ", ".join(_SUFFIXES)
+    wanted = ", ".join(names[0] for names in _NAMES.values())
     if best is None:
         raise ModelError(
             f"{_kind(model)}: no list of decoder blocks with the linear maps {wanted} was found" + _fused_hint(model)
@@ -191,7 +194,7 @@ def _block(name: str, module: nn.Module, wanted: str, kind: str) -> Block:
         found[projection] = child
     for members, linear in fused.items():
         found.update(_parts(name, members, linear, found))
-    missing = [f"{p}_proj" for p in PROJECTIONS if p not in found]
+    missing = [names[0] for p, names in _NAMES.items() if p not in found]
     if missing:
         raise ModelError(
             f"{kind}: {name}: looked for the linear maps {wanted}; missing: {', '.join(missing)}" + _fused_hint(module)

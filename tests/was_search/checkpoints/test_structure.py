@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from was_search.checkpoints import structure
 from was_search.checkpoints.structure import find_structure
 from was_search.errors import ModelError
 from was_search.shape import PROJECTIONS
@@ -137,6 +138,21 @@ def test_other_families_are_refused_by_type_with_what_is_missing(family, extra, 
     for masks in ("separate", "shared"):
         with pytest.raises(ModelError, match=why):
             find_structure(getattr(transformers, name)(config), masks)
+
+
+def test_another_name_of_a_map_is_found_and_named_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a family would be added that calls the output projection ``wo``."""
+    monkeypatch.setitem(structure._NAMES, "o", ("o_proj", "wo"))
+    monkeypatch.setitem(structure._SUFFIXES, "wo", "o")
+    model = build("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.wo = layer.self_attn.o_proj
+        del layer.self_attn.o_proj
+    assert find_structure(model).shape == find_structure(build("Llama")).shape
+    for layer in model.model.layers:
+        del layer.self_attn.wo
+    with pytest.raises(ModelError, match=rf"looked for the linear maps {WANTED}; missing: o_proj$"):
+        find_structure(model)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from was_search.plan import Plan
 from was_search.service.reports.comparison import SEED_ROW
 from was_search.service.reports.study_report import gap_nats, interval_json
 from was_search.service.steps.calibration import OperatingPoint
-from was_search.service.steps.exporting import Figures, Request, measure
+from was_search.service.steps.candidates import Figures, Request, measure
 from was_search.service.steps.study import SearchResult
 from was_search.service.token_sets import TokenSets
 from was_search.studies.origin import Origin, OriginKind

@@ -93,7 +93,7 @@ def shape_key(shape: ModelShape) -> str:
 def predictions(
     profile: LatencyProfile | None, sparsities: FloatArray, point: OperatingPoint
 ) -> dict[str, dict[str, Any]]:
-    """The entry ``step`` of a plan's metrics, its decoding step; {} where no profile is known."""
+    """The entry ``step`` of a plan's provenance, its decoding step; {} where no profile is known."""
     if profile is None:
         return {}
     achieved = profile.figures(np.clip(point.achieved, 0.0, 1.0))

@@ -10,7 +10,8 @@ from was_search.errors import ConfigError, StudyError
 from was_search.plan import require_writable
 from was_search.service.context import Context
 from was_search.service.reports.interpolation import show_interpolated
-from was_search.service.steps.exporting import Request, make_plan, measure, plan_folder, plans_folder
+from was_search.service.steps.candidates import Request, measure
+from was_search.service.steps.exporting import make_plan, plan_folder, plans_folder
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import identity, study_name
 from was_search.service.targets.warm_start import winner

@@ -19,7 +19,7 @@ from was_search.masks.masked_model import MaskedModel
 from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.progress import JsonReporter, RichReporter
-from was_search.service.steps import dense_predictions, exporting
+from was_search.service.steps import candidates, dense_predictions, exporting
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.exporting import export
 from was_search.service.steps.question import Question
@@ -118,7 +118,7 @@ def test_the_winner_is_the_contender_of_least_divergence(
     result = dataclasses.replace(
         result, slots=[dataclasses.replace(s, loss_nats=-1.0) if s is best else s for s in result.slots]
     )
-    real = exporting.measure
+    real = candidates.measure
 
     def measure(dense, requests):
         found = real(dense, requests)
@@ -140,9 +140,9 @@ def test_the_winner_is_the_contender_of_least_divergence(
 def test_the_dense_model_diverges_by_nothing(made, settings) -> None:
     """The first thing that this context asks of its workers."""
     with Context(settings) as context:
-        dense, request = Dense(context), exporting.Request("dense", "search", None, by_fitness=True)
-        (found,) = exporting.measure(dense, [request])
-        (again,) = exporting.measure(dense, [request])
+        dense, request = Dense(context), candidates.Request("dense", "search", None, by_fitness=True)
+        (found,) = candidates.measure(dense, [request])
+        (again,) = candidates.measure(dense, [request])
     # the top was cached by workers of the same kind, in the same batches
     np.testing.assert_allclose(found.evaluation.losses, 0.0, atol=1e-6)
     assert found.evaluation.nll_nats() > 1.0

@@ -1,0 +1,139 @@
+"""Evaluations of candidates, each at its own operating point on a split; cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from was_search.coordinator.model_calls import EvaluateThresholds
+from was_search.process.plain_json import finite
+from was_search.service.arrays import pack_array, unpack_array
+from was_search.service.settings import Settings
+from was_search.service.steps.calibration import OperatingPoint
+from was_search.service.steps.dense import Dense
+from was_search.service.steps.dense_predictions import dense_top_key
+from was_search.service.token_sets import TokenSets
+from was_search.shape import N_PROJECTIONS
+from was_search.texts.protocol import Evaluation, content_hash, perplexity
+
+if TYPE_CHECKING:
+    from was_storage.studies.cache import Artifact
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One evaluation of one candidate on one split, with what was counted."""
+
+    evaluation: Evaluation
+    split: str
+    achieved: float
+
+    def to_json(self, tokens: TokenSets) -> dict[str, Any]:
+        nll = self.evaluation.nll_nats()
+        by_divergence = {} if self.evaluation.nats is None else {"kl_nats": self.evaluation.loss_nats}
+        figures: dict[str, Any] = finite(
+            {
+                **by_divergence,
+                "loss_nats": nll,
+                "perplexity": perplexity(nll),
+                "achieved_sparsity": self.achieved,
+                "tokens": self.evaluation.tokens,
+                "protocol": tokens.of(self.split).protocol.to_json(),
+            }
+        )
+        return figures
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation: a candidate (None: the dense model) at its own operating point on a split.
+
+    The loss is the NLL, or with ``by_fitness`` the study's fitness, on the search split only.
+    """
+
+    name: str
+    split: str
+    point: OperatingPoint | None
+    by_fitness: bool = False
+
+
+def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
+    """Figures of the ``requests``, in their order; those not cached are evaluated side by side on the workers."""
+    started = time.perf_counter()
+    context = dense.context
+    found = [_cached(dense, request) for request in requests]
+    missing = [i for i, evaluation in enumerate(found) if evaluation is None]
+    if missing:
+        pool = context.pool
+        calls = [
+            EvaluateThresholds(
+                dense.tokens.of(requests[i].split),
+                _thresholds(requests[i]),
+                dense.shared_top if _by_divergence(context.settings, requests[i]) else None,
+            )
+            for i in missing
+        ]
+        names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
+        with context.phase(f"evaluate {names}", len(calls)) as advance:
+            evaluations = pool.map(calls, phase="evaluate", done=advance)
+            for i, evaluation in zip(missing, evaluations, strict=True):
+                found[i] = evaluation
+                _remember(dense, requests[i], evaluation)
+    else:
+        context.reporter.cached("evaluate", f"{len(requests)} evaluations", time.perf_counter() - started)
+    return [
+        Figures(evaluation, request.split, dense.calibration.shape.sparsity(evaluation.achieved))
+        for evaluation, request in zip(found, requests, strict=True)
+        if evaluation is not None
+    ]
+
+
+def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
+    return None if request.point is None else request.point.thresholds
+
+
+def _by_divergence(settings: Settings, request: Request) -> bool:
+    return request.by_fitness and settings.fitness == "kl"
+
+
+def _key(dense: Dense, request: Request) -> str:
+    context, protocol = dense.context, dense.tokens.of(request.split).protocol
+    settings, device = context.settings, context.placement.device
+    parts = ["evaluation", 2, context.model.key, settings.scoring, protocol, device, _thresholds(request)]
+    if _by_divergence(settings, request):
+        parts.append(dense_top_key(context, dense.tokens.search))
+    return content_hash(*parts)
+
+
+def _cached(dense: Dense, request: Request) -> Evaluation | None:
+    n = len(dense.tokens.of(request.split).tokens)
+    by_divergence = _by_divergence(dense.context.settings, request)
+
+    def read(found: Artifact) -> Evaluation:
+        rows = unpack_array(found.payload, (2, n) if by_divergence else (n,), np.float64)
+        losses, *nats = np.atleast_2d(rows)
+        achieved = np.asarray(found.meta["achieved"], np.float64)
+        if achieved.ndim != 2 or achieved.shape[1] != N_PROJECTIONS:
+            raise ValueError(f"achieved: [L, {N_PROJECTIONS}] is wanted, got {achieved.shape}")
+        tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
+        return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
+
+    return dense.context.cache.get("evaluation", _key(dense, request), read)
+
+
+def _remember(dense: Dense, request: Request, evaluation: Evaluation) -> None:
+    meta = {
+        "tokens": evaluation.tokens,
+        "seconds": evaluation.seconds,
+        "achieved": evaluation.achieved.tolist(),
+    }
+    losses = evaluation.losses
+    if evaluation.nats is not None:
+        losses = np.stack([losses, evaluation.nats])
+        _remember(dense, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())
+    dense.context.cache.put("evaluation", _key(dense, request), pack_array(losses), meta)
