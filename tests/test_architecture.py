@@ -156,6 +156,29 @@ def test_a_room_imports_only_rooms_before_it(path):
             assert ROOMS.index(room(found.module)) <= mine, f"imports {found.module}"
 
 
+def service_imports(path: Path) -> set[str]:
+    """Folders of the service, and modules beside them, that a module imports as it runs."""
+    found = {i.module for i in imports(path) if not i.typing_only and i.module.startswith("was_search.service.")}
+    return {module.split(".")[2] for module in found}
+
+
+SERVICE = [path for path in modules("was_search") if "service" in path.parts and path.name != "__init__.py"]
+ABOVE = {
+    "cli": set(),
+    "targets": {"cli"},
+    "steps": {"cli", "targets"},
+    "watching": {"cli", "targets"},
+    "reports": {"cli", "steps", "watching"},
+}
+"""Folders of the service that one of them may not import; what lies beside them imports none but reports."""
+
+
+@pytest.mark.parametrize("path", SERVICE, ids=identify)
+def test_the_service_has_an_order_inside(path):
+    """Commands know targets, and targets know steps: never the other way, not inside a function either."""
+    assert not service_imports(path) & ABOVE.get(path.parent.name, ABOVE.keys() - {"reports"})
+
+
 def name_of(path: Path) -> str:
     """The dotted name of the module in ``path``; of a package's ``__init__`` the package's."""
     *parts, stem = [*_package(path), path.stem]

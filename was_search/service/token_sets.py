@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from was_search.service.arrays import pack_array, unpack_array
+from was_search.service.caching import CachedRow, cached
 from was_search.service.settings import Settings
-from was_search.service.steps.caching import CachedRow, cached
 from was_search.texts.protocol import EvaluationProtocol, TokenSet, content_hash
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from was_search.service.targets.asked import target_sentence
+from was_search.service.asked import target_sentence
 from was_search.studies.fitness import fitness_of, fitness_words
 from was_search.studies.overview import Overview, Snapshot
 from was_search.studies.slots import SlotState

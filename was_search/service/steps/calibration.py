@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from was_search.masks.histogram import Histograms
+from was_search.service.caching import CachedRow, cached
 from was_search.service.context import Context
-from was_search.service.steps.caching import CachedRow, cached
 from was_search.service.token_sets import TokenSets
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from was_search.masks.divergence import ENTRY_BYTES, DenseTop, check_top_k, concatenate
+from was_search.service.caching import CachedRow, array_row, cached
 from was_search.service.context import Context
 from was_search.service.model import Model
-from was_search.service.steps.caching import CachedRow, array_row, cached
 from was_search.service.token_sets import TokenSets
 from was_search.texts.protocol import TokenSet, content_hash
 

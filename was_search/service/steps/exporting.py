@@ -17,10 +17,10 @@ from was_search.coordinator.model_calls import Norms
 from was_search.errors import ConfigError, StorageError, StudyError
 from was_search.plan import Plan, require_writable
 from was_search.process import logs
+from was_search.service.caching import array_row, cached
 from was_search.service.context import Context
 from was_search.service.reports.study_report import plan_gap_nats
 from was_search.service.settings import OPTIONS, Settings
-from was_search.service.steps.caching import array_row, cached
 from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.candidates import Figures, Request, measure
 from was_search.service.steps.decode_time import predictions

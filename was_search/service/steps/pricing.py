@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from was_search.service.caching import array_row, cached
 from was_search.service.context import Context
-from was_search.service.steps.caching import array_row, cached
 from was_search.service.steps.calibration import Calibration
 from was_search.shape import FloatArray
 from was_search.texts.protocol import TokenSet, content_hash

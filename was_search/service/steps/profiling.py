@@ -18,10 +18,10 @@ from was_search.decode_time.fit import FUSED, SINGLE, check, check_summary, fit,
 from was_search.decode_time.profile import VERSION, LatencyProfile
 from was_search.errors import ConfigError
 from was_search.process.plain_json import dumps
+from was_search.service.caching import cached
 from was_search.service.context import Context
 from was_search.service.model import Model
 from was_search.service.reports.profile import show_profile
-from was_search.service.steps.caching import cached
 from was_search.service.steps.decode_time import CACHED_AS, read_profile, shape_key
 from was_search.texts.protocol import content_hash
 from was_search.weight_format import AS_STORED, WeightFormat

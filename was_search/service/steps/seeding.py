@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from was_search.service.caching import CachedRow, array_row, cached
 from was_search.service.context import Context
-from was_search.service.steps.caching import CachedRow, array_row, cached
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import seed_descent_options
-from was_search.service.targets.warm_start import warm_seeds
+from was_search.service.steps.warm_start import warm_seeds
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash
 from was_search.vectors.seeds import GREEDY_STEP, SEED_SEQUENCES, Seed, baseline_seeds, fisher_seed, point_seed

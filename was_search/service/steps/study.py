@@ -16,7 +16,7 @@ from was_search.service.steps.dense_predictions import check_vocabulary
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study_identity import identity, require_name, search_descent_options
-from was_search.service.targets.warm_start import warm_seeds
+from was_search.service.steps.warm_start import warm_seeds
 from was_search.service.watching.live_page import LivePage, kept_fresh, study_page
 from was_search.service.watching.notify import announced
 from was_search.service.watching.run_record import elsewhere, over_already, recorded

@@ -14,7 +14,7 @@ from was_search.service.steps.candidates import Request, measure
 from was_search.service.steps.exporting import make_plan, plan_folder, plans_folder
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import identity, study_name
-from was_search.service.targets.warm_start import winner
+from was_search.service.steps.warm_start import winner
 from was_search.shape import FloatArray, ModelShape
 from was_search.studies.slots import Slot
 from was_search.texts.protocol import content_hash

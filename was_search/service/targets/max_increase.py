@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from was_search.errors import ConfigError
+from was_search.service.asked import HIGHEST_TARGET, LOWEST_TARGET
 from was_search.service.context import Context
 from was_search.service.reports.max_increase import increase_on_search, show_bracket
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import study_name
-from was_search.service.targets.asked import HIGHEST_TARGET, LOWEST_TARGET
 from was_search.service.targets.bracket import Bracket, BracketEnd, Probe, find_highest
 from was_search.service.targets.several import (
     DrainedError,

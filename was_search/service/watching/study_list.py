@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from was_search.service.asked import target_words
 from was_search.service.context import Context
-from was_search.service.targets.asked import target_words
 from was_search.studies.fitness import fitness_of
 
 if TYPE_CHECKING:

@@ -157,7 +157,7 @@ def test_a_warm_study_goes_on_with_its_seed_when_the_earlier_one_changes(made, a
         shape = calibrate(context).shape
         before = [s.sparsities for s in seed(context) if s.name == "warm"]
     monkeypatch.setattr(
-        "was_search.service.targets.warm_start.winner", lambda record, slots: None
+        "was_search.service.steps.warm_start.winner", lambda record, slots: None
     )  # as if it had none any more
     with Context(at(0.6, warm_start=first.study)) as context:
         assert search(context).study == second.study

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from was_search.errors import ConfigError
-from was_search.service.targets.asked import parse_increase, parse_targets
+from was_search.service.asked import parse_increase, parse_targets
 
 
 @pytest.mark.parametrize(
