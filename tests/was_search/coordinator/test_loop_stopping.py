@@ -52,6 +52,16 @@ def test_rungs_compare_with_the_trials_before(run) -> None:
     assert len(best.losses) == 8
 
 
+def test_a_stopped_trial_has_no_perplexity_to_be_drawn(run) -> None:
+    """The dashboard draws any number among the attributes of all trials; its mean is of the first sequences."""
+    store = MemorySlots(60)
+    slots = run(store, lambda call, s, rule: in_steps(s, rule), significance=1e-9, sampler="random")
+    assert {slot.state for slot in slots} == {SlotState.COMPLETE, SlotState.STOPPED}
+    for slot in slots:
+        kept = {"perplexity", "nll_nats"} if slot.state is SlotState.COMPLETE else set()
+        assert set(store.attrs[slot.number]) == kept
+
+
 def test_a_restarted_search_stops_by_the_same_rungs_and_tells_the_same(run, monkeypatch) -> None:
     told: list[dict[int, float]] = []
     ordinary = Suggester.tell
