@@ -16,6 +16,7 @@ from benchmarks.harness import methods, problem, racing
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main
+from tests.doubles.small_run import BLOCKS, small_model
 from was_search.coordinator.model_calls import GreedyBlock
 from was_search.service.settings import Settings
 from was_search.vectors.seeds import SEED_DESCENT
@@ -25,6 +26,7 @@ TINY = [
     *("--targets", "0.6", "--seeds", "1", "--evaluations", "2", "--device", "cpu"),
     *("--sequence-length", "32", "--batch-size", "4", "--slope-sequences", "8", "--calibration-sequences", "4"),
     *("--pricing-sequences", "2", "--greedy-sequences", "1", "--search-sequences", "8", "--test-sequences", "4"),
+    *("--model", small_model()),
 ]
 
 
@@ -48,7 +50,7 @@ def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
         assert checkpoint["achieved"]["calibration"] == pytest.approx(0.6, abs=0.02)
         assert 2.0 < checkpoint["test_nats"] < 7.0
         assert row["nominal"] == pytest.approx(0.6, abs=1e-12)
-        assert np.array(row["sparsities"]).shape == (12, 7)
+        assert np.array(row["sparsities"]).shape == (len(BLOCKS), 7)
         assert row["protocols"]["search"]["n_sequences"] == 8
         assert str(ROOT) not in json.dumps(row)
     assert main([*TINY, "--methods", "uniform", "cmaes:full", "--output", str(output)]) == 0
@@ -85,6 +87,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for processes in ("1", "2"):
         output = tmp_path / f"{processes}.jsonl"
         command = [*TINY, "--methods", "uniform", "random:levels", "--output", str(output), "--processes", processes]
+        command += ["--cache", str(tmp_path / "cache")]  # one greedy table for both
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         run = subprocess.run(
             [sys.executable, "-m", "benchmarks.search_quality", *command],

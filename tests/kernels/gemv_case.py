@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from tests.kernels.gemv_group import rounded
+from tests.kernels.where import INTERPRETER
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.reference import sparse_gemv_reference
 from was_kernels.ops.sparse_gemv import Tiling as Tiling
@@ -17,6 +19,14 @@ from was_search.checkpoints.rounding import dequantise
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(33, 1), (127, 65), (300, 200), (64, 128), (1, 7)]
 """[d_in, d_out]: odd rows, also of packed bytes, short groups, several tiles."""
+
+
+def combinations(*rows: int) -> list[tuple[torch.dtype, int, int, int]]:
+    """dtype, d_in, d_out and ``rows``: all on a GPU, a third in the slow interpreter, where all pairs still meet."""
+    numbered = product(enumerate(DTYPES), enumerate(SHAPES), enumerate(rows))
+    return [
+        (dtype, *shape, n) for (i, dtype), (j, shape), (k, n) in numbered if not INTERPRETER or (i + j + k) % 3 == 0
+    ]
 
 
 @dataclass

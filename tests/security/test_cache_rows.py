@@ -32,7 +32,7 @@ def context(postgres_url: str) -> Iterator[Context]:
         storage=postgres_url, workers=1, fitness="kl", kl_top_k=8, greedy_sequences=1, seed_rounds=1,
         search_sequences=8, test_sequences=4,
     )  # fmt: skip
-    with coarse_greedy(), Context(settings) as opened:
+    with coarse_greedy(0.2), Context(settings) as opened:
         yield opened
 
 

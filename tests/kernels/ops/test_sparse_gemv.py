@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.gemv_case import DTYPES, SHAPES, Case, Tiling, case
+from tests.kernels.gemv_case import DTYPES, Case, Tiling, case, combinations
 from tests.kernels.gemv_group import INF, NAN
 from tests.kernels.where import need_kernels
 from was_kernels.ops.column_weight import ColumnWeight
@@ -16,9 +16,7 @@ from was_kernels.ops.sparse_gemv import choose_tiling, sparse_gemv
 need_kernels()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d_in", "d_out"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 17])
+@pytest.mark.parametrize(("dtype", "d_in", "d_out", "rows"), combinations(1, 2, 3, 5, 16, 17))
 def test_against_float64(device, dtype, d_in, d_out, rows):
     c = case(rows, d_in, d_out, device, dtype=dtype, bias=rows % 2 == 1)
     for sparsity in (0.0, 0.6) if rows < 16 else (0.9,):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.gemv_case import DTYPES, SHAPES, Tiling, case
+from tests.kernels.gemv_case import Tiling, case, combinations
 from tests.kernels.gemv_group import INF, NAN
 from tests.kernels.where import need_kernels
 from was_kernels.ops.column_weight import ColumnWeight
@@ -17,9 +17,7 @@ need_kernels()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d_in", "d_out"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(("dtype", "d_in", "d_out", "rows"), combinations(1, 3, 17))
 def test_against_float64(device, dtype, d_in, d_out, rows, bits):
     c = case(rows, d_in, d_out, device, bits=bits, dtype=dtype, bias=rows % 2 == 1)
     for sparsity in (0.0, 0.6) if rows < 16 else (0.9,):
