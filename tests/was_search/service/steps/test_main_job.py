@@ -210,7 +210,7 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     _, result = made
     plan = Plan.load(result.plan)
-    documents = [{"text": f"import {name}\nimport", "choices": ["os", "+"]} for name in ("re", "sys", "ast", "json")]
+    documents = [{"text": f"import {name}\nimport", "choices": ["os", "?!"]} for name in ("re", "sys", "ast", "json")]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
     task = {
         "task": "after_import",
@@ -230,7 +230,7 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
     assert set(found) == {"dense", "plan"}
     for results in found.values():
         assert [(r.task, r.n) for r in results] == [("after_import", 4)]
-        assert results[0].value == 1.0  # "import os" is far likelier than "import +", sparse or not
+        assert results[0].value == 1.0  # "import os" is far likelier than "import ?!", sparse or not
 
 
 def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
