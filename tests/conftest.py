@@ -35,6 +35,9 @@ if SIDE_BY_SIDE:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve its workers beside other tests
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, which its children would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _ray: pytest.StashKey[Any] = pytest.StashKey()
 
 # How long an example takes says something about the machine, not about the code.

@@ -10,10 +10,14 @@ from was_search.coordinator.calls import Held
 from was_search.coordinator.model_calls import Calibrate, Descend, Evaluate, EvaluateThresholds, Norms, Price
 from was_search.masks.histogram import Histograms
 from was_search.service.context import Context
+from was_search.service.steps.demonstration import DEMO_FOLDER
 from was_search.service.token_sets import tokens_here
 from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.descent import DescentOptions
 from was_workers.worker import Worker, WorkerSpec
+
+MODEL = str(DEMO_FOLDER / "model")
+"""All of it: fewer blocks lose more to a mask than the bound below."""
 
 
 @pytest.fixture(scope="module", params=["int8:128", "int4:128"])
@@ -23,13 +27,13 @@ def weights(request):
 
 @pytest.fixture(scope="module")
 def worker(weights):
-    settings = small_settings()
+    settings = small_settings(model=MODEL)
     return Worker(WorkerSpec(settings.model, "", "float32", "cpu", "l2", threads=1, weights=weights))
 
 
 @pytest.fixture(scope="module")
 def data(weights):
-    with Context(small_settings(weights=weights)) as context:
+    with Context(small_settings(model=MODEL, weights=weights)) as context:
         return tokens_here(context, "calibration")
 
 

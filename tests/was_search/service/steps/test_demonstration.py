@@ -1,4 +1,4 @@
-"""What the demo shows, with fewer trials, half the texts and a coarser greedy table: the order of the seeds."""
+"""What the demo shows, with fewer trials and half the texts: the order of the seeds on the test text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.doubles.small_run import coarse_greedy
 from was_search.masks.intervals import paired_interval
 from was_search.service.context import Context
 from was_search.service.steps.demonstration import demo, demo_settings
@@ -17,7 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
 def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, tmp_path: Path, capsys) -> None:
     texts = {"calibration_sequences": 48, "search_sequences": 32, "test_sequences": 96}
     settings = demo_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), **texts)
-    with coarse_greedy(0.05), Context(settings) as context:
+    with Context(settings) as context:
         result = demo(context, max_new_tokens=8)
     rows = {row.name.split(" (")[0]: row for row in result.rows}
     losses = {name: row.test.evaluation.losses for name, row in rows.items()}
