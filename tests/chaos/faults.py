@@ -61,6 +61,7 @@ def _kill_raylet(cluster: Cluster, node: RayNode, raylet: int, struck: Running) 
             return None
         processes.send(raylet, signal.SIGKILL)
         time.sleep(0.1)
+        processes.send(struck.pid, signal.SIGKILL)  # a machine's end is theirs; Ray's workers may live on and reply
     cluster.replace(node)
     return Hit("kill node", f"{node.name}, slot {struck.number} on process {struck.pid}", _lost([struck]))
 
