@@ -40,9 +40,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 
 _ray: pytest.StashKey[Any] = pytest.StashKey()
 
-# How long an example takes says something about the machine, not about the code.
+# How long an example takes says something about the machine, not about the code; what is tried is the same each time,
+# unless FUZZ_EXAMPLES asks for more.
 hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "any machine",
+    deadline=None,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("any machine")
 

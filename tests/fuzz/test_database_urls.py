@@ -77,7 +77,8 @@ def refused_in_one_line(error: BaseException) -> None:
 @example(f"postgresql://u:12/{SECRET}@h/d")
 @example(f"postgresql://u:a?{SECRET}@h@x/d")
 def test_a_url_is_read_as_libpq_reads_it_or_refused(url: str) -> None:
-    text = ":/" not in url and "password" not in url and len(url.split()) > 1  # words with a blank and no scheme
+    schemeless = not url.strip().startswith("postgres")
+    text = schemeless and "password" not in url and len(url.split()) > 1  # words with a blank and no scheme
     assert text or secret_of(url) or SECRET not in redacted(url)
     out_of_the_arguments(["run", "--storage", url])
     try:
