@@ -21,7 +21,7 @@ from was_kernels.ops.step_ends import begin_step, rms_norm
 from was_kernels.runtime.decode_block import DecodeBlock
 from was_kernels.runtime.fused_forward import is_hooked
 from was_kernels.runtime.growing_cache import filled, make_room
-from was_kernels.runtime.positions import DensePrefix
+from was_kernels.runtime.positions import CACHES, DensePrefix
 
 FAMILIES = {
     "LlamaModel": "transformers.models.llama.",
@@ -70,7 +70,7 @@ class DecodeModel:
         """
         if not self.is_step(given):
             return None
-        cache, mask = next(iter(_cache_of(given).values()), None), _mask_of(given)
+        cache, mask = next(iter(cache_of(given).values()), None), mask_of(given)
         longest = longest_of(cache)
         if longest is None or not (mask is None or isinstance(mask, Tensor)):
             return None
@@ -81,7 +81,7 @@ class DecodeModel:
         like, rows = self._decoder.embed_tokens.weight, given["input_ids"].shape[0]
         hidden = like.new_empty((rows, 1, like.shape[1]))
         angles = like.new_empty((1, 2 * len(self._frequencies)))
-        block = {**_cache_of(given), "attention_mask": mask, "position_embeddings": (angles, angles)}
+        block = {**cache_of(given), "attention_mask": mask, "position_embeddings": (angles, angles)}
         if not all(step.takes(hidden, block) for step in self._steps):
             return None
         return {**given, "attention_mask": mask}
@@ -109,7 +109,7 @@ class DecodeModel:
     def run(self, given: dict[str, Any]) -> Any:
         """The decoder's output for one token a row; the cache is one position longer afterwards."""
         decoder, tokens = self._decoder, given["input_ids"]
-        cache = next(iter(_cache_of(given).values()))
+        cache = next(iter(cache_of(given).values()))
         positions = given.get("position_ids")
         if positions is None:
             positions = filled(cache.layers[0]).cumulative_length
@@ -121,14 +121,14 @@ class DecodeModel:
             scaling=self._scaling,
             prefix=0 if self._prefix is None else self._prefix.prefix,
         )
-        block = {**_cache_of(given), "attention_mask": _mask_of(given), "position_embeddings": (cos, sin)}
+        block = {**cache_of(given), "attention_mask": mask_of(given), "position_embeddings": (cos, sin)}
         prefixed: Tensor | None = dense if self._prefix is not None else None
         sums: Tensor | None = squares if x.is_cuda else None
         for step in self._steps:
             x, sums = step.step(x, block, prefixed, sums)
         norm = decoder.norm
         hidden = rms_norm(x, norm.weight, norm.variance_epsilon, early=True)[:, None]
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **_cache_of(given))
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **cache_of(given))
 
     def forward(self, plain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """The decoder's forward: a step through :meth:`run`, all else through ``plain``, the class's own forward."""
@@ -143,12 +143,12 @@ class DecodeModel:
             self._prefix.end()
 
 
-def _cache_of(given: dict[str, Any]) -> dict[str, Any]:
+def cache_of(given: dict[str, Any]) -> dict[str, Any]:
     """The cache, under the name that the installed transformers has for it."""
-    return {name: given[name] for name in ("cache", "past_key_values") if given.get(name) is not None}
+    return {name: given[name] for name in CACHES if given.get(name) is not None}
 
 
-def _mask_of(given: dict[str, Any]) -> Any:
+def mask_of(given: dict[str, Any]) -> Any:
     """The mask of blocks that see the whole cache; ``generate`` hands some decoders one for each kind of block."""
     mask = given.get("attention_mask")
     return mask["full_attention"] if isinstance(mask, dict) and list(mask) == ["full_attention"] else mask

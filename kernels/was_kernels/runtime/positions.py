@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from was_search.errors import ModelError
 
-_CACHES = ("cache", "past_key_values")
+CACHES = ("cache", "past_key_values")
 """What the decoder calls its cache: the name since transformers 5.24, and the one before."""
 
 
@@ -88,7 +88,7 @@ def token_positions(given: dict[str, Any], length: int, device: torch.device) ->
             position_ids = position_ids[0]
         return _two_dimensional(position_ids)
     places = torch.arange(length, device=device)
-    cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if cache is not None:
         places = places + cache.get_seq_length()  # a tensor for a static cache: never read on the host
     mask = given.get("attention_mask")

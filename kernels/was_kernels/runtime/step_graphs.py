@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from was_kernels.runtime.decode_model import DecodeModel, longest_of, row_of_flags
+from was_kernels.runtime.decode_model import DecodeModel, cache_of, longest_of, mask_of, row_of_flags
 from was_kernels.runtime.fused_forward import hooks_of, is_hooked
 from was_kernels.runtime.growing_cache import Room, filled
+from was_kernels.runtime.positions import CACHES
 
 _LOG = logging.getLogger(__name__)
 
 MOST_GRAPHS = 4
 """Graphs kept; the one that was used longest ago goes first."""
 
-_CACHE_NAMES = ("cache", "past_key_values")
 _OF_A_STEP = frozenset(
     (
         *("input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"),
-        *(*_CACHE_NAMES, "cache_position", "next_sequence_length", "inputs_embeds", "is_first_iteration"),
+        *(*CACHES, "cache_position", "next_sequence_length", "inputs_embeds", "is_first_iteration"),
     )
 )
 """What ``generate`` hands on for a step; with anything else the step is left to transformers."""
@@ -79,7 +79,8 @@ class StepGraphs:
     refusal: str | None = None
     _kept: dict[tuple[int, _Kind], _Graph] = field(default_factory=dict)
     _warm: set[_Kind] = field(default_factory=set)
-    _weights: tuple[int, ...] = ()
+    _weights: tuple[int, ...] | None = None
+    _looked: bool = False
     _failed: str | None = None
 
     methods = ("prepare_inputs_for_generation", "_valid_auto_compile_criteria")
@@ -108,7 +109,7 @@ class StepGraphs:
         if len(args) == 1 and "input_ids" not in given:
             given, args = {"input_ids": args[0], **given}, ()
         if args or not _one_token(given):
-            self._weights = ()  # looked at again before the next step
+            self._looked = False
             return plain(self.model, *args, **given)
         self.refusal = self._why_not(given)
         if self.refusal is None:
@@ -123,7 +124,7 @@ class StepGraphs:
             return plain(self.model, *args, **given)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return plain(self.model, *args, **given)
-        inputs = {name: values[name] for name in (*_CACHE_NAMES, "attention_mask") if values.get(name) is not None}
+        inputs = {name: values[name] for name in (*CACHES, "attention_mask") if values.get(name) is not None}
         positions = values.get("position_ids")
         if positions is not None:
             inputs["position_ids"] = positions[..., -1:]
@@ -181,8 +182,7 @@ class StepGraphs:
             self.refusal = "the step is none that runs fused"
             return plain(self.model, **given)
         longest = longest_of(cache)
-        mask = given.get("attention_mask")
-        mask = mask["full_attention"] if isinstance(mask, dict) and list(mask) == ["full_attention"] else mask
+        mask = mask_of(given)
         held = [] if longest is None else [filled(layer) for layer in cache.layers]
         if longest is None or any(layer is None for layer in held) or not _fits(mask, given["input_ids"], longest):
             self.refusal = "the cache or the mask is of another kind"
@@ -217,8 +217,7 @@ class StepGraphs:
             _copy_flags(graph, mask)
         graph.graph.replay()
         found = graph.output
-        own = {name: given[name] for name in _CACHE_NAMES if given.get(name) is not None}
-        return type(found)(logits=found.logits.clone(), **own)
+        return type(found)(logits=found.logits.clone(), **cache_of(given))
 
     def _captured(
         self, plain: Any, given: dict[str, Any], cache: Any, mask: Tensor | None, kind: _Kind, held: list[Any]
@@ -265,12 +264,12 @@ class StepGraphs:
 
     def _look_at_weights(self) -> None:
         """Once after each prompt: graphs read the weights where they lay."""
-        if self._weights:
+        if self._looked:
             return
-        self._weights = tuple(tensor.data_ptr() for tensor in _tensors(self.model))
-        if getattr(self, "_captured_weights", self._weights) != self._weights:
+        pointers = tuple(tensor.data_ptr() for tensor in _tensors(self.model))
+        if pointers != self._weights:
             self._kept.clear()
-        self._captured_weights = self._weights
+        self._weights, self._looked = pointers, True
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -284,7 +283,7 @@ def _one_token(given: dict[str, Any]) -> bool:
 
 
 def _cache_of(given: dict[str, Any]) -> Any:
-    return next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
+    return next(iter(cache_of(given).values()), None)
 
 
 def _fits(mask: Any, tokens: Tensor, longest: int) -> bool:
