@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +60,23 @@ def same_as_transformers(folder: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@contextmanager
+def put_back(path: Path) -> Iterator[bytes]:
+    """The file's content, which it has again afterwards; what the block may end with is an error of one line."""
+    whole = path.read_bytes()
+    try:
+        yield whole
+    except WasError as error:
+        in_one_line(error)
+    finally:
+        path.write_bytes(whole)
+
+
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_configurations(folder: Path, data: st.DataObject) -> None:
     path = folder / "config.json"
-    whole = path.read_bytes()
-    try:
+    with put_back(path) as whole:
         document = data.draw(changed(json.loads(whole), CONFIG_KEYS))
         path.write_bytes(as_bytes(document))
         source = resolve_model(str(folder))
@@ -72,52 +85,37 @@ def test_configurations(folder: Path, data: st.DataObject) -> None:
         assert token_rows(model) == document["vocab_size"]
         most_positions(document)
         same_as_transformers(folder)
-    except WasError as error:
-        in_one_line(error)
-    finally:
-        path.write_bytes(whole)
 
 
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_indices(shards: Path, data: st.DataObject) -> None:
     path = shards / INDEX
-    whole = path.read_bytes()
-    try:
+    with put_back(path) as whole:
         documents = changed(json.loads(whole), ("weight_map", "metadata"))
         path.write_bytes(data.draw(st.one_of(documents.map(as_bytes), damaged(whole))))
         source = resolve_model(str(shards))
         assert all(file.parent == source.folder and file.is_file() for file in source.weight_files())
         fingerprint(source)
         same_as_transformers(shards)
-    except WasError as error:
-        in_one_line(error)
-    finally:
-        path.write_bytes(whole)
 
 
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_weights(folder: Path, data: st.DataObject) -> None:
     path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    try:
+    with put_back(path) as whole:
+        header = 8 + int.from_bytes(whole[:8], "little")
         content = data.draw(damaged(whole[:header])) + whole[header:]
         path.write_bytes(content)
         same_as_transformers(folder)
-    except WasError as error:
-        in_one_line(error)
-    finally:
-        path.write_bytes(whole)
 
 
 @settings(max_examples=2 * EXAMPLES)
 @given(data=st.data())
 def test_tokenizers(folder: Path, data: st.DataObject) -> None:
     path = folder / data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
-    whole = path.read_bytes()
-    try:
+    with put_back(path) as whole:
         documents: Any = changed(json.loads(whole), TOKENIZER_KEYS)
         path.write_bytes(data.draw(st.one_of(documents.map(as_bytes), damaged(whole))))
         tokenizer = load_tokenizer(resolve_model(str(folder)))
@@ -126,10 +124,6 @@ def test_tokenizers(folder: Path, data: st.DataObject) -> None:
         named = set(inner.ravel().tolist()) & control_ids(tokenizer)
         assert not named or found.protocol.control_tokens
         found.protocol.describe()
-    except WasError as error:
-        in_one_line(error)
-    finally:
-        path.write_bytes(whole)
 
 
 def test_the_folders_are_as_they_were(folder: Path, shards: Path, tmp_path: Path) -> None:
