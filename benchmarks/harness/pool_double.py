@@ -164,10 +164,8 @@ class PoolDouble:
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
         self._release_in_time()
+        ended = [self._end(given) for given in self._due(0.0 if self._lost else timeout_seconds)]
         self._lose_overdue()
-        ended: list[Outcome] = []
-        if not self._lost:
-            ended = [self._end(given) for given in self._due(timeout_seconds)]
         lost, self._lost = self._lost, []
         return lost + ended
 

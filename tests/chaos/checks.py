@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import TrialState
 
 from tests.chaos.cluster import STUDY, UNDISTURBED, Cluster, Exit
-from tests.chaos.counted_worker import vector_name
+from tests.chaos.counted_worker import EvaluationLog, vector_name
 from tests.chaos.faults import Hit
 from was_search.studies.slots import Slot, SlotState
 from was_storage.server.database import Database
@@ -50,11 +50,16 @@ class Witness:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a run that passed. ``attempts`` are hand-outs, ``ends`` how the coordinators ended."""
+    """Figures of a run that passed.
+
+    ``attempts`` are hand-outs, ``late`` the replies taken although they came after the deadline, ``ends`` how the
+    coordinators ended.
+    """
 
     slots: int
     attempts: int
     evaluations: int
+    late: int
     compared_vectors: int
     compared_losses: int
     ends: dict[str, int]
@@ -69,11 +74,12 @@ def check(cluster: Cluster, hits: list[Hit], witness: Witness) -> Summary:
         trials = optuna.load_study(study_name=STUDY, storage=database.optuna_storage()).trials
     check_slots(slots, cluster.plan.trials, witness)
     check_trials(slots, trials)
-    check_lost(slots, hits)
+    cluster.log.read()
+    late = check_lost(slots, hits, cluster.log, cluster.plan.trial_timeout)
     evaluations = check_evaluations(cluster, slots, undisturbed)
     vectors, losses = check_losses(slots, undisturbed)
     ends = Counter(how_it_ended(end) for end in cluster.exits)
-    return Summary(len(slots), sum(slot.attempt for slot in slots), evaluations, vectors, losses, dict(ends))
+    return Summary(len(slots), sum(slot.attempt for slot in slots), evaluations, late, vectors, losses, dict(ends))
 
 
 def check_slots(slots: list[Slot], n: int, witness: Witness) -> None:
@@ -102,11 +108,21 @@ def check_trials(slots: list[Slot], trials: list[optuna.trial.FrozenTrial]) -> N
         assert told == slot.loss_nats
 
 
-def check_lost(slots: list[Slot], hits: Iterable[Hit]) -> None:
-    """Every evaluation that a fault ended was handed out again: so the fault did strike work in flight."""
+def check_lost(slots: list[Slot], hits: Iterable[Hit], log: EvaluationLog, deadline_seconds: float) -> int:
+    """Every evaluation that a fault ended was handed out again: so the fault did strike work in flight.
+
+    One that a fault delayed beyond its deadline may instead have been taken, if the coordinator, which waited for the
+    database, had not looked for it since; returns how many were.
+    """
+    late = 0
     for hit in hits:
         for number, attempt in hit.lost:
-            assert slots[number].attempt > attempt, f"{hit.fault} ({hit.what}): slot {number} was not handed out again"
+            if slots[number].attempt > attempt:
+                continue
+            taken = hit.fault == "delay a reply" and log.late_unseen(STUDY, number, attempt, deadline_seconds)
+            assert taken, f"{hit.fault} ({hit.what}): slot {number} was not handed out again"
+            late += 1
+    return late
 
 
 def check_evaluations(cluster: Cluster, slots: list[Slot], undisturbed: list[Slot]) -> int:
@@ -114,7 +130,6 @@ def check_evaluations(cluster: Cluster, slots: list[Slot], undisturbed: list[Slo
 
     The undisturbed run's hand-outs of the same vectors are allowed for.
     """
-    cluster.log.read()
     attempts: Counter[str] = Counter()
     for slot in [*slots, *undisturbed]:
         attempts[vector_name(slot.sparsities)] += slot.attempt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import optuna
 import pytest
 
 from tests.chaos import checks
-from tests.chaos.cluster import Exit
+from tests.chaos.cluster import STUDY, Exit
 from tests.chaos.counted_worker import EvaluationLog, vector_name
 from tests.chaos.faults import Hit
 from was_search.studies.slots import Slot, SlotState
@@ -107,15 +108,53 @@ def test_trials_that_disagree_are_found(trials: list[optuna.trial.FrozenTrial]) 
         checks.check_trials(SLOTS, trials)
 
 
-def test_an_evaluation_that_was_ended_must_be_handed_out_again() -> None:
-    checks.check_lost([slot(0, attempt=2)], [Hit("kill worker", "", [(0, 1)])])
+def test_an_evaluation_that_was_ended_must_be_handed_out_again(tmp_path: Path) -> None:
+    log = EvaluationLog(tmp_path)
+    assert checks.check_lost([slot(0, attempt=2)], [Hit("kill worker", "", [(0, 1)])], log, 10.0) == 0
     with pytest.raises(AssertionError, match="slot 0 was not handed out again"):
-        checks.check_lost([slot(0, attempt=1)], [Hit("kill worker", "", [(0, 1)])])
+        checks.check_lost([slot(0, attempt=1)], [Hit("kill worker", "", [(0, 1)])], log, 10.0)
 
 
-def write_log(folder: Path, *entries: tuple[str, int, Slot]) -> Any:
-    lines = [f'{{"event": "{event}", "pid": {pid}, "vector": "{name(of)}"}}\n' for event, pid, of in entries]
-    (folder / "evaluations.jsonl").write_text("".join(lines) + '{"event": "beg')  # a line still being written
+@pytest.mark.parametrize(
+    ("fault", "ended", "looks", "taken"),
+    [
+        ("delay a reply", 115.5, [101.0, 109.0, 115.6], True),
+        ("delay a reply", 115.5, [101.0, 110.1, 115.6], False),
+        ("delay a reply", 109.0, [101.0, 115.6], False),
+        ("delay a reply", None, [101.0], False),
+        ("kill worker", 115.5, [101.0, 109.0, 115.6], False),
+    ],
+    ids=["nobody looked in between", "somebody looked", "it was not late", "it did not end", "another fault"],
+)
+def test_a_late_reply_may_be_taken_only_where_the_coordinator_had_not_looked(
+    tmp_path: Path, fault: str, ended: float | None, looks: list[float], taken: bool
+) -> None:
+    """It begins at 100 s, and its deadline is 10 s later."""
+    one, two = slot(0), slot(1)
+    cluster = write_log(
+        tmp_path,
+        ("begun", 1, one, 100.0),
+        ("begun", 2, two, 108.0),
+        *([("ended", 1, one, ended)] if ended else []),
+        looks={1: looks, 2: [112.0]},
+    )
+    hits = [Hit(fault, "a delay", [(0, 1)])]
+    cluster.log.read()
+    if taken:
+        assert checks.check_lost([one, two], hits, cluster.log, 10.0) == 1
+        return
+    with pytest.raises(AssertionError, match="slot 0 was not handed out again"):
+        checks.check_lost([one, two], hits, cluster.log, 10.0)
+
+
+def write_log(folder: Path, *entries: tuple[str, int, Slot, float], looks: dict[int, list[float]] | None = None) -> Any:
+    lines: list[dict[str, Any]] = [
+        {"event": event, "pid": pid, "vector": name(of), "study": STUDY, "slot": of.number, "attempt": pid, "at": at}
+        for event, pid, of, at in entries
+    ]
+    lines += [{"event": "looked", "at": at, "workers": [pid]} for pid, times in (looks or {}).items() for at in times]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (folder / "evaluations.jsonl").write_text(text + '{"event": "beg')  # a line still being written
     return SimpleNamespace(log=EvaluationLog(folder))
 
 
@@ -125,7 +164,8 @@ def name(of: Slot) -> str:
 
 def test_evaluations_are_counted_against_hand_outs(tmp_path: Path) -> None:
     one = slot(0, attempt=2)
-    cluster = write_log(tmp_path, ("begun", 1, one), ("begun", 2, one), ("ended", 2, one))
+    cluster = write_log(tmp_path, ("begun", 1, one, 1.0), ("begun", 2, one, 2.0), ("ended", 2, one, 3.0))
+    cluster.log.read()
     assert checks.check_evaluations(cluster, [one], []) == 2
     assert cluster.log.at_work(1) == name(one)
     assert cluster.log.at_work(2) is None
@@ -134,7 +174,8 @@ def test_evaluations_are_counted_against_hand_outs(tmp_path: Path) -> None:
 
 
 def test_a_result_that_nobody_evaluated_is_found(tmp_path: Path) -> None:
-    cluster = write_log(tmp_path, ("begun", 1, slot(0)))
+    cluster = write_log(tmp_path, ("begun", 1, slot(0), 1.0))
+    cluster.log.read()
     with pytest.raises(AssertionError, match="without an evaluation"):
         checks.check_evaluations(cluster, [slot(0)], [])
 

@@ -177,6 +177,18 @@ class PoolRules:
         assert outcome.seconds >= 0.3
         until(pool, lambda: settled(pool))
 
+    def test_a_reply_that_is_there_when_the_pool_looks_is_taken_whatever_the_deadline(self, pool: WorkerPool) -> None:
+        """Whoever waits for a database does not look; the deadline is for calls that hang."""
+        ticket = pool.submit(Give(1), deadline_seconds=0.2)
+        self.reply_is_there(pool)
+        time.sleep(0.3)
+        (outcome,) = pool.wait(0.0)
+        assert (outcome.ticket, outcome.value, outcome.lost) == (ticket, 1, False)
+        assert pool.n_idle == 2
+
+    def reply_is_there(self, pool: WorkerPool) -> None:
+        """Wait until the call in flight has ended, without looking as the pool does."""
+
     def test_abandoned_calls_never_come_back(self, pool: WorkerPool, hold: Hold) -> None:
         tickets = {pool.submit(hold), pool.submit(hold)}
         pool.abandon()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import ray
 
 import was_workers.pool as pool_module
 from tests.doubles.bowl_worker import bowl_worker
-from tests.doubles.pool_rules import PoolRules, settled, until
+from tests.doubles.pool_rules import PATIENCE, PoolRules, settled, until
 from was_search.coordinator.health import QuarantinePolicy
 from was_workers.cluster import connect
 from was_workers.pool import Pool
@@ -33,3 +34,7 @@ class TestPool(PoolRules):
     def pool(self, workers: Pool) -> Pool:
         until(workers, lambda: settled(workers))
         return workers
+
+    def reply_is_there(self, pool: Pool) -> None:  # type: ignore[override]
+        ((reference, _),) = pool._calls._by_reference.items()
+        assert ray.wait([reference], timeout=PATIENCE)[0]

@@ -120,7 +120,8 @@ class WorkerPool(Protocol):
 
         Args:
             call: what to do.
-            deadline_seconds: time after which it counts as lost.
+            deadline_seconds: time after which it counts as lost, unless its reply is there by the time of the first
+                :meth:`wait` after it.
             about: ids for the worker's log.
         """
         ...

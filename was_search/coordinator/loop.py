@@ -129,7 +129,9 @@ class SearchLoop:
                 more = False
                 if self._steering.open:
                     more = self._hand_out() or self._chooser.choose_ahead(len(self._flight) + self._pool.n_idle)
-                if errors := self._settle_all(self._pool.wait(0.0 if more else 0.5)):
+                outcomes = self._pool.wait(0.0 if more else 0.5)
+                self._look_for_hung()
+                if errors := self._settle_all(outcomes):
                     raise errors[0]
         except Exception as error:
             self._put_back(f"the search stopped: {_first_line(error)}")
@@ -148,9 +150,6 @@ class SearchLoop:
         self._steering.activity = self._descending
         control = self._steering.steer()
         changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
-        descents = {} if self._descents is None else self._descents.in_flight
-        calls = dict.fromkeys(self._flight, _EVALUATION) | descents
-        self._pool.health.look(calls, by_measure=not self._options.trial_timeout)
         self._pool.need(self._slots.n_unfinished)
         if changed or self._pool.state != self._pool_shown:
             self._report(None)
@@ -159,6 +158,15 @@ class SearchLoop:
             self._put_back("cancelled")
             return False
         return bool(self._flight) or (self._steering.ending is None and self._unfinished())
+
+    def _look_for_hung(self) -> None:
+        """Find calls without a reply that take too long.
+
+        Right after replies were taken: one that came while the loop waited for the database is no call that hangs.
+        """
+        descents = {} if self._descents is None else self._descents.in_flight
+        calls = dict.fromkeys(self._flight, _EVALUATION) | descents
+        self._pool.health.look(calls, by_measure=not self._options.trial_timeout)
 
     def _put_back(self, reason: str) -> None:
         """Requeue what is in flight."""

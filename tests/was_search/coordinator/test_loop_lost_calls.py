@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.doubles.loop_doubles import evaluation, one_worker
+from benchmarks.harness.pool_double import PoolDouble
+from tests.doubles.loop_doubles import evaluation, evaluations, one_worker
 from tests.doubles.memory_slots import MemorySlots
 from was_search.coordinator.durable import durable
 from was_search.errors import ModelError, TransientError
@@ -109,3 +110,24 @@ def test_durable_repeats_transient_errors_and_no_others(monkeypatch: pytest.Monk
     with pytest.raises(ModelError):
         store.requeue(0, "bad")
     assert calls == ["x"] * 4 + ["bad"]
+
+
+def test_time_in_which_the_database_was_waited_for_counts_against_no_call(run) -> None:
+    """Meanwhile its reply has come: its worker is none that hangs, and it is no evaluation to throw away."""
+    now = 0.0
+    pools: list[PoolDouble] = []
+
+    class Restarting(MemorySlots):
+        def finish_all(self, results):
+            nonlocal now
+            now += 900.0
+            return super().finish_all(results)
+
+    def two_workers(answer) -> PoolDouble:
+        pools.append(PoolDouble(evaluations(answer), clock=lambda: now))
+        return pools[-1]
+
+    slots = run(Restarting(8), lambda call, s, _: evaluation(s), pool=two_workers, trial_timeout=0.0)
+    assert now == 8 * 900.0, "one after the other, with another call in flight"
+    assert [slot.attempt for slot in slots] == [1] * 8
+    assert (pools[0].put, pools[0].given_up) == ([], [])
