@@ -7,13 +7,25 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from was_kernels.runtime.decoding_loop import DecodingLoop
+    from was_kernels.runtime.sampling import Sampling
     from was_kernels.runtime.saved import load_sparse
     from was_kernels.runtime.sparse_linear import SparseLinear
     from was_kernels.runtime.sparse_model import SparseModel, sparsify
 
-__all__ = ["SparseLinear", "SparseModel", "load_sparse", "sparsify", "triton_available"]
+__all__ = [
+    "DecodingLoop",
+    "Sampling",
+    "SparseLinear",
+    "SparseModel",
+    "load_sparse",
+    "sparsify",
+    "triton_available",
+]
 
 _LAZY = {
+    "DecodingLoop": "was_kernels.runtime.decoding_loop",
+    "Sampling": "was_kernels.runtime.sampling",
     "SparseLinear": "was_kernels.runtime.sparse_linear",
     "SparseModel": "was_kernels.runtime.sparse_model",
     "load_sparse": "was_kernels.runtime.saved",

@@ -18,8 +18,9 @@ class FusedForward(Protocol):
         ...
 
 
-_CAPTURING = "transformers.utils.output_capturing"
-"""A module whose hooks stay on blocks and attentions once their outputs were wanted; they do nothing otherwise."""
+_HARMLESS = frozenset(("transformers.utils.output_capturing", "was_kernels.runtime.positions"))
+"""Modules of code whose hooks do nothing that a fused forward leaves out: transformers' stay on blocks and attentions
+once their outputs were wanted, and ours on a decoder tell which tokens are dense."""
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
@@ -31,7 +32,7 @@ def is_hooked(modules: Iterable[nn.Module]) -> bool:
     return any(
         "forward" in vars(module)
         or any(
-            getattr(hook, "__module__", "") != _CAPTURING
+            getattr(hook, "__module__", "") not in _HARMLESS
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
             for hook in hooks.values()
         )

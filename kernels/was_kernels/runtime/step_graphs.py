@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from was_kernels.runtime.capture import CaptureError, captured
 from was_kernels.runtime.decode_model import DecodeModel, cache_of, longest_of, mask_of, row_of_flags
 from was_kernels.runtime.fused_forward import hooks_of, is_hooked
 from was_kernels.runtime.growing_cache import Room, filled
@@ -38,13 +39,14 @@ _OF_A_STEP = frozenset(
 
 @dataclass
 class _Graph:
-    """A captured step: what is copied into its inputs before a replay, and what it leaves."""
+    """A captured step: what is copied into its inputs before a replay, and what it leaves; never its cache."""
 
     graph: torch.cuda.CUDAGraph
     tokens: Tensor
     positions: Tensor | None
     flags: Tensor | None
-    output: Any
+    logits: Tensor
+    output: type[Any]
     held: list[Any]
     pointers: tuple[int, ...]
     width: int
@@ -216,30 +218,29 @@ class StepGraphs:
         if graph.flags is not None and mask is not None:
             _copy_flags(graph, mask)
         graph.graph.replay()
-        found = graph.output
-        return type(found)(logits=found.logits.clone(), **cache_of(given))
+        return graph.output(logits=graph.logits.clone(), **cache_of(given))
 
     def _captured(
         self, plain: Any, given: dict[str, Any], cache: Any, mask: Tensor | None, kind: _Kind, held: list[Any]
     ) -> _Graph | None:
         """The step as a graph, not run yet; None where it cannot be captured, which then holds for all."""
         lengths = [room.length for room in held if isinstance(room, Room)]
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(given["input_ids"].device):
+        with torch.inference_mode(False), torch.no_grad():
             tokens = given["input_ids"].clone()
             positions = None if given.get("position_ids") is None else given["position_ids"].clone()
             flags = None if mask is None else row_of_flags(mask, kind.longest) if mask.dim() == 2 else mask.clone()
             inputs = {**given, "input_ids": tokens, "position_ids": positions, "attention_mask": flags}
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
             self._capturing = True
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    output = plain(self.model, **{**inputs, "return_dict": True})
-            except RuntimeError as error:
+                graph, output = captured(
+                    lambda: plain(self.model, **{**inputs, "return_dict": True}), tokens.device, pool=self._pool
+                )
+            except CaptureError as error:
                 for room, length in zip((r for r in held if isinstance(r, Room)), lengths, strict=True):
                     room.length = length
-                self._failed = self.refusal = f"no graph could be captured ({str(error).splitlines()[0]})"
+                self._failed = self.refusal = str(error)
                 _LOG.warning("steps run without CUDA graphs: %s", self._failed)
                 return None
             finally:
@@ -248,7 +249,7 @@ class StepGraphs:
             self._kept.pop(next(iter(self._kept)))
         self._follow(cache)
         width = 0 if mask is None else mask.shape[-1]
-        return _Graph(graph, tokens, positions, flags, output, held, _pointers(held), width)
+        return _Graph(graph, tokens, positions, flags, output.logits, type(output), held, _pointers(held), width)
 
     def _follow(self, cache: Any) -> None:
         """Drop the graphs of ``cache`` when it goes: their kernels write into its memory."""
