@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import inspect
@@ -45,8 +46,9 @@ class Import:
     typing_only: bool
 
 
-def imports(path: Path) -> list[Import]:
-    return list(_walk(ast.parse(path.read_text(encoding="utf-8")), False, False, _package(path)))
+@functools.cache
+def imports(path: Path) -> tuple[Import, ...]:
+    return tuple(_walk(ast.parse(path.read_text(encoding="utf-8")), False, False, _package(path)))
 
 
 def _package(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.doubles.small_run import coarse_greedy, small_settings
+from tests.doubles.workers_here import workers_here
 from was_search.service.context import Context
 from was_search.service.steps.candidates import Request, measure
 from was_search.service.steps.exporting import _norms
@@ -19,7 +20,7 @@ from was_search.service.steps.seeding import seed
 from was_storage.server.database import Database
 from was_storage.studies.cache import Artifact, ArtifactCache
 
-pytestmark = [pytest.mark.postgres, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 KINDS = {
     "tokens", "histograms", "operating-point", "prices", "descent", "greedy", "dense-top", "evaluation", "norms"
@@ -32,7 +33,7 @@ def context(postgres_url: str) -> Iterator[Context]:
         storage=postgres_url, workers=1, fitness="kl", kl_top_k=8, greedy_sequences=1, seed_rounds=1,
         search_sequences=8, test_sequences=4,
     )  # fmt: skip
-    with coarse_greedy(0.2), Context(settings) as opened:
+    with workers_here(), coarse_greedy(0.2), Context(settings) as opened:
         yield opened
 
 

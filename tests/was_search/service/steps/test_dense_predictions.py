@@ -1,10 +1,11 @@
-"""A study by divergence on real Ray and Postgres, in small: search, status, plan and the cached top."""
+"""A study by divergence on real workers and Postgres, in small: search, status, plan and the cached top."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import optuna
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.doubles.small_run import assert_each_finished_once, small_settings
+from tests.doubles.workers_here import workers_here
 from was_search.checkpoints.load import load_model, resolve_model
 from was_search.errors import ConfigError, StudyError
 from was_search.masks.evaluation import dense_top as direct_top
@@ -29,9 +31,15 @@ from was_search.service.token_sets import TokenSets
 from was_search.service.watching.study_status import status
 from was_search.studies.slots import SlotState
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 K = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap() -> Iterator[None]:
+    with workers_here():
+        yield
 
 
 @pytest.fixture(scope="module")

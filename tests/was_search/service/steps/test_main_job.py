@@ -24,6 +24,7 @@ from tests.doubles.small_run import (
     small_model,
     small_settings,
 )
+from tests.doubles.workers_here import workers_here
 from was_kernels import sparsify
 from was_search.checkpoints.load import load_model, load_tokenizer, resolve_model
 from was_search.errors import ConfigError, StudyError
@@ -310,7 +311,7 @@ def test_a_plan_from_a_gpu_cluster_is_evaluated_here(made, tmp_path: Path, monke
 def test_a_study_with_shared_masks(postgres_url: str, database, tmp_path: Path) -> None:
     settings = small_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), space="full", seed_rounds=1)
     shared = dataclasses.replace(settings, masks="shared")
-    with Context(settings) as separate, Context(shared) as context:
+    with workers_here(), Context(settings) as separate, Context(shared) as context:
         assert study_name(Question.of(separate)) != study_name(Question.of(context))
         result = run(context)
         slots = StudyStore(database).slots(result.search.study)

@@ -1,8 +1,9 @@
-"""Searches at budgets of time on real Ray and Postgres, in small, with a profile that is made up."""
+"""Searches at budgets of time on real workers and Postgres, in small, with a profile that is made up."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from tests.doubles.profiles import synthetic_profile, vars_of
 from tests.doubles.small_run import assert_each_finished_once, small_settings
+from tests.doubles.workers_here import workers_here
 from was_search.decode_time.profile import LatencyProfile
 from was_search.errors import ConfigError, StudyError
 from was_search.plan import Plan
@@ -22,7 +24,7 @@ from was_search.service.targets.interpolation import may_interpolate
 from was_search.service.targets.several import run_targets
 from was_storage.studies.store import StudyStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 TRIALS = 7
 TINY = {
@@ -35,6 +37,12 @@ TINY = {
 }
 TOLERANCE = 1e-3
 """What is promised of the predicted time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap() -> Iterator[None]:
+    with workers_here():
+        yield
 
 
 @pytest.fixture(scope="module")

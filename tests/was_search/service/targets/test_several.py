@@ -1,4 +1,4 @@
-"""Several targets, warm starts, limits and interpolation on real Ray and Postgres, in small."""
+"""Several targets, warm starts, limits and interpolation on real workers and Postgres, in small."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.doubles.small_run import assert_each_finished_once, coarse_greedy, small_settings
+from tests.doubles.workers_here import PoolHere, workers_here
 from was_search.errors import StudyError
 from was_search.plan import Plan
 from was_search.service.context import Context
@@ -34,7 +35,7 @@ from was_storage.studies.control import ControlStore
 from was_storage.studies.overview import read_snapshot
 from was_storage.studies.store import StudyStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 TRIALS = 6
 
@@ -55,8 +56,8 @@ TINY = {"trials": TRIALS, "sequence_length": 64, "search_sequences": 12, "test_s
 
 
 @pytest.fixture(scope="module", autouse=True)
-def coarse() -> Iterator[None]:
-    with coarse_greedy():
+def cheap() -> Iterator[None]:
+    with coarse_greedy(), workers_here():
         yield
 
 
@@ -66,16 +67,14 @@ def made(postgres_url: str, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("targets")
     settings = small_settings(storage=postgres_url, targets="0.6,0.5", plan=str(folder), **TINY)
     started = []
-    from was_workers.pool import Pool
-
-    original = Pool.__init__
+    original = PoolHere.__init__
 
     def counting(self, *args, **kwargs) -> None:
         started.append(self)
         original(self, *args, **kwargs)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(Pool, "__init__", counting)
+    patch.setattr(PoolHere, "__init__", counting)
     try:
         with Context(settings) as context:
             return settings, run_targets(context), len(started)
@@ -295,7 +294,7 @@ def test_a_limit_on_time_is_for_all_targets(made, at, database, tmp_path: Path) 
     assert "limited-70" not in {record.name for record in StudyStore(database).list()}
 
     # More trials for both: the first has not spent the limit, but both have.
-    with Context(at(**{**limited, "trials": 40})) as context:
+    with Context(at(**{**limited, "trials": 400})) as context:
         found = run_targets(context)
     for run in found.runs:
         assert run.cut_short_by == "max_seconds"
@@ -305,14 +304,14 @@ def test_a_limit_on_time_is_for_all_targets(made, at, database, tmp_path: Path) 
 
     # A little more time: it goes to the first, and the others have what is left of it, which is nothing.
     lines = Lines()
-    with Context(at(**{**limited, "trials": 40, "max_seconds": spent.seconds + 1.0}), lines) as context:
+    with Context(at(**{**limited, "trials": 400, "max_seconds": spent.seconds + 1.0}), lines) as context:
         found = run_targets(context)
     assert finished(database, "limited-50") > 4
     assert finished(database, "limited-60") == 4
     assert [run.cut_short_by for run in found.runs] == ["max_seconds", "max_seconds"]
     assert found.unsearched == (0.7,)
     assert "cut short: 60 % by max_seconds: " in lines.text
-    assert "36 of 40 trials were never begun" in lines.text
+    assert "396 of 400 trials were never begun" in lines.text
     assert "no plan, as no trial was complete when a limit ended the search: 70 %" in lines.text
     assert overview(read_snapshot(database, "limited-60")).limits.max_seconds == spent.seconds + 1.0
     assert read_snapshot(database, "limited-60").elsewhere.seconds > 0
@@ -320,7 +319,7 @@ def test_a_limit_on_time_is_for_all_targets(made, at, database, tmp_path: Path) 
     # One's own limit goes before, and counts that study alone.
     with Context(Settings(storage=made[0].storage)) as context:
         change(context, "limited-60", Overrides(max_seconds=3600.0, trials=6))
-    with Context(at(**{**limited, "trials": 40, "max_seconds": spent.seconds + 1.0})) as context:
+    with Context(at(**{**limited, "trials": 400, "max_seconds": spent.seconds + 1.0})) as context:
         found = run_targets(context)
     assert finished(database, "limited-60") == 6
     assert [run.cut_short_by for run in found.runs] == ["max_seconds", ""]
