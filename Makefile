@@ -13,8 +13,9 @@ SEED ?= 0
 demo: $(VENV)/.installed
 	$(BIN)/was-search demo
 
+# Compiled files are kept, whatever the environment says: each process would compile all tests anew.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(JOBS)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

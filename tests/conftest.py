@@ -30,6 +30,9 @@ from was_storage.server.embedded import EmbeddedServer
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this is one of several processes that run tests at once, on processors that they share."""
 
+_SLOW_SECONDS = 3.0
+"""What a test that is marked ``slow`` takes, where the mark does not say."""
+
 torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
 if SIDE_BY_SIDE:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,13 +55,13 @@ hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side, the files with the most slow tests begin, so that the short ones fill up the end."""
+    """Side by side, the files with the slowest tests begin, so that the short ones fill up the end."""
     if SIDE_BY_SIDE:
-        marks = {"slow": 100, "ray": 10, "postgres": 1}
-        weights: Counter[Path] = Counter()
+        seconds: Counter[Path] = Counter()
         for item in items:
-            weights[item.path] += sum(weight for mark, weight in marks.items() if item.get_closest_marker(mark))
-        items.sort(key=lambda item: -weights[item.path])
+            if (slow := item.get_closest_marker("slow")) is not None:
+                seconds[item.path] += slow.kwargs.get("seconds", _SLOW_SECONDS)
+        items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)

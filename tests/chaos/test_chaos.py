@@ -23,7 +23,7 @@ KINDS = (
 
 @pytest.mark.ray
 @pytest.mark.postgres
-@pytest.mark.slow
+@pytest.mark.slow(seconds=120)
 @pytest.mark.timeout(1800)
 def test_a_fault_of_each_kind_loses_and_doubles_nothing() -> None:
     summary, hits = chaos(Plan(trials=24, workers=2, trial_timeout=10.0), KINDS, random.Random(0))

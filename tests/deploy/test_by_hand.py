@@ -25,7 +25,7 @@ import yaml
 from tests.chaos import processes
 from tests.deploy.guide import Block, Chapter, chapter
 from tests.deploy.shells import ROOT, Machine, Terminal
-from tests.doubles.small_run import SMALL
+from tests.doubles.small_run import SMALL, small_model
 from tests.servers.ports import free_port
 from tests.servers.postgres import TcpServer
 from was_search.errors import StorageError
@@ -104,7 +104,7 @@ def get(url: str, seconds: float = 300.0) -> Any:
 
 @pytest.mark.postgres
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.timeout(1800)
 def test_the_guide_leads_from_nothing_to_a_plan(folder: Path, server: TcpServer) -> None:
     reader = Reader()
@@ -152,7 +152,7 @@ def test_the_guide_leads_from_nothing_to_a_plan(folder: Path, server: TcpServer)
             {
                 **url_of("searches"),
                 ":6379": f":{ray_port}",
-                "/models/Llama-3.2-1B": str(DEMO_FOLDER / "model"),
+                "/models/Llama-3.2-1B": small_model(),
                 "wikitext2": str(DEMO_FOLDER / "text"),
                 "--trials 200": "--trials 6",
                 "--workers 8": f"--workers 1:2 --config {options}",

@@ -19,7 +19,7 @@ from was_search.studies.slots import SlotState
 from was_storage.server.database import Database
 from was_storage.studies.store import StudyStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow(seconds=40)]
 
 
 def finished(database: Database, study: str) -> int:
@@ -64,7 +64,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(postgres_url: str) -> None:
 
 
 def start_search(storage: str, study: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "was_search", "search", *small_flags(storage=storage, study=study)]
+    command = [sys.executable, "-m", "was_search", "search", *small_flags(storage=storage, study=study, workers=1)]
     return subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -65,7 +65,7 @@ def check_tasks(
             f"tasks: lm-eval or a package that it needs is not installed ({error}); pip install was-search[tasks]"
         ) from error
     with _quiet():
-        _check_names(tasks, list(_manager(include_path).all_tasks))
+        _check_names(tasks, list(_manager(tasks, include_path).all_tasks))
 
 
 def evaluate_tasks(
@@ -108,7 +108,7 @@ def evaluate_tasks(
             # lm-eval sets a padding token, which must not happen to the caller's tokenizer.
             model=_checked_model(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
             tasks=list(dict.fromkeys(tasks)),
-            task_manager=_manager(include_path),
+            task_manager=_manager(tasks, include_path),
             limit=limit,
             log_samples=False,
             random_seed=seed,
@@ -142,11 +142,22 @@ def _checked_model(pretrained: nn.Module, tokenizer: Any, batch_size: int) -> An
     return Checked(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size)
 
 
-@lru_cache(maxsize=1)
-def _manager(include_path: Path | None) -> Any:
+def _manager(tasks: list[str], include_path: Path | None) -> Any:
+    """A task manager of lm-eval's that knows ``tasks``, if any does.
+
+    Of the caller's own folder alone where that has them all, groups aside, whose tasks may be lm-eval's.
+    """
+    if include_path is not None and set(tasks) <= set((own := _manager_of(include_path, False)).all_subtasks):
+        return own
+    return _manager_of(include_path, True)
+
+
+@lru_cache(maxsize=2)
+def _manager_of(include_path: Path | None, include_defaults: bool) -> Any:
     """lm-eval's task manager, whose errors in loading a task become a DataError.
 
-    It reads some ten thousand YAML files, which takes seconds: once for the dense model and the plan.
+    With lm-eval's own tasks it reads some ten thousand YAML files, which takes seconds: once for the dense model and
+    the plan.
     """
     from lm_eval.tasks import TaskManager
 
@@ -160,7 +171,8 @@ def _manager(include_path: Path | None) -> Any:
                     "hub: run once with a network, or give tasks on local data with include_path"
                 ) from error
 
-    return Manager(include_path=None if include_path is None else str(include_path))
+    path = None if include_path is None else str(include_path)
+    return Manager(include_path=path, include_defaults=include_defaults)
 
 
 def _check_names(tasks: list[str], known: list[str]) -> None:

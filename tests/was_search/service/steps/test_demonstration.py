@@ -10,7 +10,7 @@ from was_search.masks.intervals import paired_interval
 from was_search.service.context import Context
 from was_search.service.steps.demonstration import demo, demo_settings
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow(seconds=300)]
 
 
 def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -236,6 +237,8 @@ def test_tasks_for_the_plan_beside_the_dense_model(made, tmp_path: Path, monkeyp
 
 def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(evaluation, "load_for", lambda *_: pytest.fail("loaded"))
+    # lm-eval takes seconds to read what it knows
+    monkeypatch.setattr("was_search.service.steps.tasks._manager", lambda *_: SimpleNamespace(all_tasks=["arc"]))
     with (
         Context(small_settings(storage="embedded")) as context,
         pytest.raises(ConfigError, match="no task, group or tag 'nosuch'"),

@@ -14,7 +14,7 @@ import yaml
 
 from was_search.checkpoints.load import load_model, load_tokenizer
 from was_search.errors import ConfigError, DataError, ModelError, ResourceError
-from was_search.service.steps.tasks import TaskResult, evaluate_tasks
+from was_search.service.steps.tasks import TaskResult, _manager, evaluate_tasks
 
 pytest.importorskip("lm_eval", reason="the optional extra 'tasks' is not installed")
 
@@ -163,6 +163,7 @@ def test_the_model_is_used_as_it_is(model, tokenizer, folder):
     assert calls
 
 
+@pytest.mark.slow  # lm-eval reads all of its own tasks
 def test_limit_and_groups(model, tokenizer, folder):
     found = evaluate_tasks(model, tokenizer, ["was_both"], include_path=folder, limit=3)
     accuracies = {result.task: result for result in found if result.metric == "acc"}
@@ -188,6 +189,13 @@ def test_twice_the_same_and_nothing_of_the_callers_is_changed(model, tokenizer, 
     assert isinstance(first[0], TaskResult)
 
 
+def test_lm_evals_own_tasks_are_not_read_for_those_of_a_folder(folder):
+    own = _manager(["was_first", "was_second"], folder)
+    assert set(own.all_tasks) == {"was_first", "was_second", "was_lost", "was_both"}
+    assert _manager(["was_second"], folder) is own
+
+
+@pytest.mark.slow  # as above
 def test_an_unknown_task_names_close_ones(model, tokenizer, folder):
     with pytest.raises(ConfigError, match="no task, group or tag 'was_frist'; close names: was_first"):
         evaluate_tasks(model, tokenizer, ["was_frist"], include_path=folder)

@@ -25,7 +25,7 @@ from was_search.studies.slots import SlotState
 from was_storage.studies.overview import read_snapshot
 from was_storage.studies.store import StudyStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow(seconds=90)]
 
 STUDY = "controlled"
 
