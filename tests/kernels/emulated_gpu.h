@@ -95,6 +95,10 @@ static inline float __shfl_xor_sync(unsigned, float value, int step) {
     return same_bits<float>(among_lanes(same_bits<uint32_t>(value), [=](auto& of, int lane) { return of[lane ^ step]; }));
 }
 
+static inline float __shfl_sync(unsigned, float value, int from) {
+    return same_bits<float>(among_lanes(same_bits<uint32_t>(value), [=](auto& of, int) { return of[from]; }));
+}
+
 static inline unsigned __ballot_sync(unsigned, bool vote) {
     return among_lanes(vote, [](auto& of, int) {
         unsigned votes = 0;

@@ -97,7 +97,7 @@ class _Kernel:
 def translated(path: Path, name: str) -> str:
     """The source at ``path`` for a C++ compiler, with ``launch`` to run its kernel ``name``."""
     text = re.sub(r'#include "(\w+\.cuh)"', lambda found: (path.parent / found[1]).read_text(), path.read_text())
-    text = _without_assembly(text).replace('asm volatile("trap;")', "__builtin_trap()").replace('extern "C"', "static")
+    text = _without_assembly(text.replace('asm volatile("trap;")', "__builtin_trap()")).replace('extern "C"', "static")
     plain = re.sub(r"//[^\n]*", "", text)
     parameters = re.search(rf"\b{name}\(([^{{]*)\) \{{", plain)
     assert parameters is not None

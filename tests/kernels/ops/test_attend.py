@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.gemv_group import NAN
-from was_kernels.ops.attend import AttendStep, attend, attend_in_parts
+from was_kernels.ops.attend import AttendStep, attend, attend_in_parts, choose_walk
 from was_kernels.ops.attention_parts import AttentionParts
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.gather_gemv import gather_gemv
@@ -115,6 +115,10 @@ CASES = [
     (8, 3, 1, 64, 64, 63),
     (1, 2, 2, 32, 512, 256),
     (2, 3, 1, 32, 2000, 1999),
+    (1, 32, 1, 128, 2000, 1777),
+    (3, 2, 6, 64, 5000, 4999),
+    (1, 4, 8, 128, 20000, 19000),
+    (16, 8, 4, 64, 1100, 0),
 ]
 
 
@@ -253,3 +257,17 @@ def test_the_reader_merges_parts_and_moves_the_length_on(cuda, dtype, case):
     torch.testing.assert_close(squares.sum(1), found.float().square().sum(1), rtol=1e-5, atol=1e-5)
     assert int(given.length) == filled + 1
     assert not arrived.any()
+
+
+@pytest.mark.parametrize("head", [32, 64, 128, 256])
+@pytest.mark.parametrize("queries", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("longest", [1, 63, 1024, 5000, 131072])
+def test_every_walk_fits_the_device(head, queries, longest):
+    for heads in (1, 8, 40, 512):
+        walk = choose_walk(heads, queries, head, longest, 132)
+        assert 1 <= walk.splits <= 64
+        assert walk.splits == 1 or walk.splits * heads <= 2 * 132 * (128 // min(head, 128))
+        assert walk.warps * 32 * 8 % head == 0 and walk.residents * walk.warps * 32 <= 2048
+        assert not walk.mma or (queries <= 8 and head in (64, 128))
+        # Merged in shared memory beside a tile walk's queries, key and value: 48 KiB at most.
+        assert 4 * walk.warps * queries * (head + 2) + walk.mma * 2 * (queries + 2) * head <= 48 * 1024

@@ -21,7 +21,7 @@ from tests.kernels.gemv_group import rounded
 from tests.kernels.ops.test_attend import copied, inputs, masked, normed, without_nan
 from was_kernels.ops import attend as attend_module
 from was_kernels.ops import gather_launch, step_ends
-from was_kernels.ops.attend import attend, attend_in_parts
+from was_kernels.ops.attend import Walk, attend, attend_in_parts
 from was_kernels.ops.attention_parts import AttentionParts
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.gather_gemv import gather_gemv
@@ -173,16 +173,32 @@ CASES = [
 ]
 
 
+TILED = [(1, 4, 1, 128, 300, 256), (2, 2, 3, 128, 40, 0), (3, 2, 2, 64, 77, 50), (1, 1, 8, 64, 700, 699)]
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("normed_and_masked", [False, True])
 def test_attend(gpu, case, normed_and_masked):
+    check_attention(gpu, case, normed_and_masked)
+
+
+@pytest.mark.parametrize("normed_and_masked", [False, True])
+@pytest.mark.parametrize("case", TILED)
+def test_attend_by_tiles(gpu, case, normed_and_masked, monkeypatch):
+    walk = Walk(True, 2, 1, 3, 2)
+    monkeypatch.setattr(attend_module, "choose_walk", lambda *_: walk)
+    check_attention(gpu, case, normed_and_masked)
+    assert all(macros["MMA"] for _, macros, _ in gpu.launches)
+
+
+def check_attention(gpu, case, normed_and_masked):
     rows, heads, _, head, _, filled = case
     given = inputs(*case, HALF, "cpu")
     if normed_and_masked:
         given = masked(normed(given))
     exact = without_nan(copied(given, "cpu", torch.float64))
     expected = attend(exact, counters(CPU))
-    close_to = {"rtol": 2e-3, "atol": 2e-4}
+    close_to = {"rtol": 2e-3, "atol": 5e-4}  # tiles round the weights of positions to halves
     parts = attend_in_parts(copied(given))
     torch.testing.assert_close(parts.merged().double(), expected, **close_to)
     assert int(parts.length) == filled
@@ -199,11 +215,13 @@ def test_attend(gpu, case, normed_and_masked):
         assert torch.equal(own.values[:, :, filled], given.qkv.view(rows, -1, head)[:, -heads:])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_the_reader_of_attention_merges_its_parts(gpu, rows):
+@pytest.mark.parametrize(("rows", "splits"), [(1, 3), (2, 3), (5, 3), (1, 16), (2, 37)])
+def test_the_reader_of_attention_merges_its_parts(gpu, rows, splits):
     launch = Launch(rows, 1536, [136], HALF, residual=True, dense=True)
-    parts = torch.randn(rows, 6, 3, 2, 130, generator=torch.Generator().manual_seed(rows))
+    parts = torch.randn(rows, 6, splits, 2, 130, generator=torch.Generator().manual_seed(rows))
     parts[..., -1] = parts[..., -1].abs() + 0.1
+    parts[0, 1, :-1, :, -2:] = torch.tensor([-torch.inf, 0.0])  # a head of which most parts saw nothing
+    parts[0, 1, :-1, :, :-2] = 0.0
     attended = AttentionParts(parts, torch.tensor(5), HALF)
     launch.x = attended.merged()
     found, _ = launch.run(replace(launch.step(HALF), x=attended))

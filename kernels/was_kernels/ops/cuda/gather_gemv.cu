@@ -58,6 +58,7 @@ struct Group {
 #include "inputs.cuh"
 #include "weights.cuh"
 #if MMA
+#include "mma.cuh"
 #include "accumulate_mma.cuh"
 #elif BITS == 16
 #include "accumulate_half.cuh"

@@ -1,5 +1,5 @@
 // How weights come out of memory: loads that push nothing else out of the caches, and rounded codes as floats.
-// BF16, MMA, BITS and PER_LANE are macros of the source that includes this, after common.cuh.
+// BITS and PER_LANE are macros of the source that includes this, after common.cuh.
 
 // Weights are read once a step: they should not push out what is read again.
 __device__ __forceinline__ unsigned long long read_once() {
@@ -59,24 +59,5 @@ __device__ __forceinline__ float code(u32 word, int c) {
     const u32 moved = 4 * c <= 19 ? word << (19 - 4 * c) : word >> (4 * c - 19);
     return __uint_as_float((moved & 0x00780000u) | 0x3f800000u);
 #endif
-}
-#endif
-
-#if MMA
-__device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
-__device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
-
-// sums [16 outputs, 8 rows] += weights [16 outputs, 16 channels] times inputs [16 channels, 8 rows], as lanes hold
-// them.
-__device__ __forceinline__ void multiply(float* sums, const u32* weights, u32 input0, u32 input1) {
-    asm volatile(
-#if BF16
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(input0), "r"(input1));
 }
 #endif
