@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from was_kernels.runtime.saved import load_sparse
     from was_kernels.runtime.sparse_linear import SparseLinear
     from was_kernels.runtime.sparse_model import SparseModel, sparsify
+    from was_kernels.runtime.text_stream import TextStream
 
 __all__ = [
     "DecodingLoop",
     "Sampling",
     "SparseLinear",
     "SparseModel",
+    "TextStream",
     "load_sparse",
     "sparsify",
     "triton_available",
@@ -28,6 +30,7 @@ _LAZY = {
     "Sampling": "was_kernels.runtime.sampling",
     "SparseLinear": "was_kernels.runtime.sparse_linear",
     "SparseModel": "was_kernels.runtime.sparse_model",
+    "TextStream": "was_kernels.runtime.text_stream",
     "load_sparse": "was_kernels.runtime.saved",
     "sparsify": "was_kernels.runtime.sparse_model",
 }

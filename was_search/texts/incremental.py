@@ -66,9 +66,7 @@ def until_stop(parts: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
     Raises:
         ConfigError: one of ``stops`` is empty.
     """
-    stops = list(stops)
-    if "" in stops:
-        raise ConfigError("stop: a string that ends the text must not be empty")
+    stops = require_stops(stops)
     held = ""
     for part in parts:
         held += part
@@ -83,6 +81,18 @@ def until_stop(parts: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
             held = held[len(held) - keep :]
     if held:
         yield held
+
+
+def require_stops(stops: Iterable[str]) -> tuple[str, ...]:
+    """The strings that end a text; refuses an empty one, which every text holds.
+
+    Raises:
+        ConfigError: one of ``stops`` is empty.
+    """
+    stops = tuple(stops)
+    if "" in stops:
+        raise ConfigError("stop: a string that ends the text must not be empty")
+    return stops
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -51,6 +51,11 @@ class DecodingLoop:
         self._forward: Any = None
         self._kept: _Texts | None = None
 
+    @property
+    def eos(self) -> frozenset[int]:
+        """Ids that end a row where no others are given: those of the model's ``generation_config``."""
+        return frozenset(_stored_ends(self._model))
+
     def stream(
         self,
         ids: Tensor,
@@ -76,7 +81,7 @@ class DecodingLoop:
                 ``max_new_tokens`` is under 1.
         """
         ids, mask = _checked(ids, mask, max_new_tokens, self._model.get_input_embeddings().weight.device)
-        ends = frozenset(_stored_ends(self._model) if eos is None else eos)
+        ends = self.eos if eos is None else frozenset(eos)
         return self._stream(ids, mask, max_new_tokens, sampling, ends)
 
     def drop(self) -> None:
