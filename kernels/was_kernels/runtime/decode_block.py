@@ -180,14 +180,21 @@ def _is_row_of_flags(mask: Any, longest: int) -> bool:
     return mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] >= longest and mask.stride(3) == 1
 
 
-def fits(layer: Any) -> bool:
-    """Whether :class:`DecodeBlock` covers this block, its projections swapped: class, activation, sizes and dtype."""
+def is_known(layer: Any) -> bool:
+    """Whether it is clear what this block's step does: class and activation."""
     kind = type(layer)
     if not kind.__module__.startswith(FAMILIES.get(kind.__name__, " ")):
         return False
+    return type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+
+def fits(layer: Any) -> bool:
+    """Whether :class:`DecodeBlock` covers this block, its projections swapped: :func:`is_known`, sizes and dtype."""
+    if not is_known(layer):
+        return False
     attention, mlp = layer.self_attn, layer.mlp
     down, q, k = mlp.down_proj, attention.q_proj, attention.k_proj
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") or attention.head_dim not in HEAD_SIZES:
+    if attention.head_dim not in HEAD_SIZES:
         return False
     # Queries of one key head are kept in registers.
     if q.out_features // k.out_features * attention.head_dim > 1024:

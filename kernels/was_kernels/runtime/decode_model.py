@@ -53,7 +53,7 @@ class DecodeModel:
         self._steps = steps
         self._ends = (decoder.embed_tokens, decoder.rotary_emb, decoder.norm)
         self._prefix = prefix
-        self._max_rows = min(MAX_ROWS, *(step.max_rows for step in steps))
+        self._max_rows = min([MAX_ROWS, *(step.max_rows for step in steps)])
         self._frequencies: Tensor = decoder.rotary_emb.inv_freq.float().contiguous()
         self._scaling: float = float(decoder.rotary_emb.attention_scaling)
         self._names = tuple(inspect.signature(decoder.forward).parameters)
@@ -175,7 +175,15 @@ def row_of_flags(mask: Tensor, longest: int) -> Tensor:
 
 
 def fits(decoder: Any) -> bool:
-    """Whether :class:`DecodeModel` covers this decoder, its blocks fused: class, embeddings, rotation and norm."""
+    """Whether :class:`DecodeModel` covers this decoder, its blocks fused: as :func:`is_known`, and sizes and dtypes."""
+    if not is_known(decoder):
+        return False
+    weights = (decoder.embed_tokens.weight, decoder.norm.weight)
+    return all(weight.dtype in HALF and weight.shape[-1] % 8 == 0 for weight in weights)
+
+
+def is_known(decoder: Any) -> bool:
+    """Whether it is clear what this decoder's step does: class, embeddings, rotation and norm, all on one device."""
     kind = type(decoder)
     if not kind.__module__.startswith(FAMILIES.get(kind.__name__, " ")):
         return False
@@ -184,7 +192,6 @@ def fits(decoder: Any) -> bool:
         return False
     if getattr(rotary, "rope_type", "") not in _FIXED_ANGLES or not type(norm).__name__.endswith("RMSNorm"):
         return False
-    weights = [embeddings.weight, norm.weight]
     if len(decoder.layers) != decoder.config.num_hidden_layers or len({w.device for w in decoder.parameters()}) > 1:
         return False
-    return all(weight.dtype in HALF and weight.shape[-1] % 8 == 0 for weight in weights) and rotary.inv_freq.dim() == 1
+    return bool(rotary.inv_freq.dim() == 1)

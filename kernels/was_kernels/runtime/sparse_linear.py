@@ -7,11 +7,13 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from was_kernels.ops.column_bags import cutoffs
 from was_kernels.ops.column_weight import MAX_ROWS, SparseMap
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.ops.reference import kept_channels, score_mask_reference
 from was_kernels.runtime.counting import ProjectionCount
+from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import hold
 from was_kernels.runtime.positions import DensePrefix
 from was_search.checkpoints.structure import Projection
@@ -30,9 +32,9 @@ class SparseLinear(nn.Module):
 
     The weight is laid out column-major, and inputs are masked.
 
-    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded) or the
-    Triton one (``triton=True``), unless they have more than ``dense_above`` rows, which makes them dense; everything
-    else masks the input and multiplies densely. For inference: none passes a gradient.
+    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded), the
+    Triton one (``triton=True``) or bags on a CPU (``cpu=True``), unless they have more than ``dense_above`` rows, which
+    makes them dense; everything else masks the input and multiplies densely. For inference: none passes a gradient.
 
     Args:
         linear: what is replaced; its parameters are shared, and it must not be used until :meth:`restore_layout`.
@@ -42,6 +44,7 @@ class SparseLinear(nn.Module):
         triton: use the Triton kernels.
         dense_prompts: mask one-token steps only.
         counters: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
+        cpu: use :class:`was_kernels.runtime.cpu_product.CpuProduct` where it takes the weight.
         dense_above: one-token steps of more rows keep every channel; None: none do.
 
     Attributes:
@@ -49,6 +52,7 @@ class SparseLinear(nn.Module):
         weight: the linear's parameter, or its packed buffer.
         dtype: what the model computes in.
         channel_bytes: bytes of the weight of one input channel, with scales and offsets.
+        bags: the products with few rows on a CPU; None where other code makes them.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class SparseLinear(nn.Module):
         triton: bool,
         dense_prompts: bool = False,
         counters: Tensor | None = None,
+        cpu: bool = False,
         dense_above: int | None = DENSE_ABOVE,
     ) -> None:
         super().__init__()
@@ -91,11 +96,23 @@ class SparseLinear(nn.Module):
         self._max_rows = columns.max_rows
         fits = self.out_features % columns.multiple == 0 and self.in_features <= MAX_CHANNELS and self.dtype in HALF
         self._counters = counters if fits else None
+        self.bags = CpuProduct(self.held) if cpu and CpuProduct.takes(self.held) else None
+        self._cutoffs: tuple[int, Tensor] | None = None
 
     @property
     def sparse(self) -> SparseMap:
         """The map as the kernels take it."""
         return SparseMap(self.held.columns, self.norms, self.threshold, self.bias)
+
+    @property
+    def cutoffs(self) -> Tensor:
+        """:func:`was_kernels.ops.column_bags.cutoffs` of this map, found when they are first asked for and anew when
+        norms were written over."""
+        version = self.norms._version
+        if self._cutoffs is None or self._cutoffs[0] != version:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cutoffs = version, cutoffs(self.norms, self.threshold, self.dtype)
+        return self._cutoffs[1]
 
     def restore_layout(self) -> None:
         """Put the weight back as it was, bit for bit; the replaced linear may be used again."""
@@ -114,6 +131,8 @@ class SparseLinear(nn.Module):
         if self.count is not None and one_token:
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, threshold), dense)
         if threshold <= 0.0 or (self._dense_prompts and not one_token):
+            if self.bags is not None and one_token and self._on_cpu(x):
+                return self.bags.every(x.reshape(rows, self.in_features), self.bias).view(*x.shape[:-1], -1)
             return self.held.multiply(x, self.bias)
         if one_token:
             y = self._few_rows(x.reshape(rows, self.in_features), dense)
@@ -130,10 +149,20 @@ class SparseLinear(nn.Module):
             return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self._counters, early=True)
         if self._triton and rows <= MAX_ROWS:
             return self._gemv(x, self.sparse, dense)
+        if self.bags is not None and rows <= MAX_ROWS and self._on_cpu(x):
+            keep = x.abs() >= self.cutoffs
+            return self.bags.masked(x, keep if dense is None else keep | dense[:, None], self.bias)
         return None
 
+    def _on_cpu(self, x: Tensor) -> bool:
+        """Whether bags may be made of x: how many there are is known on the host only, and none passes a gradient."""
+        if x.dtype != self.dtype or torch.compiler.is_compiling() or not x.numel():
+            return False
+        return not (torch.is_grad_enabled() and x.requires_grad)
+
     def extra_repr(self) -> str:
-        kernels = "cuda" if self._counters is not None else "triton" if self._triton else "reference"
+        here = "reference" if self.bags is None else "cpu"
+        kernels = "cuda" if self._counters is not None else "triton" if self._triton else here
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, threshold={self.threshold:.4g}, {kernels}"

@@ -16,7 +16,7 @@ from was_kernels import triton_available
 from was_kernels.ops import nvrtc
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.gather_step import HALF
-from was_kernels.runtime import decode_model
+from was_kernels.runtime import cpu_step, decode_model
 from was_kernels.runtime.counting import KeptCounts, ProjectionCount
 from was_kernels.runtime.decode_block import DecodeBlock, fits
 from was_kernels.runtime.decode_model import DecodeModel
@@ -33,7 +33,7 @@ from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS, ModelShape
 
-Chosen = Literal["cuda", "triton", "reference"]
+Chosen = Literal["cuda", "triton", "cpu", "reference"]
 Backend = Literal["auto", Chosen]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,7 +58,7 @@ class SparseModel:
         model: the model, changed in place.
         plan: what is applied.
         shape: the model's projections.
-        backend: ``cuda``, ``triton`` or ``reference``.
+        backend: ``cuda``, ``triton``, ``cpu`` or ``reference``.
         fused: blocks whose one-token steps run fused.
         eager_because: why the last one-token step did not run from a CUDA graph; None if it did, or there was none.
     """
@@ -83,7 +83,7 @@ class SparseModel:
 
     @property
     def fused(self) -> int:
-        return len(self._fused)
+        return len(self._fused) if self._fused_decoder is None else self.shape.n_blocks
 
     @property
     def projections(self) -> list[SparseLinear]:
@@ -197,7 +197,8 @@ def sparsify(
         model: a transformers causal language model, or its decoder.
         plan: thresholds and norms for this model.
         backend: ``auto`` takes the CUDA kernels where all projections are on an NVIDIA GPU in half precision, else
-            Triton where their dtype has kernels, else the plain reference; any other name is taken or refused.
+            Triton where their dtype has kernels; ``cpu`` where all are on a CPU in half or single precision; else the
+            plain reference. Any other name is taken or refused.
         fingerprint: the checkpoint's, if known; checked against the plan's.
         dense_above: one-token steps of more rows keep every channel, since nearly all weights are read for one row or
             another and masking only costs; None: mask them all the same.
@@ -208,8 +209,8 @@ def sparsify(
     Raises:
         PlanError: the plan belongs to another model or to weights of another format, or the model runs a plan already.
         ModelError: the model lacks the seven projections, or some are not loaded (on the meta device).
-        ResourceError: ``cuda`` or ``triton`` was asked for and is not there.
-        ConfigError: ``backend`` is not one of the four, or cannot take the model's dtype; or ``dense_above`` is
+        ResourceError: ``cuda`` or ``triton`` was asked for and is not there, or ``cpu`` for a model elsewhere.
+        ConfigError: ``backend`` is not one of the five, or cannot take the model's dtype; or ``dense_above`` is
             under 1.
     """
     if dense_above is not None and dense_above < 1:
@@ -245,6 +246,7 @@ def sparsify(
                         triton=chosen in ("cuda", "triton"),
                         dense_prompts=plan.prefill == "dense",
                         counters=arrived.get(device_of(linear)),
+                        cpu=chosen == "cpu",
                         dense_above=dense_above,
                     )
                 members = masked.members if fused else masked.members[i : i + 1]
@@ -254,8 +256,12 @@ def sparsify(
         if chosen == "cuda":
             steps = _fuse_blocks(handle, structure, prefix, arrived, dense_above)
         decoder = _decoder(model, structure)
-        if len(steps) == len(structure.blocks) and decode_model.fits(decoder):
+        step: DecodeModel | None = None
+        if chosen == "cpu" and cpu_step.fits(decoder):
+            step = cpu_step.CpuModel(decoder, prefix, dense_above)
+        elif len(steps) == len(structure.blocks) and decode_model.fits(decoder):
             step = DecodeModel(decoder, steps, prefix)
+        if step is not None:
             fuse(decoder, step)
             handle._fused_decoder = decoder
             if graphs and supports(model):
@@ -316,6 +322,13 @@ def _choose_backend(backend: str, structure: Structure) -> Chosen:
             where = why_not or "the model is not wholly on a GPU"
             raise ResourceError(f"backend cuda: {where}; use backend auto or reference")
         return "cuda"
+    on_cpu = all(device_of(linear).type == "cpu" for linear in linears)
+    if backend == "cpu" or (backend == "auto" and on_cpu and dtypes <= set(_DTYPES)):
+        if not dtypes <= set(_DTYPES):
+            raise ConfigError(f"backend: cpu takes float16, bfloat16 and float32, the model has {dtypes}")
+        if not on_cpu:
+            raise ResourceError("backend cpu: the model is not wholly on a CPU; use backend auto or reference")
+        return "cpu"
     good, reason = triton_available()
     if backend == "auto":
         return "triton" if on_gpu and good and dtypes <= set(_DTYPES) else "reference"

@@ -148,7 +148,9 @@ class StepClock:
         except BaseException:
             self._handle.restore()
             raise
-        self.fused = self._handle.fused == len(structure.blocks) and len(tokens) <= DENSE_ABOVE
+        # On a CPU each projection is read by itself, also in steps that run fused.
+        whole = self._handle.backend == "cuda" and self._handle.fused == len(structure.blocks)
+        self.fused = whole and len(tokens) <= DENSE_ABOVE
         self.backend = f"{self._handle.backend}{', fused' if self.fused else ''}"
 
     def __enter__(self) -> StepClock:

@@ -60,7 +60,7 @@ def test_bench_times_dense_beside_the_plan(plan):
         assert 0.0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["tokens_per_s"] == pytest.approx(1e3 / row["p50_ms"])
         assert row["limit_ms"] == pytest.approx(1e3 * row["read_bytes"] / result["bandwidth_bytes_per_s"])
-    assert "reference" in result["backend"]
+    assert result["backend"] == "cpu, 12 of 12 blocks fused"
 
 
 def test_bench_prints_a_table(plan):

@@ -1,0 +1,99 @@
+"""One-token products on a CPU: bags of kept columns or the dense product, whichever was measured to be faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from was_kernels.ops.column_bags import ColumnBags, KeptList
+from was_kernels.runtime.held_weight import HeldWeight
+
+_LEAST_CALLS, _MOST_CALLS, _ENOUGH_SECONDS = 3, 8, 0.02
+
+_most_kept: dict[tuple[Any, ...], int] = {}
+"""What was measured in this process, by shape, dtype, threads and rows."""
+
+
+class CpuProduct:
+    """The products of one held weight with few rows.
+
+    Both ways are timed the first time that a shape is met with so many rows, threads and this dtype; the process keeps
+    the answer, so that equal inputs give equal outputs from then on.
+
+    Args:
+        held: a weight on a CPU, as stored.
+    """
+
+    def __init__(self, held: HeldWeight) -> None:
+        self._held = held
+        columns = held.columns.columns.detach()
+        self._d, self._width = columns.shape
+        self._dtype = held.dtype
+        self._bags = ColumnBags(columns, torch.get_num_threads())
+        self._limits: dict[tuple[int, int], int] = {}
+        with torch.inference_mode(False):
+            self._all = torch.arange(self._d)
+
+    @staticmethod
+    def takes(held: HeldWeight) -> bool:
+        """Whether this weight can be cut into bags."""
+        columns = held.columns
+        return columns.scales is None and columns.columns.is_contiguous() and not held.tensor.is_cuda
+
+    def masked(self, x: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of x [B, d], up to 16 rows, where ``keep``, bool [B, d] contiguous: [B, width]."""
+        kept = KeptList.of(x, keep)
+        return self.listed(kept, bias) if self.lists(x.shape[0], len(kept)) else self.written(x, keep, bias)
+
+    def every(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of x [B, d] with all channels."""
+        rows = x.shape[0]
+        if rows > 1 or not self.lists(rows, self._d):
+            return self._held.multiply(x, bias)
+        return self.listed(KeptList(self._all, x.reshape(-1), None), bias)
+
+    def lists(self, rows: int, kept: int) -> bool:
+        """Whether ``kept`` channels of all rows together are few enough for bags."""
+        key = (rows, torch.get_num_threads())
+        limit = self._limits.get(key)
+        if limit is None:
+            limit = self._limits[key] = self._measured(*key)
+        return kept <= limit
+
+    def listed(self, kept: KeptList, bias: Tensor | None) -> Tensor:
+        """The product by bags."""
+        y = self._bags.product(kept)
+        return y if bias is None else y + bias
+
+    def written(self, x: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
+        """The dense product with dropped channels written as zeros."""
+        return self._held.multiply(x.masked_fill(~keep, 0.0), bias)
+
+    @torch.no_grad()
+    def _measured(self, rows: int, threads: int) -> int:
+        key = (self._d, self._width, self._dtype, threads, rows)
+        if key not in _most_kept:
+            x = torch.ones((rows, self._d), dtype=self._dtype)
+            keep = torch.ones((rows, self._d), dtype=torch.bool)
+            dense = _seconds(lambda: self.written(x, keep, None))
+            bags = _seconds(lambda: self._bags.product(KeptList.of(x, keep)))
+            _most_kept[key] = int(dense / bags * rows * self._d)
+        return _most_kept[key]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """The shortest of a few calls."""
+    call()
+    fastest, spent = float("inf"), 0.0
+    for calls in range(_MOST_CALLS):
+        if calls >= _LEAST_CALLS and spent > _ENOUGH_SECONDS:
+            break
+        started = time.perf_counter()
+        call()
+        took = time.perf_counter() - started
+        fastest, spent = min(fastest, took), spent + took
+    return fastest

@@ -1,0 +1,107 @@
+"""Products on a CPU: both ways are right, the choice is made once, and SparseLinear takes them where they fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from was_kernels.runtime import cpu_product
+from was_kernels.runtime.cpu_product import CpuProduct
+from was_kernels.runtime.held_weight import StoredWeight
+from was_kernels.runtime.positions import DensePrefix
+from was_kernels.runtime.sparse_linear import SparseLinear
+from was_search.masks.score import column_norms, masked
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["bags", "dense", "measured"])
+def choice(request, monkeypatch):
+    """Which product is taken; "measured" leaves it to the clock."""
+    if request.param != "measured":
+        most = 10**9 if request.param == "bags" else -1
+        monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: most)
+    return request.param
+
+
+def linear_of(dtype: torch.dtype, *, bias: bool = True, sizes: tuple[int, int] = (65, 33)) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(*sizes, bias=bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (16, 1), (17, 1), (1, 6), (3, 4), (4,), ()])
+@pytest.mark.parametrize("threshold", [0.3, 0.0])
+def test_equals_the_masked_linear(choice, dtype, shape, threshold):
+    linear = linear_of(dtype, bias=len(shape) != 1)
+    norms = column_norms(linear.weight, "l2")
+    x = torch.randn(*shape, 65).to(dtype)
+    with torch.no_grad():
+        kept = masked(x, norms, threshold) if threshold else x
+        expected = nn.functional.linear(kept.double(), linear.weight.double())
+        expected = expected if linear.bias is None else expected + linear.bias.double()
+        sparse = SparseLinear(linear, norms, threshold, prefix=None, triton=False, cpu=True, dense_above=None)
+        found = sparse(x)
+    assert sparse.bags is not None
+    assert found.shape == expected.shape and found.dtype == dtype
+    # Two sums of up to 65 products of order 1, in different orders and each rounded once or twice to the dtype.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=eps, atol=4 * eps)
+
+
+def test_flagged_rows_are_dense(choice):
+    linear = linear_of(torch.float32)
+    norms = column_norms(linear.weight, "l2")
+    prefix = DensePrefix(2)
+    sparse = SparseLinear(linear, norms, 0.4, prefix=prefix, triton=False, cpu=True)
+    x = torch.randn(3, 1, 65)
+    prefix.begin({"input_ids": torch.zeros(3, 1), "position_ids": torch.tensor([[1], [7], [0]])})
+    with torch.no_grad():
+        found = sparse(x)
+        rows = torch.stack([x[0], masked(x[1], norms, 0.4), x[2]])
+        torch.testing.assert_close(found, nn.functional.linear(rows, linear.weight, linear.bias))
+
+
+def test_few_channels_are_listed_and_many_written(monkeypatch):
+    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: 30)
+    product = CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 64))))
+    taken = []
+    for name in ("listed", "written"):
+        monkeypatch.setattr(product, name, lambda *_, name=name: taken.append(name))
+    for kept in (0, 30, 31, 64):
+        product.masked(torch.ones(1, 64), (torch.arange(64) < kept)[None], None)
+    assert taken == ["listed", "listed", "written", "written"]
+
+
+def test_a_shape_is_timed_once_for_each_number_of_rows_and_threads(monkeypatch):
+    monkeypatch.setattr(cpu_product, "_most_kept", {})
+    timed = []
+    monkeypatch.setattr(cpu_product, "_seconds", lambda call: timed.append(call) or 1.0)
+    products = [CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 32)))) for _ in range(2)]
+    for product in products:
+        for rows in (1, 1, 2):
+            product.lists(rows, 5)
+    assert len(timed) == 4  # dense and bags, of one row and of two
+    assert cpu_product._most_kept == {
+        (64, 32, torch.float32, torch.get_num_threads(), rows): 64 * rows for rows in (1, 2)
+    }
+
+
+def test_weights_that_cannot_be_cut_are_left_to_the_dense_product():
+    linear = linear_of(torch.float32)
+    linear.weight.data = torch.zeros(33, 130)[:, ::2]
+    held = StoredWeight(linear)
+    assert CpuProduct.takes(held)  # holding it made it contiguous
+    held.tensor.data = torch.zeros(65, 66)[:, :33].t()
+    assert not CpuProduct.takes(held)
+
+
+def test_gradients_reach_the_input_and_other_dtypes_are_cast_by_autocast(choice):
+    linear = linear_of(torch.float32)
+    sparse = SparseLinear(linear, column_norms(linear.weight, "l2"), 0.3, prefix=None, triton=False, cpu=True)
+    x = torch.randn(1, 65, requires_grad=True)
+    sparse(x).sum().backward()
+    assert x.grad is not None and bool((x.grad != 0.0).any())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert sparse(x.detach().bfloat16()).dtype == torch.bfloat16
