@@ -48,6 +48,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDY = "chaos"
 UNDISTURBED = "undisturbed"
 PASSWORD_USER = "was_search"
+_MOST_NODES = 60
+"""Nodes of a run, those that took the place of others included; more say that none can be started."""
 
 
 class StuckError(AssertionError):
@@ -105,6 +107,11 @@ class RayNode:
     @property
     def up(self) -> bool:
         return "Ray runtime started" in self.log.read_text(errors="replace")
+
+    @property
+    def too_slow(self) -> bool:
+        """Whether Ray has given up waiting for it to start."""
+        return not self.up and "timed out during startup" in self.log.read_text(errors="replace")
 
     @property
     def raylet(self) -> int | None:
@@ -242,6 +249,8 @@ class Cluster:
     def supervise(self) -> None:
         """Take note of ended coordinators; start one where none is left and the study is unfinished.
 
+        A node that Ray has given up while it started, which takes more than 30 s on a busy machine, is started again.
+
         Raises:
             StuckError: a node died by itself.
         """
@@ -254,6 +263,9 @@ class Cluster:
                 self.finished = self.finished or code == 0
         for node in [self.head, *self.nodes]:
             if node.process.poll() is not None:
+                if node is not self.head and node.too_slow and self._nodes_made < _MOST_NODES:
+                    self.nodes[self.nodes.index(node)] = self._new_node()
+                    continue
                 self.stuck(f"{node.name} ended by itself with code {node.process.returncode}")
         if not self.coordinators and not self.finished and self.exits:
             self.abandoned = self.epoch()

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.chaos import processes
-from tests.chaos.cluster import Cluster, Plan, StuckError
+from tests.chaos.cluster import Cluster, Plan, RayNode, StuckError
 from tests.chaos.counted_worker import FOLDER
 
 
@@ -57,6 +59,27 @@ def test_a_frozen_process_stands_still_until_the_block_ends(tmp_path: Path) -> N
         processes.send(pid, signal.SIGKILL)  # one that has gone is no error
     finally:
         processes.end_all(tmp_path)
+
+
+def test_a_node_that_ray_gave_up_while_it_started_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def node(name: str, words: str, code: int | None) -> Any:
+        made = RayNode.__new__(RayNode)
+        made.name, made.log = name, tmp_path / f"{name}.log"
+        made.log.write_text(words)
+        made.process = SimpleNamespace(poll=lambda: code, returncode=code)  # type: ignore[assignment]
+        return made
+
+    cluster = Cluster(Plan(trials=1), folder=tmp_path)
+    cluster.head, cluster._nodes_made = node("head", "Ray runtime started", None), 2
+    cluster.nodes = [node("slow", "Exception: The current node timed out during startup.", 1)]
+    monkeypatch.setattr(Cluster, "_new_node", lambda self: node("next", "", None))
+    cluster.supervise()
+    assert [each.name for each in cluster.nodes] == ["next"]
+    cluster.nodes = [node("dead", "Ray runtime started\nException: a raylet died", 1)]
+    with pytest.raises(StuckError, match="dead ended by itself with code 1"):
+        cluster.supervise()
 
 
 def test_what_is_stuck_says_what_it_waited_for_and_shows_the_logs(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from typing import Any, Literal, NoReturn
 
 from was_search.errors import ConfigError
 from was_search.plan import Prefill
+from was_search.service.addresses import check_webhook, parse_address
 from was_search.service.asked import parse_increase, parse_speedups, parse_targets, percent_hint
 from was_search.service.options import Group, Rule, at_least, checked_by, options_of, setting
-from was_search.service.reports.metrics import parse_address
-from was_search.service.reports.webhook import check_webhook
 from was_search.shape import Masks, ScoreKind
 from was_search.studies.fitness import FitnessName
 from was_search.studies.sampling import MONOTONE, SamplerName

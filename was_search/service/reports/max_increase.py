@@ -8,7 +8,7 @@ from was_search.masks.intervals import paired_interval
 from was_search.service.reports.progress import Reporter
 from was_search.service.reports.study_report import increase
 from was_search.service.reports.targets import increase_on_test
-from was_search.service.targets.bracket import Bracket, BracketEnd
+from was_search.vectors.bracket import Bracket, BracketEnd
 
 if TYPE_CHECKING:
     from was_search.service.targets.several import TargetRun

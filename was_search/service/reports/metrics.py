@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from was_search.coordinator.search_progress import SearchProgress
-from was_search.errors import ConfigError, ResourceError
+from was_search.errors import ResourceError
+from was_search.service.addresses import parse_address
 
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Upper bounds of the histogram of evaluations' durations."""
@@ -84,15 +85,3 @@ def served(address: str, study: str) -> Iterator[Callable[[SearchProgress], None
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT`` or ``PORT``.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise ConfigError(f"metrics: must be HOST:PORT or PORT, got {address!r}")
-    return host.strip("[]") or "127.0.0.1", int(port)

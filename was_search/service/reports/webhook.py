@@ -10,29 +10,10 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from was_search.errors import ConfigError
 from was_search.process.plain_json import dumps
 
 TIMEOUT_SECONDS = 10.0
 _logger = logging.getLogger(__name__)
-
-
-def check_webhook(url: str) -> None:
-    """Raise a ConfigError unless ``url`` is "" or an http or https URL without a user or password.
-
-    The message does not repeat the URL: its path may be a secret.
-    """
-    if not url:
-        return
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        good = False
-    if not good or not url.isprintable() or " " in url:
-        raise ConfigError("notify: must be a URL that starts with http:// or https://")
-    if "@" in parts.netloc:
-        raise ConfigError("notify: must hold no user or password; give the receiver a secret path instead")
 
 
 def post(url: str, payload: Mapping[str, Any], *, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:

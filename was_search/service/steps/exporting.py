@@ -25,9 +25,9 @@ from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.candidates import Figures, Request, measure
 from was_search.service.steps.decode_time import predictions
 from was_search.service.steps.dense import Dense
+from was_search.service.steps.pages import report_study
 from was_search.service.steps.question import Question
 from was_search.service.steps.study import SearchResult
-from was_search.service.watching.live_page import report_study
 from was_search.shape import FloatArray
 from was_search.studies.names import folder_name
 from was_search.studies.origin import Origin, OriginKind

@@ -13,9 +13,9 @@ from was_search.service.reports.comparison import show_comparison
 from was_search.service.steps.budgets import budget_title
 from was_search.service.steps.comparison import Row, compare
 from was_search.service.steps.exporting import plans_folder, write_plan
+from was_search.service.steps.pages import report_study
 from was_search.service.steps.question import Question
 from was_search.service.steps.study import SearchResult, search
-from was_search.service.watching.live_page import report_study
 from was_search.service.watching.notify import announced
 from was_search.studies.control import EndingKind
 from was_search.texts.protocol import SPLITS

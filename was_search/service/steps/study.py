@@ -13,11 +13,12 @@ from was_search.service.context import Context
 from was_search.service.reports.metrics import served
 from was_search.service.reports.page import tally
 from was_search.service.steps.dense_predictions import check_vocabulary
+from was_search.service.steps.pages import study_page
 from was_search.service.steps.question import Question
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study_identity import identity, require_name, search_descent_options
 from was_search.service.steps.warm_start import warm_seeds
-from was_search.service.watching.live_page import LivePage, kept_fresh, study_page
+from was_search.service.watching.live_page import LivePage, kept_fresh
 from was_search.service.watching.notify import announced
 from was_search.service.watching.run_record import elsewhere, over_already, recorded
 from was_search.studies.control import LAST_SLOT, TOGETHER, Ending, EndingKind, limits_of
@@ -105,7 +106,7 @@ def _search_named(
     started = time.perf_counter()
     with store.coordinate(name) as session, draining() as drain:
         slots = session.slots()
-        ending = over_already(context.database, question, session, slots)
+        ending = over_already(context.database, session, slots, limits=limits_of(vars(settings)), together=together)
         if ending is not None:
             result = SearchResult(name, slots, seeds, question, drained=False, ending=ending)
             words = tally(slots, len(slots)) + (f"; {ending}" if ending.detail else "")

@@ -11,7 +11,6 @@ from was_search.service.context import Context
 from was_search.service.reports.max_increase import increase_on_search, show_bracket
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import study_name
-from was_search.service.targets.bracket import Bracket, BracketEnd, Probe, find_highest
 from was_search.service.targets.several import (
     DrainedError,
     TargetRun,
@@ -20,6 +19,7 @@ from was_search.service.targets.several import (
     report_targets,
     run_at,
 )
+from was_search.vectors.bracket import Bracket, BracketEnd, Probe, find_highest
 
 
 @dataclass(frozen=True)

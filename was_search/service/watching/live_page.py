@@ -1,4 +1,4 @@
-"""A study's page in optuna-dashboard: kept fresh while the search runs, and written once more when it has ended."""
+"""A study's page in optuna-dashboard, kept fresh while the search runs."""
 
 from __future__ import annotations
 
@@ -12,38 +12,18 @@ from was_search.coordinator.search_progress import SearchProgress
 from was_search.errors import StudyError
 from was_search.process.refresher import Refresher
 from was_search.service.reports.page import StudyPage
-from was_search.service.steps.question import Question
-from was_search.service.steps.seeding import sensitivity
 from was_search.service.watching.notify import failure_words
 from was_search.service.watching.run_record import Run
 from was_search.studies.control import Ending, EndingKind
 from was_search.studies.slots import Slot
-from was_search.vectors.seeds import Seed
 
 if TYPE_CHECKING:
-    from was_storage.server.database import Database
     from was_storage.studies.session import CoordinatorSession
 
 _LAST_PATIENCE_SECONDS = 20.0
 """Time for the database to come back before a run's last page is given up."""
 
 _logger = logging.getLogger(__name__)
-
-
-def study_page(study: str, seeds: list[Seed], question: Question) -> StudyPage:
-    """The page of ``study``, made of what does not change while it runs."""
-    settings = question.settings
-    return StudyPage(
-        study=study,
-        target=question.budget.flat,
-        fitness=settings.fitness,
-        kl_top_k=settings.kl_top_k,
-        protocol=question.tokens.search.protocol.describe(),
-        seeds={seed.name: seed.levels for seed in seeds},
-        sensitivity=sensitivity(question),
-        settings=settings.to_json(),
-        latency=question.latency,
-    )
 
 
 class LivePage:
@@ -115,19 +95,3 @@ def kept_fresh(live: LivePage, run: Run, *, least_seconds: float = 15.0) -> Iter
             live.write_last(Ending(EndingKind.FAILED, failure_words(error)))
             raise
     live.write_last(run.ending)
-
-
-def report_study(database: Database, study: str, seeds: list[Seed], question: Question) -> None:
-    """Write the page of a study that has been exported; a coordinator that runs it does so itself."""
-    from was_search.studies.overview import overview
-    from was_storage.dashboard.study_page import show_idle
-    from was_storage.studies.overview import read_snapshot
-    from was_storage.studies.store import StudyStore
-
-    snapshot = read_snapshot(database, study)
-    found = overview(snapshot)
-    play = f"{found.play}: {found.play_detail}" if found.play_detail else found.play
-    slots = StudyStore(database).slots(study)
-    page = study_page(study, seeds, question)
-    note = page.note(slots, len(slots), play, snapshot.report, datetime.now(UTC))
-    show_idle(database, study, note, page.figures(slots))

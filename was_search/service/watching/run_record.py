@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from was_search.errors import WasError
 from was_search.process.logs import event
 from was_search.service.context import Context
-from was_search.service.steps.question import Question
 from was_search.service.watching.notify import failure_words
-from was_search.studies.control import LAST_SLOT, Ending, EndingKind, Spent, Tally, Wish, limits_of
+from was_search.studies.control import LAST_SLOT, Ending, EndingKind, Limits, Spent, Tally, Wish
 from was_search.studies.slots import Slot
 
 if TYPE_CHECKING:
@@ -34,19 +33,25 @@ class Run:
 
 
 def over_already(
-    database: Database, question: Question, session: CoordinatorSession, slots: list[Slot]
+    database: Database, session: CoordinatorSession, slots: list[Slot], *, limits: Limits, together: frozenset[str]
 ) -> Ending | None:
-    """How the study has ended already: all slots have finished, or a limit is met; None if it has not."""
+    """How the study has ended already: all slots have finished, or a limit is met; None if it has not.
+
+    Args:
+        database: has what was spent.
+        session: the coordinator's session.
+        slots: the study's.
+        limits: those of the settings, which others may have changed since.
+        together: studies of the command, which share its limits on time.
+    """
     from was_storage.studies.control import ControlSession
 
     if all(slot.state.finished for slot in slots):
         return LAST_SLOT
     control = ControlSession(database, session)
     overrides = control.read().overrides
-    limits = overrides.limits(limits_of(vars(question.settings)))
-    rule = limits.met(
-        control.spent_before(), Tally.of(slots), overrides.shared(elsewhere(database, question.together, session.name))
-    )
+    shared = overrides.shared(elsewhere(database, together, session.name))
+    rule = overrides.limits(limits).met(control.spent_before(), Tally.of(slots), shared)
     return Ending(EndingKind.STOPPED, rule) if rule else None
 
 

@@ -9,8 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.servers.ports import free_port
 from tests.was_search.service.reports.test_progress import State
-from was_search.errors import ConfigError, ResourceError
-from was_search.service.reports.metrics import StudyMetrics, parse_address, served
+from was_search.errors import ResourceError
+from was_search.service.reports.metrics import StudyMetrics, served
 from was_search.studies.pool_state import PoolState, Quarantined
 from was_search.studies.slots import Slot, SlotState
 
@@ -77,15 +77,3 @@ def test_a_port_in_use():
             served(str(port), "s"),
         ):
             pass
-
-
-@pytest.mark.parametrize("address", ["x", "host:", ":0", "1:70000", "host:port"])
-def test_wrong_addresses(address):
-    with pytest.raises(ConfigError, match="metrics: must be HOST:PORT or PORT, got"):
-        parse_address(address)
-
-
-def test_addresses():
-    assert parse_address("9400") == ("127.0.0.1", 9400)
-    assert parse_address("0.0.0.0:9400") == ("0.0.0.0", 9400)
-    assert parse_address("[::1]:9400") == ("::1", 9400)

@@ -8,8 +8,8 @@ from was_search.errors import ConfigError
 from was_search.service.context import Context
 from was_search.service.reports.max_increase import conclusion
 from was_search.service.settings import Settings
-from was_search.service.targets.bracket import find_highest
 from was_search.service.targets.max_increase import run_max_increase
+from was_search.vectors.bracket import find_highest
 
 
 def test_a_closed_bracket_names_both_sides() -> None:

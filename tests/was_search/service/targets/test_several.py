@@ -21,7 +21,6 @@ from was_search.service.steps.calibration import calibrate
 from was_search.service.steps.exporting import export
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study import search
-from was_search.service.targets.bracket import BracketEnd
 from was_search.service.targets.interpolation import interpolate, may_interpolate
 from was_search.service.targets.max_increase import run_max_increase
 from was_search.service.targets.several import run_targets
@@ -29,6 +28,7 @@ from was_search.service.watching.control import change
 from was_search.studies.control import Overrides
 from was_search.studies.overview import overview
 from was_search.texts.protocol import perplexity
+from was_search.vectors.bracket import BracketEnd
 from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.seeds import retarget
 from was_storage.studies.control import ControlStore

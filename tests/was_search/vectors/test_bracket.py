@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from was_search.service.targets.bracket import Bracket, BracketEnd, Probe, find_highest
+from was_search.vectors.bracket import Bracket, BracketEnd, Probe, find_highest
 
 TOLERANCE = 0.005
 DEMO = ([0.0, 0.4, 0.5, 0.6, 0.7, 0.95], [0.0, 0.035, 0.087, 0.240, 0.731, 4.0])
