@@ -189,13 +189,23 @@ def read_bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / fastest
 
 
-def other_bytes(model: Any, batch: int, kv_length: int) -> int:
-    """What a step reads besides the projections: the head, and the cache of ``kv_length`` positions."""
+def head_bytes(model: Any) -> int:
+    """Bytes of the weight that makes the logits."""
+    weight = model.get_output_embeddings().weight
+    return int(weight.numel() * weight.element_size())
+
+
+def cache_bytes(model: Any, batch: int, kv_length: int) -> int:
+    """Bytes of keys and values of ``kv_length`` positions of ``batch`` rows, in the weights' dtype."""
     config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weight = model.get_output_embeddings().weight
     cached = 2 * batch * config.num_hidden_layers * config.num_key_value_heads * head * kv_length
-    return int((weight.numel() + cached) * weight.element_size())
+    return int(cached * model.get_output_embeddings().weight.element_size())
+
+
+def other_bytes(model: Any, batch: int, kv_length: int) -> int:
+    """What a step reads besides the projections: the head, and the cache of ``kv_length`` positions."""
+    return head_bytes(model) + cache_bytes(model, batch, kv_length)
 
 
 def projection_bytes(linears: list[nn.Module]) -> int:

@@ -188,7 +188,7 @@ def test_decoding_steps_take_the_folder_and_a_search_does_not(tmp_path):
         found = generate(context, loaded, "The", max_new_tokens=4)
         assert found.tokens == 4 and found.achieved > 0.3
         assert evaluate(context, loaded)[-1].achieved > 0.3
-        rows = bench(context, loaded, kv_length=32, steps=2)
+        rows = bench(context, loaded, kv_lengths=[32], steps=2)
         assert [row.name for row in rows] == ["dense", "plan"]
         with pytest.raises(ModelError, match="weights laid out for decoding; give the checkpoint itself"):
             _ = context.model.fingerprint

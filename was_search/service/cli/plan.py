@@ -87,22 +87,23 @@ def bench(
     invocation: Invocation,
     *,
     plan: PlanIn = None,
-    batch: Annotated[int, typer.Option(help="Rows that decode together.")] = 1,
-    kv_length: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
-    steps: Annotated[int, typer.Option(help="Steps timed for each row of the table.")] = 50,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile's dense step too.")] = False,
+    batch: Annotated[str, typer.Option(help="Rows that decode together; several: 1,2,4,8.")] = "1",
+    kv_length: Annotated[str, typer.Option(help="Positions in the cache; several: 256,4096,16384.")] = "256",
+    steps: Annotated[int, typer.Option(help="Steps timed, and tokens decoded, for each row of the table.")] = 50,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile's dense steps too.")] = False,
     profile: Annotated[
         str | None, typer.Option(help="File of 'was-search profile': print what it predicts too.")
     ] = None,
 ) -> None:
-    """Time one decode step, dense and with a plan, and show how much it reads."""
+    """Time decoding, dense and with a plan: a step and what it reads, tokens a second of our loop and of generate."""
     from was_search.service.steps import step_times
 
+    batches, kv_lengths = whole_numbers("batch", batch), whole_numbers("kv_length", kv_length)
     loaded, base = load_plan(plan)
     invocation.flags.update(profile=profile)
     invocation.run(
         lambda context: step_times.bench(
-            context, loaded, batch=batch, kv_length=kv_length, steps=steps, compiled=compiled
+            context, loaded, batches=batches, kv_lengths=kv_lengths, steps=steps, compiled=compiled
         ),
         base,
     )
@@ -142,6 +143,18 @@ def profile(
             again=again,
         )
     )
+
+
+def whole_numbers(name: str, given: str) -> list[int]:
+    """Numbers separated by commas.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{name}: must be whole numbers separated by commas, got {given!r}") from error
 
 
 def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,15 +60,22 @@ def test_bench_times_dense_beside_the_plan(plan):
     for row in result["rows"]:
         assert 0.0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["tokens_per_s"] == pytest.approx(1e3 / row["p50_ms"])
+        assert row["read_bytes"] == row["weight_bytes"] + row["cache_bytes"]
+        assert min(row["loop_tokens_per_s"], row["generate_tokens_per_s"]) > 0.0
         assert row["limit_ms"] == pytest.approx(1e3 * row["read_bytes"] / result["bandwidth_bytes_per_s"])
     assert result["backend"] == "cpu, 12 of 12 blocks fused"
 
 
 def test_bench_prints_a_table(plan):
-    found = run(app, ["bench", "--plan", str(plan), "--batch", "2", "--kv-length", "32", "--steps", "3"])
+    found = run(app, ["bench", "--plan", str(plan), "--batch", "1,2", "--kv-length", "32,64", "--steps", "3"])
     assert found.exit_code == 0, found.output
-    assert "One decode step, 2 rows, 32 positions" in found.output
-    assert "live" in found.output and "tokens/s" in found.output
+    for case in ("1 row, 32 positions", "1 row, 64 positions", "2 rows, 32 positions", "2 rows, 64 positions"):
+        assert f"One decode step, {case} in the cache" in found.output
+    assert found.output.count("Tokens a second, of all rows") == 1 and "decoding loop" in found.output
+    said = " ".join(found.output.split())
+    ends = re.findall(r"by the bytes read, (\d) rows?: a plan's step is under 1.1x as fast from about (\d+)", said)
+    assert [rows for rows, _ in ends] == ["1", "2"] and int(ends[0][1]) > int(ends[1][1]) > 100
+    assert "live" in found.output and "Tokens a second" in found.output
     assert "keep every channel" not in found.output
 
 
@@ -88,6 +96,10 @@ def test_bench_says_when_nothing_is_skipped_for_the_rows(plan):
         (["--batch", "0"], "batch: must be at least 1, got 0"),
         (["--kv-length", "8"], "kv_length: must be at least 32, got 8"),
         (["--steps", "0"], "steps: must be at least 1"),
+        (["--batch", "1,x"], "batch: must be whole numbers separated by commas, got '1,x'"),
+        (["--kv-length", ""], "kv_length: must be whole numbers separated by commas, got ''"),
+        (["--kv-length", "64,16"], "kv_length: must be at least 32, got 16"),
+        (["--kv-length", "64,9000"], "kv_length: 9000 and 50 steps exceed the model's"),
         (["--batch", "4000"], "tokens of test text, there are"),
     ],
 )
