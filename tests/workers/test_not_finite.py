@@ -19,6 +19,7 @@ from was_search.coordinator.calls import Call, Held
 from was_search.coordinator.model_calls import Calibrate, EvaluateThresholds, FindDenseTop, GreedyBlock, Price
 from was_search.errors import ModelError
 from was_search.masks.histogram import Histograms
+from was_search.service.cli import main
 from was_search.service.steps.demonstration import DEMO_FOLDER
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_workers.worker import Worker, WorkerSpec
@@ -136,21 +137,9 @@ def damaged_demo(folder: Path) -> Path:
     return folder
 
 
-def started(command: str, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    arguments = [
-        command,
-        "--model",
-        str(model),
-        "--data",
-        str(DEMO_FOLDER / "text"),
-        "--sequence-length",
-        "64",
-        *options,
-    ]
-    return subprocess.run(
-        [sys.executable, "-m", "was_search", *arguments],
-        capture_output=True, text=True, env={**os.environ, **environment()}, timeout=600,
-    )  # fmt: skip
+def words(command: str, model: Path, *options: str) -> list[str]:
+    text = str(DEMO_FOLDER / "text")
+    return ["was_search", command, "--model", str(model), "--data", text, "--sequence-length", "64", *options]
 
 
 @pytest.mark.ray
@@ -158,9 +147,10 @@ def started(command: str, model: Path, *options: str) -> subprocess.CompletedPro
 @pytest.mark.slow
 def test_calibration_ends_with_one_line_and_is_not_repeated(postgres_url: str, tmp_path: Path) -> None:
     small = ["--calibration-sequences", "4", "--device", "cpu", "--ray", "local", "--workers", "1"]
-    done = started(
-        "calibrate", damaged_demo(tmp_path / "model"), *small, "--storage", postgres_url, "--log-format", "text"
-    )
+    storage = ["--storage", postgres_url, "--log-format", "text"]
+    typed = words("calibrate", damaged_demo(tmp_path / "model"), *small, *storage)
+    env = {**os.environ, **environment()}
+    done = subprocess.run([sys.executable, "-m", *typed], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert line.startswith(f"error: calibration: {tmp_path / 'model'} in float32 gives NaN")
@@ -169,8 +159,12 @@ def test_calibration_ends_with_one_line_and_is_not_repeated(postgres_url: str, t
     assert "lost" not in done.stderr and "quarantine" not in done.stderr
 
 
-def test_evaluating_says_it_too(tmp_path: Path) -> None:
-    done = started("evaluate", damaged_demo(tmp_path / "model"), "--test-sequences", "2", "--device", "cpu")
-    assert done.returncode == 1
-    assert "error: loss of the dense model: model in float32 gives NaN or infinite numbers" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_evaluating_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    few = ["--test-sequences", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words("evaluate", damaged_demo(tmp_path / "model"), *few))
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    assert "error: loss of the dense model: model in float32 gives NaN or infinite numbers" in printed
+    assert "Traceback" not in printed
