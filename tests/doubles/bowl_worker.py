@@ -9,16 +9,16 @@ from typing import Any
 def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
     """A class for the pool; made here, so that Ray ships it by value.
 
-    Files in ``folder`` tell its processes what to do: ``slow-N`` makes the Nth worker (from 0, by its first call)
+    Files in ``folder`` tell its processes what to do: ``slow-N`` makes the Nth worker of the pool (from 0)
     sleep as many seconds as the file says, ``held-N`` keeps it in its evaluation until the file is removed,
     ``failing-N`` makes it die at every evaluation, restarted or not, until the file is removed. Each evaluation or
     shard appends a line to ``evaluations``.
     """
 
     class BowlWorker:
-        def __init__(self, spec: Any) -> None:
+        def __init__(self, spec: Any, number: int = 0) -> None:
             self.spec = spec
-            self.number = -1
+            self.number = number
 
         def place(self) -> Any:
             import os
@@ -27,18 +27,6 @@ def bowl_worker(folder: Path, *, seconds: float = 0.1) -> type:
 
             from was_workers.worker import Place
 
-            actor = ray.get_runtime_context().get_actor_id()
-            names = folder / "actors"
-            names.mkdir(exist_ok=True)
-            if not (names / actor).exists():  # a restarted process is the same worker
-                for number in range(1000):
-                    try:
-                        (folder / f"number-{number}").touch(exist_ok=False)
-                    except FileExistsError:
-                        continue
-                    (names / actor).write_text(str(number))
-                    break
-            self.number = int((names / actor).read_text())
             return Place(ray.get_runtime_context().get_node_id(), "host", os.getpid())
 
         def prepare(self) -> Any:

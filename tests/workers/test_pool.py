@@ -47,7 +47,7 @@ def pool(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def start(failing: str = "") -> Pool:
         class Told:  # local, so that Ray ships it by value
-            def __init__(self, spec: WorkerSpec) -> None:
+            def __init__(self, spec: WorkerSpec, number: int = 0) -> None:
                 self.spec = spec
 
             def place(self) -> Place:
@@ -270,9 +270,17 @@ def test_a_worker_of_another_version_is_refused_with_both_named(pool) -> None:
         pool(failing="version").wait_idle(ENDLESS)
 
 
+def without_ray() -> Members:
+    """Members whose actors are nothing."""
+    threads = ThreadShare(0, divided=False)
+    return Members(CallsInFlight(), lambda number: None, threads=threads, goes=lambda node: False)
+
+
 def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
     """Ray answers that the actor is unavailable for as long as it restarts: on a busy machine, many times."""
-    members = Members(CallsInFlight(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    members = Members(
+        CallsInFlight(), lambda number: None, threads=ThreadShare(0, divided=False), goes=lambda node: False
+    )
     member = Member(0, None)
     ending = CallEnd(CallInFlight(member, PREPARE), gone=ActorUnavailableError("The actor is restarting.", None))
     for _ in range(100):
@@ -288,7 +296,9 @@ def test_a_node_without_its_gpu_ends_nothing_while_others_still_load(monkeypatch
     """The first answer may come from the sick one; only the last that fails says that nobody can."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: killed.append(actor))
-    members = Members(CallsInFlight(), lambda: None, threads=ThreadShare(0, divided=False), goes=lambda node: False)
+    members = Members(
+        CallsInFlight(), lambda number: None, threads=ThreadShare(0, divided=False), goes=lambda node: False
+    )
     members.all = [Member(i, f"actor-{i}", place=Place("node", "host", i)) for i in range(2)] + [Member(2, "waits")]
     error = ResourceError("device: cuda was asked for and no GPU was found")
     first, second, _ = members.all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -26,11 +26,12 @@ class Member:
 
     Attributes:
         index: its number in the pool.
-        actor: Ray's handle.
+        actor: Ray's handle of its process; None between one process and the next.
         place: where its process is; None while it waits for a place.
         info: what it said when it had last loaded its model; None before.
         ready: its process holds the model.
         failures: failed attempts to become ready, in a row.
+        began: when its first process was asked for, by the monotonic clock.
         restarting_since: when it was first found to be restarting, by the monotonic clock.
         leaving: it goes once its call has ended.
         gone_by: when its node, which is being drained, goes away: seconds since the epoch, ``inf`` if that is open;
@@ -39,11 +40,12 @@ class Member:
     """
 
     index: int
-    actor: Any
+    actor: Any = None
     place: Place | None = None
     info: WorkerInfo | None = None
     ready: bool = False
     failures: int = 0
+    began: float = field(default_factory=time.monotonic)
     restarting_since: float | None = None
     leaving: bool = False
     gone_by: float | None = None

@@ -17,6 +17,7 @@ from was_search import __version__
 from was_search.coordinator.contracts import Outcome
 from was_search.errors import DeviceLostError, ResourceError, TransientError
 from was_workers.calls_in_flight import PLACE, PREPARE, CallEnd, CallInFlight, CallsInFlight
+from was_workers.deaths import death_of
 from was_workers.member import Member, Quarantine
 from was_workers.threads import ThreadShare
 from was_workers.worker import WorkerInfo
@@ -25,7 +26,13 @@ PREPARE_SECONDS = 3600.0
 """Time for a worker to load its model; a hub id may have to be downloaded."""
 
 _RECOVERIES = 8
-"""Failures in a row to become ready before a worker is given up."""
+"""Failures in a row to become ready before a worker is given up that has been ready before."""
+
+_STARTS = 4
+"""Failures in a row before one is given up that never was ready."""
+
+_STARTS_SECONDS = 45.0
+"""Time after which two failures are enough for that: a large model may die late in its load."""
 
 _GIVEN_UP_SECONDS = 600.0
 """Time after which the place of a worker that was given up is tried again."""
@@ -38,7 +45,7 @@ class Members:
 
     Args:
         calls: those in flight.
-        new_actor: makes an actor.
+        new_actor: makes the actor of a worker, by its number.
         threads: CPU threads of each worker.
         goes: whether the node of this id is about to be taken away.
 
@@ -46,11 +53,18 @@ class Members:
         all: in the order of their start.
         idle: the ready ones without a call, the next to get one first.
         outcomes: of calls that have ended and were not handed over yet.
-        last_loss: why the last call was lost.
+        last_loss: why the last process or call was lost.
+        n_failures: processes and loads that failed before their worker was ready.
+        were_ready: whether any worker ever was ready.
     """
 
     def __init__(
-        self, calls: CallsInFlight, new_actor: Callable[[], Any], *, threads: ThreadShare, goes: Callable[[str], bool]
+        self,
+        calls: CallsInFlight,
+        new_actor: Callable[[int], Any],
+        *,
+        threads: ThreadShare,
+        goes: Callable[[str], bool],
     ) -> None:
         self._calls = calls
         self._new_actor = new_actor
@@ -60,6 +74,8 @@ class Members:
         self.idle: deque[Member] = deque()
         self.outcomes: list[Outcome] = []
         self.last_loss = ""
+        self.n_failures = 0
+        self.were_ready = False
         self._next_index = 0
         self._recovering: list[tuple[float, Member]] = []
         self._given_up: list[float] = []
@@ -79,6 +95,12 @@ class Members:
         self._given_up = [at for at in self._given_up if now - at < _GIVEN_UP_SECONDS]
         return len(self._given_up)
 
+    @property
+    def all_lost(self) -> str:
+        """What to say where no worker is left."""
+        what = "every worker was lost and could not be restarted" if self.were_ready else "no worker could be started"
+        return f"{what}: {self.n_failures} process(es) failed before they were ready; the last: {self.last_loss}"
+
     def forgive(self) -> None:
         """Try the places of workers that were given up again."""
         self._given_up.clear()
@@ -86,21 +108,21 @@ class Members:
     def close(self) -> None:
         """Kill the actors; calls in flight are lost."""
         for member in self.all:
-            ray.kill(member.actor, no_restart=True)
+            _end_process(member)
         self.all.clear()
         self.idle.clear()
         self._calls.clear()
 
     def start(self) -> None:
         """Start one more worker."""
-        member = Member(self._next_index, self._new_actor())
+        member = Member(self._next_index)
         self._next_index += 1
         self.all.append(member)
         self._locate(member)
 
     def let_go(self, member: Member) -> None:
         """End a worker; its call in flight is dropped."""
-        ray.kill(member.actor, no_restart=True)
+        _end_process(member)
         self.all.remove(member)
         self._take_off(member)
         self._recovering = [entry for entry in self._recovering if entry[1] is not member]
@@ -115,7 +137,7 @@ class Members:
     def restart(self, member: Member) -> None:
         """Replace the worker's process; its call in flight is dropped."""
         member.place, member.ready = None, False
-        ray.kill(member.actor, no_restart=False)
+        _end_process(member)
         self._calls.drop_all_of(member)
         self._take_off(member)
         self._recovering.append((time.monotonic() + 0.25, member))
@@ -159,10 +181,13 @@ class Members:
 
         Raises:
             WasError: it cannot load its model, no other has, and none is trying.
-            ResourceError: it runs another version of was-search.
+            ResourceError: it runs another version of was-search, or its code cannot be imported and no other's could.
         """
         call, member = ending.call, ending.call.member
-        if ending.gone is not None:
+        if ending.gone is not None and call.ours and (death := death_of(ending.gone)).again:
+            _end_process(member)
+            self._cannot_start(member, ResourceError(f"ray: {member.name} cannot be started: {death.words}"))
+        elif ending.gone is not None:
             self._lost(call, ending.gone)
         elif ending.raised is not None:
             self._raised(call, ending.raised)
@@ -175,6 +200,7 @@ class Members:
         elif call.ticket == PREPARE:
             _require_same_version(ending.value)
             member.info, member.ready, member.failures, member.restarting_since = ending.value, True, 0, None
+            self.were_ready = True
             self.threads.tell(member)
             self._release(member)
         else:
@@ -204,49 +230,64 @@ class Members:
                 self._hung(call, f"no answer from {call.member.name}, {reason}")
 
     def _hung(self, call: CallInFlight, words: str) -> None:
-        ray.kill(call.member.actor, no_restart=False)
         self._lost(call, TimeoutError(words))
 
     def _raised(self, call: CallInFlight, cause: BaseException) -> None:
         """Go on after a call whose own code raised ``cause``; the process lives."""
-        member = call.member
-        if isinstance(cause, DeviceLostError):
-            ray.kill(member.actor, no_restart=False)
+        if isinstance(cause, DeviceLostError) or (call.ours and isinstance(cause, TransientError)):
             self._lost(call, cause)
-        elif not call.ours:
-            self._release(member)
-            self._end(call, error=cause)
-        elif isinstance(cause, TransientError):
-            self._lost(call, cause)
-        elif any(other.info is not None or other.place is not None for other in self.all if other is not member):
-            # Others have loaded the same model, or may yet: then it is this node that lacks something.
-            _logger.warning("%s cannot load the model and is let go: %s", member.name, cause)
-            self._give_up(member)
+        elif call.ours:
+            self._cannot_start(call.member, cause)
         else:
+            self._release(call.member)
+            self._end(call, error=cause)
+
+    def _cannot_start(self, member: Member, cause: BaseException) -> None:
+        """Let go of a worker that would fail again; where no other may do better, that is the end."""
+        if not any(other.info is not None or other.place is not None for other in self.all if other is not member):
             raise cause
+        # Others have loaded the same model, or may yet: then it is this node that lacks something.
+        _logger.warning("%s cannot load the model and is let go: %s", member.name, cause)
+        self._give_up(member)
 
     def _lost(self, call: CallInFlight, error: BaseException) -> None:
         """Go on after a call whose worker's process is gone, or is no longer waited for."""
-        member = call.member
-        member.place, member.ready = None, False
+        member, death = call.member, death_of(error)
+        was_ready, member.place, member.ready = member.ready, None, False
         if not call.ours:
             taken_away = member.gone_by is not None or bool(getattr(error, "preempted", False))
             self._end(call, error=error, lost=True, blameless=taken_away)
-        self.last_loss = f"{type(error).__name__}: {error}"
-        if call.ours and isinstance(error, ActorUnavailableError) and not member.going:
-            # Still restarting: its node is busy, or there is none for it yet. That is no failure of its own.
+        self.last_loss = death.words
+        if not isinstance(error, ActorUnavailableError):
+            _end_process(member)
+        elif call.ours and not member.going:
+            # It cannot be reached, and Ray does not know yet whether it lives. That is no failure of its own.
             now = time.monotonic()
             member.restarting_since = member.restarting_since or now
             if now - member.restarting_since < PREPARE_SECONDS:
                 self._recovering.append((now + 1.0, member))
                 return
-        member.failures += 1
         if member.going:
             self.let_go(member)
-        elif member.failures > _RECOVERIES:
+            return
+        member.failures += 1
+        if not was_ready:
+            self.n_failures += 1
+            _logger.warning(
+                "%s failed before it was ready, %d time(s) in a row: %s", member.name, member.failures, death.reason
+            )
+        if self._hopeless(member):
+            _logger.warning("%s is given up for %.0f s: %s", member.name, _GIVEN_UP_SECONDS, death.words)
             self._give_up(member)
         else:
-            self._recovering.append((time.monotonic() + min(0.25 * 2.0**member.failures, 10.0), member))
+            self._recovering.append((time.monotonic() + min(0.125 * 2.0**member.failures, 10.0), member))
+
+    def _hopeless(self, member: Member) -> bool:
+        """Whether a worker has failed so often that another process would too."""
+        if member.info is not None:
+            return member.failures > _RECOVERIES
+        long = time.monotonic() - member.began > _STARTS_SECONDS
+        return member.failures >= (2 if long else _STARTS)
 
     def _give_up(self, member: Member) -> None:
         """Let go of a worker that cannot be helped; nobody takes its place for a while."""
@@ -254,8 +295,10 @@ class Members:
         self._given_up.append(time.monotonic())
 
     def _locate(self, member: Member) -> None:
-        """Ask where the worker is: it answers once it has a place, however long that takes."""
+        """Ask where the worker is, which gets a process if it has none: it answers once it has a place."""
         member.place = None
+        if member.actor is None:
+            member.actor = self._new_actor(member.index)
         self._calls.start(member, PLACE, member.actor.place.remote(), math.inf)
 
     def _release(self, member: Member) -> None:
@@ -273,6 +316,12 @@ class Members:
         self.outcomes.append(
             Outcome(call.ticket, call.member.name, index=call.member.index, seconds=call.seconds, **how)
         )
+
+
+def _end_process(member: Member) -> None:
+    if member.actor is not None:
+        ray.kill(member.actor, no_restart=True)
+        member.actor = None
 
 
 def _require_same_version(info: WorkerInfo) -> None:

@@ -32,9 +32,9 @@ T = TypeVar("T")
 class Pool:
     """Actors, one call at a time on each. Used by one thread; closes with its context.
 
-    ``submit`` needs an idle worker, ``wait`` returns what has ended. Actors restart by themselves
-    (``max_restarts=-1``); a worker that was lost becomes idle again once it has loaded its model. Calls are never
-    repeated by Ray (``max_task_retries=0``): the caller decides.
+    ``submit`` needs an idle worker, ``wait`` returns what has ended. A worker that was lost gets a new process, and is
+    idle again once that has loaded the model. Ray restarts no actor by itself (``max_restarts=0``), for then it does
+    not say why one has died, and repeats no call (``max_task_retries=0``): the caller decides.
 
     The pool keeps its own size, in ``wait``: as many workers as are useful (:meth:`need`) within the range asked for.
     Those that the cluster has no place for yet stay pending, which is what Ray's autoscaler sees as demand. A worker on
@@ -70,13 +70,13 @@ class Pool:
         asked = fitting(_as_range(n_workers), cluster, gpus_per_worker)
         # A local Ray is ours alone and counts the processors it was started with: it must not keep a worker waiting.
         actor_class = ray.remote(Worker).options(
-            num_cpus=0 if cluster.local else 1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0
+            num_cpus=0 if cluster.local else 1, num_gpus=gpus_per_worker, max_restarts=0, max_task_retries=0
         )
         threads = ThreadShare(spec.threads, divided=divide_threads)
         self._calls = CallsInFlight()
         self._members = Members(
             self._calls,
-            lambda: actor_class.remote(dataclasses.replace(spec, threads=threads.each)),
+            lambda number: actor_class.remote(dataclasses.replace(spec, threads=threads.each), number),
             threads=threads,
             goes=lambda node: self._size.goes(node),
         )
@@ -242,8 +242,7 @@ class Pool:
         if self._size.due or not self._members.all:
             self._size.keep()
         if not self._members.all:
-            reason = self._members.last_loss
-            raise ResourceError(f"every worker was lost and could not be restarted; the last error: {reason}")
+            raise ResourceError(self._members.all_lost)
 
     def wait_idle(self, timeout_seconds: float = PREPARE_SECONDS) -> None:
         """Block until a worker is idle.
@@ -276,7 +275,8 @@ class Pool:
         end = time.monotonic() + timeout_seconds
         while not there():
             if time.monotonic() > end:
-                raise ResourceError(f"{what} {timeout_seconds:.0f} s; are there enough free resources?")
+                reason = self._members.last_loss or "are there enough free resources?"
+                raise ResourceError(f"{what} {timeout_seconds:.0f} s; {reason}")
             self.turn(1.0)
 
 

@@ -89,13 +89,18 @@ class WorkerInfo:
 class Worker:
     """One model on one device; between calls it keeps only the model and the shared values of the last call.
 
-    The model is loaded at the first call and kept: a restarted process loads it again by itself, and an
+    The model is loaded at the first call and kept: a new process loads it again by itself, and an
     unreadable model is an ordinary error of that call instead of a failed start.
+
+    Args:
+        spec: what it loads.
+        number: its number in the pool, for its log.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, number: int = 0) -> None:
         configure(spec.log_format)
         self._spec = spec
+        self._number = number
         self._loaded: _Loaded | None = None
         self._shared = SharedMemory()
 
@@ -146,7 +151,8 @@ class Worker:
 
     def _ready(self) -> _Loaded:
         if self._loaded is None:
-            self._loaded = _load(self._spec)
+            with bound(worker=f"worker-{self._number}"):
+                self._loaded = _load(self._spec)
         return self._loaded
 
 
@@ -202,8 +208,14 @@ def _logged(what: str, about: Ids | None, **figures: Any) -> Iterator[dict[str, 
 _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory")
+
+
 class _transient_memory:  # noqa: N801 - reads as a statement
-    """Turns a GPU's errors into ours: out of memory may pass (another worker has it), a broken context does not."""
+    """Turns errors of memory and of a GPU into ours.
+
+    Out of memory may pass (another worker has it), a broken context does not.
+    """
 
     def __enter__(self) -> None:
         return None
@@ -215,6 +227,13 @@ class _transient_memory:  # noqa: N801 - reads as a statement
             torch.cuda.empty_cache()
             raise TransientError(
                 f"GPU out of memory ({error}); use a smaller --batch-size, fewer workers a GPU, or more GPUs"
+            ) from None
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in _NO_MEMORY)
+        ):
+            raise TransientError(
+                f"out of main memory ({(str(error).splitlines() or ['MemoryError'])[0]}); use fewer --workers or a "
+                "smaller --batch-size, or a machine with more memory (a limit may be set: 'ulimit -v', a container's)"
             ) from None
         if isinstance(error, RuntimeError) and any(word in str(error) for word in _DEVICE_ERRORS):
             raise DeviceLostError(f"the GPU failed ({str(error).splitlines()[0]})") from None
