@@ -8,7 +8,8 @@ State of the whole process that our packages change, beyond what a block puts ba
 - Logging: :func:`configure` sets the handlers of our packages' loggers and what :func:`configured` gives. Optuna's
   logger shows warnings and above once ``was_search.studies.sampling`` is imported, those of Ray's job client once a
   ``was_workers.jobs.Jobs`` is made. ``was_workers.draining`` remembers that it has given its warning.
-- The environment: ``was_workers.cluster.connect`` sets ``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO`` where it is not set.
+- The environment: ``was_workers.cluster.connect`` sets ``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO`` where it is not set. It
+  also keeps Ray from printing what its own processes say.
 - Standard output and error, in the command's own process: ``was_search.process.streams.forgiving``.
 - In a worker's own process, the number of torch's threads.
 

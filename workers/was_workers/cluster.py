@@ -6,15 +6,17 @@ import importlib
 import logging
 import os
 import signal
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from was_search.errors import ResourceError
+from was_search.errors import ResourceError, WasError
 from was_search.process.redaction import SECRET_VARIABLES
 from was_search.process.signals import Terminated, handler_kept
+from was_workers.addresses import require_ray
+from was_workers.session_folder import rays_choice, session_folder
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """A variable that Ray sets in the processes of a job."""
@@ -42,17 +44,40 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
     """Ray for ``auto`` (the cluster named by RAY_ADDRESS, else local), ``local``, or an address.
 
     Raises:
-        ResourceError: no cluster answers at the address, or it asks for a token that we do not have.
+        ResourceError: no cluster answers at the address, it asks for a token that we do not have, or none can be
+            started here.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
-    from ray.exceptions import AuthenticationError
 
     address = resolve_address(ray_option)
-    local = address == "local"
-    if not local and address != "auto":
-        _probe(address)
+    _started(address, workers)
     try:
+        offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield Cluster(address == "local", address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
+    finally:
+        ray.shutdown()
+
+
+def start_anew(cluster: Cluster) -> None:
+    """Start a local Ray in place of one whose processes have died; nothing of the old one is of use any more.
+
+    Raises:
+        ResourceError: none can be started.
+    """
+    import ray
+
+    ray.shutdown()
+    _started(cluster.address, int(cluster.cpus))
+
+
+def _started(address: str, workers: int) -> None:
+    """Connect to Ray, or start one; its failures are said in our words."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        if address not in ("local", "auto"):
+            require_ray(address)
         with handler_kept(signal.SIGTERM):  # Ray replaces it with its own handler: nothing would be drained or closed
             _start(address, workers)
     except SystemExit as error:  # from Ray's own handler, while it starts
@@ -62,23 +87,40 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
             f"ray: the cluster at {address!r} asks for a token and none was found here; put the head's "
             "('ray get-auth-token') into RAY_AUTH_TOKEN, or its file's path into RAY_AUTH_TOKEN_PATH"
         ) from error
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        # A wrong token is the same ConnectionError as a wrong address.
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ResourceError(
-            f"ray: no cluster could be reached at {address!r} ({reason}); start one with 'ray start --head', "
-            "check that RAY_AUTH_MODE and the token are the head's, or use --ray local"
-        ) from error
-    try:
-        offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield Cluster(local, address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
-    finally:
-        ray.shutdown()
+    except WasError:
+        raise
+    except Exception as error:  # Ray raises whatever it likes: Exception, RuntimeError, TimeoutError, ValueError
+        raise ResourceError(_failure(address, error)) from error
+
+
+def _failure(address: str, error: Exception) -> str:
+    """What to say where Ray did not start, or did not connect."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    reason = lines[0]
+    if reason.startswith("Version mismatch"):
+        return (
+            f"ray: the cluster at {address!r} runs other versions ({' '.join(lines)[:300]}); install the cluster's Ray "
+            "and Python here, or start the command on its head ('was-search submit')"
+        )
+    if address == "local":
+        logs = f"{session_folder() or rays_choice()}/session_latest/logs"
+        return (
+            f"ray: none could be started on this machine ({reason}); its logs are in {logs}; "
+            "RAY_TMPDIR names another folder for them, --ray HOST:PORT a cluster instead"
+        )
+    # A wrong token is the same ConnectionError as a wrong address.
+    return (
+        f"ray: no cluster could be reached at {address!r} ({reason}); start one with 'ray start --head', "
+        "check that RAY_AUTH_MODE and the token are the head's, or use --ray local"
+    )
 
 
 def _start(address: str, workers: int) -> None:
     import ray
+    import ray._private.worker
 
+    # Ray prints on standard output what its processes say of every death, by the page; we say it in a line.
+    ray._private.worker._worker_logs_enabled = False
     if address != "local":
         ray.init(
             address=address,
@@ -99,7 +141,17 @@ def _start(address: str, workers: int) -> None:
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
+            **_in_a_short_folder(),
         )
+
+
+def _in_a_short_folder() -> dict[str, Any]:
+    """Options of ``ray.init`` for a session outside of Ray's own folder, whose path is too long; {} where it is not."""
+    folder = session_folder()
+    if folder is None:
+        return {}
+    large = Path(rays_choice()).parent  # what does not fit into memory goes where the machine's owner wants it
+    return {"_temp_dir": str(folder), **({"object_spilling_directory": str(large)} if large.is_dir() else {})}
 
 
 @contextmanager
@@ -124,16 +176,3 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 def package_folders() -> list[str]:
     """The folders of our four packages."""
     return [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
-
-
-def _probe(address: str) -> None:
-    """Refuse an address where nothing listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ResourceError(f"ray: must be auto, local or HOST:PORT, got {address!r}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise ResourceError(
-            f"ray: nothing answers at {address} ({error}); start a cluster with 'ray start --head', or use --ray local"
-        ) from error

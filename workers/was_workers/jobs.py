@@ -11,6 +11,7 @@ from typing import Any
 
 from was_search.errors import ConfigError, ResourceError
 from was_search.process.redaction import ENVIRONMENT, redacted, secret_of
+from was_workers.addresses import require_http
 from was_workers.cluster import package_folders
 
 ENTRYPOINT = "python -m was_search"
@@ -60,6 +61,7 @@ class Jobs:
 
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"address: must be Ray's dashboard, http://HOST:8265, got {address!r}")
+        require_http(address)
         self._address = address
         self._client = self._told(lambda: JobSubmissionClient(address))
         for name in _TALKATIVE:

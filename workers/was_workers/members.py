@@ -105,9 +105,9 @@ class Members:
         """Try the places of workers that were given up again."""
         self._given_up.clear()
 
-    def close(self) -> None:
-        """Kill the actors; calls in flight are lost."""
-        for member in self.all:
+    def close(self, *, kill: bool = True) -> None:
+        """Kill the actors, unless their Ray is gone; calls in flight are lost."""
+        for member in self.all if kill else ():
             _end_process(member)
         self.all.clear()
         self.idle.clear()
@@ -141,6 +141,21 @@ class Members:
         self._calls.drop_all_of(member)
         self._take_off(member)
         self._recovering.append((time.monotonic() + 0.25, member))
+
+    def lose_all(self, reason: str) -> None:
+        """Forget all processes, which went together; calls in flight come back as lost, and count against nobody.
+
+        Workers get new processes at the next :meth:`turn`.
+        """
+        for call in self._calls.running:
+            self._end(call, error=TransientError(reason), lost=True, blameless=True)
+        self._calls.clear()
+        self.idle.clear()
+        self.all = [member for member in self.all if not member.going]
+        for member in self.all:
+            member.actor = member.place = member.restarting_since = None
+            member.ready = False
+        self._recovering = [(time.monotonic(), member) for member in self.all]
 
     def quarantine(self, member: Member, reason: str, seconds: float) -> None:
         """Give a worker nothing for ``seconds``; its call in flight comes back as lost, and counts against nobody."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import ray
 
@@ -19,7 +21,8 @@ from was_search.errors import ResourceError
 from was_search.studies.pool_state import PoolState
 from was_search.studies.worker_range import WorkerRange
 from was_workers.calls_in_flight import CallsInFlight
-from was_workers.cluster import Cluster
+from was_workers.cluster import Cluster, start_anew
+from was_workers.local_ray import dead_process
 from was_workers.members import PREPARE_SECONDS, Members
 from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
@@ -27,6 +30,13 @@ from was_workers.threads import ThreadShare
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
 
 T = TypeVar("T")
+
+_DEATHS = 3
+"""Deaths of a local Ray within :data:`_DEATHS_SECONDS` after which it is started again."""
+
+_DEATHS_SECONDS = 600.0
+
+_logger = logging.getLogger(__name__)
 
 
 class Pool:
@@ -37,6 +47,7 @@ class Pool:
     not say why one has died, and repeats no call (``max_task_retries=0``): the caller decides.
 
     The pool keeps its own size, in ``wait``: as many workers as are useful (:meth:`need`) within the range asked for.
+    Where a process of a local Ray dies, the pool starts that anew.
     Those that the cluster has no place for yet stay pending, which is what Ray's autoscaler sees as demand. A worker on
     a node that is being drained gets no further call and goes once its call has ended, one in :meth:`quarantine` gets
     none for a while; others are started in their places.
@@ -82,6 +93,8 @@ class Pool:
         )
         self._size = Size(self._members, cluster, asked, math.inf if useful is None else useful)
         self._next_ticket = 0
+        self._shared: WeakSet[RayShared[Any]] = WeakSet()
+        self._deaths: list[float] = []
         self.health = Health(self, policy or QuarantinePolicy())
         self._size.keep()
 
@@ -95,7 +108,7 @@ class Pool:
 
     def close(self) -> None:
         """Kill the actors; calls in flight are lost."""
-        self._members.close()
+        self._members.close(kill=not self._dead)
 
     def resize(self, n_workers: WorkerRange | int) -> None:
         """Start workers, or let some go, until there are ``n_workers``; returns at once and loses no call.
@@ -202,7 +215,10 @@ class Pool:
 
     def share(self, value: T) -> Shared[T]:
         """``value`` for many calls: it goes to each machine once, and to a worker as long as its calls carry it."""
-        return RayShared.put(value)
+        self._heal()
+        shared = RayShared.put(value)
+        self._shared.add(shared)
+        return shared
 
     def submit(
         self,
@@ -235,6 +251,7 @@ class Pool:
 
     def turn(self, timeout_seconds: float) -> None:
         """Wait for calls as :meth:`wait` does, but keep what has ended for the next :meth:`wait`."""
+        self._heal()
         for call in self._calls.wait(timeout_seconds):
             if (ending := self._calls.take(call)) is not None:
                 self._members.settle(ending)
@@ -243,6 +260,35 @@ class Pool:
             self._size.keep()
         if not self._members.all:
             raise ResourceError(self._members.all_lost)
+
+    @property
+    def _dead(self) -> str:
+        """What of a local Ray has died; "" for nothing, and for clusters, which others look after."""
+        return dead_process() if self._cluster.local else ""
+
+    def _heal(self) -> None:
+        """Start a new local Ray where a process of it has died, and lose no more than the calls in flight.
+
+        Raises:
+            ResourceError: it has died too often, or cannot be started again.
+        """
+        if not (died := self._dead):
+            return
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < _DEATHS_SECONDS] + [now]
+        if len(self._deaths) > _DEATHS:
+            raise ResourceError(
+                f"ray: the local Ray has died {len(self._deaths)} times within {_DEATHS_SECONDS / 60:.0f} minutes; the "
+                f"last time, {died}; if the system does that for lack of memory, 'dmesg' says so; the same command "
+                "goes on from here"
+            )
+        _logger.warning("the local Ray is started again, and the workers load the model again: %s", died)
+        self._members.lose_all(f"the local Ray has died: {died}")
+        for shared in self._shared:
+            shared.forget()
+        start_anew(self._cluster)
+        for shared in self._shared:
+            shared.put_again()
 
     def wait_idle(self, timeout_seconds: float = PREPARE_SECONDS) -> None:
         """Block until a worker is idle.

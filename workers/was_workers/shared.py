@@ -15,7 +15,7 @@ T = TypeVar("T")
 CallT = TypeVar("CallT", bound=Call[Any])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RayShared(Generic[T]):
     """A value in Ray's memory. Only its reference travels; whoever put it there has the value itself too."""
 
@@ -27,6 +27,16 @@ class RayShared(Generic[T]):
         import ray
 
         return cls(ray.put(value), (value,))
+
+    def forget(self) -> None:
+        """Let go of the reference, before the Ray that it belongs to goes."""
+        self.reference = None
+
+    def put_again(self) -> None:
+        """Put the value into the memory of a new Ray."""
+        import ray
+
+        self.reference = ray.put(self.here[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"reference": self.reference, "here": ()}

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from was_search.errors import StorageError
+from was_search.process.short_folders import SOCKET_BYTES, folder_with_room, has_room, is_private
 from was_storage.server import postgres_binaries
 
 HOME_VARIABLE = "WAS_SEARCH_HOME"
 SOCKET_NAME = ".s.PGSQL.5432"
-SOCKET_BYTES = 107
-"""Longest path of a socket: sun_path without its closing NUL."""
 
 
 def choose_socket_folder(folder: Path) -> Path:
     """The data folder itself, or a private temporary one where its path is too long for a socket."""
-    if len(os.fsencode(folder / SOCKET_NAME)) <= SOCKET_BYTES:
+    if has_room(folder, len(f"/{SOCKET_NAME}")):
         return folder
-    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    short = Path(tempfile.gettempdir()) / f"was-search-{os.geteuid()}-{digest}"
-    if len(os.fsencode(short / SOCKET_NAME)) > SOCKET_BYTES:
+    name = f"was-search-{os.geteuid()}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
+    parent = folder_with_room(len(f"/{name}/{SOCKET_NAME}"))
+    if parent is None:
         raise StorageError(
-            f"embedded Postgres: {folder} is too long a path for a socket ({SOCKET_BYTES} bytes), and so is "
-            f"the temporary folder's: set {HOME_VARIABLE} or TMPDIR to a shorter one"
+            f"embedded Postgres: {folder} is too long a path for a socket ({SOCKET_BYTES} bytes), and so is every "
+            f"temporary folder's that can be written: set {HOME_VARIABLE} or TMPDIR to a shorter one"
         )
+    short = parent / name
     account = postgres_binaries.server_account()
     owner = os.geteuid() if account is None else account.pw_uid
     short.mkdir(mode=0o700, exist_ok=True)
-    found = short.lstat()
-    if short.is_symlink() or found.st_uid not in (owner, os.geteuid()) or found.st_mode & 0o077:
+    if not is_private(short, (owner, os.geteuid())):
         raise StorageError(f"embedded Postgres: {short} belongs to someone else; remove it or set {HOME_VARIABLE}")
     return short
 

@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from was_search.errors import StorageError
+from was_search.process import short_folders
 from was_storage.server import embedded, postgres_binaries, socket_folder
 from was_storage.server.database import Database
 from was_storage.server.embedded import EmbeddedServer, default_home
@@ -158,13 +159,13 @@ def test_a_long_folder_gets_a_short_socket(server_home: Path) -> None:
 
 
 def test_no_room_for_a_socket_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(socket_folder, "SOCKET_BYTES", 10)
+    monkeypatch.setattr(short_folders, "SOCKET_BYTES", 10)
     with pytest.raises(StorageError, match=r"too long a path for a socket .* set WAS_SEARCH_HOME or TMPDIR"):
         socket_folder.choose_socket_folder(tmp_path)
 
 
 def test_a_socket_folder_of_someone_else_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(socket_folder.tempfile, "gettempdir", lambda: "/tmp")
+    monkeypatch.setattr(short_folders.tempfile, "gettempdir", lambda: "/" + "x" * 90)  # then it is /tmp
     folder = tmp_path / ("x" * 120) / uuid.uuid4().hex
     taken = socket_folder.choose_socket_folder(folder)
     taken.chmod(0o777)

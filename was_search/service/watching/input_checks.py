@@ -11,12 +11,6 @@ from was_search.service.context import Context
 from was_search.service.watching.check import Check, guarded
 from was_search.texts.protocol import SPLITS
 
-_LONGEST_SOCKET_PATH = 107
-"""Bytes of a Unix socket's path."""
-
-_RAYS_PART = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-"""What Ray puts after the folder for temporary files, at its longest."""
-
 _SLACK = 1.2
 """Memory that a model takes while it computes, in units of its weights, at the least."""
 
@@ -43,7 +37,7 @@ def surroundings(context: Context) -> Iterator[Check]:
     """Check what a process is given by whoever starts it: the encoding of its output, and a folder for sockets."""
     yield _encoding()
     if context.settings.ray == "local" or (context.settings.ray == "auto" and not os.environ.get("RAY_ADDRESS")):
-        yield _sockets()
+        yield guarded("Ray's sockets", _sockets)
 
 
 def _model(context: Context) -> Check:
@@ -108,9 +102,9 @@ def _encoding() -> Check:
 
 
 def _sockets() -> Check:
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    length = len(os.fsencode(folder.rstrip("/") + _RAYS_PART))
-    if length <= _LONGEST_SOCKET_PATH:
-        return Check("Ray's sockets", True, f"in {folder}")
-    over = f"{length - _LONGEST_SOCKET_PATH} bytes too long: {folder}"
-    return Check("Ray's sockets", False, over, "set RAY_TMPDIR to a short folder, such as /tmp")
+    from was_workers.session_folder import rays_choice, session_folder
+
+    folder = session_folder()
+    if folder is None:
+        return Check("Ray's sockets", True, f"in {rays_choice()}")
+    return Check("Ray's sockets", True, f"in {folder}, as {rays_choice()} is too long a path")

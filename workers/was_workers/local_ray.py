@@ -1,0 +1,27 @@
+"""Whether the processes of a local Ray live: without them Ray's C++ ends the process that calls it next."""
+
+from __future__ import annotations
+
+_NEEDED = ("raylet", "gcs_server")
+"""Processes without which nothing runs; of the others Ray itself makes do."""
+
+
+def dead_process() -> str:
+    """Which process of the Ray that this process has started has died, and how; "" where they live, or are not ours.
+
+    Ray has no public name for them.
+    """
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    if node is None:
+        return ""
+    for name in _NEEDED:
+        for info in node.all_processes.get(name, ()):
+            if (status := info.process.poll()) is not None:
+                return f"its {name} {_how(status)}"
+    return ""
+
+
+def _how(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
