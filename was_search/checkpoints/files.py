@@ -16,6 +16,7 @@ from was_search.checkpoints.column_layout import COLUMNS_NAME, ColumnLayout
 from was_search.checkpoints.limits import check_values
 from was_search.errors import ModelError
 from was_search.process.close_names import did_you_mean_path
+from was_search.process.home import expanded, no_home
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,7 +127,7 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
         ModelError: no such folder or hub id, the hub cannot be reached, files are missing or truncated, or the
             configuration is refused.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         if not path.is_dir():
             raise ModelError(f"model: {path} is a file; give the checkpoint's folder")
@@ -134,10 +135,15 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model: must be a checkpoint's folder or a hub id, got {name!r}, which does not exist"
-            f"{did_you_mean_path(path)}"
+            f"{no_home(name)}{did_you_mean_path(path)}"
         )
     snapshot = _snapshot(name, revision)  # its folder is called after the commit
     return _checked(ModelSource(name, name.rsplit("/", 1)[-1], snapshot, snapshot.name))
+
+
+def is_on_the_hub(name: str) -> bool:
+    """Whether :func:`resolve_model` asks the hub for ``name``, which may take long."""
+    return _HUB_ID.fullmatch(name) is not None and not expanded(name).exists()
 
 
 def _snapshot(name: str, revision: str) -> Path:

@@ -60,7 +60,7 @@ class Context:
     @cached_property
     def model(self) -> Model:
         """The settings' model, found but not loaded."""
-        return Model.of(self.settings)
+        return Model.of(self.settings, self.lasting)
 
     @cached_property
     def cluster(self) -> Cluster:
@@ -129,6 +129,10 @@ class Context:
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
         """The reporter's phase of this name, on the workers."""
         return self.reporter.phase(name, total, self._workers)
+
+    def lasting(self, name: str) -> AbstractContextManager[Advance]:
+        """A phase of this process that is over at once most times, and only shown where it lasts."""
+        return self.reporter.phase(name, least_seconds=2.0)
 
     def _workers(self) -> PoolState:
         """Of the pool if there is one; a bar's own thread asks, which must not start it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from was_search.checkpoints.load import ModelSource
 
 
+Lasting = Callable[[str], AbstractContextManager[object]]
+
+
 @dataclass(frozen=True)
 class Model:
     """A checkpoint under the settings; what is found in its files is read once.
@@ -26,24 +31,30 @@ class Model:
         source: of the checkpoint.
         weights: the format to which they are rounded.
         masks: of the projections that share an input.
+        lasting: shows what may take long, by its name, while the block lasts.
     """
 
     source: ModelSource
     weights: str
     masks: Masks
+    lasting: Lasting = field(default=lambda name: nullcontext(), repr=False, compare=False)
 
     @classmethod
-    def of(cls, settings: Settings) -> Model:
-        """The model of the settings; no weight is read.
+    def of(cls, settings: Settings, lasting: Lasting = lambda name: nullcontext()) -> Model:
+        """The model of the settings; no weight is read. One of the hub's is downloaded.
 
         Raises:
             ConfigError: none is set.
             ModelError: there is none of that name.
         """
+        from was_search.checkpoints.files import is_on_the_hub
         from was_search.checkpoints.load import resolve_model
 
         settings.require("model")
-        return cls(resolve_model(settings.model, settings.revision), settings.weights, settings.masks)
+        name = settings.model
+        with lasting(f"fetch {name} from the hub") if is_on_the_hub(name) else nullcontext():
+            source = resolve_model(name, settings.revision)
+        return cls(source, settings.weights, settings.masks, lasting)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,7 +72,8 @@ class Model:
                 f"model: {self.source.folder} holds weights laid out for decoding; give the checkpoint itself, or "
                 "decode with it: generate, evaluate and bench take it as --plan"
             )
-        return fingerprint(self.source, user_cache_path("was-search"))
+        with self.lasting(f"read the weights of {self.source.display_name} for their fingerprint"):
+            return fingerprint(self.source, user_cache_path("was-search"))
 
     @property
     def key(self) -> str:

@@ -57,12 +57,12 @@ class TokenSets:
     def _load(self, split: str, n: int) -> TokenSet:
         context = self.context
         settings = context.settings
-        text, options = _text(settings, split), _options(settings, n, context.placement.dtype, settings.weights)
+        text, options = _text(context, split), _options(settings, n, context.placement.dtype, settings.weights)
         model = context.model
         model.require_positions(settings.sequence_length)
         key = content_hash("tokens", 4, text.name, split, text.sha256, model.source.tokenizer_hash(), options)
         row = CachedRow(context.cache, "tokens", key, _read, _pack)
-        data = cached(row, lambda: _tokenise(model, text, options)).read_from(text.kind)
+        data = cached(row, lambda: _tokenise(context, text, options)).read_from(text.kind)
         _require_rows(data, model)  # token ids that were cached may be of another model with this tokenizer
         return data
 
@@ -77,16 +77,19 @@ def tokens_here(context: Context, split: str, weights: str = "") -> TokenSet:
     """
     settings = context.settings
     n = getattr(settings, f"{split}_sequences")
-    text = _text(settings, split)
+    text = _text(context, split)
     options = _options(settings, n, context.placement_here.dtype, weights or settings.weights)
-    return _tokenise(context.model, text, options)
+    return _tokenise(context, text, options)
 
 
-def _text(settings: Settings, split: str) -> SplitText:
-    from was_search.texts.splits import load_text
+def _text(context: Context, split: str) -> SplitText:
+    from was_search.texts.splits import is_named, load_text
 
+    settings = context.settings
     settings.require("model", "data")
-    return load_text(settings.data, split)
+    what = "load" if is_named(settings.data) else "read"
+    with context.lasting(f"{what} {settings.data} [{split}]"):
+        return load_text(settings.data, split)
 
 
 def _options(settings: Settings, n: int, dtype: str, weights: str) -> dict[str, Any]:
@@ -116,12 +119,13 @@ def _pack(data: TokenSet) -> tuple[bytes, dict[str, Any]]:
     return pack_array(data.tokens), {"protocol": data.protocol.to_json()}
 
 
-def _tokenise(model: Model, text: SplitText, options: dict[str, Any]) -> TokenSet:
+def _tokenise(context: Context, text: SplitText, options: dict[str, Any]) -> TokenSet:
     from was_search.checkpoints.load import load_tokenizer
     from was_search.texts.tokens import tokenise
 
-    data = tokenise(text, load_tokenizer(model.source), **options)
-    _require_rows(data, model)
+    with context.lasting(f"tokenise {text.name} [{text.split}]"):
+        data = tokenise(text, load_tokenizer(context.model.source), **options)
+    _require_rows(data, context.model)
     return data
 
 

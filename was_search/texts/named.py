@@ -24,6 +24,7 @@ from typing import Any
 
 from was_search.checkpoints.files import reason
 from was_search.errors import DataError
+from was_search.process.home import expanded, no_home
 
 FOLDER_VARIABLE = "WAS_SEARCH_DATASETS"
 """Environment variable with the folder of local copies."""
@@ -62,11 +63,11 @@ def load_named(name: str, split: str) -> str:
 
 @lru_cache(maxsize=3)
 def _load(name: str, split: str, root: str) -> str:
-    folder = Path(root).expanduser() / name if root else None
+    folder = expanded(root) / name if root else None
     if folder is not None and not folder.is_dir():
         raise DataError(
-            f"data: {FOLDER_VARIABLE} is set, but {folder} is no folder; put {_FILES[name]} of the data set "
-            f"{REPOSITORIES[name]} there, or unset it to use the hub"
+            f"data: {FOLDER_VARIABLE} is set, but {folder} is no folder{no_home(root)}; put {_FILES[name]} of the "
+            f"data set {REPOSITORIES[name]} there, or unset it to use the hub"
         )
     try:
         with _quiet():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from was_search.errors import DataError
 from was_search.process.close_names import did_you_mean, did_you_mean_path
+from was_search.process.home import expanded, no_home
 from was_search.texts.documents import READ_SUFFIXES, NoTextError, Reading, is_read, read_file, stem
 from was_search.texts.protocol import SPLITS
 
@@ -53,6 +54,11 @@ class SplitText:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
+def is_named(source: str) -> bool:
+    """Whether :func:`load_text` takes ``source`` for a named data set, which may have to be downloaded."""
+    return source in NAMED and not expanded(source).exists()
+
+
 def load_text(source: str, split: str) -> SplitText:
     """The text of ``split`` of ``source``: a text file, a folder, or a named data set.
 
@@ -62,8 +68,8 @@ def load_text(source: str, split: str) -> SplitText:
     """
     if split not in SPLITS:
         raise DataError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
-    path = Path(source).expanduser()
-    if source in NAMED and not path.exists():
+    path = expanded(source)
+    if is_named(source):
         from was_search.texts.named import load_named
 
         return SplitText(source, split, load_named(source, split))
@@ -75,7 +81,7 @@ def load_text(source: str, split: str) -> SplitText:
         return SplitText(path.name, split, _cut(found.text, split, path), found.kind)
     raise DataError(
         f"data: must be a text file, a folder or one of {', '.join(NAMED)}, got {source!r}, which does not exist"
-        f"{did_you_mean(source, NAMED) or did_you_mean_path(path)}"
+        f"{no_home(source)}{did_you_mean(source, NAMED) or did_you_mean_path(path)}"
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from was_search.errors import ConfigError, WasError
 from was_search.service.context import Context
+from was_search.service.reports.progress import Reporter
 from was_search.service.settings import Settings
 from was_search.service.steps.demonstration import demo_settings
 from was_search.service.steps.exporting import export
@@ -15,6 +17,7 @@ from was_search.service.steps.profiling import profile
 from was_search.service.steps.seeding import seed
 from was_search.service.steps.study import search
 from was_search.service.targets.several import run_targets
+from was_search.service.token_sets import tokens_here
 from was_search.service.watching.control import change
 from was_search.studies.control import Overrides
 
@@ -61,3 +64,35 @@ def test_wrong_options_are_said_before_anything_is_opened() -> None:
     with pytest.raises(ConfigError, match="set: nothing to change"):
         change(context, "a study", Overrides())
     assert not {*SERVICES, "model"} & vars(context).keys()
+
+
+class Told(Reporter):
+    """Keeps the names of what may last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str, *args: Any, least_seconds: float = 0.0, **options: Any) -> Iterator[Any]:
+        assert least_seconds == 2.0
+        self.names.append(name)
+        yield lambda: None
+
+
+def test_what_reads_or_fetches_much_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, minutes without a word: a fingerprint reads all weights, the hub and its data sets are far away."""
+    with Context(demo_settings(), told := Told()) as context:
+        tokens_here(context, "test")
+        assert context.model.fingerprint
+    data = context.settings.data
+    assert told.names == [
+        f"read {data} [test]",
+        f"tokenise {Path(data).name} [test]",
+        "read the weights of model for their fingerprint",
+    ]
+    here = context.model.source
+    monkeypatch.setattr("was_search.checkpoints.load.resolve_model", lambda name, revision: here)
+    monkeypatch.setattr("was_search.texts.named._load", lambda name, split, root: "some words of text\n" * 60)
+    with Context(demo_settings(model="org/model", data="wikitext2"), told := Told()) as context:
+        tokens_here(context, "test")
+    assert told.names == ["load wikitext2 [test]", "fetch org/model from the hub", "tokenise wikitext2 [test]"]

@@ -41,9 +41,17 @@ class Reporter:
 
     @contextmanager
     def phase(
-        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+        self,
+        name: str,
+        total: int | None = None,
+        workers: Callable[[], PoolState] = PoolState,
+        *,
+        least_seconds: float = 0.0,
     ) -> Iterator[Advance]:
-        """Show a phase of ``total`` parts on ``workers``; gives a function that advances it by one part."""
+        """Show a phase of ``total`` parts on ``workers``; gives a function that advances it by one part.
+
+        Of one that is over before ``least_seconds`` no line is left.
+        """
         yield lambda: None
 
     @contextmanager
@@ -100,7 +108,12 @@ class JsonReporter(Reporter):
 
     @contextmanager
     def phase(
-        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+        self,
+        name: str,
+        total: int | None = None,
+        workers: Callable[[], PoolState] = PoolState,
+        *,
+        least_seconds: float = 0.0,
     ) -> Iterator[Advance]:
         started, done = self._now(), 0
 
@@ -114,11 +127,13 @@ class JsonReporter(Reporter):
             shown = {"done": done, "total": total, "seconds": round(seconds, 3), "eta_seconds": left}
             self._emit("phase", name=name, state="running", **shown, **_held(workers()))
 
-        self._emit("phase", name=name, state="started", total=total)
+        if not least_seconds:
+            self._emit("phase", name=name, state="started", total=total)
         with self._ticking(say):
             yield advance
         seconds = round(self._now() - started, 3)
-        self._emit("phase", name=name, state="finished", seconds=seconds, **_held(workers()))
+        if seconds >= least_seconds:
+            self._emit("phase", name=name, state="finished", seconds=seconds, **_held(workers()))
 
     @contextmanager
     def search(
@@ -219,7 +234,12 @@ class RichReporter(QuietReporter):
 
     @contextmanager
     def phase(
-        self, name: str, total: int | None = None, workers: Callable[[], PoolState] = PoolState
+        self,
+        name: str,
+        total: int | None = None,
+        workers: Callable[[], PoolState] = PoolState,
+        *,
+        least_seconds: float = 0.0,
     ) -> Iterator[Advance]:
         started = self._now()
 
@@ -235,7 +255,9 @@ class RichReporter(QuietReporter):
 
             with self._lines(say):
                 yield lambda: bar.advance(task)
-        self.console.print(f"[green]✓[/] {escape(name)} [dim]{clock(self._now() - started)}[/]{held()}")
+        seconds = self._now() - started
+        if seconds >= least_seconds:
+            self.console.print(f"[green]✓[/] {escape(name)} [dim]{clock(seconds)}[/]{held()}")
 
     @contextmanager
     def search(

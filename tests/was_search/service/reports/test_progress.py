@@ -306,6 +306,18 @@ def test_json_says_it_of_a_search_too(beats, capsys):
     assert last == {"event": "search", "state": "running", "study": "s", **expected}
 
 
+def test_what_is_over_at_once_leaves_no_line_and_what_lasts_does(beats, capsys):
+    rich = RichReporter(Console(file=io.StringIO(), width=160), now=beats.now, ticking=beats.ticking)
+    for reporter in (rich, JsonReporter(now=beats.now, ticking=beats.ticking)):
+        with reporter.phase("read it", least_seconds=2.0):
+            beats.seconds += 1.9
+        with reporter.phase("fetch it", least_seconds=2.0):
+            beats.after(31.0)
+    assert shown(rich).splitlines() == ["  fetch it: 31.0 s", "✓ fetch it 31.0 s"]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["name"], line["state"]) for line in lines] == [("fetch it", "running"), ("fetch it", "finished")]
+
+
 @pytest.mark.parametrize("kind", ["terminal", "quiet"])
 def test_no_lines_where_a_bar_moves_or_silence_was_asked_for(beats, kind):
     console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
