@@ -154,6 +154,16 @@ def test_a_pool_takes_what_the_cluster_gives_and_asks_for_the_rest(nodes: Nodes,
     until(pool, lambda state: state == PoolState("2", ready=2))
 
 
+def test_a_cluster_without_a_node_for_a_worker_says_so_and_waits(add, start, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(pool_module, "_ROOM_SECONDS", 0.0)
+    pool = start("1")
+    with pytest.raises(ResourceError, match="no worker had loaded its model within 2 s"):
+        pool.wait_idle(2.0)
+    assert "no worker has a place yet: each needs 1 CPU, and no node has that (nodes: 0 CPU and 0 GPU)" in caplog.text
+    add()
+    pool.wait_idle(ENDLESS)
+
+
 def test_fewer_places_than_the_least_number_are_an_error(add, start) -> None:
     add()
     with pytest.raises(ResourceError, match="fewer than 2 workers had loaded their model within 6 s; are there enough"):

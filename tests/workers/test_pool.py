@@ -287,7 +287,7 @@ def test_a_restart_that_takes_long_is_waited_for_and_failures_are_not() -> None:
         members.settle(ending)
     assert member.failures == 0
     assert len(members._recovering) == 100
-    member.restarting_since -= PREPARE_SECONDS
+    member.unreachable_since -= PREPARE_SECONDS
     members.settle(ending)
     assert member.failures == 1
 

@@ -32,7 +32,7 @@ class Member:
         ready: its process holds the model.
         failures: failed attempts to become ready, in a row.
         began: when its first process was asked for, by the monotonic clock.
-        restarting_since: when it was first found to be restarting, by the monotonic clock.
+        unreachable_since: when Ray first said that its process cannot be reached, by the monotonic clock.
         leaving: it goes once its call has ended.
         gone_by: when its node, which is being drained, goes away: seconds since the epoch, ``inf`` if that is open;
             None where the node stays.
@@ -46,7 +46,7 @@ class Member:
     ready: bool = False
     failures: int = 0
     began: float = field(default_factory=time.monotonic)
-    restarting_since: float | None = None
+    unreachable_since: float | None = None
     leaving: bool = False
     gone_by: float | None = None
     quarantine: Quarantine | None = None

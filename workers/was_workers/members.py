@@ -153,7 +153,7 @@ class Members:
         self.idle.clear()
         self.all = [member for member in self.all if not member.going]
         for member in self.all:
-            member.actor = member.place = member.restarting_since = None
+            member.actor = member.place = member.unreachable_since = None
             member.ready = False
         self._recovering = [(time.monotonic(), member) for member in self.all]
 
@@ -214,7 +214,7 @@ class Members:
                 self._calls.start(member, PREPARE, member.actor.prepare.remote(), PREPARE_SECONDS)
         elif call.ticket == PREPARE:
             _require_same_version(ending.value)
-            member.info, member.ready, member.failures, member.restarting_since = ending.value, True, 0, None
+            member.info, member.ready, member.failures, member.unreachable_since = ending.value, True, 0, None
             self.were_ready = True
             self.threads.tell(member)
             self._release(member)
@@ -278,8 +278,8 @@ class Members:
         elif call.ours and not member.going:
             # It cannot be reached, and Ray does not know yet whether it lives. That is no failure of its own.
             now = time.monotonic()
-            member.restarting_since = member.restarting_since or now
-            if now - member.restarting_since < PREPARE_SECONDS:
+            member.unreachable_since = member.unreachable_since or now
+            if now - member.unreachable_since < PREPARE_SECONDS:
                 self._recovering.append((now + 1.0, member))
                 return
         if member.going:

@@ -24,6 +24,7 @@ from was_workers.calls_in_flight import CallsInFlight
 from was_workers.cluster import Cluster, start_anew
 from was_workers.local_ray import dead_process
 from was_workers.members import PREPARE_SECONDS, Members
+from was_workers.room import no_room
 from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
@@ -35,6 +36,9 @@ _DEATHS = 3
 """Deaths of a local Ray within :data:`_DEATHS_SECONDS` after which it is started again."""
 
 _DEATHS_SECONDS = 600.0
+
+_ROOM_SECONDS = 15.0
+"""Time after which it is said that no worker has a place."""
 
 _logger = logging.getLogger(__name__)
 
@@ -318,9 +322,15 @@ class Pool:
         return map_calls(self, calls, phase=phase, done=done, **options)
 
     def _wait_for(self, there: Callable[[], bool], what: str, timeout_seconds: float) -> None:
-        end = time.monotonic() + timeout_seconds
+        started = time.monotonic()
+        said = self._cluster.local  # a machine without room was refused
         while not there():
-            if time.monotonic() > end:
+            waited = time.monotonic() - started
+            if not said and waited > _ROOM_SECONDS:
+                said = True
+                if not self.state.placed:
+                    _logger.warning("%s", no_room(self._gpus_per_worker))
+            if waited > timeout_seconds:
                 reason = self._members.last_loss or "are there enough free resources?"
                 raise ResourceError(f"{what} {timeout_seconds:.0f} s; {reason}")
             self.turn(1.0)
