@@ -132,7 +132,7 @@ class Context:
 
     def lasting(self, name: str) -> AbstractContextManager[Advance]:
         """A phase of this process that is over at once most times, and only shown where it lasts."""
-        return self.reporter.phase(name, least_seconds=2.0)
+        return self.reporter.phase(name, least_seconds=5.0)
 
     def _workers(self) -> PoolState:
         """Of the pool if there is one; a bar's own thread asks, which must not start it."""

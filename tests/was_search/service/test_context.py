@@ -74,7 +74,7 @@ class Told(Reporter):
 
     @contextmanager
     def phase(self, name: str, *args: Any, least_seconds: float = 0.0, **options: Any) -> Iterator[Any]:
-        assert least_seconds == 2.0
+        assert least_seconds == 5.0
         self.names.append(name)
         yield lambda: None
 
