@@ -43,6 +43,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
         "vocab_size": 128256,
     },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "vocab_size": 32000,
+    },
     "tiny": {
         "hidden_size": 32,
         "intermediate_size": 80,

@@ -1,4 +1,4 @@
-"""Models on the GPU for timing, of random weights or from a folder, and plans of one sparsity for them."""
+"""Models for timing, of random weights or from a folder, and plans of one sparsity for them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CALIBRATION_TOKENS = 512
 
 
-def build(name: str, dtype: torch.dtype) -> Any:
-    """A model of random weights of a named shape, or the one in a folder; on the GPU."""
+def build(name: str, dtype: torch.dtype, *, device: str = "cuda", blocks: int | None = None) -> Any:
+    """A model of random weights of a named shape, with ``blocks`` blocks if given, or the one in a folder."""
     if name not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to("cuda").eval()
-    config = LlamaConfig(**SHAPES[name], tie_word_embeddings=False)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    shape = SHAPES[name] if blocks is None else {**SHAPES[name], "num_hidden_layers": blocks}
+    config = LlamaConfig(**shape, tie_word_embeddings=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     outline = model.state_dict()
-    model.to_empty(device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             tensor.copy_(draw(key, outline[key], config.num_hidden_layers, generator))
-    with torch.device("cuda"):
+    with torch.device(device):
         rotary = type(model.model.rotary_emb)(config=config)
         model.model.rotary_emb = rotary  # the model's buffers are not in the state
     return model.eval()

@@ -46,23 +46,23 @@ class CpuProduct:
 
     def masked(self, x: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
         """The product of x [B, d], up to 16 rows, where ``keep``, bool [B, d] contiguous: [B, width]."""
-        kept = KeptList.of(x, keep)
-        return self.listed(kept, bias) if self.lists(x.shape[0], len(kept)) else self.written(x, keep, bias)
+        most = self.most(x.shape[0], torch.get_num_threads())
+        if most >= 0 and len(kept := KeptList.of(x, keep)) <= most:
+            return self.listed(kept, bias)
+        return self.written(x, keep, bias)
 
     def every(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of x [B, d] with all channels."""
-        rows = x.shape[0]
-        if rows > 1 or not self.lists(rows, self._d):
+        if x.shape[0] > 1 or self.most(1, torch.get_num_threads()) < self._d:
             return self._held.multiply(x, bias)
         return self.listed(KeptList(self._all, x.reshape(-1), None), bias)
 
-    def lists(self, rows: int, kept: int) -> bool:
-        """Whether ``kept`` channels of all rows together are few enough for bags."""
-        key = (rows, torch.get_num_threads())
-        limit = self._limits.get(key)
+    def most(self, rows: int, threads: int) -> int:
+        """How many kept channels of all rows together are worth bags; below zero where a list is never worth it."""
+        limit = self._limits.get((rows, threads))
         if limit is None:
-            limit = self._limits[key] = self._measured(*key)
-        return kept <= limit
+            limit = self._limits[rows, threads] = self._measured(rows, threads)
+        return limit
 
     def listed(self, kept: KeptList, bias: Tensor | None) -> Tensor:
         """The product by bags."""
@@ -78,11 +78,26 @@ class CpuProduct:
         key = (self._d, self._width, self._dtype, threads, rows)
         if key not in _most_kept:
             x = torch.ones((rows, self._d), dtype=self._dtype)
-            keep = torch.ones((rows, self._d), dtype=torch.bool)
-            dense = _seconds(lambda: self.written(x, keep, None))
-            bags = _seconds(lambda: self._bags.product(KeptList.of(x, keep)))
-            _most_kept[key] = int(dense / bags * rows * self._d)
+            every = torch.ones((rows, self._d), dtype=torch.bool)
+            dense = _seconds(lambda: self.written(x, every, None))
+            empty = _seconds(lambda: self._bags.product(KeptList.of(x, ~every)))
+            full = _seconds(lambda: self._bags.product(KeptList.of(x, every)))
+            _most_kept[key] = most_worth(dense, empty, full, rows * self._d)
         return _most_kept[key]
+
+
+def most_worth(dense: float, empty: float, full: float, channels: int) -> int:
+    """The most of ``channels`` that bags read no slower than ``dense``; -1 for none.
+
+    Args:
+        dense: seconds of the dense product.
+        empty: seconds of a list and bags of no channel.
+        full: seconds of a list and bags of all; between the two they grow with the channels.
+        channels: of all rows.
+    """
+    if full <= dense:
+        return channels
+    return -1 if dense <= empty else int((dense - empty) / (full - empty) * channels)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

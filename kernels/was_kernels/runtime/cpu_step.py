@@ -25,6 +25,8 @@ from was_kernels.runtime.growing_cache import Room, filled, make_room
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sparse_linear import SparseLinear
 
+_CPU = torch.device("cpu")
+
 
 class MaskedGroup:
     """Linear maps of one input: their masks come from one comparison, and equal masks are listed once.
@@ -44,16 +46,20 @@ class MaskedGroup:
             return [bags.every(x, held.bias) for bags, held in self._maps]
         keeps = self._keeps(x, dense)
         lists: list[KeptList | None] = [None] * len(keeps)
+        rows, threads = x.shape[0], torch.get_num_threads()
         found = []
         for (bags, held), of in zip(self._maps, self._of, strict=True):
             if of is None:
                 found.append(bags.every(x, held.bias))
                 continue
+            most = bags.most(rows, threads)
             kept = lists[of]
-            if kept is None:
+            if kept is None and most >= 0:
                 kept = lists[of] = KeptList.of(x, keeps[of])
-            listed = bags.lists(x.shape[0], len(kept))
-            found.append(bags.listed(kept, held.bias) if listed else bags.written(x, keeps[of], held.bias))
+            if kept is not None and len(kept) <= most:
+                found.append(bags.listed(kept, held.bias))
+            else:
+                found.append(bags.written(x, keeps[of], held.bias))
         return found
 
     def forget(self) -> None:
@@ -234,12 +240,14 @@ class CpuModel(DecodeModel):
         return held if all(self._is_open(layer, rows) for layer in held) else []
 
     def _is_open(self, layer: Any, rows: int) -> bool:
-        if layer is None or not layer.is_initialized or layer.keys.shape[0] != rows:
+        if layer is None or not layer.is_initialized:
             return False
-        if layer.keys.dtype != self._dtype or layer.keys.device.type != "cpu":
+        keys = layer.keys
+        if keys.shape[0] != rows or keys.dtype != self._dtype or keys.device != _CPU:
             return False
-        longest: int = layer.keys.shape[2]
-        return int(layer.cumulative_length) < longest
+        length: int = layer.length if isinstance(layer, Room) else int(layer.cumulative_length)
+        longest: int = keys.shape[2]
+        return length < longest
 
     def _token(self, positions: Tensor, mask: Tensor | None, rows: int) -> _Token:
         angles = positions[:, None, None].float() * self._frequencies

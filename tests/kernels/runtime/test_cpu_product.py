@@ -81,11 +81,26 @@ def test_a_shape_is_timed_once_for_each_number_of_rows_and_threads(monkeypatch):
     products = [CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 32)))) for _ in range(2)]
     for product in products:
         for rows in (1, 1, 2):
-            product.lists(rows, 5)
-    assert len(timed) == 4  # dense and bags, of one row and of two
+            product.most(rows, torch.get_num_threads())
+    assert len(timed) == 6  # dense, no channel and all, of one row and of two
     assert cpu_product._most_kept == {
         (64, 32, torch.float32, torch.get_num_threads(), rows): 64 * rows for rows in (1, 2)
     }
+
+
+def test_what_is_never_worth_a_list_is_not_listed(monkeypatch):
+    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: -1)
+    product = CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 64))))
+    monkeypatch.setattr(cpu_product, "KeptList", None)
+    assert not product.masked(torch.ones(1, 64), torch.zeros(1, 64, dtype=torch.bool), None).any()
+
+
+@pytest.mark.parametrize(
+    ("dense", "empty", "full", "most"),
+    [(8.0, 2.0, 10.0, 75), (10.0, 2.0, 10.0, 100), (12.0, 2.0, 10.0, 100), (2.0, 2.0, 10.0, -1), (1.0, 2.0, 10.0, -1)],
+)
+def test_how_many_channels_are_worth_bags(dense, empty, full, most):
+    assert cpu_product.most_worth(dense, empty, full, 100) == most
 
 
 def test_weights_that_cannot_be_cut_are_left_to_the_dense_product():

@@ -10,6 +10,7 @@ from was_search.service.context import Context
 from was_search.service.reports.comparison import next_commands
 from was_search.service.settings import Settings
 from was_search.service.steps.decoding import generate
+from was_search.service.steps.evaluation import load_for
 from was_search.service.steps.main_job import RunResult, run
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo_data"
@@ -40,13 +41,32 @@ def demo_settings(**overrides: Any) -> Settings:
     return Settings(**{**DEMO_OPTIONS, **overrides})
 
 
+def decoding_speed(context: Context, plan: Plan, prompt: str, *, new_tokens: int = 48, rounds: int = 3) -> str:
+    """A sentence on how fast this machine decodes, dense beside ``plan``, by turns and through ``generate``."""
+    import torch
+
+    from was_kernels.timing.generate import beside_each_other
+    from was_search.checkpoints.load import load_tokenizer
+    from was_search.texts.tokens import prompt_ids
+
+    model, _ = load_for(context, plan)
+    ids = torch.from_numpy(prompt_ids(prompt, load_tokenizer(context.model.source)))[None]
+    dense, sparse = beside_each_other(model, [None, plan], ids, new_tokens=new_tokens, rounds=rounds)
+    return (
+        f"On {torch.get_num_threads()} thread(s) here: dense {dense.tokens_per_s:.0f} tokens/s, with the plan "
+        f"{sparse.tokens_per_s:.0f} tokens/s ({dense.median / sparse.median:.2f}x), by turns through generate"
+    )
+
+
 def demo(context: Context, *, prompt: str = "def read_lines(path):\n", max_new_tokens: int = 48) -> RunResult:
     """Run everything, decode a few tokens with the plan and print what to try next."""
     result = run(context)
     if result.plan is None:
         return result
+    plan = Plan.load(result.plan)
     context.reporter.note("\nDecoding with the plan:")
-    generate(context, Plan.load(result.plan), prompt, max_new_tokens=max_new_tokens)
+    generate(context, plan, prompt, max_new_tokens=max_new_tokens)
+    context.reporter.note(decoding_speed(context, plan, prompt))
     context.reporter.note(f"\nPlan: {result.plan}\nNext:")
     for command in next_commands(context.settings.storage, result.search.study, result.plan):
         context.reporter.text(f"  {command}")

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.doubles.tiny_models import tiny_plan
+from was_kernels.timing import generate
+from was_kernels.timing.generate import TokenTimes
 from was_search.masks.intervals import paired_interval
 from was_search.service.context import Context
-from was_search.service.steps.demonstration import demo, demo_settings
+from was_search.service.steps.demonstration import decoding_speed, demo, demo_settings
+from was_search.service.steps.evaluation import load_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow(seconds=300)]
+
+def test_it_says_how_fast_this_machine_decodes(monkeypatch) -> None:
+    monkeypatch.setattr(
+        generate, "beside_each_other", lambda *_, **__: [TokenTimes(0.001, 0.008), TokenTimes(0.001, 0.005)]
+    )
+    with Context(demo_settings()) as context:
+        model, _ = load_for(context, None)
+        plan = replace(tiny_plan(model), fingerprint=context.model.fingerprint)
+        said = decoding_speed(context, plan, "def")
+    speeds = r"dense 125 tokens/s, with the plan 200 tokens/s \(1\.60x\)"
+    assert re.fullmatch(rf"On \d+ thread\(s\) here: {speeds}, by turns through generate", said)
 
 
+@pytest.mark.ray
+@pytest.mark.postgres
+@pytest.mark.slow(seconds=300)
 def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, tmp_path: Path, capsys) -> None:
     texts = {"calibration_sequences": 48, "search_sequences": 32, "test_sequences": 96}
     settings = demo_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), **texts)
@@ -29,4 +48,8 @@ def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, t
     for name in ("uniform", "greedy-uniform", "fisher seed", "best"):
         assert rows[name].calibration_achieved == pytest.approx(0.6, abs=0.005)
         assert rows[name].test.achieved == pytest.approx(0.6, abs=0.01)
-    assert "def read_lines(path):" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "def read_lines(path):" in shown.out
+    assert re.search(
+        r"here: dense \d+ tokens/s, with the\s+plan\s+\d+\s+tokens/s\s+\(\d\.\d\dx\)", shown.out + shown.err
+    )

@@ -1,0 +1,113 @@
+"""Time ``model.generate`` on a CPU: dense beside plans of several sparsities, in one run by turns.
+
+    python -m benchmarks.cpu_decode --model llama-1b --blocks 8 --dtype bf16
+    python -m benchmarks.cpu_decode --model FOLDER --dtype fp32 --sparsities 0.5 --cache static
+
+A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. Plans have one sparsity
+everywhere, their thresholds are the quantiles that a pass over random tokens meets. What is timed are the one-token
+steps of a user's call: a prompt of 64 random tokens, greedy, one row, all of transformers' own work between steps
+included. Other processes only ever add time, so a row has the quickest step and the median of the quickest round. One
+JSON line a row is appended to benchmarks/results/cpu_decode.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.random_models import DTYPES, build, plan_at
+from benchmarks.harness.rows import append_row
+from scripts.make_random_model import SHAPES
+from was_kernels.timing.generate import beside_each_other
+from was_search.checkpoints.fingerprint import fingerprint
+from was_search.checkpoints.load import resolve_model
+
+RESULTS = Path(__file__).parent / "results" / "cpu_decode.jsonl"
+PROMPT = 64
+CPU_DTYPES = {**DTYPES, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in milliseconds."""
+
+    model: str
+    blocks: int
+    dtype: str
+    cache: str
+    threads: int
+    backend: str
+    sparsity: float
+    least_ms: float
+    median_ms: float
+    tokens_per_s: float
+    speedup_least: float
+    speedup_median: float
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """Rows of the dense model and of each sparsity."""
+    model = build(options.model, CPU_DTYPES[options.dtype], device="cpu", blocks=options.blocks)
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(5, model.config.vocab_size, (1, PROMPT), generator=generator)
+    plans = [None, *(plan_at(model, sparsity) for sparsity in options.sparsities)]
+    cache = {} if options.cache == "dynamic" else {"cache_implementation": "static"}
+    given = {"new_tokens": options.tokens, "rounds": options.rounds, "backend": options.backend}
+    dense, *others = beside_each_other(model, plans, prompt, **given, **cache)
+    name = options.model if options.model in SHAPES else fingerprint(resolve_model(options.model))[:12]
+    return [
+        Row(
+            model=name,
+            blocks=len(model.model.layers),
+            dtype=options.dtype,
+            cache=options.cache,
+            threads=torch.get_num_threads(),
+            backend="dense" if sparsity is None else options.backend,
+            sparsity=sparsity or 0.0,
+            least_ms=1e3 * times.least,
+            median_ms=1e3 * times.median,
+            tokens_per_s=times.tokens_per_s,
+            speedup_least=dense.least / times.least,
+            speedup_median=dense.median / times.median,
+        )
+        for sparsity, times in zip((None, *options.sparsities), (dense, *others), strict=True)
+    ]
+
+
+def line(row: Row) -> str:
+    """A row as a line of text."""
+    name = row.backend if row.backend == "dense" else f"{row.sparsity:.0%} skipped, {row.backend}"
+    return (
+        f"{row.model} {row.dtype} {row.cache:7s} {name:22s} {row.median_ms:8.2f} ms (least {row.least_ms:.2f})  "
+        f"{row.tokens_per_s:6.1f} tokens/s  x{row.speedup_median:.2f} (least x{row.speedup_least:.2f})"
+    )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-1b", help=f"{', '.join(SHAPES)}, or a folder")
+    parser.add_argument("--blocks", type=int, help="of a shape: this many instead of its own")
+    parser.add_argument("--dtype", choices=CPU_DTYPES, default="bf16")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.75])
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--backend", choices=("auto", "reference"), default="auto")
+    parser.add_argument("--tokens", type=int, default=24, help="decoded in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    for row in measure(options):
+        append_row(options.output, asdict(row) | conditions("cpu"))
+        print(line(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
