@@ -12,6 +12,7 @@ torch nor Ray: a name is fetched when it is first used.
     export        write the plan of a study's best vector
     evaluate      perplexity of the dense model and of a plan
     generate      decode text with a plan, or densely
+    Sampling      how generate chooses tokens: temperature, top-k, top-p, penalty, seed
     Plan          an exported plan, with its figures
     sparsify      let a loaded model decode with a plan
     load_sparse   a folder with plan and weights, ready to decode
@@ -31,8 +32,8 @@ A step takes a context, and most of them nothing else:
 def main(...
 >>> dense.protocol.describe()
 'text [test] sha256:5b9521c2, 8 x 128 tokens, float32, batch 4, no BOS, first 1 token(s) dense'
->>> words.tokens
-4
+>>> words.tokens, words.finish
+(4, 'length')
 
 The whole job, on a machine with a GPU, and what comes of it in a model of transformers:
 
@@ -47,7 +48,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from was_kernels import load_sparse, sparsify
+    from was_kernels import Sampling, load_sparse, sparsify
     from was_search.errors import WasError
     from was_search.plan import Plan
     from was_search.service.context import Context
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Context",
     "Plan",
+    "Sampling",
     "Settings",
     "WasError",
     "__version__",
@@ -82,6 +84,7 @@ __all__ = [
 _MODULES = {
     "Context": "was_search.service.context",
     "Plan": "was_search.plan",
+    "Sampling": "was_kernels",
     "Settings": "was_search.service.settings",
     "WasError": "was_search.errors",
     "calibrate": "was_search.service.steps.calibration",

@@ -25,6 +25,9 @@ from was_search.errors import ConfigError
 _ROOM = 256
 """The cache is made for a multiple of so many positions, so that the next text may find it long enough."""
 
+_UNTIL_CAPTURED = 3
+"""Tokens after which the step is captured: the first is the prompt's, the second's step runs without a graph."""
+
 GREEDY = Sampling()
 
 
@@ -83,6 +86,17 @@ class DecodingLoop:
         ids, mask = _checked(ids, mask, max_new_tokens, self._model.get_input_embeddings().weight.device)
         ends = self.eos if eos is None else frozenset(eos)
         return self._stream(ids, mask, max_new_tokens, sampling, ends)
+
+    def prepare(self, ids: Tensor, *, max_new_tokens: int, sampling: Sampling = GREEDY) -> None:
+        """Do beforehand what only the first stream of its kind has to: compile kernels, and capture the step.
+
+        Arguments and errors are those of :meth:`stream`. On a CPU there is nothing to do.
+        """
+        steps: Any = self.stream(ids, max_new_tokens=max_new_tokens, sampling=sampling, eos=())
+        if self._model.get_input_embeddings().weight.device.type == "cuda":
+            for _ in zip(range(_UNTIL_CAPTURED), steps, strict=False):
+                pass
+        steps.close()
 
     def drop(self) -> None:
         """Forget the kept cache and graph."""

@@ -107,6 +107,22 @@ def test_streams_in_turns_and_streams_left_alone(device):
         handle.stream(tokens, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_prepared_is_there_for_the_next_stream(device, monkeypatch):
+    model = model_of("llama", device_or_skip(device), torch.bfloat16 if device == "cuda" else torch.float32)
+    tokens = tokens_of(1, 9).to(device)
+    loop = DecodingLoop(model)
+    assert loop.eos == frozenset()
+    loop.prepare(tokens, max_new_tokens=16)
+    if device == "cuda":
+        monkeypatch.setattr("was_kernels.runtime.decoding_loop.captured", lambda *_, **__: pytest.fail("captured"))
+        assert loop._kept is not None and loop._kept._graph is not None
+    assert streamed(loop, tokens, 16) == streamed(DecodingLoop(model, graphs=False), tokens, 16)
+    assert loop._kept is not None
+    with pytest.raises(ConfigError, match="max_new_tokens: must be at least 1, got 0"):
+        loop.prepare(tokens, max_new_tokens=0)
+
+
 def test_counting_sees_the_streams_steps():
     model = tiny_model("llama", torch.float32)
     handle = sparsify(model, tiny_plan(model), backend="reference")

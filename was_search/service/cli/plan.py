@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,17 +70,42 @@ def evaluate(
 def generate(
     invocation: Invocation,
     *,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option(help="Text to continue, - for what standard input holds; several are taken one after another."),
+    ],
     plan: PlanIn = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, for the tokenizer's chat template to write.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to decode, at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Draw tokens, the more evenly the higher; 0 takes the likeliest each time.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the likeliest K tokens only; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that have this probability together; 1: from all.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Make tokens that were there before less likely, if over 1.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed of the draws: the same one gives the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String that ends the text and is left out of it; may be given again.")
+    ] = None,
     gpus: Gpus = 1,
 ) -> None:
-    """Decode greedily with a plan's sparse runtime, or densely without a plan."""
+    """Decode with a plan's sparse runtime, or densely without a plan, and show the text as it comes."""
+    from was_kernels import Sampling
     from was_search.service.steps import decoding
 
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, seed)
     loaded, base = load_plan(plan)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "gpus": gpus}
-    invocation.run(lambda context: decoding.generate(context, loaded, prompt, **options), base)
+    prompts = [read_prompt(given) for given in prompt]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
+    invocation.run(
+        lambda context: decoding.generate_each(context, loaded, prompts, **options, chat=chat, gpus=gpus), base
+    )
 
 
 @commands.command(Group.MODEL, "data", "test_sequences")
@@ -155,6 +181,21 @@ def whole_numbers(name: str, given: str) -> list[int]:
         return [int(part) for part in given.split(",")]
     except ValueError as error:
         raise ConfigError(f"{name}: must be whole numbers separated by commas, got {given!r}") from error
+
+
+def read_prompt(given: str) -> str:
+    """A prompt as it was given; for ``-`` all of standard input, without the end of its last line.
+
+    Raises:
+        ConfigError: standard input is no text in UTF-8.
+    """
+    if given != "-":
+        return given
+    try:
+        text = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        return text.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt: standard input is no text in UTF-8 (byte {error.start}); convert it") from error
 
 
 def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -34,6 +34,7 @@ from was_search.studies.slots import Slot, SlotState
 from was_search.texts.protocol import perplexity
 
 Advance = Callable[[], None]
+Write = Callable[[str], None]
 
 
 class Reporter:
@@ -84,6 +85,16 @@ class Reporter:
     def text(self, text: str) -> None:
         """Show output that was asked for, such as generated text, in every mode for people."""
         sys.stdout.write(text + "\n")
+
+    @contextmanager
+    def writing(self, title: str = "") -> Iterator[Write]:
+        """Show a text that was asked for while it comes; gives a function that shows its next part at once.
+
+        ``title`` stands on a line above it. A line ends after it, also where it is broken off. Programs get the whole
+        text in the result.
+        """
+        with _written(lambda: sys.stdout, title) as write:
+            yield write
 
 
 class JsonReporter(Reporter):
@@ -191,9 +202,20 @@ class JsonReporter(Reporter):
     def text(self, text: str) -> None:
         self._emit("text", text=text)
 
+    @contextmanager
+    def writing(self, title: str = "") -> Iterator[Write]:
+        yield lambda part: None
+
 
 _MARKS = {"ok": "green", "missing": "red", "none": "yellow"}
 """Colours of cells that hold nothing but one of the words."""
+
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+"""What a terminal is shown instead of characters that would command it: a model may write any."""
 
 
 class QuietReporter(Reporter):
@@ -207,6 +229,12 @@ class QuietReporter(Reporter):
 
     def text(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def writing(self, title: str = "") -> Iterator[Write]:
+        # Not by the console, which would widen tabs and know no column to do it from.
+        with _written(lambda: self.console.file, title) as write:
+            yield (lambda part: write(part.translate(_PICTURES))) if self.console.is_terminal else write
 
 
 class RichReporter(QuietReporter):
@@ -333,6 +361,20 @@ class RichReporter(QuietReporter):
             transient=True,
             disable=not self.console.is_interactive,
         )
+
+
+@contextmanager
+def _written(stream: Callable[[], IO[str]], title: str) -> Iterator[Write]:
+    def write(part: str) -> None:
+        stream().write(part)
+        stream().flush()
+
+    if title:
+        write(title + "\n")
+    try:
+        yield write
+    finally:
+        write("\n")
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> RichTable:

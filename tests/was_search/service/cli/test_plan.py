@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from scripts.make_random_model import make_random_model
 from tests.doubles.tiny_models import tiny_plan
+from was_kernels import DecodingLoop
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import load_model, resolve_model
 from was_search.errors import ConfigError, PlanError
@@ -116,6 +118,85 @@ def test_generate_counts_what_was_skipped(plan):
     result = result_of(found.output)
     assert result["tokens"] == 40
     assert 0.3 < result["achieved"] < 0.7
+
+
+PROMPT = "def read_lines(path):\n"
+
+
+def test_generate_shows_each_text_and_its_figures(plan):
+    given = ["generate", "--plan", str(plan), "--device", "cpu", "--max-new-tokens", "12"]
+    found = run(app, [*given, "--prompt", PROMPT, "--prompt", "-", "--stop", "):"], input="class Naïve🙂\n")
+    assert found.exit_code == 0, found.output
+    loaded, *texts = found.output.split("[prompt ")
+    assert "load the model on cpu, float32" in loaded and "\x1b" not in found.output
+    for text, begins in zip(texts, (f"1 of 2]\n{PROMPT}", "2 of 2]\nclass Naïve🙂"), strict=True):
+        assert text.startswith(begins)
+        assert re.search(r"\n1?\d tokens in \S+ s, the first after \S+ s, then \S+ tokens/s, \S+ % of weights", text)
+    quiet = run(app, [*given, "--prompt", PROMPT, "-q"]).output
+    result = result_of(run(app, [*given, "--prompt", PROMPT, "--json"]).output)
+    assert quiet == f"{PROMPT}{result['text']}\n"
+
+
+def test_generate_gives_programs_a_result_for_each_prompt(plan):
+    given = ["generate", "--device", "cpu", "--model", demo_settings().model, "--max-new-tokens", "8", "--json"]
+    drawn = ["--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--repetition-penalty", "1.2"]
+    outputs = [
+        [json.loads(line) for line in run(app, [*given, *drawn, *more]).output.splitlines()]
+        for more in (["--prompt", "a", "--prompt", PROMPT, "--seed", "3"], ["--prompt", PROMPT, "--seed", "4"])
+    ]
+    assert all(line["event"] in ("phase", "note", "result") for lines in outputs for line in lines)
+    results = [[line for line in lines if line["event"] == "result"] for lines in outputs]
+    assert [[one["prompt"] for one in some] for some in results] == [["a", PROMPT], [PROMPT]]
+    assert results[0][1]["text"] != results[1][0]["text"]
+    assert {one["finish"] for some in results for one in some} == {"length"}
+
+
+def test_a_text_that_is_interrupted_ends_its_line(plan, monkeypatch):
+    ordinary = DecodingLoop.stream
+
+    def pressed(*arguments, **options):
+        steps = ordinary(*arguments, **options)
+        yield from itertools.islice(steps, 8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DecodingLoop, "stream", pressed)
+    given = ["generate", "--plan", str(plan), "--device", "cpu", "--prompt", PROMPT, "--max-new-tokens", "40"]
+    found = run(app, given)
+    assert found.exit_code == 130 and "Traceback" not in found.output
+    _, text = found.stdout.split(PROMPT)
+    assert text.strip() and text.endswith("\n") and "tokens/s" not in text
+    assert found.stderr.startswith("interrupted; go on with\n")
+    found = run(app, [*given, "--json"])
+    assert found.exit_code == 130
+    assert [json.loads(line)["event"] for line in found.stdout.splitlines()] == ["phase", "phase"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--temperature", "-1"], "temperature: must be a number from 0 on, got -1.0"),
+        (["--temperature", "nan"], "temperature: must be a number from 0 on, got nan"),
+        (["--top-p", "0"], "top_p: must be over 0 and at most 1, got 0.0"),
+        (["--top-k", "-1"], "top_k: must be a whole number from 0 on, got -1"),
+        (["--repetition-penalty", "0"], "repetition_penalty: must be over 0, got 0.0"),
+        (["--seed", "-1"], "seed: must be a whole number from 0 to 2^63 - 1, got -1"),
+        (["--stop", ""], "stop: a string that ends the text must not be empty"),
+        (["--prompt", ""], "prompt 2 of 2: must not be empty"),
+        (["--prompt", "-"], "prompt: standard input is no text in UTF-8 (byte 1); convert it"),
+        (["--prompt", "a " * 2000], "new ones exceed the model's 1024 positions; shorten it"),
+        (
+            ["--max-new-tokens", "2000"],
+            "2000 new ones exceed the model's 1024 positions; shorten it, or give a smaller",
+        ),
+        (["--chat"], "chat: the model's tokenizer has no chat template; leave out --chat"),
+    ],
+)
+def test_generate_refuses(plan, options, words):
+    given = ["generate", "--plan", str(plan), "--device", "cpu", "--prompt", "x", *options]
+    found = run(app, given, input=b"a\xff")
+    assert isinstance(found.exception, ConfigError), found.output
+    assert words in str(found.exception) and "\n" not in str(found.exception)
+    assert found.stdout == ""
 
 
 def test_over_several_gpus_the_text_and_the_figures_are_the_same(plan, monkeypatch):

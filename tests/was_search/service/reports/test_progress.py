@@ -210,6 +210,46 @@ def test_quiet_shows_tables_and_texts_and_nothing_of_the_way(capsys):
     assert not any(words in found for words in ("calibrate", "price", "plan:", "trials", "✓"))
 
 
+TEXT = ("\tif [x]:", "\r\n", " :dog: \x1b]0;own\x07 \x9b1m")
+"""Parts of a text that somebody's model wrote: blanks, brackets, and commands to a terminal."""
+
+
+@pytest.mark.parametrize("kind", [QuietReporter, RichReporter])
+def test_a_file_is_written_a_text_as_it_is_and_at_once(kind):
+    file = io.StringIO()
+    with kind(Console(file=file, width=20)).writing("[prompt 1]") as write:
+        write(TEXT[0])
+        assert file.getvalue() == "[prompt 1]\n\tif [x]:"
+        write("".join(TEXT[1:]))
+    assert file.getvalue() == f"[prompt 1]\n{''.join(TEXT)}\n"
+
+
+def test_a_terminal_is_not_commanded_by_a_text():
+    file = io.StringIO()
+    with RichReporter(Console(file=file, force_terminal=True)).writing() as write:
+        for part in TEXT:
+            write(part)
+    assert file.getvalue() == "\tif [x]:\r\n :dog: \u241b]0;own\u2407 \ufffd1m\n"
+
+
+def test_a_text_that_is_broken_off_ends_its_line(capsys):
+    def broken_off() -> None:
+        with RichReporter().writing() as write:
+            write("def f")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert capsys.readouterr().out == "def f\n"
+
+
+def test_programs_get_no_parts_of_a_text_and_users_of_the_library_do(capsys):
+    for reporter in (JsonReporter(), Reporter()):
+        with reporter.writing() as write:
+            write("a\tb")
+    assert capsys.readouterr().out == "a\tb\n"
+
+
 def test_a_stopped_trials_mean_is_not_shown_as_a_loss(rich, capsys):
     """It is of the first sequences alone, and may be below the best's."""
     early = Slot(9, SlotState.STOPPED, loss_nats=0.5, nll_nats=0.5)
