@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import ray
 import was_workers.cluster as cluster_module
 from was_search.errors import ResourceError
 from was_search.process.signals import Terminated, terminable
-from was_workers import session_folder
+from was_workers import local_ray, session_folder
 from was_workers.cluster import connect
 
 
@@ -96,6 +97,37 @@ def test_what_a_cluster_says_is_told(monkeypatch: pytest.MonkeyPatch, error: Exc
     monkeypatch.setattr(ray, "init", raising(error))
     with pytest.raises(ResourceError, match=words), connect("10.0.0.1:6379", workers=1):
         pytest.fail("it was reached")
+
+
+def test_a_busy_machine_is_given_time(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """Ray's own 30 seconds cannot be set."""
+    too_slow = Exception("The current node timed out during startup. This could happen because")
+    left = [2]
+    starts: list[subprocess.Popen[bytes]] = []
+
+    def init(**options: Any) -> None:
+        starts.append(subprocess.Popen(["sleep", "600"]))
+        if left[0]:
+            left[0] -= 1
+            raise too_slow
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(local_ray, "_NEEDED", ("sleep",))
+    with connect("local", workers=1):
+        pass
+    for process in starts[:2]:
+        process.wait(60)
+    assert [process.poll() is None for process in starts] == [False, False, True], "what failed leaves nothing behind"
+    assert caplog.text.count("the local Ray did not start within 30 s; it is tried again") == 2
+    starts.pop().kill()
+    left[0] = 9
+    with pytest.raises(ResourceError, match=r"none could be started .*timed out during"), connect("local", workers=1):
+        pytest.fail("it was started")
+    assert left[0] == 6
+    for process in starts:
+        process.kill()
+        process.wait()
 
 
 def raising(error: Exception) -> Any:

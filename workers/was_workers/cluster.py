@@ -16,10 +16,19 @@ from was_search.errors import ResourceError, WasError
 from was_search.process.redaction import SECRET_VARIABLES
 from was_search.process.signals import Terminated, handler_kept
 from was_workers.addresses import require_ray
+from was_workers.local_ray import end_processes, ray_processes
 from was_workers.session_folder import rays_choice, session_folder
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """A variable that Ray sets in the processes of a job."""
+
+_STARTS = 3
+"""Attempts to start a local Ray."""
+
+_TOO_SLOW = "timed out during startup"
+"""In what Ray says where it was not up in time."""
+
+_logger = logging.getLogger(__name__)
 
 PACKAGES = ("was_search", "was_storage", "was_workers", "was_kernels")
 
@@ -79,7 +88,7 @@ def _started(address: str, workers: int) -> None:
         if address not in ("local", "auto"):
             require_ray(address)
         with handler_kept(signal.SIGTERM):  # Ray replaces it with its own handler: nothing would be drained or closed
-            _start(address, workers)
+            _start_patiently(address, workers)
     except SystemExit as error:  # from Ray's own handler, while it starts
         raise Terminated(signal.SIGTERM) from error
     except AuthenticationError as error:
@@ -91,6 +100,19 @@ def _started(address: str, workers: int) -> None:
         raise
     except Exception as error:  # Ray raises whatever it likes: Exception, RuntimeError, TimeoutError, ValueError
         raise ResourceError(_failure(address, error)) from error
+
+
+def _start_patiently(address: str, workers: int) -> None:
+    """Start again where a local Ray was not up within Ray's fixed 30 seconds, as on a machine that is busy."""
+    for left in reversed(range(_STARTS)):
+        before = ray_processes()
+        try:
+            return _start(address, workers)
+        except Exception as error:
+            if not left or address != "local" or _TOO_SLOW not in str(error):
+                raise
+        _logger.warning("the local Ray did not start within 30 s; it is tried again")
+        end_processes(ray_processes() - before)
 
 
 def _failure(address: str, error: Exception) -> str:
