@@ -109,6 +109,16 @@ def test_two_are_enough_where_each_takes_long(members) -> None:
     assert not found.all
 
 
+def test_nodes_that_go_while_a_large_model_loads_are_not_held_against_it(members) -> None:
+    found = members(1)
+    found.all[0].began -= members_module._STARTS_SECONDS
+    for _ in range(8):
+        end(found, 0, gone=ray_deaths.node_lost())
+    assert found.all
+    end(found, 0, gone=ray_deaths.node_lost())
+    assert not found.all and "its node is gone on 10.0.0.7; look at that machine" in found.all_lost
+
+
 def test_a_gpu_that_is_too_small_is_found_out_in_the_same_way(members, caplog) -> None:
     """The error is one that may pass, raised by the load itself; it was retried silently for minutes."""
     found = members(1)

@@ -30,11 +30,13 @@ class Death:
         reason: in one line.
         remedy: what may help; "" where nothing is known.
         again: whether another process would surely end in the same way.
+        node_gone: its node went, which says nothing about another process.
     """
 
     reason: str
     remedy: str = ""
     again: bool = False
+    node_gone: bool = False
 
     @property
     def words(self) -> str:
@@ -73,7 +75,7 @@ def _death_of_actor(error: RayError, words: str) -> Death:
         advice = "the system does that when memory runs out ('dmesg' says so): fewer --workers; else it crashed: "
         return Death(f"its process was killed by a signal{where}", advice + _IN_THE_LOG)
     if "node has died" in words or "node died" in words:
-        return Death(f"its node is gone{where}", "look at that machine, and at 'ray status'")
+        return Death(f"its node is gone{where}", "look at that machine, and at 'ray status'", node_gone=True)
     return Death(_last_line(words))
 
 

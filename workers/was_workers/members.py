@@ -17,7 +17,7 @@ from was_search import __version__
 from was_search.coordinator.contracts import Outcome
 from was_search.errors import DeviceLostError, ResourceError, TransientError
 from was_workers.calls_in_flight import PLACE, PREPARE, CallEnd, CallInFlight, CallsInFlight
-from was_workers.deaths import death_of
+from was_workers.deaths import Death, death_of
 from was_workers.member import Member, Quarantine
 from was_workers.threads import ThreadShare
 from was_workers.worker import WorkerInfo
@@ -291,18 +291,11 @@ class Members:
             _logger.warning(
                 "%s failed before it was ready, %d time(s) in a row: %s", member.name, member.failures, death.reason
             )
-        if self._hopeless(member):
+        if _hopeless(member, death):
             _logger.warning("%s is given up for %.0f s: %s", member.name, _GIVEN_UP_SECONDS, death.words)
             self._give_up(member)
         else:
             self._recovering.append((time.monotonic() + min(0.125 * 2.0**member.failures, 10.0), member))
-
-    def _hopeless(self, member: Member) -> bool:
-        """Whether a worker has failed so often that another process would too."""
-        if member.info is not None:
-            return member.failures > _RECOVERIES
-        long = time.monotonic() - member.began > _STARTS_SECONDS
-        return member.failures >= (2 if long else _STARTS)
 
     def _give_up(self, member: Member) -> None:
         """Let go of a worker that cannot be helped; nobody takes its place for a while."""
@@ -331,6 +324,14 @@ class Members:
         self.outcomes.append(
             Outcome(call.ticket, call.member.name, index=call.member.index, seconds=call.seconds, **how)
         )
+
+
+def _hopeless(member: Member, death: Death) -> bool:
+    """Whether a worker has failed so often that another process would too."""
+    if member.info is not None or death.node_gone:
+        return member.failures > _RECOVERIES
+    long = time.monotonic() - member.began > _STARTS_SECONDS
+    return member.failures >= (2 if long else _STARTS)
 
 
 def _end_process(member: Member) -> None:
