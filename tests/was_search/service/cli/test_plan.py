@@ -1,4 +1,4 @@
-"""``generate`` and ``bench`` on the packaged demo checkpoint with a plan that a few lines make."""
+"""``generate`` and ``bench`` on a small checkpoint with a plan that a few lines make."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from accelerate import dispatch_model
 from typer.testing import CliRunner
 
 from scripts.make_random_model import make_random_model
+from tests.doubles.small_run import small_model
 from tests.doubles.tiny_models import tiny_plan
 from was_kernels import DecodingLoop
 from was_search.checkpoints.fingerprint import fingerprint
@@ -26,8 +27,8 @@ run = CliRunner().invoke
 
 
 def make_plan(folder: Path, weights: str = "none") -> Path:
-    """A plan of 50 % for the demo checkpoint, with the demo's settings."""
-    settings = demo_settings()
+    """A plan of 50 % for the small checkpoint, with the demo's settings."""
+    settings = demo_settings(model=small_model())
     source = resolve_model(settings.model)
     made = tiny_plan(load_model(source, dtype="float32", device="cpu", weights=weights))
     short = {"sequence_length": 64, "test_sequences": 8}
@@ -65,7 +66,7 @@ def test_bench_times_dense_beside_the_plan(plan):
         assert row["read_bytes"] == row["weight_bytes"] + row["cache_bytes"]
         assert min(row["loop_tokens_per_s"], row["generate_tokens_per_s"]) > 0.0
         assert row["limit_ms"] == pytest.approx(1e3 * row["read_bytes"] / result["bandwidth_bytes_per_s"])
-    assert result["backend"] == "cpu, 12 of 12 blocks fused"
+    assert result["backend"] == "cpu, 4 of 4 blocks fused"
 
 
 def test_bench_prints_a_table(plan):
@@ -249,7 +250,7 @@ def test_bench_compares_rounded_weights_with_those_stored(rounded_plan):
     assert found.exit_code == 0, found.output
     dense, sparse = result_of(found.output)["rows"]
     assert (dense["name"], sparse["name"]) == ("dense", "plan, int4:128")
-    assert sparse["read_bytes"] < 0.5 * dense["read_bytes"]  # the head, the same in both, is a quarter
+    assert sparse["read_bytes"] < 0.5 * dense["read_bytes"]  # the head is the same in both
 
 
 def test_evaluate_shows_the_weights_as_stored_beside(rounded_plan):
