@@ -4,10 +4,10 @@
     python -m benchmarks.cpu_decode --model FOLDER --dtype fp32 --sparsities 0.5 --cache static
 
 A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. Plans have one sparsity
-everywhere, their thresholds are the quantiles that a pass over random tokens meets. What is timed are the one-token
-steps of a user's call: a prompt of 64 random tokens, greedy, one row, all of transformers' own work between steps
-included. Other processes only ever add time, so a row has the quickest step and the median of the quickest round. One
-JSON line a row is appended to benchmarks/results/cpu_decode.jsonl.
+everywhere, their thresholds are the quantiles that a pass over random tokens meets; what decoding skips is counted.
+What is timed are the one-token steps of a user's call: a prompt of 64 random tokens, greedy, one row, all of
+transformers' own work between steps included. Other processes only ever add time, so a row has the quickest step and
+the median of the quickest round. One JSON line a row is appended to benchmarks/results/cpu_decode.jsonl.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.random_models import DTYPES, build, plan_at
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
-from was_kernels.timing.generate import beside_each_other
+from was_kernels.runtime.sparse_model import sparsify
+from was_kernels.timing.generate import beside_each_other, token_times
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import resolve_model
+from was_search.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "cpu_decode.jsonl"
 PROMPT = 64
@@ -41,6 +45,7 @@ class Row:
     cache: str
     threads: int
     backend: str
+    nominal_sparsity: float
     sparsity: float
     least_ms: float
     median_ms: float
@@ -68,20 +73,32 @@ def measure(options: argparse.Namespace) -> list[Row]:
             cache=options.cache,
             threads=torch.get_num_threads(),
             backend="dense" if sparsity is None else options.backend,
-            sparsity=sparsity or 0.0,
+            nominal_sparsity=sparsity or 0.0,
+            sparsity=0.0 if plan is None else counted(model, plan, prompt, options.tokens),
             least_ms=1e3 * times.least,
             median_ms=1e3 * times.median,
             tokens_per_s=times.tokens_per_s,
             speedup_least=dense.least / times.least,
             speedup_median=dense.median / times.median,
         )
-        for sparsity, times in zip((None, *options.sparsities), (dense, *others), strict=True)
+        for sparsity, plan, times in zip((None, *options.sparsities), plans, (dense, *others), strict=True)
     ]
+
+
+def counted(model: Any, plan: Plan, prompt: Tensor, new_tokens: int) -> float:
+    """The sparsity of the steps of such a text, counted in a run of its own."""
+    handle = sparsify(model, plan)
+    try:
+        with handle.counting() as counts:
+            token_times(model, prompt, new_tokens)
+        return counts.sparsity()
+    finally:
+        handle.restore()
 
 
 def line(row: Row) -> str:
     """A row as a line of text."""
-    name = row.backend if row.backend == "dense" else f"{row.sparsity:.0%} skipped, {row.backend}"
+    name = row.backend if row.backend == "dense" else f"{row.sparsity:.1%} skipped, {row.backend}"
     return (
         f"{row.model} {row.dtype} {row.cache:7s} {name:22s} {row.median_ms:8.2f} ms (least {row.least_ms:.2f})  "
         f"{row.tokens_per_s:6.1f} tokens/s  x{row.speedup_median:.2f} (least x{row.speedup_least:.2f})"
