@@ -37,9 +37,9 @@ class KeptList:
         """The list of x [B, d] where ``keep``, bool [B, d] contiguous."""
         rows, d = x.shape
         at = keep.view(-1).nonzero().view(-1)
+        values = x.take(at)
         if rows == 1:
-            return KeptList(at, x[0].index_select(0, at), None)
-        values = x.reshape(-1).index_select(0, at)
+            return KeptList(at, values, None)
         counts = keep.sum(1)
         return KeptList(at.remainder_(d), values, counts.cumsum(0) - counts)
 

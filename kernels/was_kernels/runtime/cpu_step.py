@@ -183,6 +183,7 @@ class CpuModel(DecodeModel):
         self._hooks = hooks_of(self._modules)
         self._values = tuple(vars(module) for module in self._modules)
         self._dense_above = dense_above
+        self._scales = [projection.norms for projection in self._projections]
         self._written = 0
         self._dtype: torch.dtype = decoder.embed_tokens.weight.dtype
 
@@ -216,7 +217,7 @@ class CpuModel(DecodeModel):
         return BaseModelOutputWithPast(last_hidden_state=_norm(x, decoder.norm)[:, None], **caches)
 
     def _look_at_norms(self) -> None:
-        written = sum(projection.norms._version for projection in self._projections)
+        written = sum(norms._version for norms in self._scales)
         if written != self._written:
             for block in self._blocks:
                 block.forget()
