@@ -43,6 +43,14 @@ class KeptList:
         counts = keep.sum(1)
         return KeptList(at.remainder_(d), values, counts.cumsum(0) - counts)
 
+    @staticmethod
+    def within(x: Tensor, keep: Tensor, most: int) -> KeptList | None:
+        """The list as :meth:`of` gives it; None where it would hold more than ``most``."""
+        if most < 0 or (x.shape[0] > 1 and int(keep.sum()) > most):  # a count is cheaper than a list of several rows
+            return None
+        kept = KeptList.of(x, keep)
+        return kept if len(kept) <= most else None
+
     def __len__(self) -> int:
         return self.channels.shape[0]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ _LEAST_CALLS, _MOST_CALLS, _ENOUGH_SECONDS = 3, 8, 0.02
 
 _most_kept: dict[tuple[Any, ...], int] = {}
 """What was measured in this process, by shape, dtype, threads and rows."""
+
+_alike: dict[tuple[Any, ...], WeakSet[CpuProduct]] = {}
+"""Products of one shape and dtype, whose weights take turns where they are timed: a step finds none in a cache."""
 
 
 class CpuProduct:
@@ -35,6 +40,8 @@ class CpuProduct:
         self._dtype = held.dtype
         self._bags = ColumnBags(columns, torch.get_num_threads())
         self._limits: dict[tuple[int, int], int] = {}
+        self._kin = _alike.setdefault((self._d, self._width, self._dtype), WeakSet())
+        self._kin.add(self)
         with torch.inference_mode(False):
             self._all = torch.arange(self._d)
 
@@ -46,10 +53,8 @@ class CpuProduct:
 
     def masked(self, x: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
         """The product of x [B, d], up to 16 rows, where ``keep``, bool [B, d] contiguous: [B, width]."""
-        most = self.most(x.shape[0], torch.get_num_threads())
-        if most >= 0 and len(kept := KeptList.of(x, keep)) <= most:
-            return self.listed(kept, bias)
-        return self.written(x, keep, bias)
+        kept = KeptList.within(x, keep, self.most(x.shape[0], torch.get_num_threads()))
+        return self.written(x, keep, bias) if kept is None else self.listed(kept, bias)
 
     def every(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of x [B, d] with all channels."""
@@ -79,9 +84,10 @@ class CpuProduct:
         if key not in _most_kept:
             x = torch.ones((rows, self._d), dtype=self._dtype)
             every = torch.ones((rows, self._d), dtype=torch.bool)
-            dense = _seconds(lambda: self.written(x, every, None))
-            empty = _seconds(lambda: self._bags.product(KeptList.of(x, ~every)))
-            full = _seconds(lambda: self._bags.product(KeptList.of(x, every)))
+            turn = cycle(list(self._kin))
+            dense = _seconds(lambda: next(turn).written(x, every, None))
+            empty = _seconds(lambda: next(turn).listed(KeptList.of(x, ~every), None))
+            full = _seconds(lambda: next(turn).listed(KeptList.of(x, every), None))
             _most_kept[key] = most_worth(dense, empty, full, rows * self._d)
         return _most_kept[key]
 

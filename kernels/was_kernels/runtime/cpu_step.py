@@ -54,8 +54,8 @@ class MaskedGroup:
                 continue
             most = bags.most(rows, threads)
             kept = lists[of]
-            if kept is None and most >= 0:
-                kept = lists[of] = KeptList.of(x, keeps[of])
+            if kept is None:
+                kept = lists[of] = KeptList.within(x, keeps[of], most)
             if kept is not None and len(kept) <= most:
                 found.append(bags.listed(kept, held.bias))
             else:

@@ -74,6 +74,15 @@ def test_few_channels_are_listed_and_many_written(monkeypatch):
     assert taken == ["listed", "listed", "written", "written"]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_list_holds_no_more_than_it_may(rows):
+    x, keep = torch.ones(rows, 8), torch.zeros(rows, 8, dtype=torch.bool)
+    keep[0, :5] = True
+    kept = cpu_product.KeptList.within(x, keep, 5)
+    assert kept is not None and kept.channels.tolist() == [0, 1, 2, 3, 4]
+    assert cpu_product.KeptList.within(x, keep, 4) is None
+
+
 def test_a_shape_is_timed_once_for_each_number_of_rows_and_threads(monkeypatch):
     monkeypatch.setattr(cpu_product, "_most_kept", {})
     timed = []
@@ -88,10 +97,22 @@ def test_a_shape_is_timed_once_for_each_number_of_rows_and_threads(monkeypatch):
     }
 
 
+def test_weights_of_a_shape_take_turns_where_it_is_timed(monkeypatch):
+    monkeypatch.setattr(cpu_product, "_most_kept", {})
+    monkeypatch.setattr(cpu_product, "_alike", {})
+    products = [CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 40)))) for _ in range(4)]
+    other = CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(40, 64))))
+    used = []
+    written = CpuProduct.written
+    monkeypatch.setattr(CpuProduct, "written", lambda self, *given: used.append(self) or written(self, *given))
+    products[0].most(3, torch.get_num_threads())
+    assert set(used) == set(products) and other not in used
+
+
 def test_what_is_never_worth_a_list_is_not_listed(monkeypatch):
     monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: -1)
     product = CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 64))))
-    monkeypatch.setattr(cpu_product, "KeptList", None)
+    monkeypatch.setattr(cpu_product.KeptList, "of", None)
     assert not product.masked(torch.ones(1, 64), torch.zeros(1, 64, dtype=torch.bool), None).any()
 
 
