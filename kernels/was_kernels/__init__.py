@@ -1,10 +1,16 @@
-"""Sparse decoding: CUDA and Triton ops, and the runtime that applies a plan. Importing this imports no triton."""
+"""Sparse decoding: CUDA and Triton ops, and the runtime that applies a plan. Importing this imports no triton.
+
+It also tells transformers about checkpoints that carry a plan: ``AutoModelForCausalLM.from_pretrained`` then gives the
+sparse model.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from was_kernels.plugin import register
 
 if TYPE_CHECKING:
     from was_kernels.runtime.decoding_loop import DecodingLoop
@@ -51,6 +57,9 @@ def triton_available() -> tuple[bool, str]:
     if torch.version.hip is None and major < 8:
         return False, f"{triton}, {name} has compute capability {major}.{minor}, at least 8.0 is needed"
     return True, f"{triton}, {name}"
+
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,15 +9,14 @@ names lead to no other file, and nothing in it is pickled.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from was_search.checkpoints.appearing import appearing
 from was_search.errors import ConfigError, ModelError, PlanError
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def save_columns(
                 name: (tensors[name].detach().t() if name in columns else tensors[name].detach()).contiguous().cpu()
                 for name in shard
             }
-            with _appearing(folder / files[shard[0]]) as temporary:
+            with appearing(folder / files[shard[0]]) as temporary:
                 save_file(laid, temporary, metadata={"format": "pt"})
             del laid
         for stale in folder.glob("columns-*.safetensors"):
@@ -141,11 +140,11 @@ def save_columns(
                 stale.unlink()
         for name in (*_COPIED, *(path.name for path in source.tokenizer_files())):
             if (source.folder / name).is_file():
-                with _appearing(folder / name) as temporary:
+                with appearing(folder / name) as temporary:
                     shutil.copyfile(source.folder / name, temporary)
         plan.save(folder)
         layout = ColumnLayout(plan.fingerprint, dtype, files, columns)
-        with _appearing(folder / COLUMNS_NAME) as temporary:
+        with appearing(folder / COLUMNS_NAME) as temporary:
             temporary.write_text(json.dumps(layout.to_json(), indent=1) + "\n")
     except OSError as error:
         raise PlanError(f"plan: cannot write {folder} ({error.strerror}); choose another folder") from error
@@ -199,20 +198,3 @@ def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-class _appearing:  # noqa: N801 - reads as a statement
-    """A new file beside ``path`` that takes its place when whole; links that lie there are not written through."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-    def __enter__(self) -> Path:
-        os.close(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
-        return self._temporary
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self._temporary.replace(self._path)
-        self._temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from was_search.checkpoints.files import ModelSource, read_config
+from was_search.checkpoints.plan_checkpoint import KEY, is_plan_config
 from was_search.errors import ModelError
 
 _VOLATILE = ("transformers_version", "_name_or_path")
@@ -21,15 +22,17 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def fingerprint(source: ModelSource, cache_folder: Path | None = None) -> str:
     """sha256 as 64 hex digits over ``config.json`` (volatile keys left out) and every safetensors file of the model.
 
-    The configuration counts by its values, not by its layout; a weight file counts by its name and bytes, and only
-    files that are loaded count. A file's own hash is remembered in ``cache_folder`` by path, size and times of
-    modification and change, so that a second call does not read the weights again; None remembers nothing, and what
-    cannot be read or written there is ignored.
+    The configuration counts by its values, not by its layout, and without what it says of a plan; a weight file counts
+    by its name and bytes, and only files that are loaded count. A file's own hash is remembered in ``cache_folder`` by
+    path, size and times of modification and change, so that a second call does not read the weights again; None
+    remembers nothing, and what cannot be read or written there is ignored.
 
     Raises:
         ModelError: a file cannot be read.
     """
     config = {key: value for key, value in read_config(source).items() if key not in _VOLATILE}
+    if is_plan_config(config):
+        del config[KEY]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     remembered = {} if cache_folder is None else _read(cache_folder)
     known = dict(remembered)

@@ -16,7 +16,15 @@ from was_search.errors import ModelError
 MOST_OF_A_KIND = 100_000
 """Greatest count of layers, heads, labels, ...: lists of that length may be made before any weight is looked at."""
 
+PLAN_METHOD = "was"
+"""The ``quant_method`` of a checkpoint that carries a plan."""
+
 _COUNT = re.compile(r"(layers?|blocks?|labels|heads?|experts|replace)$")
+
+
+def is_plan(quantization: Any) -> bool:
+    """Whether a ``quantization_config`` speaks of a plan beside the weights, which are as stored then."""
+    return isinstance(quantization, dict) and quantization.get("quant_method") == PLAN_METHOD
 
 
 def check_values(folder: Path, config: dict[str, Any]) -> None:
@@ -29,7 +37,7 @@ def check_values(folder: Path, config: dict[str, Any]) -> None:
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"model: {folder} holds an adapter beside a model; merge it into the model first")
     for key, value in _items(config):
-        if key == "quantization_config" and value:
+        if key == "quantization_config" and value and not (value is config.get(key) and is_plan(value)):
             raise ModelError(
                 f"model: {folder} is quantised{_method(value)}: such weights lie in an order that no sparse "
                 "kernel reads; give the original checkpoint (bf16, fp16 or fp32) and round it here with --weights int8 "

@@ -14,6 +14,7 @@ from was_search.checkpoints.empty_model import empty_model, model_config
 from was_search.checkpoints.files import ModelSource, reason, resolve_model
 from was_search.checkpoints.generation import own_generation
 from was_search.checkpoints.ordinary_tensors import ordinary_tensors
+from was_search.checkpoints.plan_checkpoint import KEY, is_plan_config
 from was_search.errors import ConfigError, ModelError, ResourceError
 from was_search.weight_format import AS_STORED, WeightFormat
 
@@ -160,6 +161,8 @@ def _config_with_entry(source: ModelSource) -> Any:
         raise ModelError(f"model: {source.folder}: weights in {', '.join(further) or 'other files'} are not read")
     for each in (config, config.get_text_config()):
         each.transformers_weights = entry.name
+    if is_plan_config({KEY: getattr(config, KEY, None)}):
+        delattr(config, KEY)  # whoever wants the plan applies it; transformers would by itself, or warn
     return config
 
 

@@ -21,7 +21,10 @@ def did_you_mean(got: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean_path(path: Path) -> str:
-    """:func:`did_you_mean` for a path that does not exist, by the entries of the last folder of it that does."""
+    """:func:`did_you_mean` for a path that does not exist, by the entries of the last folder of it that does.
+
+    Nothing for a folder that is there.
+    """
     there = path.absolute()
     rest: list[str] = []
     while not there.is_dir():
@@ -29,6 +32,8 @@ def did_you_mean_path(path: Path) -> str:
             return ""
         rest.insert(0, there.name)
         there = there.parent
+    if not rest:
+        return ""
     try:
         names = [entry.name for entry, _ in zip(there.iterdir(), range(_MOST_ENTRIES), strict=False)]
     except OSError:

@@ -166,7 +166,7 @@ def test_the_checkpoints_own_folder_and_other_models_are_refused(tmp_path):
         save_columns(tiny_model("qwen3"), plan, source, tmp_path / "other")
     with pytest.raises(ModelError, match="weights of dtype float32, bfloat16, float16 can be stored, got float64"):
         save_columns(model.double(), plan, source, tmp_path / "other")
-    with pytest.raises(ModelError, match="holds no column-major weights; write them with"):
+    with pytest.raises(ModelError, match="holds no plan with its weights; write both with"):
         load_sparse(original)
     Plan(**{**vars(plan), "fingerprint": "e" * 64}).save(folder)
     with pytest.raises(PlanError, match="belongs to another model"):
@@ -203,14 +203,19 @@ def test_weights_are_added_to_an_exported_plan(tmp_path):
     plan = tiny_plan(load_model(source, dtype="float32"))
     exported = Plan(**{**vars(plan), "fingerprint": fingerprint(source)}).save(tmp_path / "plan")
     with Context(Settings(model=str(folder), device="cpu")) as context:
-        assert add_weights(context, exported) == exported
+        assert add_weights(context, exported, "columns") == exported
     assert load_sparse(exported, device="cpu").model.dtype == torch.float32  # the checkpoint's
     with Context(Settings(model=str(folder), device="cpu", dtype="bfloat16")) as context:
-        add_weights(context, exported)
+        add_weights(context, exported, "columns")
     assert load_sparse(exported, device="cpu").model.dtype == torch.bfloat16
-    plan.save(exported)
-    with Context(Settings(model=str(folder))) as context, pytest.raises(PlanError, match="another model"):
+    with Context(Settings(model=str(folder), device="cpu")) as context:
         add_weights(context, exported)
+    assert not (exported / COLUMNS_NAME).exists() and not list(exported.glob("columns-*"))
+    assert load_sparse(exported, device="cpu").model.dtype == torch.float32
+    plan.save(exported)
+    for layout in ("checkpoint", "columns"):
+        with Context(Settings(model=str(folder))) as context, pytest.raises(PlanError, match="another model"):
+            add_weights(context, exported, layout)
 
 
 def change(folder: Path, **values) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from was_search.checkpoints.column_layout import COLUMNS_NAME
+from was_search.checkpoints.files import read_object
+from was_search.checkpoints.plan_checkpoint import KEY, is_plan_config, plan_beside
 from was_search.errors import ConfigError
 from was_search.plan import Plan
 from was_search.service.cli.command import Commands, Invocation
@@ -208,7 +210,19 @@ def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     if (folder / COLUMNS_NAME).is_file():
         made_with |= {"model": str(folder), "dtype": "auto"}
         return plan, load_settings(None, made_with)
+    if (config := _config_of(folder)) is not None:
+        plan_beside(folder, config)
+        return plan, load_settings(None, made_with | {"model": str(folder), "weights": plan.weights})
     return plan, load_settings(None, {**made_with, "revision": plan.revision, "weights": plan.weights})
+
+
+def _config_of(folder: Path) -> dict[str, Any] | None:
+    """What the configuration in a plan's folder says of the plan; None where no checkpoint lies there."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_object(folder / "config.json")
+    found: dict[str, Any] | None = config[KEY] if is_plan_config(config) else None
+    return found
 
 
 _OF_A_PLAN = (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
 
+from was_search.errors import ConfigError
 from was_search.service.cli.command import EXIT_DRAINED, EXIT_ERROR, Commands, Invocation, stderr
 from was_search.service.options import Group
 
@@ -119,9 +120,15 @@ def export(
         bool,
         typer.Option(
             "--with-weights",
-            help="Add the model's weights, laid out for decoding, its configuration and tokenizer: a folder to serve.",
+            help="Add the model's weights, configuration and tokenizer: a checkpoint that other programs load too.",
         ),
     ] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="With --with-weights: checkpoint, or columns, which only was-search reads and which starts fastest."
+        ),
+    ] = "checkpoint",
 ) -> None:
     """Re-calibrate the best vector of a study and write the plan.
 
@@ -131,12 +138,15 @@ def export(
     from was_search.service.steps.question import Question
     from was_search.service.targets import interpolation
 
+    if layout not in get_args(exporting.Layout):
+        raise ConfigError(f"layout: must be {' or '.join(get_args(exporting.Layout))}, got {layout!r}")
+
     def step(context: Any) -> None:
         question = Question.of(context)
         interpolated = interpolate or interpolation.may_interpolate(context, question)
         folder = interpolation.interpolate(context, question) if interpolated else exporting.export(context)
         if with_weights:
-            exporting.add_weights(context, folder)
+            exporting.add_weights(context, folder, layout)  # type: ignore[arg-type]  # looked at above
         context.reporter.note(f"plan: {folder}")
         context.reporter.result({"plan": str(folder)})
 

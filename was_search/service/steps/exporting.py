@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ from was_search.studies.origin import Origin, OriginKind
 from was_search.studies.slots import Slot
 from was_search.texts.protocol import content_hash
 from was_search.weight_format import AS_STORED
+
+Layout = Literal["checkpoint", "columns"]
+"""How weights lie beside a plan."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,12 @@ def plan_folder(settings: Settings, study: str) -> Path:
     return plans_folder(settings) if settings.plan else plans_folder(settings) / folder_name(study) / "plan"
 
 
-def add_weights(context: Context, folder: Path) -> Path:
-    """Add to the plan in ``folder`` the model's weights as decoding reads them; then it is all that a server needs.
+def add_weights(context: Context, folder: Path, layout: Layout = "checkpoint") -> Path:
+    """Add to the plan in ``folder`` the model's weights and tokenizer; then it is all that decoding needs.
 
-    The weights keep the checkpoint's dtype, unless the settings name another.
+    As ``checkpoint`` they are the checkpoint's own files, whose configuration speaks of the plan: other programs load
+    them too. As ``columns`` projections are laid out as decoding reads them, for the fastest start and least memory, in
+    the checkpoint's dtype unless the settings name another.
 
     Raises:
         PlanError: the plan is of another model, or the folder cannot be written.
@@ -87,6 +92,7 @@ def add_weights(context: Context, folder: Path) -> Path:
     from was_search.checkpoints.column_layout import save_columns
     from was_search.checkpoints.files import read_config
     from was_search.checkpoints.load import DTYPES, load_model
+    from was_search.checkpoints.plan_checkpoint import save_with_plan
 
     plan = Plan.load(folder)
     plan.require_model(context.model.fingerprint, plan.shape)
@@ -94,6 +100,9 @@ def add_weights(context: Context, folder: Path) -> Path:
         raise ConfigError(
             f"with_weights: {plan.weights} weights are laid out when they are rounded, at loading; leave it out"
         )
+    if layout == "checkpoint":
+        with context.reporter.phase("copy the checkpoint beside the plan"):
+            return save_with_plan(context.model.source, plan, folder)
     config = read_config(context.model.source)
     stored, dtype = config.get("dtype", config.get("torch_dtype")), context.settings.dtype
     if dtype == "auto":
