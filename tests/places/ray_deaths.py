@@ -61,7 +61,7 @@ def not_imported() -> RayError:
 
 
 def node_lost() -> RayError:
-    """The machine vanished."""
+    """The machine vanished; put together from the words in Ray's control store, not met."""
     return _died(
         f"{_DIED}The actor died because its node has died. Node Id: eaa94a7f\n\tthe actor's node was terminated "
         "unexpectedly: health check failed due to missing too many heartbeats"
