@@ -72,7 +72,10 @@ def test_the_logits_that_are_kept_are_not_written_over(cuda, replays):
     expected, found = both(model, tokens_of(1, 9).to(cuda), cache_implementation="static", **options)
     assert replays
     assert len({logits.data_ptr() for logits in found.logits}) == 24
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=0)
+    # Logits of another step would be off by half of what they are. One of 2,328 was seen to differ by one unit of its
+    # dtype on an H200, where the head's product was captured.
+    unit = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=unit, atol=unit / 8)
 
 
 @pytest.mark.gpu
