@@ -19,6 +19,7 @@ OTHERWISE = {
     "was_search/checkpoints/fingerprint.py": "hashes",
     "was_search/checkpoints/files.py": "hashes of text",
     "was_search/checkpoints/column_layout.py": "names and counts",
+    "was_search/checkpoints/plan_checkpoint.py": "a model's configuration as it was, and names",
     "was_search/decode_time/profile.py": "figures that are finite, or no profile",
     "was_search/texts/protocol.py": "hashes",
     "storage/was_storage/studies/cache.py": "hashes",

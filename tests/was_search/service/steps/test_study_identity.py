@@ -102,8 +102,10 @@ def identity_of(**given: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def no_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def text(settings: Settings, split: str) -> Any:
-        return SimpleNamespace(name=settings.data, sha256=content_hash(settings.data), split=split, kind="")
+    def text(context: Context, split: str) -> Any:
+        return SimpleNamespace(
+            name=context.settings.data, sha256=content_hash(context.settings.data), split=split, kind=""
+        )
 
     monkeypatch.setattr(token_sets, "_text", text)
     monkeypatch.setattr(token_sets, "_tokenise", tokenised)
