@@ -36,12 +36,15 @@ def test_of_several_templates_the_default_is_taken():
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "chat: the model's tokenizer has no chat template; leave out --chat, or take a model that was tuned"),
+        (
+            None,
+            "chat: the model's tokenizer has no chat template; give a plain prompt .*, or take a model that was tuned",
+        ),
         ("{{ raise_exception('no system message') }}", r"cannot be rendered \(TemplateError: no system message\);"),
-        ("{% for m in messages %}", r"cannot be rendered \(TemplateSyntaxError: .*or leave out --chat and write"),
+        ("{% for m in messages %}", r"cannot be rendered \(TemplateSyntaxError: .*or give a plain prompt .* written"),
         ("{{ ().__class__.__base__.__subclasses__() }}", r"cannot be rendered \(SecurityError: "),
         ({"tool_use": TEMPLATE}, r"cannot be rendered \(ValueError: "),
-        ("{# nothing #}", "chat: the tokenizer's chat template gives no tokens; correct it, or leave out --chat"),
+        ("{# nothing #}", "chat: the tokenizer's chat template gives no tokens; correct it, or give a plain prompt"),
     ],
 )
 def test_what_cannot_be_written_so(template, words):

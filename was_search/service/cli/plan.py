@@ -110,6 +110,31 @@ def generate(
     )
 
 
+@commands.command(Group.MODEL)
+def serve(
+    invocation: Invocation,
+    *,
+    plan: PlanIn = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 is reached from here only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="What clients call the model; if not given, its own name.")] = "",
+    api_key: Annotated[
+        str, typer.Option(envvar="WAS_SEARCH_API_KEY", help="Key that clients must send; better in the environment.")
+    ] = "",
+    most_new: Annotated[int, typer.Option("--max-new-tokens", help="New tokens of one request at most.")] = 1024,
+    most_requests: Annotated[
+        int, typer.Option("--max-requests", help="Requests at a time, most of them waiting.")
+    ] = 16,
+    gpus: Gpus = 1,
+) -> None:
+    """Serve a plan, or a dense model, by OpenAI's protocol: completions and chat, with streaming."""
+    from was_search.service.steps import serving
+
+    loaded, base = load_plan(plan)
+    options = serving.ServerOptions(host, port, name, api_key, most_new, most_requests)
+    invocation.run(lambda context: serving.serve(context, loaded, options, gpus=gpus), base)
+
+
 @commands.command(Group.MODEL, "data", "test_sequences")
 def bench(
     invocation: Invocation,

@@ -136,7 +136,7 @@ def generate_each(
     applied: AbstractContextManager[Any] = nullcontext() if handle is None else handle
     with applied:
         loop = DecodingLoop(model) if handle is None else handle.loop
-        ends = loop.eos | (_ends_of_answers(tokenizer) if chat else frozenset())
+        ends = loop.eos | (ends_of_answers(tokenizer) if chat else frozenset())
         options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
         decoder = _Decoder(context, loop, handle, structure.shape, tokenizer, options, ends, stops, chat)
         return [decoder.decode(prompt, f"[{name}]" if len(asked) > 1 else "") for name, prompt in asked.items()]
@@ -254,7 +254,7 @@ def _say_what_does_nothing(context: Context, sampling: Sampling) -> None:
         context.reporter.note(f"{', '.join(given)}: nothing is drawn at temperature 0; give --temperature to sample")
 
 
-def _ends_of_answers(tokenizer: Any) -> frozenset[int]:
+def ends_of_answers(tokenizer: Any) -> frozenset[int]:
     """The tokenizer's own end: checkpoints tuned for chats do not all name it in ``generation_config.json``."""
     end = tokenizer.eos_token_id
     return frozenset() if end is None else frozenset((end,))

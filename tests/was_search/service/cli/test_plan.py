@@ -189,7 +189,7 @@ def test_a_text_that_is_interrupted_ends_its_line(plan, monkeypatch):
             ["--max-new-tokens", "2000"],
             "2000 new ones exceed the model's 1024 positions; shorten it, or give a smaller",
         ),
-        (["--chat"], "chat: the model's tokenizer has no chat template; leave out --chat"),
+        (["--chat"], "chat: the model's tokenizer has no chat template; give a plain prompt (without --chat)"),
     ],
 )
 def test_generate_refuses(plan, options, words):

@@ -1,0 +1,1 @@
+"""A server of one model with OpenAI's protocol: requests, the thread that decodes, the application."""
