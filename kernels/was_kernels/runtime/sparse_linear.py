@@ -53,6 +53,7 @@ class SparseLinear(nn.Module):
         dtype: what the model computes in.
         channel_bytes: bytes of the weight of one input channel, with scales and offsets.
         bags: the products with few rows on a CPU; None where other code makes them.
+        counters: those of the CUDA kernel; None where it does not take this map.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class SparseLinear(nn.Module):
         self.channel_bytes = columns.channel_bytes
         self._max_rows = columns.max_rows
         fits = self.out_features % columns.multiple == 0 and self.in_features <= MAX_CHANNELS and self.dtype in HALF
-        self._counters = counters if fits else None
+        self.counters = counters if fits else None
         self.bags = CpuProduct(self.held) if cpu and CpuProduct.takes(self.held) else None
         self._cutoffs: tuple[int, Tensor] | None = None
 
@@ -145,8 +146,8 @@ class SparseLinear(nn.Module):
         rows = x.shape[0]
         if x.dtype != self.dtype:
             return None
-        if self._counters is not None and rows <= self._max_rows:
-            return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self._counters, early=True)
+        if self.counters is not None and rows <= self._max_rows:
+            return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self.counters, early=True)
         if self._triton and rows <= MAX_ROWS:
             return self._gemv(x, self.sparse, dense)
         if self.bags is not None and rows <= MAX_ROWS and self._on_cpu(x):
@@ -162,7 +163,7 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         here = "reference" if self.bags is None else "cpu"
-        kernels = "cuda" if self._counters is not None else "triton" if self._triton else here
+        kernels = "cuda" if self.counters is not None else "triton" if self._triton else here
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, threshold={self.threshold:.4g}, {kernels}"

@@ -14,10 +14,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from was_kernels.runtime.plan_files import plan_folder
 from was_search.checkpoints.limits import PLAN_METHOD
 from was_search.checkpoints.plan_checkpoint import plan_beside
-from was_search.errors import PlanError
-from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
+from was_search.plan import JSON_NAME, Plan
 
 if TYPE_CHECKING:
     from was_kernels.runtime.sparse_model import SparseModel
@@ -58,16 +58,10 @@ class WasQuantizer(HfQuantizer):
 
     def _found(self, model: Any, files: list[str]) -> Plan:
         """The plan in the folder of the weights; from the hub its two files are fetched."""
-        from transformers.utils.hub import cached_file
-
-        folder = Path(files[0]).parent if files else Path(str(model.config._name_or_path))
-        if not (folder / JSON_NAME).is_file() and not Path(str(model.config._name_or_path)).is_dir():
-            revision = getattr(model.config, "_commit_hash", None)
-            for name in (JSON_NAME, TENSORS_NAME):
-                fetched = cached_file(str(model.config._name_or_path), name, revision=revision)
-                if fetched is None:
-                    raise PlanError(f"{model.config._name_or_path}: has no {name}, though its config.json says so")
-                folder = Path(fetched).parent
+        name = str(model.config._name_or_path)
+        folder = Path(files[0]).parent if files else Path(name)
+        if not (folder / JSON_NAME).is_file():
+            folder = plan_folder(name, getattr(model.config, "_commit_hash", None))
         return plan_beside(folder, self.quantization_config.to_dict())
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -1,0 +1,120 @@
+"""Projections of one input in one weight, as serving engines hold them: q, k and v, or gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from was_kernels.ops.gather_gemv import gather_gemv
+from was_kernels.ops.gather_step import GatherStep
+from was_kernels.ops.reference import score_mask_reference
+from was_kernels.runtime.cpu_step import MaskedGroup
+from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection of a weight.
+
+    Attributes:
+        width: its outputs, rows of the weight.
+        norms: float32 [d].
+        threshold: the score under which a channel is dropped; zero drops nothing.
+        sparsity: share of channels that are dropped, nominally.
+    """
+
+    width: int
+    norms: Tensor
+    threshold: float
+    sparsity: float
+
+    def masks_like(self, other: Part) -> bool:
+        """Whether both keep the same channels of any input."""
+        return self.threshold == other.threshold and torch.equal(self.norms, other.norms)
+
+
+class SideBySide:
+    """Linear maps of one input, their outputs side by side; neighbours with equal masks are held as one map.
+
+    Args:
+        weight: [sum of widths, d], which is copied: it may be freed afterwards.
+        parts: by rows of the weight.
+        arrived: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
+    """
+
+    def __init__(self, weight: Tensor, parts: Sequence[Part], *, arrived: Tensor | None = None) -> None:
+        self._parts = _merged(parts)
+        rows = torch.split(weight.detach(), [part.width for part in self._parts])
+        self.maps = [_sparse(*pair, arrived) for pair in zip(rows, self._parts, strict=True)]
+        on_cpu = all(held.bags is not None for held in self.maps)
+        self._bags = MaskedGroup(self.maps) if on_cpu else None
+        gathers = len(self.maps) <= 3 and all(held.counters is not None for held in self.maps)
+        self._arrived = arrived if gathers else None
+        self._worth: dict[tuple[int, int], bool] = {}
+
+    def step(self, x: Tensor, dense: Tensor | None = None) -> Tensor:
+        """The masked product of one-token rows x [B, d], or the dense one of too many of them.
+
+        Args:
+            x: [B, d].
+            dense: bool [B]: rows that keep every channel; None: none do.
+
+        Returns:
+            [B, sum of widths] in x's dtype.
+        """
+        if not self.is_worth(x.shape[0]):
+            return self.whole(x)
+        if self._bags is not None:
+            return _beside(self._bags(x, dense))
+        if self._arrived is not None:
+            return gather_gemv(GatherStep(x, [held.sparse for held in self.maps], dense=dense), self._arrived)
+        masked = (score_mask_reference(x, held.norms, held.threshold, dense) for held in self.maps)
+        return _beside([held.held.multiply(each, None) for each, held in zip(masked, self.maps, strict=True)])
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The dense product of x [n, d]: [n, sum of widths]."""
+        if self._bags is not None:
+            return _beside(self._bags(x, None, skip=False))
+        return _beside([held.held.multiply(x, None) for held in self.maps])
+
+    def is_worth(self, rows: int) -> bool:
+        """Whether a step of so many rows is masked: one row always is, more where it was measured to be faster.
+
+        On a CPU each row reads its own channels, so that the answer depends on the sparsity; on a GPU rows share them.
+        """
+        if rows <= 1 or rows > DENSE_ABOVE or self._bags is None:
+            return 1 <= rows <= DENSE_ABOVE
+        key = rows, torch.get_num_threads()
+        if key not in self._worth:
+            self._worth[key] = all(self._reads_less(*pair, *key) for pair in zip(self.maps, self._parts, strict=True))
+        return self._worth[key]
+
+    def _reads_less(self, held: SparseLinear, part: Part, rows: int, threads: int) -> bool:
+        assert held.bags is not None
+        return part.threshold <= 0.0 or rows * (1.0 - part.sparsity) * held.in_features <= held.bags.most(rows, threads)
+
+
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    merged: list[Part] = []
+    for part in parts:
+        if merged and part.masks_like(merged[-1]):
+            merged[-1] = replace(merged[-1], width=merged[-1].width + part.width)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _sparse(rows: Tensor, part: Part, arrived: Tensor | None) -> SparseLinear:
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(rows, requires_grad=False)
+    norms = norms_like(part.norms, rows.device)
+    return SparseLinear(
+        linear, norms, part.threshold, prefix=None, triton=False, counters=arrived, cpu=rows.device.type == "cpu"
+    )
+
+
+def _beside(products: list[Tensor]) -> Tensor:
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
