@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def exported(folder: Path, family: str, masks: Any) -> Path:
 
 
 @pytest.fixture(scope="module", params=[("llama", "separate", False), ("qwen2", "shared", True)], ids=lambda p: p[0])
-def served(request, tmp_path_factory) -> Iterator[tuple[Path, Any]]:
+def served(request, tmp_path_factory) -> tuple[Path, Any]:
     """A folder, and vLLM with it: once compiled, once not."""
     from vllm import LLM
 
@@ -46,7 +45,7 @@ def served(request, tmp_path_factory) -> Iterator[tuple[Path, Any]]:
     folder = exported(tmp_path_factory.mktemp(family), family, masks)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     options = {"dtype": "float32", "max_model_len": 96, "max_num_seqs": 4, "skip_tokenizer_init": True}
-    yield folder, LLM(str(folder), enforce_eager=eager, **options)
+    return folder, LLM(str(folder), enforce_eager=eager, **options)
 
 
 def decoded(llm: Any, prompts: list[list[int]], tokens: int = TOKENS) -> list[tuple[list[int], list[float]]]:
@@ -146,13 +145,13 @@ def test_what_vllms_model_holds_must_be_the_plans(tmp_path):
     linear = ReplicatedLinear.__new__(ReplicatedLinear)
     with set_current_vllm_config(config):
         method = plan_config.get_quant_method(linear, "model.layers.0.self_attn.qkv_proj")
-        with pytest.raises(PlanError, match="plan for weights .*, the model has .*another model"):
+        with pytest.raises(PlanError, match=r"plan for weights .*, the model has .*another model"):
             method.create_weights(torch.nn.Module(), 8, [8, 8, 8], 8, 24, torch.float32)
         with pytest.raises(PlanError, match="another layer is it already"):
             plan_config.get_quant_method(linear, "model.layers.0.self_attn.q_proj")
         with pytest.raises(PlanError, match="the plan has no such projection"):
             plan_config.get_quant_method(linear, "model.layers.2.mlp.down_proj")
-        with pytest.raises(PlanError, match="block 0: vLLM's model has no o projection"):
+        with pytest.raises(PlanError, match=r"^block 0: vLLM's model has no o projection"):
             plan_config.require_all_claimed()
         config.parallel_config.tensor_parallel_size = 2
         with pytest.raises(ConfigError, match="a plan is not served with tensor parallelism"):
