@@ -47,7 +47,7 @@ def token_times(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> 
 
     Args:
         model: a transformers causal LM.
-        prompt: int64 [1, n].
+        prompt: int64 [rows, n].
         new_tokens: tokens that are decoded whatever they are; at least 4.
         options: further ones of ``generate``.
     """

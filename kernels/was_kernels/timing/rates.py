@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from was_kernels.runtime.decoding_loop import DecodingLoop
+from was_kernels.timing.generate import token_times
 
 
 def loop_rate(loop: DecodingLoop, ids: Tensor, new_tokens: int) -> float:
@@ -26,31 +25,7 @@ def loop_rate(loop: DecodingLoop, ids: Tensor, new_tokens: int) -> float:
 
 
 def generate_rate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> float:
-    """The same of ``model.generate`` with ``options``, greedy, as :func:`loop_rate` counts."""
+    """The same of ``model.generate`` with ``options``, greedy; of at least 4 new tokens."""
     for _ in range(2):
-        clock = _Clock()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                streamer=clock,
-                **options,
-            )
-    return len(ids) * (new_tokens - 1) / (clock.marks[-1] - clock.marks[1])
-
-
-class _Clock(BaseStreamer):
-    """When ``generate`` handed over the prompt, and then each token."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.marks.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+        seconds = token_times(model, ids, new_tokens, **options)
+    return len(ids) * len(seconds) / sum(seconds)

@@ -145,7 +145,7 @@ class _Bench:
         step = DecodeStep(self.model, tokens, case.kv_length, compiled=compiled)
         counted = None if handle is None else step.counted(handle)
         times = step.times(self.steps)
-        prompt, new = tokens[:, : case.kv_length - self.steps // 2], max(2, self.steps)
+        prompt, new = tokens[:, : case.kv_length - max(4, self.steps // 2)], max(4, self.steps)
         loop = DecodingLoop(self.model, compiled=compiled) if handle is None else handle.loop
         generated = None
         if not compiled or tokens.is_cuda:
