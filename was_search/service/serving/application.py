@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from was_search.errors import WasError
+from was_search.process.plain_json import dumps
 from was_search.service.serving.engine import DecodingFailed, Ended, Engine, Prompt
 from was_search.service.serving.requests import (
     ChatRequest,
@@ -334,7 +334,7 @@ async def _events(answer: _Answer) -> AsyncIterator[str]:
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+    return f"data: {dumps(value)}\n\n"
 
 
 def _failed(error: DecodingFailed) -> RequestError:
