@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar("T")
 
@@ -39,6 +40,11 @@ def captured(
             _settle(generator)
             raise CaptureError(f"no graph could be captured ({str(error).splitlines()[0]})") from error
     return graph, result
+
+
+def addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where the parameters and buffers of ``model`` lie: a graph reads them where they lay when it was captured."""
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _settle(generator: torch.Generator | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache, StaticCache
 
-from was_kernels.runtime.capture import CaptureError, captured
+from was_kernels.runtime.capture import CaptureError, addresses, captured
 from was_kernels.runtime.fused_forward import is_hooked
 from was_kernels.runtime.positions import CACHES
 from was_kernels.runtime.sampling import Form, Sampler, Sampling
@@ -263,7 +263,7 @@ class _Texts:
 
     def _look_at_weights(self) -> None:
         """A graph reads the weights where they lay when it was captured."""
-        weights = tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers()))
+        weights = addresses(self._model)
         if weights != self._weights:
             self._weights = weights
             self._forget()

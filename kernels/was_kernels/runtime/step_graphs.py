@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from was_kernels.runtime.capture import CaptureError, captured
+from was_kernels.runtime.capture import CaptureError, addresses, captured
 from was_kernels.runtime.decode_model import DecodeModel, cache_of, longest_of, mask_of, row_of_flags
 from was_kernels.runtime.fused_forward import hooks_of, is_hooked
 from was_kernels.runtime.growing_cache import Room, filled
@@ -267,15 +266,10 @@ class StepGraphs:
         """Once after each prompt: graphs read the weights where they lay."""
         if self._looked:
             return
-        pointers = tuple(tensor.data_ptr() for tensor in _tensors(self.model))
+        pointers = addresses(self.model)
         if pointers != self._weights:
             self._kept.clear()
         self._weights, self._looked = pointers, True
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _one_token(given: dict[str, Any]) -> bool:
