@@ -2,7 +2,11 @@
 
     python -m benchmarks.search_quality --targets 0.5 0.6 0.7 0.8 --seeds 5 --evaluations 500 --processes 14
     python -m benchmarks.search_quality --methods cmaes:levels cmaes:full evolution --targets 0.6
-    python -m benchmarks.search_quality --summary
+    python -m benchmarks.search_quality --problem real --model FOLDER --data FOLDER --processes 6
+    python -m benchmarks.search_quality --problem real --summary
+
+There are two problems: the packaged demo, and SmolLM2-135M-Instruct on WikiText-2. Of the latter, without a network,
+``scripts/real_model.py`` writes the model and ``scripts/wikitext_articles.py`` divides a text that is at hand.
 
 One full evaluation is the whole search split. All methods share tables, seeds and thresholds (of one operating
 point per target). At each checkpoint the vector that a method then has, the best that it has evaluated in full, is
@@ -25,10 +29,8 @@ from benchmarks.harness.methods import METHODS
 from benchmarks.harness.problem import Engine, Setup, prepare
 from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.harness.runs import jobs, pairs, results
+from benchmarks.harness.standing import STANDING
 from was_search.errors import ConfigError, WasError
-
-RESULTS = Path(__file__).resolve().parent / "results" / "search_quality.jsonl"
-CHECKPOINTS = (10.0, 25.0, 50.0, 120.0, 250.0, 500.0)
 
 
 def benchmark(options: argparse.Namespace, setup: Setup) -> int:
@@ -38,10 +40,9 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
     data, fingerprint = setup.tokens(), setup.fingerprint()
     protocols = {split: tokens.protocol.to_json() for split, tokens in data.items()}
     identity = {"model": fingerprint, "protocols": protocols, "setup": setup.identity()}
-    checkpoints = (*(c for c in CHECKPOINTS if c < options.evaluations), options.evaluations)
-    every = jobs(
-        pairs(options.methods or list(METHODS)), options.targets, options.seeds, options.radius, checkpoints, identity
-    )
+    checkpoints = (*(c for c in options.checkpoints if c < options.evaluations), options.evaluations)
+    methods = options.methods or STANDING[options.problem].methods or METHODS
+    every = jobs(pairs(list(methods)), options.targets, options.seeds, options.radius, checkpoints, identity)
     there = {row.get("key") for row in read_rows(options.output)}
     todo = [job for job in every if job.key not in there]
     print(f"{len(every)} runs, {len(every) - len(todo)} of them done", flush=True)
@@ -49,10 +50,16 @@ def benchmark(options: argparse.Namespace, setup: Setup) -> int:
         return 0
     engine = Engine(setup, data)
     problems = prepare(engine, sorted({job.target for job in todo}))
-    print(f"prepared in {time.time() - began:.0f} s on {engine.info.device}", flush=True)
+    dense = engine.dense()
+    print(
+        f"prepared in {time.time() - began:.0f} s on {engine.info.device}; dense {dense['test_nats']:.4f} nats on the "
+        "test split",
+        flush=True,
+    )
     measured = conditions(engine.info.device)
     shared = {
         "model": {"name": options.name, "fingerprint": fingerprint},
+        "dense": dense,
         "protocols": protocols,
         "setup": setup.identity(),
         "processes": options.processes,
@@ -91,29 +98,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--problem", choices=list(STANDING), default="demo", help="whose settings are the defaults")
     parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD[:SPACE]", help=f"all if not given: {', '.join(METHODS)}"
+        "--methods", nargs="+", metavar="METHOD[:SPACE]", help=f"of {', '.join(METHODS)}; demo: all, real: ten of them"
     )
-    parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--targets", nargs="+", type=float)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each random method, seeds 0, 1, ...")
-    parser.add_argument("--evaluations", type=float, default=500.0, help="budget of each run, in full evaluations")
+    parser.add_argument("--evaluations", type=float, help="budget of each run, in full evaluations")
+    parser.add_argument(
+        "--checkpoints", nargs="*", type=float, help="evaluations after which vectors are confirmed too"
+    )
     parser.add_argument("--radius", type=float, default=0.05, help="of the spaces")
     parser.add_argument("--processes", type=int, default=1, help="each holds the model on the device")
     parser.add_argument("--deadline", type=float, default=0.0, help="seconds after which nothing more is run")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="demo", help="what rows call the model; its fingerprint is what counts")
+    parser.add_argument("--output", type=Path, help="file of rows; if not given, the problem's in benchmarks/results")
+    parser.add_argument("--name", help="what rows call the model; its fingerprint is what counts")
     parser.add_argument("--summary", action="store_true", help="print and plot what the results file holds")
     parser.add_argument("--markdown", action="store_true", help="print the summary as Markdown, last checkpoints only")
     parser.add_argument("--plot", type=Path, help="HTML file of the summary's plot; beside the results if not given")
-    group = parser.add_argument_group("model and data", "the packaged demo and its settings by default")
+    group = parser.add_argument_group("model and data", "the problem's by default")
     hints = get_type_hints(Setup)
     for field in fields(Setup):
         flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
         if kind is bool:
-            group.add_argument(flag, action="store_true", default=field.default)
+            group.add_argument(flag, action="store_true", default=None)
         else:
-            group.add_argument(flag, type=kind if kind in (int, float) else str, default=field.default)
-    options = parser.parse_args(arguments)
+            group.add_argument(flag, type=kind if kind in (int, float) else str)
+    options = _filled(parser.parse_args(arguments))
     for name in ("seeds", "evaluations", "processes"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: must be at least 1, got {getattr(options, name)}")
@@ -127,11 +138,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _filled(options: argparse.Namespace) -> argparse.Namespace:
+    """``options`` with the problem's values for what was not given."""
+    problem = STANDING[options.problem]
+    usual = {field.name: field.default for field in fields(Setup)} | problem.setup
+    usual |= {
+        "targets": list(problem.targets),
+        "evaluations": problem.evaluations,
+        "checkpoints": list(problem.checkpoints),
+        "output": problem.results,
+        "name": problem.model,
+    }
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**{**vars(options), **usual, **given})
+
+
 def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
         if options.summary or options.markdown:
-            from benchmarks.harness.search_summary import groups, markdown, summarise
+            from benchmarks.harness.search_summary import excess, groups, markdown, summarise
 
             rows = read_rows(options.output)
             if options.methods:  # the file also holds rows of methods that are gone from the code
@@ -139,7 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
                 rows = [row for row in rows if row["method"] in names]
             if options.markdown:
                 for conditions, targets in groups(rows).items():
-                    print(f"{conditions}\n\n{markdown(targets)}\n")
+                    tables = [table for table in (excess(targets), markdown(targets)) if table]
+                    print("\n\n".join([conditions, *tables]), end="\n\n")
                 return 0
             summarise(rows, options.plot or options.output.with_suffix(".html"))
             return 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.fast_mask import masks
-from benchmarks.harness.replays import CHUNKS, Replays
+from benchmarks.harness.replays import Replays, chunks
 from was_search.masks.divergence import DenseTop, bucket_log_probs, divergence
 from was_search.masks.evaluation import sequence_nats
 from was_search.masks.masked_model import MaskedModel
@@ -36,10 +36,17 @@ class FastEvaluator:
         data: the sequences.
         top: the dense model's top on ``data``; makes the divergence from it the loss instead of the NLL.
         graphs: capture CUDA graphs; None: on a GPU.
+        pool: the graphs' memory, as of :class:`benchmarks.harness.replays.Replays`.
     """
 
     def __init__(
-        self, model: MaskedModel, data: TokenSet, *, top: DenseTop | None = None, graphs: bool | None = None
+        self,
+        model: MaskedModel,
+        data: TokenSet,
+        *,
+        top: DenseTop | None = None,
+        graphs: bool | None = None,
+        pool: Any = None,
     ) -> None:
         device = model.device
         self._model = model
@@ -48,7 +55,8 @@ class FastEvaluator:
         self._top: tuple[Tensor, Tensor] | None = None
         if top is not None:
             self._top = (torch.tensor(top.indices, device=device).long(), torch.tensor(top.log_probs, device=device))
-        self._replays = Replays(self._forward, graphs=use_causal_attention(model.model, data.protocol, graphs))
+        captured = use_causal_attention(model.model, data.protocol, graphs)
+        self._replays = Replays(self._forward, graphs=captured, pool=pool)
 
     @property
     def graphs(self) -> bool:
@@ -73,7 +81,7 @@ class FastEvaluator:
         limits = np.broadcast_to(limits, (len(wanted), *limits.shape[-2:]))
         if len(wanted) == 0:
             return np.zeros(0), np.zeros(limits.shape, np.int64)
-        order, sizes = _chunks(len(wanted))
+        order, sizes = _chunks(len(wanted), chunks(self._protocol.sequence_length))
         index = torch.as_tensor(wanted[order], device=self._tokens.device)
         rows = torch.as_tensor(limits[order], device=self._tokens.device)
         found = [self._replays(i, t) for i, t in zip(index.split(sizes), rows.split(sizes), strict=True)]
@@ -94,14 +102,14 @@ class FastEvaluator:
         return divergence(dense, log_probs).view(len(index), predicted).sum(dim=1), dropped
 
 
-def _chunks(n: int) -> tuple[IntArray, list[int]]:
-    """``0 .. n - 1`` filled up with repeats to whole chunks, and the chunks' sizes, largest first."""
+def _chunks(n: int, whole: tuple[int, ...]) -> tuple[IntArray, list[int]]:
+    """``0 .. n - 1`` filled up with repeats to chunks of the sizes ``whole``, and the chunks' sizes, largest first."""
     sizes, left = [], n
-    for size in CHUNKS:
+    for size in whole:
         sizes += [size] * (left // size)
         left %= size
     if left:
-        sizes.append(CHUNKS[-1])
+        sizes.append(whole[-1])
     return np.resize(np.arange(n), sum(sizes)), sizes
 
 

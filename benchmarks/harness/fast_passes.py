@@ -5,6 +5,8 @@ The results are those of :func:`was_search.masks.calibration.histogram_pass`, wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness.fast_evaluator import use_causal_attention
 from benchmarks.harness.fast_mask import masks
-from benchmarks.harness.replays import CHUNKS, Replays
+from benchmarks.harness.replays import Replays, chunks
 from was_search.masks.histogram import N_BINS, Histograms
 from was_search.masks.masked_model import MaskedModel
 from was_search.shape import N_PROJECTIONS, FloatArray
@@ -22,15 +24,16 @@ from was_search.texts.protocol import TokenSet
 class FastPasses:
     """Passes over ``data``: a :data:`was_search.masks.calibration.PassRunner`. Not thread-safe.
 
-    Changes the model's attention implementation as :class:`benchmarks.harness.fast_evaluator.FastEvaluator` does.
+    Changes the model's attention implementation as :class:`benchmarks.harness.fast_evaluator.FastEvaluator` does, and
+    takes ``pool`` as that.
     """
 
-    def __init__(self, model: MaskedModel, data: TokenSet) -> None:
+    def __init__(self, model: MaskedModel, data: TokenSet, *, pool: Any = None) -> None:
         self._model = model
         self._backbone = getattr(model.model, "model", model.model)
         self._prefix = data.protocol.dense_prefix
         self._tokens = torch.as_tensor(data.tokens, device=model.device)
-        self._replays = Replays(self._forward, graphs=use_causal_attention(model.model, data.protocol))
+        self._replays = Replays(self._forward, graphs=use_causal_attention(model.model, data.protocol), pool=pool)
 
     @torch.no_grad()
     def __call__(self, thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
@@ -41,7 +44,7 @@ class FastPasses:
         index = torch.arange(len(self._tokens), device=self._tokens.device)
         counts = torch.zeros((*shape, N_BINS), dtype=torch.int64, device=index.device)
         dropped = torch.zeros(shape, dtype=torch.int64, device=index.device)
-        for part in index.split(_sizes(len(index))):
+        for part in index.split(_sizes(*self._tokens.shape)):
             found = self._replays(part, rows.expand(len(part), *shape))
             counts += found[0]
             dropped += found[1].sum(dim=0)
@@ -61,10 +64,10 @@ class FastPasses:
         return counts, dropped
 
 
-def _sizes(n: int) -> list[int]:
+def _sizes(n: int, length: int) -> list[int]:
     """Sizes of chunks of ``n`` sequences, the rest as one of its own: repeats to fill it up would be counted."""
     sizes, left = [], n
-    for size in CHUNKS:
+    for size in chunks(length):
         sizes += [size] * (left // size)
         left %= size
     return [*sizes, left] if left else sizes

@@ -143,8 +143,12 @@ class Engine:
         self.worker = Worker(spec)
         self.info = self.worker.prepare()
         self.model = self.worker.model
-        self.run_pass = FastPasses(self.model, self.data["calibration"])
-        self.evaluators = {split: FastEvaluator(self.model, self.data[split]) for split in ("search", "test")}
+        # One process's graphs share their memory, so that several processes fit on a GPU.
+        self._pool = torch.cuda.graph_pool_handle() if self.model.device.type == "cuda" else None
+        self.run_pass = FastPasses(self.model, self.data["calibration"], pool=self._pool)
+        self.evaluators = {
+            split: FastEvaluator(self.model, self.data[split], pool=self._pool) for split in ("search", "test")
+        }
         self._divergence: FastEvaluator | None = None
         self._cache = ArrayCache(self.setup.cache)
         self._histograms: tuple[float, Histograms] | None = None
@@ -159,6 +163,12 @@ class Engine:
         """Whether evaluations are replayed from CUDA graphs."""
         return self.evaluators["search"].graphs
 
+    def dense(self) -> dict[str, float]:
+        """Mean nats per token of the unmasked model on the search and the test split."""
+        nothing = np.zeros((self.shape.n_blocks, N_PROJECTIONS), np.float32)
+        found = {split: evaluator.losses(nothing) for split, evaluator in self.evaluators.items()}
+        return {f"{split}_nats": float(losses.mean()) for split, losses in found.items()}
+
     def fitness(self, name: FitnessName) -> FastEvaluator:
         """The evaluator of losses on the search split; the dense model's top is made at the first use of ``kl``."""
         if name == "nll":
@@ -166,7 +176,7 @@ class Engine:
         if self._divergence is None:
             data = self.data["search"]
             top = dense_top(self.model, data, KL_TOP_K)
-            self._divergence = FastEvaluator(self.model, data, top=top)
+            self._divergence = FastEvaluator(self.model, data, top=top, pool=self._pool)
         return self._divergence
 
     def block_table(self, block: int, dense: Histograms) -> BlockTable:

@@ -15,21 +15,35 @@ from torch import Tensor
 CHUNKS = (64, 32, 16, 8)
 """Numbers of sequences in a forward that graphs are captured for."""
 
+MOST_TOKENS = 16_384
+"""Tokens of a forward, unless the smallest chunk has more: these fill a GPU, and their logits leave room for others."""
+
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """A forward: (indices of sequences int64 [n], thresholds float32 [n, L, 7]) -> tensors; asks the host for nothing."""
+
+
+def chunks(sequence_length: int) -> tuple[int, ...]:
+    """Those of :data:`CHUNKS` that sequences of this length are evaluated in, largest first."""
+    return tuple(size for size in CHUNKS if size * sequence_length <= MOST_TOKENS) or CHUNKS[-1:]
 
 
 class Replays:
     """Calls ``forward``, from a graph where the number of sequences is one of :data:`CHUNKS`.
 
     Not thread-safe; owns its graphs. Where a capture fails, it says so once and goes on without graphs.
+
+    Args:
+        forward: what is called.
+        graphs: whether to capture graphs of it.
+        pool: memory of graphs (``torch.cuda.graph_pool_handle``) to share with others that are called by turns with
+            this one: results are copied out of it at once. None: its own.
     """
 
-    def __init__(self, forward: Forward, *, graphs: bool) -> None:
+    def __init__(self, forward: Forward, *, graphs: bool, pool: Any = None) -> None:
         self._forward = forward
         self._graphs = graphs
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, tuple[Tensor, ...]]] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if graphs else None
+        self._pool: Any = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
 
     @property
     def graphs(self) -> bool:

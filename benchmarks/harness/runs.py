@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,7 +18,7 @@ import benchmarks.harness.racing  # noqa: F401 - its methods are registered by i
 from benchmarks.harness.ledger import Ledger, OutOfTime
 from benchmarks.harness.methods import METHODS, Task, run_method
 from benchmarks.harness.problem import Engine, Problem, Setup
-from was_search.errors import ConfigError
+from was_search.errors import ConfigError, TransientError
 from was_search.texts.protocol import content_hash
 from was_search.vectors.space import SPACES
 
@@ -171,6 +172,10 @@ def _work(job: Job, deadline: float) -> dict[str, Any] | None:
         return run_job(_ENGINE, _PROBLEMS[job.target], job, deadline)
     except OutOfTime:
         return None
+    except (torch.OutOfMemoryError, TransientError) as error:
+        torch.cuda.empty_cache()
+        print(f"{job.name} is left: {' '.join(str(error).split())[:200]}", file=sys.stderr, flush=True)
+        return None
 
 
 def results(
@@ -179,7 +184,7 @@ def results(
     """Finished jobs as they come, in this process (1) or in ``processes`` spawned ones.
 
     A job is not handed out if one like it took longer than the time that is left; one that is in flight when the
-    deadline passes is dropped.
+    deadline passes is dropped. So is, of several processes, one for which the device's memory does not suffice.
     """
     by_target = {problem.target: problem for problem in problems}
     took: dict[tuple[str, str], float] = {}
@@ -201,6 +206,7 @@ def results(
             yield job, found
         return
     flying: dict[Future[dict[str, Any] | None], tuple[Job, float]] = {}
+    torch.cuda.empty_cache()  # what was prepared with is needed by the others; without a GPU it does nothing
     pool = ProcessPoolExecutor(
         min(processes, len(waiting)),
         multiprocessing.get_context("spawn"),

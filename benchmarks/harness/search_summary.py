@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,29 @@ class Cell:
 
 @dataclass(frozen=True)
 class Curve:
-    """One method on one space at one target."""
+    """One method on one space at one target.
+
+    Attributes:
+        name: of method and space.
+        cells: test losses by the evaluations that were spent, in nats per token.
+        achieved: least and greatest sparsity counted on the test split.
+        excess: median over the seeds of the last test loss less the dense model's; None where rows do not say that one.
+        dense: the dense model's test loss; None likewise.
+    """
 
     name: str
     cells: dict[float, Cell]
     achieved: tuple[float, float]
+    excess: float | None = None
+    dense: float | None = None
 
     @property
     def last(self) -> float:
         return self.cells[max(self.cells)].median
+
+    @property
+    def runs(self) -> int:
+        return max(cell.n for cell in self.cells.values())
 
 
 def groups(rows: Rows) -> dict[str, dict[float, list[Curve]]]:
@@ -70,7 +85,13 @@ def _curve(name: str, runs: Rows) -> Curve:
     }
     if not cells:
         return Curve(name, {math.inf: Cell(math.inf, math.inf, math.inf, 0)}, (math.nan, math.nan))
-    return Curve(name, cells, (min(achieved), max(achieved)))
+    over = [
+        (run["checkpoints"][-1]["test_nats"] - run["dense"]["test_nats"], run["dense"]["test_nats"])
+        for run in runs
+        if run["checkpoints"] and "dense" in run
+    ]
+    excess, dense = np.median(over, axis=0).tolist() if over else (None, None)
+    return Curve(name, cells, (min(achieved), max(achieved)), excess, dense)
 
 
 def _conditions(row: dict[str, Any]) -> str:
@@ -91,31 +112,59 @@ def table(curves: list[Curve]) -> str:
     for curve in curves:
         cells = [curve.cells[c].text() if c in curve.cells else "" for c in checkpoints]
         low, high = (100 * value for value in curve.achieved)
-        body.append([curve.name, *cells, str(max(c.n for c in curve.cells.values())), f"{low:.2f}-{high:.2f}"])
+        body.append([curve.name, *cells, str(curve.runs), f"{low:.2f}-{high:.2f}"])
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body)
 
 
-def markdown(targets: dict[float, list[Curve]], names: list[str] | None = None) -> str:
+def markdown(targets: dict[float, list[Curve]]) -> str:
     """One Markdown table: method x target, the median test loss [least, greatest] once all its budget was spent."""
+    return _markdown(targets, lambda _, curve: curve.cells[max(curve.cells)].text(", "))
+
+
+def excess(targets: dict[float, list[Curve]]) -> str:
+    """Markdown table, method x target: the median over seeds of the test loss above the dense model's, nats per token.
+
+    The least of a target is in bold. What it is above, and how far achieved sparsities are from their target, is said
+    beneath it. "" where rows do not say the dense model's loss.
+    """
+    known = {target: [curve for curve in curves if curve.excess is not None] for target, curves in targets.items()}
+    found = [(target, curve) for target, curves in known.items() for curve in curves]
+    if not found:
+        return ""
+    least = {target: min((curve.excess or 0.0 for curve in curves), default=0.0) for target, curves in known.items()}
+
+    def text(target: float, curve: Curve) -> str:
+        shown = f"{curve.excess:.4f}"
+        return f"**{shown}**" if curve.excess == least[target] else shown
+
+    dense = np.median([curve.dense for _, curve in found])
+    off = max(abs(value - target) for target, curve in found for value in curve.achieved)
+    beneath = (
+        f"Nats per token above the dense model's {dense:.4f} on the test text, median of the runs; "
+        f"achieved there within {100 * off:.2f} points of the target."
+    )
+    return f"{_markdown(known, text)}\n\n{beneath}"
+
+
+def _markdown(targets: dict[float, list[Curve]], text: Callable[[float, Curve], str]) -> str:
     by_name: dict[str, dict[float, Curve]] = defaultdict(dict)
     for target, curves in targets.items():
         for curve in curves:
             by_name[curve.name][target] = curve
     # Methods that were not run at every target come last.
     order = {name: (-len(found), sum(curve.last for curve in found.values())) for name, found in by_name.items()}
-    wanted = names or sorted(by_name, key=order.__getitem__)
     lines = [
-        "| method | evaluations | " + " | ".join(f"{100 * target:g} %" for target in targets) + " |",
-        "|---" * (2 + len(targets)) + "|",
+        "| method | evaluations | runs | " + " | ".join(f"{100 * target:g} %" for target in targets) + " |",
+        "|---" * (3 + len(targets)) + "|",
     ]
-    for name in wanted:
-        spent = max(max(curve.cells) for curve in by_name[name].values())
-        cells = []
-        for target in targets:
-            curve = by_name[name].get(target)
-            cells.append("" if curve is None else curve.cells[max(curve.cells)].text(", "))
-        lines.append(f"| {name} | {spent:g} | " + " | ".join(cells) + " |")
+    for name in sorted(by_name, key=order.__getitem__):
+        found = by_name[name]
+        spent = max(max(curve.cells) for curve in found.values())
+        counts = sorted({curve.runs for curve in found.values()})
+        runs = f"{counts[0]}" + (f"-{counts[-1]}" if counts[1:] else "")
+        cells = [text(target, found[target]) if target in found else "" for target in targets]
+        lines.append(f"| {name} | {spent:g} | {runs} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -128,7 +177,7 @@ def summarise(rows: Rows, plot: Path) -> None:
         print(f"{conditions}\nmedian test nats per token [least greatest over seeds] by full evaluations spent")
         for target, curves in targets.items():
             print(f"\nat {100 * target:g} %\n{table(curves)}")
-        print()
+        print(f"\n{over_dense}\n" if (over_dense := excess(targets)) else "")
         path = plot if number == 0 else plot.with_stem(f"{plot.stem}-{number + 1}")
         for written in _plots(conditions, targets, path):
             print(f"plot: {written}")

@@ -15,7 +15,7 @@ from benchmarks import search_quality
 from benchmarks.harness import methods, problem, racing
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
-from benchmarks.search_quality import main
+from benchmarks.search_quality import main, parse
 from tests.doubles.small_run import BLOCKS, small_model
 from was_search.coordinator.model_calls import GreedyBlock
 from was_search.service.settings import Settings
@@ -52,6 +52,7 @@ def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
         assert row["nominal"] == pytest.approx(0.6, abs=1e-12)
         assert np.array(row["sparsities"]).shape == (len(BLOCKS), 7)
         assert row["protocols"]["search"]["n_sequences"] == 8
+        assert 2.0 < row["dense"]["test_nats"] < checkpoint["test_nats"]
         assert str(ROOT) not in json.dumps(row)
     assert main([*TINY, "--methods", "uniform", "cmaes:full", "--output", str(output)]) == 0
     assert [row["method"] for row in read_rows(output)][2:] == ["cmaes"]
@@ -62,6 +63,8 @@ def test_a_tiny_run_and_its_continuation(coarse, tmp_path, capsys, monkeypatch):
     assert len(read_rows(output)) == 3
     assert main(["--summary", "--output", str(output)]) == 0
     assert "cmaes:full" in capsys.readouterr().out
+    assert main(["--markdown", "--output", str(output)]) == 0
+    assert "Nats per token above the dense model's" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -166,6 +169,14 @@ def test_the_steps_are_those_of_the_product():
         racing.RULE["significance"],
         racing.RULE["keep"],
     )
+
+
+def test_a_problems_settings_are_the_defaults_of_its_command():
+    demo, real = parse([]), parse(["--problem", "real", "--batch-size", "4", "--targets", "0.4"])
+    assert (demo.model, demo.targets, demo.tf32) == (Setup(device="cpu").model, [0.5, 0.6, 0.7, 0.8], False)
+    assert (real.sequence_length, real.dtype, real.batch_size, real.targets) == (1024, "bfloat16", 4, [0.4])
+    assert (real.data, real.evaluations, real.checkpoints) == ("wikitext2", 120.0, [])
+    assert demo.output != real.output
 
 
 def test_the_defaults_are_the_demos():

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.harness import replays
 from benchmarks.harness.fast_evaluator import FastEvaluator
+from benchmarks.harness.replays import CHUNKS, chunks
 from was_search.checkpoints.structure import find_structure
 from was_search.masks.divergence import DenseTop
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
@@ -77,6 +79,17 @@ def test_divergence_from_the_dense_model(make_llama, token_set, chosen):
     evaluator = fast(make_llama(), token_set, top=top)
     np.testing.assert_allclose(evaluator.losses(THRESHOLDS, np.array(chosen)), expected[chosen], atol=1e-5)
     assert np.abs(evaluator.losses(THRESHOLDS * 0)).max() < 1e-5
+
+
+def test_long_sequences_are_evaluated_in_smaller_chunks(make_llama, token_set, monkeypatch):
+    assert (chunks(256), chunks(1024), chunks(8192)) == (CHUNKS, (16, 8), (8,))
+    expected = reference(make_llama(), token_set, THRESHOLDS)
+    monkeypatch.setattr(replays, "MOST_TOKENS", 17 * 16)
+    seen = []
+    evaluator = fast(make_llama(), token_set)
+    monkeypatch.setattr(evaluator._replays, "_forward", lambda i, t: seen.append(len(i)) or evaluator._forward(i, t))
+    np.testing.assert_allclose(evaluator.losses(THRESHOLDS), expected, atol=1e-5)
+    assert seen == [16, 16, 16, 16, 8, 8]  # 75 filled up to 80
 
 
 def test_no_sequences(make_llama, token_set):

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.harness import runs
 from benchmarks.harness.ledger import Ledger
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.problem import Problem
 from benchmarks.harness.runs import jobs, pairs, results, run_job
+from benchmarks.harness.standing import STANDING
 from tests.benchmarks.bowl import SHAPE, TARGET, seeds
-from was_search.errors import ConfigError
+from was_search.errors import ConfigError, TransientError
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 
 PROBLEM = Problem(TARGET, SHAPE, seeds(), b"")
@@ -155,6 +158,25 @@ def test_the_deadline_drops_what_is_in_flight_and_hands_out_no_more(engine, monk
 def test_an_expired_deadline_hands_out_nothing(engine, bowl):
     assert list(results(engine, [PROBLEM], make("uniform"), 1, time.time() - 1)) == []
     assert bowl.calls == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of\nmemory"), TransientError("GPU out of memory")])
+def test_a_process_without_memory_leaves_its_job(engine, monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    (job,) = make("uniform")
+    monkeypatch.setattr(runs, "_ENGINE", engine)
+    monkeypatch.setitem(runs._PROBLEMS, TARGET, PROBLEM)
+    monkeypatch.setattr(runs, "run_job", full)
+    assert runs._work(job, float("inf")) is None
+    assert re.fullmatch(rf"uniform at {TARGET:g}, seed 0 is left: .*out of memory\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("problem", STANDING.values(), ids=list(STANDING))
+def test_the_standing_problems_name_methods_that_there_are(problem):
+    assert pairs(list(problem.methods or METHODS))
+    assert max(problem.checkpoints, default=0.0) <= problem.evaluations
 
 
 def test_every_method_has_a_space_that_is_run_by_default():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness.search_summary import groups, markdown, summarise, table
+from benchmarks.harness.search_summary import excess, groups, markdown, summarise, table
 
 PROTOCOL = {"data": "text", "dtype": "float32", "n_sequences": 4, "sequence_length": 8, "tokens_hash": "abcdef0123"}
 
@@ -79,7 +79,27 @@ def test_nothing_to_show(tmp_path, capsys):
 def test_the_markdown_has_a_method_a_line_and_those_not_run_everywhere_last():
     (targets,) = groups([*ROWS, row("cmaes", {10: 4.0}, target=0.7)]).values()
     lines = markdown(targets).splitlines()
-    assert lines[0] == "| method | evaluations | 60 % | 70 % |"
-    assert lines[2] == "| cmaes:levels | 50 | 2.2000 [2.1000, 2.3000] | 4.0000 |"
-    assert lines[3] == "| uniform | 50 | 2.9000 | 3.9000 |"
-    assert lines[4] == "| gp:full | 10 | 2.0000 |  |"
+    assert lines[0] == "| method | evaluations | runs | 60 % | 70 % |"
+    assert lines[2] == "| cmaes:levels | 50 | 1-3 | 2.2000 [2.1000, 2.3000] | 4.0000 |"
+    assert lines[3] == "| uniform | 50 | 1 | 2.9000 | 3.9000 |"
+    assert lines[4] == "| gp:full | 10 | 1 | 2.0000 |  |"
+
+
+def test_what_lies_above_the_dense_model():
+    """Each run above the dense loss that it was measured beside; the best of a target is bold."""
+    rows = [
+        *({**r, "dense": {"test_nats": 2.0 + 0.01 * r["seed"]}} for r in ROWS[:4]),
+        {**ROWS[5], "dense": {"test_nats": 2.0}},
+        ROWS[4],  # says nothing of the dense model
+    ]
+    (targets,) = groups(rows).values()
+    lines = excess(targets).splitlines()
+    assert lines[0] == "| method | evaluations | runs | 60 % | 70 % |"
+    assert lines[2] == "| uniform | 50 | 1 | 0.9000 | **1.9000** |"
+    assert lines[3] == "| cmaes:levels | 50 | 3 | **0.1900** |  |"  # 0.30, 0.19, 0.08
+    assert lines[5] == (
+        "Nats per token above the dense model's 2.0000 on the test text, median of the runs; achieved there within "
+        "10.00 points of the target."
+    )
+    (targets,) = groups(ROWS).values()
+    assert excess(targets) == ""
