@@ -45,7 +45,11 @@ def everything(context: Context) -> dict[str, Any]:
     point = dense.point(seeds[-1].sparsities, "the seed")
     top = dense.top
     assert top is not None
-    (figures,) = measure(dense, [Request("seed", "search", point, by_fitness=True)])
+    figures, on_test = measure(
+        dense, [Request("seed", "search", point, by_fitness=True), Request("seed", "test", point)]
+    )
+    distance = on_test.evaluation.distance
+    assert distance is not None
     return {
         "tokens": dense.tokens.search.tokens,
         "histograms": dense.calibration.histograms.counts,
@@ -56,6 +60,8 @@ def everything(context: Context) -> dict[str, Any]:
         "log_probs": top.log_probs,
         "losses": figures.evaluation.losses,
         "nats": figures.evaluation.nats,
+        "flips": distance.flips,
+        "variation": distance.variation,
         "norms": np.concatenate([norm for row in _norms(dense) for norm in row]),
     }
 

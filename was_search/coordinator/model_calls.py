@@ -12,6 +12,7 @@ import torch
 
 from was_search.coordinator.calls import Call, Shared
 from was_search.errors import InfeasibleError
+from was_search.masks.beside_dense import Part, evaluate_beside_dense
 from was_search.masks.block_error import block_error
 from was_search.masks.calibration import histogram_pass
 from was_search.masks.divergence import DenseTop
@@ -20,6 +21,7 @@ from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.finite import NotFiniteError, check_finite
 from was_search.masks.histogram import Histograms
 from was_search.masks.masked_model import MaskedModel
+from was_search.masks.masking import Masking
 from was_search.masks.pricing import price_sums
 from was_search.masks.slope import SlopeOracle
 from was_search.shape import FloatArray, IntArray
@@ -226,6 +228,34 @@ class EvaluateThresholds(Call[Evaluation]):
 
     def figures(self, found: Evaluation) -> dict[str, Any]:
         return _figures(found)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluateBesideDense(Call[list[Part]]):
+    """The dense model and several thresholds on ``data``: :func:`was_search.masks.beside_dense.evaluate_beside_dense`.
+
+    ``data`` may be a part of a split, cut at whole batches.
+    """
+
+    name: ClassVar[str] = "evaluation beside dense"
+    words: ClassVar[str] = "plans' evaluation beside the dense model"
+
+    data: TokenSet
+    thresholds: tuple[Thresholds, ...]
+
+    @property
+    def tokens(self) -> float:
+        return float(self.data.tokens.size * (1 + len(self.thresholds)))
+
+    def run(self, model: MaskedModel) -> list[Part]:
+        prefix = self.data.protocol.dense_prefix
+        maskings = [Masking(model, each, dense_prefix=prefix, count=True) for each in self.thresholds]
+        found = evaluate_beside_dense(model, self.data, maskings)
+        check_finite(found[0].losses, "loss of the dense model")
+        return found
+
+    def figures(self, found: list[Part]) -> dict[str, Any]:
+        return {"tokens": sum(part.tokens for part in found)}
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:

@@ -25,7 +25,11 @@ def sequence_nats(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
     ``tokens`` is int64 [batch, sequence_length]; the loss of a token is the cross entropy of the logits at the
     position before it, in float32.
     """
-    logits = _logits(model, tokens, predicted)
+    return token_nats(predicted_logits(model, tokens, predicted), tokens, predicted)
+
+
+def token_nats(logits: Tensor, tokens: Tensor, predicted: int) -> Tensor:
+    """The same of the :func:`predicted_logits` of ``tokens``."""
     targets = tokens[:, -predicted:].flatten().to(logits.device)
     parts = [
         nn.functional.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
@@ -40,7 +44,7 @@ def sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: Dense
     Both are summed over the tokens: nats, float32 [batch]. ``top`` is the dense model's top on the same sequences,
     [batch, predicted, k]; :mod:`was_search.masks.divergence` defines the divergence. Usable with autograd.
     """
-    logits = _logits(model, tokens, predicted)
+    logits = predicted_logits(model, tokens, predicted)
     targets = tokens[:, -predicted:].flatten().to(logits.device)
     indices, dense = top.rows(logits.device)
 
@@ -49,8 +53,7 @@ def sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: Dense
         nats = total - x.gather(1, targets[rows, None])
         return torch.cat([divergence(dense[rows], log_probs)[:, None], nats], 1)
 
-    # Half of the elements: a copy without the top ones is made of each piece.
-    parts = [losses(logits[rows].float(), rows) for rows in _pieces(logits, _LOGIT_ELEMENTS // 2)]
+    parts = [losses(logits[rows].float(), rows) for rows in row_pieces(logits)]
     sums = torch.cat(parts).view(len(tokens), predicted, 2).sum(dim=1)
     return sums[:, 0], sums[:, 1]
 
@@ -66,9 +69,9 @@ def dense_top(model: MaskedModel, data: TokenSet, k: int) -> DenseTop:
     predicted, found = data.protocol.predicted_per_sequence, []
     with torch.inference_mode():
         for batch in model.batches(data):
-            logits = _logits(model.model, batch, predicted)
+            logits = predicted_logits(model.model, batch, predicted)
             check_top_k(k, logits.shape[-1])
-            parts = [top_log_probs(logits[rows].float(), k) for rows in _pieces(logits, _LOGIT_ELEMENTS // 2)]
+            parts = [top_log_probs(logits[rows].float(), k) for rows in row_pieces(logits)]
             indices, log_probs = (
                 torch.cat(part).view(len(batch), predicted, -1).cpu() for part in zip(*parts, strict=True)
             )
@@ -76,10 +79,15 @@ def dense_top(model: MaskedModel, data: TokenSet, k: int) -> DenseTop:
     return concatenate(found)
 
 
-def _logits(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
+def predicted_logits(model: nn.Module, tokens: Tensor, predicted: int) -> Tensor:
     """Logits that predict the last ``predicted`` tokens, in the model's dtype: [batch * predicted, vocabulary]."""
     logits: Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=predicted + 1).logits
     return logits[:, :-1].flatten(0, 1)
+
+
+def row_pieces(logits: Tensor) -> list[slice]:
+    """Runs of rows to work on at once where a second float32 copy is made of each."""
+    return _pieces(logits, _LOGIT_ELEMENTS // 2)
 
 
 def _pieces(logits: Tensor, elements: int) -> list[slice]:

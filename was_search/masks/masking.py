@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from was_search.masks.inputs import hook_inputs
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.score import scores
-from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.shape import N_PROJECTIONS, FloatArray, IntArray
 
 Observer = Callable[[int, int, Tensor], None]
 """(block, projection, scores [batch, positions, d] float32) -> None; sees only tokens outside the dense prefix.
@@ -73,11 +73,16 @@ class Masking:
 
     def achieved(self) -> FloatArray:
         """Share of channels dropped outside the dense prefix since the start, [L, 7]; needs ``count=True``."""
-        result = np.zeros(self._seen.shape)
-        for (b, p), kept in self._kept.items():
-            result[b, p] = 1.0 - float(kept) / max(int(self._seen[b, p]), 1)
-        achieved: FloatArray = self._structure.shape.copied(result)
-        return achieved
+        seen, kept = self.counts()
+        return np.where(seen > 0, 1.0 - kept / np.maximum(seen, 1), 0.0)
+
+    def counts(self) -> tuple[IntArray, IntArray]:
+        """Channels outside the dense prefix since the start, and those of them kept: int64 [L, 7] each."""
+        kept = np.zeros_like(self._seen)
+        for at, count in self._kept.items():
+            kept[at] = int(count)
+        copied = self._structure.shape.copied
+        return copied(self._seen), copied(kept)
 
     def _masked(self, b: int, p: int, x: Tensor) -> Tensor:
         threshold = 0.0 if self._thresholds is None else float(self._thresholds[b, p])

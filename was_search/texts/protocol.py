@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -150,6 +151,28 @@ def perplexity(loss_nats: float) -> float:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far next-token predictions are from the dense model's; :mod:`was_search.masks.beside_dense` defines both.
+
+    Attributes:
+        flips: share of the predicted tokens at which greedy decoding takes another one, of each sequence, float64 [n].
+        variation: mean total variation distance of each sequence, float64 [n].
+    """
+
+    flips: FloatArray
+    variation: FloatArray
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Distance]) -> Distance:
+        """That of consecutive runs of sequences."""
+        return cls(np.concatenate([p.flips for p in parts]), np.concatenate([p.variation for p in parts]))
+
+    def to_json(self) -> dict[str, float]:
+        """Means over all sequences."""
+        return {"flip_rate": float(self.flips.mean()), "total_variation": float(self.variation.mean())}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The result of one evaluation.
 
@@ -162,6 +185,7 @@ class Evaluation:
         achieved: share of channels dropped, counted, float64 [L, 7]; over the tokens outside the dense prefix.
         nats: where the losses are not the NLL themselves, the mean NLL of each sequence evaluated, float64 [n].
             None: ``losses`` are the NLL.
+        distance: from the dense model's predictions, where they were compared.
     """
 
     losses: FloatArray
@@ -170,6 +194,7 @@ class Evaluation:
     stopped_early: bool
     achieved: FloatArray
     nats: FloatArray | None = None
+    distance: Distance | None = None
 
     @property
     def loss_nats(self) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from was_search.masks.intervals import Interval, paired_interval
+from was_search.masks.intervals import Interval, paired_interval, paired_p_value
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
@@ -16,6 +16,7 @@ def test_against_scipy(confidence):
     expected = ttest_rel(losses, baseline).confidence_interval(confidence)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert found.mean == pytest.approx(np.mean(losses - baseline))
+    assert paired_p_value(losses, baseline) == pytest.approx(ttest_rel(losses, baseline).pvalue, rel=1e-12)
 
 
 def test_covers_the_truth_as_often_as_it_says():
@@ -30,6 +31,8 @@ def test_covers_the_truth_as_often_as_it_says():
 def test_equal_losses():
     found = paired_interval(np.ones(4), np.ones(4))
     assert (found.mean, found.low, found.high) == (0, 0, 0)
+    assert paired_p_value(np.ones(4), np.ones(4)) == 1.0
+    assert paired_p_value(np.ones(4), np.zeros(4)) == 0.0  # a difference that never varies
 
 
 def test_text():

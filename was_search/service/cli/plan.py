@@ -44,23 +44,38 @@ def evaluate(
             help="Formats to compare, such as none,int8,int4; if not given, the plan's and none. Tasks take one."
         ),
     ] = "",
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another plan of the same model: do the two differ on this text?")
+    ] = None,
+    continuations: Annotated[
+        int,
+        typer.Option(help="Also continue N of the sequences by greedy decoding, dense and with the plan, and compare."),
+    ] = 0,
     gpus: Gpus = 1,
 ) -> None:
-    """Measure the perplexity, or tasks, of a plan and of the dense model."""
+    """Measure a plan beside the dense model: perplexity, flips and total variation, or tasks."""
     from was_search.service.steps import evaluation
     from was_search.texts.protocol import SPLITS
 
     if split not in SPLITS:
         raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}")
     loaded, base = load_plan(plan)
+    other = None if against is None else Plan.load(against)
+    if other is not None and (loaded is None or tasks or "," in weights):
+        raise ConfigError("against: compares two plans on text; give --plan, no --tasks, and one format of --weights")
+    if tasks and continuations:
+        raise ConfigError("continuations: are of text; leave out --tasks")
     formats = [form.strip() for form in weights.split(",") if form.strip()]
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if len(formats) == 1:
         invocation.flags.update(weights=formats[0])
 
     def step(context: Any) -> Any:
+        options: dict[str, Any] = {"gpus": gpus, "continuations": continuations}
+        if other is not None and loaded is not None:
+            return evaluation.evaluate_against(context, loaded, other, split, *formats, **options)
         if not names:
-            return evaluation.evaluate(context, loaded, split, formats, gpus=gpus)
+            return evaluation.evaluate(context, loaded, split, formats, **options)
         if len(formats) > 1:
             raise ConfigError(f"weights: tasks take one format, got {weights!r}")
         return evaluation.evaluate_on_tasks(context, loaded, names, limit=limit, include_path=include_path, gpus=gpus)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from was_search.decode_time.profile import LatencyProfile
 from was_search.masks.intervals import Interval
+from was_search.service.reports.distance import DISTANCE_COLUMNS, DISTANCE_MEANING, distance_cells
 from was_search.service.reports.progress import Reporter
 from was_search.service.reports.study_report import GAP_MEANING
 from was_search.texts.protocol import perplexity
@@ -45,6 +46,7 @@ def show_comparison(
                 f"{row.search.evaluation.loss_nats:.4f}",
                 f"{row.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(row.test.evaluation.loss_nats):.3f}",
+                *distance_cells(row.test.evaluation),
                 f"{row.gap_nats:+.4f}" if row.nominal else "",
                 narrow(row.against_uniform),
                 narrow(row.against_seed),
@@ -60,6 +62,7 @@ def show_comparison(
             "search\nnats",
             "test\nnats",
             "test\nppl",
+            *DISTANCE_COLUMNS,
             "gap",
             "test -\nuniform",
             f"test -\n{SEED_ROW}",
@@ -70,6 +73,7 @@ def show_comparison(
             [
                 "nats per token; achieved sparsity on the calibration, search and test split",
                 "test - X: difference on the test split, paired by sequence, 95 % interval; negative is better",
+                f"{DISTANCE_MEANING}; on the test split",
                 GAP_MEANING,
                 *([] if profile is None else [step_caption(profile)]),
                 *(f"{split}: {protocol}" for split, protocol in protocols.items()),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from was_search.plan import Plan
 from was_search.process.plain_json import number
+from was_search.service.reports.distance import DISTANCE_COLUMNS, DISTANCE_MEANING, distance_figures
 from was_search.service.reports.progress import Reporter
 from was_search.service.reports.study_report import increase, plan_gap_nats
 from was_search.texts.protocol import perplexity
@@ -34,13 +35,23 @@ def show_interpolated(
                 f"{test:.4f}",
                 f"{perplexity(test):.3f}",
                 f"{100 * more:+.2f} %" if sparse else "",
+                *distance_figures(figures["test"]),
             ]
         )
     reporter.table(
         "Interpolated, not searched",
-        ["", "nomi-\nnal %", "achieved %\nc/s/t", "search\nnats", "test\nnats", "test\nppl", "test ppl\nover dense"],
+        [
+            "",
+            "nomi-\nnal %",
+            "achieved %\nc/s/t",
+            "search\nnats",
+            "test\nnats",
+            "test\nppl",
+            "test ppl\nover dense",
+            *DISTANCE_COLUMNS,
+        ],
         rows,
-        caption="\n".join(protocols),
+        caption="\n".join([f"{DISTANCE_MEANING}; on the test split", *protocols]),
     )
     reporter.note(
         f"interpolated between {below.study} ({100 * below.target:g} %, slot {below.slot.number}) and "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from was_search.masks.intervals import Interval
 from was_search.process.plain_json import number
+from was_search.service.reports.distance import DISTANCE_MEANING, distance_words
 from was_search.texts.protocol import perplexity
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
             f"| {split} | {mine:.4f} | {perplexity(mine):.3f} | {perplexity(base):.3f} "
             f"| {100 * increase(mine, base):+.2f} % |"
         )
+    if words := distance_words(metrics["test"]):
+        lines += ["", f"Test split: {words}. {DISTANCE_MEANING[0].upper()}{DISTANCE_MEANING[1:]}."]
     lines += ["", f"Gap {number(report['gap_nats']):+.4f}. {GAP_MEANING[0].upper()}{GAP_MEANING[1:]}."]
     if "step" in report:
         lines += ["", f"{step_words(report['step'])}."]

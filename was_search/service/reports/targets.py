@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from was_search.decode_time.profile import LatencyProfile
 from was_search.service.reports.comparison import STEP_COLUMNS, narrow, step_caption, step_cells
+from was_search.service.reports.distance import DISTANCE_COLUMNS, DISTANCE_MEANING, distance_cells
 from was_search.service.reports.progress import Reporter
 from was_search.service.reports.study_report import increase
 from was_search.studies.slots import SlotState
@@ -48,6 +49,7 @@ def show_targets(
                 f"{best.test.evaluation.loss_nats:.4f}",
                 f"{perplexity(best.test.evaluation.loss_nats):.3f}",
                 f"{100 * increase_on_test(each):+.2f} %",
+                *distance_cells(best.test.evaluation),
                 f"{best.gap_nats:+.4f}",
                 narrow(best.against_uniform),
                 "yes" if bad else "no",
@@ -66,6 +68,7 @@ def show_targets(
             "test\nnats",
             "test\nppl",
             "test ppl\nover dense",
+            *DISTANCE_COLUMNS,
             "gap",
             "test -\nuniform",
             "domi-\nnated",
@@ -77,6 +80,7 @@ def show_targets(
             [
                 f"dense: {dense:.4f} nats per token on the test split, perplexity {perplexity(dense):.3f}",
                 "dominated: another best or uniform drops as much on the test split (to 0.1 points) and is better",
+                f"{DISTANCE_MEANING}; on the test split",
                 *_cut_short_words(runs, unsearched),
                 protocol,
                 *([] if profile is None else [step_caption(profile)]),

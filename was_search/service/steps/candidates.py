@@ -1,4 +1,7 @@
-"""Evaluations of candidates, each at its own operating point on a split; cached."""
+"""Evaluations of candidates, each at its own operating point on a split; cached.
+
+On the test split candidates run beside the dense model, whose predictions theirs are compared with.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from was_search.coordinator.model_calls import EvaluateThresholds
+from was_search.coordinator import phases
+from was_search.coordinator.calls import Call
+from was_search.coordinator.model_calls import EvaluateBesideDense, EvaluateThresholds
+from was_search.masks.beside_dense import joined
 from was_search.process.plain_json import finite
 from was_search.service.arrays import pack_array, unpack_array
 from was_search.service.settings import Settings
@@ -19,7 +25,7 @@ from was_search.service.steps.dense import Dense
 from was_search.service.steps.dense_predictions import dense_top_key
 from was_search.service.token_sets import TokenSets
 from was_search.shape import N_PROJECTIONS
-from was_search.texts.protocol import Evaluation, content_hash, perplexity
+from was_search.texts.protocol import Distance, Evaluation, content_hash, perplexity
 
 if TYPE_CHECKING:
     from was_storage.studies.cache import Artifact
@@ -41,6 +47,7 @@ class Figures:
                 **by_divergence,
                 "loss_nats": nll,
                 "perplexity": perplexity(nll),
+                **({} if self.evaluation.distance is None else self.evaluation.distance.to_json()),
                 "achieved_sparsity": self.achieved,
                 "tokens": self.evaluation.tokens,
                 "protocol": tokens.of(self.split).protocol.to_json(),
@@ -61,6 +68,10 @@ class Request:
     point: OperatingPoint | None
     by_fitness: bool = False
 
+    @property
+    def beside_dense(self) -> bool:
+        return self.split == "test" and self.point is not None
+
 
 def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
     """Figures of the ``requests``, in their order; those not cached are evaluated side by side on the workers."""
@@ -69,21 +80,10 @@ def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
     found = [_cached(dense, request) for request in requests]
     missing = [i for i, evaluation in enumerate(found) if evaluation is None]
     if missing:
-        pool = context.pool
-        calls = [
-            EvaluateThresholds(
-                dense.tokens.of(requests[i].split),
-                _thresholds(requests[i]),
-                dense.shared_top if _by_divergence(context.settings, requests[i]) else None,
-            )
-            for i in missing
-        ]
-        names = ", ".join(dict.fromkeys(requests[i].name for i in missing))
-        with context.phase(f"evaluate {names}", len(calls)) as advance:
-            evaluations = pool.map(calls, phase="evaluate", done=advance)
-            for i, evaluation in zip(missing, evaluations, strict=True):
-                found[i] = evaluation
-                _remember(dense, requests[i], evaluation)
+        evaluations = _evaluate(dense, [requests[i] for i in missing])
+        for i, evaluation in zip(missing, evaluations, strict=True):
+            found[i] = evaluation
+            _remember(dense, requests[i], evaluation)
     else:
         context.reporter.cached("evaluate", f"{len(requests)} evaluations", time.perf_counter() - started)
     return [
@@ -91,6 +91,36 @@ def measure(dense: Dense, requests: list[Request]) -> list[Figures]:
         for evaluation, request in zip(found, requests, strict=True)
         if evaluation is not None
     ]
+
+
+def _evaluate(dense: Dense, requests: list[Request]) -> list[Evaluation]:
+    """Evaluations of the ``requests``: those beside the dense model in shards of the test split, others a call each.
+
+    The dense model is run once a shard for all candidates, and its own evaluation comes with theirs.
+    """
+    context, pool = dense.context, dense.context.pool
+    beside = [i for i, request in enumerate(requests) if request.beside_dense]
+    with_them = [i for i, r in enumerate(requests) if beside and r.split == "test" and r.point is None]
+    alone = [i for i in range(len(requests)) if i not in (*beside, *with_them)]
+    calls: list[Call[Any]] = [
+        EvaluateThresholds(
+            dense.tokens.of(requests[i].split),
+            _thresholds(requests[i]),
+            dense.shared_top if _by_divergence(context.settings, requests[i]) else None,
+        )
+        for i in alone
+    ]
+    if beside:
+        thresholds = tuple(point.thresholds for i in beside if (point := requests[i].point) is not None)
+        calls += [EvaluateBesideDense(part, thresholds) for part in phases.fine_shards(pool, dense.tokens.test)]
+    names = ", ".join(dict.fromkeys(request.name for request in requests))
+    with context.phase(f"evaluate {names}", len(calls)) as advance:
+        results = pool.map(calls, phase="evaluate", done=advance)
+    found: dict[int, Evaluation] = dict(zip(alone, results, strict=False))
+    if beside:
+        at_dense, *at_points = (joined(parts) for parts in zip(*results[len(alone) :], strict=True))
+        found |= dict(zip(beside, at_points, strict=True)) | dict.fromkeys(with_them, at_dense)
+    return [found[i] for i in range(len(requests))]
 
 
 def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
@@ -107,21 +137,24 @@ def _key(dense: Dense, request: Request) -> str:
     parts = ["evaluation", 2, context.model.key, settings.scoring, protocol, device, _thresholds(request)]
     if _by_divergence(settings, request):
         parts.append(dense_top_key(context, dense.tokens.search))
+    if request.beside_dense:
+        parts.append("beside dense")
     return content_hash(*parts)
 
 
 def _cached(dense: Dense, request: Request) -> Evaluation | None:
     n = len(dense.tokens.of(request.split).tokens)
     by_divergence = _by_divergence(dense.context.settings, request)
+    shape = (2, n) if by_divergence else (3, n) if request.beside_dense else (n,)
 
     def read(found: Artifact) -> Evaluation:
-        rows = unpack_array(found.payload, (2, n) if by_divergence else (n,), np.float64)
-        losses, *nats = np.atleast_2d(rows)
+        losses, *more = np.atleast_2d(unpack_array(found.payload, shape, np.float64))
         achieved = np.asarray(found.meta["achieved"], np.float64)
         if achieved.ndim != 2 or achieved.shape[1] != N_PROJECTIONS:
             raise ValueError(f"achieved: [L, {N_PROJECTIONS}] is wanted, got {achieved.shape}")
         tokens, seconds = int(found.meta["tokens"]), float(found.meta["seconds"])
-        return Evaluation(losses, tokens, seconds, False, achieved, nats[0] if nats else None)
+        of_dense = Distance(*more) if request.beside_dense else None
+        return Evaluation(losses, tokens, seconds, False, achieved, more[0] if by_divergence else None, of_dense)
 
     return dense.context.cache.get("evaluation", _key(dense, request), read)
 
@@ -133,6 +166,8 @@ def _remember(dense: Dense, request: Request, evaluation: Evaluation) -> None:
         "achieved": evaluation.achieved.tolist(),
     }
     losses = evaluation.losses
+    if evaluation.distance is not None:
+        losses = np.stack([losses, evaluation.distance.flips, evaluation.distance.variation])
     if evaluation.nats is not None:
         losses = np.stack([losses, evaluation.nats])
         _remember(dense, dataclasses.replace(request, by_fitness=False), evaluation.as_nll())

@@ -27,6 +27,7 @@ class Point:
         perplexity: on the split.
         words: its target in words; "" for the sparsity in percent.
         predicted_ms: predicted time of a decoding step; None where no profile is known.
+        distance: from the dense model's predictions, in words; "" where it is not known.
     """
 
     method: str
@@ -35,12 +36,14 @@ class Point:
     perplexity: float
     words: str = ""
     predicted_ms: float | None = None
+    distance: str = ""
 
     @property
     def label(self) -> str:
         """The point's label in the figure."""
         step = "" if self.predicted_ms is None else f", {self.predicted_ms:.3f} ms a step predicted"
-        return f"target {self.words or f'{100 * self.target:g} %'}{step}"
+        distance = f", {self.distance}" if self.distance else ""
+        return f"target {self.words or f'{100 * self.target:g} %'}{step}{distance}"
 
 
 def dominated(points: Sequence[Point]) -> list[bool]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from was_search.errors import ConfigError, StudyError
 from was_search.service.context import Context
+from was_search.service.reports.distance import distance_words
 from was_search.service.reports.study_report import interval_json
 from was_search.service.reports.targets import asked_words, increase_on_test, show_targets
 from was_search.service.settings import Settings
@@ -229,7 +230,9 @@ def report_targets(context: Context, asked: Question, runs: list[TargetRun], uns
 def _point(method: str, run: TargetRun, row: Row) -> Point:
     loss = row.test.evaluation.loss_nats
     predicted_ms = None if row.step is None else row.step["predicted_ms"]
-    return Point(method, run.target, row.test.achieved, perplexity(loss), run.words, predicted_ms)
+    distance = row.test.evaluation.distance
+    words = distance_words({} if distance is None else distance.to_json())
+    return Point(method, run.target, row.test.achieved, perplexity(loss), run.words, predicted_ms, words)
 
 
 def _folder(asked: Question, runs: list[TargetRun]) -> Path:

@@ -61,6 +61,17 @@ def test_the_note_shows_both_splits_and_what_the_gap_means() -> None:
     assert "difference to the Fisher seed: +0.0010, 95 % interval [-0.0020, +0.0040]" in found
 
 
+def test_the_note_says_how_far_predictions_are_from_the_dense_models() -> None:
+    report = copy.deepcopy(REPORT)
+    assert "total variation" not in "\n".join(note_lines(report))  # of a study that an older version exported
+    report["metrics"]["test"] |= {"flip_rate": 0.12345, "total_variation": 0.0987}
+    found = "\n".join(note_lines(report))
+    words = "12.35 % of greedy next tokens are not the dense model's, total variation 0.0987"
+    assert f"Test split: {words}. Flips: share of tokens" in found
+    report["metrics"]["test"] |= {"flip_rate": None, "total_variation": None}
+    assert "nan % of greedy next tokens" in "\n".join(note_lines(report))
+
+
 def test_a_note_before_the_comparison_has_no_intervals() -> None:
     found = "\n".join(note_lines(REPORT))
     assert "Gap" in found

@@ -82,8 +82,12 @@ def test_run_makes_a_plan_and_compares_it(made, database) -> None:
         # the re-calibration's tolerance is 0.05 points of sparsity, or six passes
         assert row.calibration_achieved == pytest.approx(0.6, abs=0.005)
         assert row.test.achieved == pytest.approx(0.6, abs=0.03)  # 8 calibration sequences only
+    assert [row.test.evaluation.distance is None for row in result.rows] == [True, False, False, False, False]
     report = StudyStore(database).get(result.search.study).report
     plan = Plan.load(result.plan)
+    best = result.rows[-1].test.evaluation.distance.to_json()
+    assert {name: plan.metrics["test"][name] for name in best} == best
+    assert report["metrics"]["test"]["flip_rate"] == best["flip_rate"]
     assert report["metrics"]["search"]["loss_nats"] == plan.metrics["search"]["loss_nats"]
     assert plan.provenance["study"] == result.search.study
 
@@ -109,6 +113,8 @@ def test_the_plan_in_a_fresh_process_gives_the_recorded_loss(made, database, tmp
         assert found["plan"]["loss_nats"] == pytest.approx(recorded[split]["loss_nats"], abs=1e-3)
         assert found["plan"]["achieved_sparsity"] == pytest.approx(recorded[split]["achieved_sparsity"], abs=1e-3)
         assert found["dense"]["loss_nats"] == pytest.approx(recorded["dense"][split]["loss_nats"], abs=1e-3)
+    assert found["plan"]["flip_rate"] == pytest.approx(recorded["test"]["flip_rate"], abs=5e-3)
+    assert found["plan"]["total_variation"] == pytest.approx(recorded["test"]["total_variation"], abs=1e-3)
 
 
 def test_the_sparse_runtimes_logits_match_the_masked_reference(made) -> None:

@@ -61,6 +61,12 @@ def test_the_figure_holds_every_point() -> None:
     assert "text [test]" in figure.layout.title.text
 
 
+def test_a_label_says_what_is_known() -> None:
+    assert Point("best", 1.8, 0.6, 9.5, "1.8x", 2.5, "12.35 % flips").label == (
+        "target 1.8x, 2.500 ms a step predicted, 12.35 % flips"
+    )
+
+
 def test_two_points_at_one_sparsity() -> None:
     figure = pareto_figure([POINTS[0], Point("best", 0.5, 0.50, 8.9)], 8.4, "")
     assert list(figure.data[0].y) == pytest.approx([8.9, 9.0])
