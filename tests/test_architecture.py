@@ -30,7 +30,7 @@ ALLOWED = {
     "was_kernels": {"was_kernels", "was_search"},
 }
 ROOMS = (
-    *("errors", "shape", "weight_format", "process", "plan"),
+    *("errors", "shape", "weight_format", "process", "compensation", "plan"),
     *("vectors", "checkpoints", "texts", "masks", "decode_time", "studies", "coordinator", "service"),
 )
 """The core's folders, and the modules beside them, in the order in which they may know of each other."""
@@ -146,7 +146,7 @@ def room(module: str) -> str:
 
 def test_the_rooms_are_the_cores_folders():
     folders = {path.parent.name for path in PACKAGES["was_search"].glob("*/__init__.py")}
-    assert folders == set(ROOMS) - {"errors", "shape", "weight_format", "plan"}
+    assert folders == set(ROOMS) - {"errors", "shape", "weight_format", "compensation", "plan"}
 
 
 @pytest.mark.parametrize("path", [path for path in modules("was_search") if not is_service(path)], ids=identify)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from was_search.compensation import Compensation
 from was_search.errors import ConfigError, PlanError
 from was_search.process import plain_json
 from was_search.process.close_names import did_you_mean_path
@@ -26,8 +27,14 @@ from was_search.weight_format import AS_STORED, WeightFormat, describe
 SCHEMA_VERSION = 1
 """Rises when an entry is added, removed or changes its meaning: an older plan is then refused, never misread.
 
+A plan with a compensation has :data:`COMPENSATED_VERSION`, so that a program that knows of none refuses it; one without
+is written as before there were any.
+
 Entries of ``metrics`` and ``provenance`` may come and go: nothing needs them to decode.
 """
+
+COMPENSATED_VERSION = 2
+"""The version of plans with a compensation."""
 
 Prefill = Literal["masked", "dense"]
 PREFILLS: tuple[Prefill, ...] = ("masked", "dense")
@@ -42,6 +49,8 @@ _ENTRIES = (
     *("achieved", "metrics", "provenance", "tensors"),
 )
 """What is read of the JSON; the rest is for people."""
+
+_VERSIONS = (SCHEMA_VERSION, COMPENSATED_VERSION)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -66,6 +75,7 @@ class Plan:
         provenance: study, trial, seed, versions, as JSON.
         prefill: what the runtime does with prompts: ``masked`` like one-token steps, or ``dense``.
         weights: ``none``, or the format that the projections' weights were rounded to, such as ``int4:128``.
+        compensation: what masked tokens' outputs are corrected by; None: they are not.
     """
 
     model: str
@@ -83,6 +93,7 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     prefill: Prefill = "masked"
     weights: str = AS_STORED
+    compensation: Compensation | None = None
 
     def __post_init__(self) -> None:
         expected = (self.shape.n_blocks, len(PROJECTIONS))
@@ -120,6 +131,8 @@ class Plan:
         if not all(np.all(np.isfinite(n)) and n.min() >= 0.0 for row in self.norms for n in row):
             raise PlanError("norms: must be finite and not negative; the model's weights are damaged")
         self._require_one_mask_a_group()
+        if self.compensation is not None:
+            self.compensation.require(self.shape)
 
     def _require_one_mask_a_group(self) -> None:
         for b, (first, *others) in ((b, group) for b in range(self.shape.n_blocks) for group in self.shape.groups):
@@ -134,6 +147,11 @@ class Plan:
                         f"block {b}: {PROJECTIONS[first]} and {PROJECTIONS[p]} share a mask, so their sparsities, "
                         "thresholds and norms must be the same"
                     )
+
+    @property
+    def schema_version(self) -> int:
+        """The version that it is written as."""
+        return SCHEMA_VERSION if self.compensation is None else COMPENSATED_VERSION
 
     def require_model(self, fingerprint: str, shape: ModelShape) -> None:
         """Refuse a model that the plan is not of.
@@ -188,9 +206,11 @@ class Plan:
         for b, row in enumerate(self.norms):
             for name, norms in zip(PROJECTIONS, row, strict=True):
                 tensors[f"norms.{b}.{name}"] = np.ascontiguousarray(norms, np.float32)
+        if self.compensation is not None:
+            tensors.update(self.compensation.named())
         payload = save(tensors)
         document = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "model": self.model,
             "revision": self.revision,
             "fingerprint": self.fingerprint,
@@ -253,6 +273,9 @@ class Plan:
             each = (f"norms.{b}.{name}" for b in range(shape.n_blocks) for name in PROJECTIONS)
             _require_all(tensors_path, tensors, ("sparsities", "thresholds", *each))
             norms = tuple(tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks))
+            compensated = document["schema_version"] == COMPENSATED_VERSION
+            if compensated:
+                _require_all(tensors_path, tensors, Compensation.names(shape.n_blocks))
             return cls(
                 model=str(document["model"]),
                 revision=str(document["revision"]),
@@ -269,6 +292,7 @@ class Plan:
                 provenance=dict(document["provenance"]),
                 prefill=str(document["prefill"]),  # type: ignore[arg-type]  # checked there
                 weights=str(document["weights"]),
+                compensation=Compensation.from_named(shape.n_blocks, tensors) if compensated else None,
             )
         except PlanError:
             raise
@@ -290,8 +314,8 @@ def _require_all(path: Path, found: Collection[str], names: Iterable[str]) -> No
     lost = next((name for name in names if name not in found), None)
     if lost is not None:
         raise PlanError(
-            f"{path}: has no {lost!r}, which plans of schema_version {SCHEMA_VERSION} have; another version of "
-            "was-search wrote it, or it was changed; export it again"
+            f"{path}: has no {lost!r}, which plans of its schema_version have; another version of was-search wrote it, "
+            "or it was changed; export it again"
         )
 
 
@@ -323,9 +347,10 @@ def _read_document(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-        version = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}; export the plan again")
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or type(version) is not int or version not in _VERSIONS:
+        known = " or ".join(map(str, _VERSIONS))
+        raise PlanError(f"{path}: schema_version must be {known}, got {version!r}; export the plan again")
     if document.get("sha256") != _document_hash(document):
         raise PlanError(f"{path}: sha256 does not match its content; the plan was changed, export it again")
     return document

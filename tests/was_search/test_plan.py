@@ -78,7 +78,7 @@ def rewrite(folder, change) -> None:
 
 def lacks(file: str, key: str) -> str:
     return (
-        rf"{re.escape(file)}: has no '{key}', which plans of schema_version 1 have; "
+        rf"{re.escape(file)}: has no '{key}', which plans of its schema_version have; "
         "another version of was-search wrote it, or it was changed; export it again"
     )
 
@@ -186,16 +186,18 @@ def test_any_changed_byte_is_refused_or_harmless(saved, name, position, mask):
         assert same(found, make_plan())
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 3, None, "1", True, [1]])
 def test_another_schema_version(folder, version):
     rewrite(folder, lambda document: document.update(schema_version=version))
-    with pytest.raises(PlanError, match=rf"schema_version must be 1, got {version!r}; export the plan again"):
+    with pytest.raises(
+        PlanError, match=re.escape(f"schema_version must be 1 or 2, got {version!r}; export the plan again")
+    ):
         Plan.load(folder)
 
 
 def test_json_that_is_no_object(folder):
     (folder / JSON_NAME).write_text("[1]")
-    with pytest.raises(PlanError, match="schema_version must be 1, got None"):
+    with pytest.raises(PlanError, match="schema_version must be 1 or 2, got None"):
         Plan.load(folder)
 
 

@@ -18,7 +18,7 @@ from was_search.checkpoints.column_layout import COLUMNS_NAME
 from was_search.checkpoints.files import ModelSource, read_config
 from was_search.checkpoints.limits import PLAN_METHOD, is_plan
 from was_search.errors import ConfigError, PlanError
-from was_search.plan import JSON_NAME, SCHEMA_VERSION, Plan
+from was_search.plan import JSON_NAME, Plan
 
 KEY = "quantization_config"
 _COPIED = ("generation_config.json", "chat_template.jinja")
@@ -70,7 +70,7 @@ def plan_config(folder: Path, plan: Plan) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint with ``plan``, which lies in ``folder``."""
     return {
         "quant_method": PLAN_METHOD,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": plan.schema_version,
         "plan_sha256": hashlib.sha256((folder / JSON_NAME).read_bytes()).hexdigest(),
         "masks": plan.shape.masks,
         "sparsity": plan.budget,
