@@ -89,15 +89,7 @@ def evaluate_beside_dense(
     found = [_Found() for _ in range(1 + len(maskings))]
     with torch.inference_mode():
         for batch in model.batches(data):
-            dense = predicted_logits(model.model, batch, predicted)
-            found[0].nats.append(token_nats(dense, batch, predicted))
-            for masking, one in zip(maskings, found[1:], strict=True):
-                with masking:
-                    logits = predicted_logits(model.model, batch, predicted)
-                one.nats.append(token_nats(logits, batch, predicted))
-                flips, variation = (x.view(len(batch), -1).double().mean(1) for x in distance(dense, logits))
-                one.flips.append(flips)
-                one.variation.append(variation)
+            _take(model, batch, predicted, maskings, found)
             advance()
     nothing = np.zeros((model.shape.n_blocks, N_PROJECTIONS), np.int64)
     counts = [(nothing, nothing), *(masking.counts() for masking in maskings)]
@@ -118,6 +110,22 @@ class _Found:
 
     def distance(self) -> Distance | None:
         return Distance(_array(self.flips), _array(self.variation)) if self.flips else None
+
+
+def _take(
+    model: MaskedModel, batch: Tensor, predicted: int, maskings: Sequence[Masking], found: Sequence[_Found]
+) -> None:
+    """Add what a batch gives. Logits are let go before the next are made: they may be most of the memory."""
+    dense = predicted_logits(model.model, batch, predicted)
+    found[0].nats.append(token_nats(dense, batch, predicted))
+    for masking, one in zip(maskings, found[1:], strict=True):
+        with masking:
+            logits = predicted_logits(model.model, batch, predicted)
+        one.nats.append(token_nats(logits, batch, predicted))
+        flips, variation = (x.view(len(batch), -1).double().mean(1) for x in distance(dense, logits))
+        one.flips.append(flips)
+        one.variation.append(variation)
+        del logits
 
 
 def _array(parts: list[Tensor]) -> FloatArray:

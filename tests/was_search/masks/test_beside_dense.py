@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
 
 from was_search.coordinator.phases import shards
-from was_search.masks import evaluation
+from was_search.masks import beside_dense, evaluation
 from was_search.masks.beside_dense import distance, evaluate_beside_dense, joined
 from was_search.masks.evaluation import evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
@@ -125,6 +127,21 @@ def test_distance_in_pieces_is_the_same(monkeypatch):
     assert torch.equal(again[0], flips)
     # torch may sum rows of a matrix of another height in another order
     torch.testing.assert_close(again[1], variation, rtol=1e-6, atol=0.0)
+
+
+def test_holds_two_batches_of_logits_at_most(masked, tokens, make_data, monkeypatch):
+    """With a large vocabulary they are most of the memory."""
+    made, most = [], []
+
+    def watched(*given):
+        logits = evaluation.predicted_logits(*given)
+        made.append(weakref.ref(logits))
+        most.append(sum(each() is not None for each in made))
+        return logits
+
+    monkeypatch.setattr(beside_dense, "predicted_logits", watched)
+    beside(masked, make_data(tokens), THRESHOLDS, THRESHOLDS / 2)
+    assert len(most) == 9 and max(most) == 2  # three batches, dense and under two masks
 
 
 def test_what_is_not_a_number_is_reported(make_llama, tokens, make_data):

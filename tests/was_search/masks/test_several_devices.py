@@ -19,12 +19,14 @@ from was_kernels import sparsify
 from was_kernels.runtime import sparse_model
 from was_search.checkpoints.load import _require_no_offload
 from was_search.errors import ResourceError
+from was_search.masks.beside_dense import evaluate_beside_dense
 from was_search.masks.block_error import block_error
 from was_search.masks.calibration import histogram_pass
 from was_search.masks.divergence import DenseTop
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.histogram import N_BINS, Histograms
 from was_search.masks.masked_model import MaskedModel
+from was_search.masks.masking import Masking
 from was_search.masks.pricing import price_sums
 from was_search.masks.slope import slope_pass
 from was_search.texts.protocol import TokenSet
@@ -45,6 +47,10 @@ def evaluate(top: bool) -> Callable[..., Any]:
     return run
 
 
+def beside_dense(model: MaskedModel, data: TokenSet) -> Any:
+    return tuple(evaluate_beside_dense(model, data, [Masking(model, THRESHOLDS, count=True)]))
+
+
 def recomputing(model: MaskedModel) -> MaskedModel:
     return dataclasses.replace(model, recompute=True)
 
@@ -57,6 +63,7 @@ PASSES: dict[str, Callable[[MaskedModel, TokenSet], Any]] = {
     "slopes, recomputed": lambda model, data: slope_pass(recomputing(model), data, HALF, COUNTS),
     "evaluation": evaluate(top=False),
     "divergence": evaluate(top=True),
+    "beside dense": beside_dense,
     "dense top": lambda model, data: dense_top(model, data, 4),
     "greedy table": lambda model, data: block_error(model, data, 2, COUNTS)(np.full(7, 0.5)),
 }
