@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from was_search.checkpoints.structure import Structure, find_structure, weight_of
+from was_search.compensation import Compensation
+from was_search.masks.corrections import Corrections, corrections
 from was_search.masks.ops import PLAIN, Ops
 from was_search.masks.score import column_norms, combined_norms
 from was_search.shape import Masks, ModelShape, ScoreKind
@@ -25,6 +27,7 @@ class MaskedModel:
         norms: from :func:`structure_norms`.
         ops: the operations of the passes.
         recompute: whether backward passes keep the activations of one block at a time, at the cost of one more forward.
+        corrections: of outputs, wherever inputs are masked; None: there are none.
     """
 
     model: nn.Module
@@ -32,6 +35,7 @@ class MaskedModel:
     norms: list[list[Tensor]]
     ops: Ops = PLAIN
     recompute: bool = False
+    corrections: Corrections | None = None
 
     @classmethod
     def of(
@@ -70,6 +74,11 @@ class MaskedModel:
         size = data.protocol.batch_size
         for start in range(0, len(data.tokens), size):
             yield torch.as_tensor(data.tokens[start : start + size], dtype=torch.long, device=self.device)
+
+    def compensated(self, compensation: Compensation | None) -> MaskedModel:
+        """The same model with outputs corrected by ``compensation`` wherever inputs are masked; None: by nothing."""
+        found = None if compensation is None else corrections(self.structure, compensation)
+        return replace(self, corrections=found)
 
     def block(self, number: int) -> MaskedModel:
         """The same model with only one of its blocks to mask."""

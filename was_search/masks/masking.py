@@ -1,4 +1,4 @@
-"""Mask the inputs of the seven projections with forward hooks, and count what was dropped.
+"""Mask the inputs of the seven projections with forward hooks, correct their outputs, and count what was dropped.
 
 The one way to mask in calibration, pricing and evaluation. No transformers code is copied: hooks sit on the
 linear modules found by :mod:`was_search.checkpoints.structure`.
@@ -7,6 +7,7 @@ linear modules found by :mod:`was_search.checkpoints.structure`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from was_search.masks.corrections import corrected_outputs
 from was_search.masks.inputs import hook_inputs
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.score import scores
@@ -29,6 +31,8 @@ It sees only the first of the projections that share a mask.
 
 class Masking:
     """Context manager: while open, every projection sees only the channels whose score reaches its threshold.
+
+    Outputs are corrected by the model's compensation, if it has one and there are thresholds.
 
     Owned by one thread; inputs must be [batch, positions, d] and start at a sequence's first token (no cache).
 
@@ -58,10 +62,13 @@ class Masking:
         self._counting = count
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._seen = np.zeros((len(model.structure.blocks), N_PROJECTIONS), np.int64)
+        self._corrections = None if thresholds is None else model.corrections
         self._handles: list[RemovableHandle] = []
+        self._corrected = ExitStack()
 
     def __enter__(self) -> Masking:
         self._handles.extend(hook_inputs(self._structure, self._masked))
+        self._corrected.enter_context(corrected_outputs(self._structure, self._corrections, self._prefix))
         return self
 
     def __exit__(
@@ -70,6 +77,7 @@ class Masking:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._corrected.close()
 
     def achieved(self) -> FloatArray:
         """Share of channels dropped outside the dense prefix since the start, [L, 7]; needs ``count=True``."""

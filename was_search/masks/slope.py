@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from was_search.masks.backward import backward_pass
 from was_search.masks.histogram import N_BINS, Histograms
+from was_search.masks.inputs import InputFunction
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.ops import PLAIN, Ops
 from was_search.shape import N_PROJECTIONS, FloatArray
@@ -94,6 +96,23 @@ def slope_pass(
     slopes = model.shape.divided(change) / n_tokens / np.maximum(upper - lower, 1e-9)
     counted = model.shape.copied(torch.stack([part.cpu() for part in counts]).numpy())
     return Slopes(slopes, Histograms(counted), nats / n_tokens, int(data.tokens.size))
+
+
+def through_mask(
+    model: MaskedModel, thresholds: npt.NDArray[np.float32], prefix: int, width: float = BOUNDARY_WIDTH
+) -> InputFunction:
+    """The hard masks of ``thresholds`` [L, 7], whose backward passes the gradient on with the band's term only."""
+    devices = model.block_devices
+    limits = [torch.tensor(thresholds[b], device=device)[:, None].expand(-1, 3) for b, device in enumerate(devices)]
+    change = {device: torch.zeros((), dtype=torch.float64, device=device) for device in devices}
+    counts = {device: torch.zeros(N_BINS, dtype=torch.int64, device=device) for device in devices}
+
+    def masked(b: int, p: int, x: Tensor) -> Tensor:
+        at = devices[b]
+        mask = _Mask(float(thresholds[b, p]), width, prefix, change[at], counts[at], model.ops)
+        return _Masked.apply(x, model.norms[b][p], limits[b][p].contiguous(), mask)  # type: ignore[no-any-return, no-untyped-call]
+
+    return masked
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Correct the outputs of masked tokens by a compensation, in plain torch, and take the loss's gradient in it.
+
+:mod:`was_search.compensation` says what a compensation is. Products are float32, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from was_search.checkpoints.structure import Structure, device_of
+from was_search.compensation import Compensation, Vector
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """The scale and the constant of one linear map's outputs, each float32 [out_features] on the map's device."""
+
+    scale: Tensor
+    constant: Tensor
+
+    def __call__(self, y: Tensor, prefix: int) -> Tensor:
+        """The output y [batch, positions, out_features] with all positions after the prefix corrected."""
+        return with_prefix(y, corrected(y, self.scale, self.constant), prefix)
+
+
+Corrections = Sequence[Callable[[Tensor, int], Tensor]]
+"""One for every linear map that a forward calls, in the order of :func:`linear_maps`; of a fused map, one for all."""
+
+
+def corrected(y: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+    """``scale * y + constant`` in y's dtype."""
+    return torch.addcmul(constant, y, scale).to(y.dtype)
+
+
+def with_prefix(before: Tensor, after: Tensor, prefix: int) -> Tensor:
+    """``after`` with the first ``prefix`` positions of ``before``; both [batch, positions, d]."""
+    return torch.cat([before[:, :prefix], after[:, prefix:]], dim=1) if prefix else after
+
+
+def linear_maps(structure: Structure) -> list[tuple[int, tuple[int, ...], Any]]:
+    """Block, projections and module of every linear map that a forward calls; a fused map has several projections."""
+    maps: list[tuple[int, tuple[int, ...], Any]] = []
+    for masked in structure.inputs():
+        if len(masked.linears) == len(masked.members):
+            maps.extend((masked.block, (p,), linear) for p, linear in zip(masked.members, masked.linears, strict=True))
+        else:
+            maps.append((masked.block, masked.members, masked.linears[0]))
+    return maps
+
+
+def corrections(structure: Structure, compensation: Compensation) -> list[Correction]:
+    """The compensation's vectors where the weights are."""
+
+    def there(rows: Any, block: int, members: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.tensor(np.concatenate([rows[block][p] for p in members]), device=device)
+
+    return [
+        Correction(
+            there(compensation.scales, b, members, device_of(linear)),
+            there(compensation.constants, b, members, device_of(linear)),
+        )
+        for b, members, linear in linear_maps(structure)
+    ]
+
+
+@contextmanager
+def corrected_outputs(structure: Structure, by: Corrections | None, prefix: int) -> Iterator[None]:
+    """While open, outputs of the linear maps are corrected after the prefix; None corrects nothing."""
+    maps = linear_maps(structure) if by is not None else []
+    handles = [
+        linear.register_forward_hook(lambda _, __, y, one=one: one(y, prefix))
+        for (_, _, linear), one in zip(maps, by or (), strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A :class:`Correction` whose backward adds the loss's gradient in both vectors to ``sums``.
+
+    Attributes:
+        scale: float32 [out_features].
+        constant: float32 [out_features].
+        sums: float32 [2, out_features]: the gradient in the scale and in the constant.
+    """
+
+    scale: Tensor
+    constant: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, one: Correction) -> Learned:
+        return cls(one.scale, one.constant, torch.zeros((2, len(one.scale)), device=one.scale.device))
+
+    def __call__(self, y: Tensor, prefix: int) -> Tensor:
+        return _Learned.apply(y, self, prefix)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Learned(torch.autograd.Function):
+    """A correction that is learned; autograd itself would hold more, and twice where blocks are recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, by: Learned, prefix: int) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.by, ctx.prefix = by, prefix
+        return with_prefix(y, corrected(y, by.scale, by.constant), prefix)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (y,), by, prefix = ctx.saved_tensors, ctx.by, ctx.prefix
+        body = gradient[:, prefix:].to(torch.promote_types(gradient.dtype, torch.float32))
+        by.sums[0] += (body * y[:, prefix:]).sum((0, 1))
+        by.sums[1] += body.sum((0, 1))
+        return with_prefix(gradient, (gradient * by.scale).to(gradient.dtype), prefix), None, None
+
+
+def flat_gradient(structure: Structure, learned: Sequence[Learned]) -> Vector:
+    """The sums of ``learned``, laid out like :meth:`was_search.compensation.Compensation.flat`."""
+    parts: dict[tuple[int, int, int], Tensor] = {}
+    for (block, members, _), one in zip(linear_maps(structure), learned, strict=True):
+        widths = [structure.shape.out_features[block][p] for p in members]
+        for p, sums in zip(members, torch.split(one.sums.cpu(), widths, dim=1), strict=True):
+            for kind in range(2):
+                parts[kind, block, p] = sums[kind]
+    return torch.cat([parts[key] for key in sorted(parts)]).numpy()
