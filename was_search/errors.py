@@ -63,3 +63,9 @@ class StorageError(WrongInputError):
 
 class ResourceError(WrongInputError):
     """A GPU, cluster or optional package that was asked for and is not there."""
+
+
+def reason(error: BaseException) -> str:
+    """An error of another library as one short line."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

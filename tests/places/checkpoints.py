@@ -179,7 +179,7 @@ def only_pickled_weights(folder: Path) -> Path:
     return folder
 
 
-@_refused(r"has no weights .*; model-q4\.gguf is GGUF, whose weights are rounded")
+@_refused(r"has no weights .*; model-q4\.gguf is GGUF: give that file")
 def only_gguf(folder: Path) -> Path:
     checkpoint(folder)
     (folder / WEIGHTS).rename(folder / "model-q4.gguf")

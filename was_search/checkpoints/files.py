@@ -1,4 +1,4 @@
-"""A checkpoint's files: in a local folder, or on the hub by id. Only safetensors weights; pickles are never loaded."""
+"""A checkpoint's files: in a local folder, in a GGUF file, or on the hub by id. Pickles are never loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from was_search.checkpoints.column_layout import COLUMNS_NAME, ColumnLayout
+from was_search.checkpoints.gguf_checkpoint import SUFFIX, gguf_folder, is_gguf
 from was_search.checkpoints.limits import check_values
-from was_search.errors import ModelError
+from was_search.errors import ModelError, reason
 from was_search.process.close_names import did_you_mean_path
 from was_search.process.home import expanded, no_home
 
@@ -42,6 +43,7 @@ class ModelSource:
         folder: the checkpoint's files, for a hub id its snapshot in the local cache.
         revision: the hub's commit; "" for a folder.
         columns: where the weights lie if they are stored column-major, beside a plan; None for a plain checkpoint.
+        file: the GGUF file that the folder was written from; None for a checkpoint.
     """
 
     name: str
@@ -49,11 +51,12 @@ class ModelSource:
     folder: Path
     revision: str
     columns: ColumnLayout | None = None
+    file: Path | None = None
 
     @property
     def location(self) -> str:
-        """What to resolve on another machine: the folder of a local checkpoint, else the hub id."""
-        return self.name if self.revision else str(self.folder)
+        """What to resolve on another machine: the folder of a local checkpoint, a GGUF file, else the hub id."""
+        return self.name if self.revision else str(self.file or self.folder)
 
     def tokenizer_hash(self) -> str:
         """sha256 over all files from which a tokenizer may be read, and what the configuration says of it."""
@@ -118,23 +121,25 @@ class ModelSource:
 
 
 def resolve_model(name: str, revision: str = "") -> ModelSource:
-    """The source called ``name``: an existing folder, else a hub id, fetched into the local cache if it is not there.
+    """The source called ``name``: an existing folder, a GGUF file, else a hub id.
 
+    A GGUF file is written out as a checkpoint and a hub id fetched, each into the local cache if it is not there.
     ``revision`` is the hub's; a folder has none. Checks that the files are whole, without reading the weights, and that
     the configuration holds nothing that :func:`check_values` refuses.
 
     Raises:
         ModelError: no such folder or hub id, the hub cannot be reached, files are missing or truncated, or the
             configuration is refused.
+        ResourceError: a GGUF file without the package ``gguf``, or without room for its checkpoint.
     """
     path = expanded(name)
     if path.exists():
         if not path.is_dir():
-            raise ModelError(f"model: {path} is a file; give the checkpoint's folder")
+            return _from_gguf(name, path)
         return _checked(ModelSource(name, path.resolve().name, path.resolve(), ""))
-    if not _HUB_ID.fullmatch(name):
+    if not is_on_the_hub(name):
         raise ModelError(
-            f"model: must be a checkpoint's folder or a hub id, got {name!r}, which does not exist"
+            f"model: must be a checkpoint's folder, a GGUF file or a hub id, got {name!r}, which does not exist"
             f"{no_home(name)}{did_you_mean_path(path)}"
         )
     snapshot = _snapshot(name, revision)  # its folder is called after the commit
@@ -143,7 +148,29 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
 
 def is_on_the_hub(name: str) -> bool:
     """Whether :func:`resolve_model` asks the hub for ``name``, which may take long."""
-    return _HUB_ID.fullmatch(name) is not None and not expanded(name).exists()
+    named = _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(SUFFIX)
+    return named and not expanded(name).exists()
+
+
+def takes_long(name: str) -> str:
+    """What :func:`resolve_model` does that may take long, in words; "" for a folder."""
+    if is_on_the_hub(name):
+        return f"fetch {name} from the hub"
+    return f"read {Path(name).name}" if expanded(name).is_file() else ""
+
+
+def _from_gguf(name: str, path: Path) -> ModelSource:
+    if not is_gguf(path):
+        raise ModelError(f"model: {path} is a file, and no GGUF; give the checkpoint's folder")
+
+    def source(folder: Path) -> ModelSource:
+        return _checked(ModelSource(name, path.stem, folder, "", file=path.resolve()))
+
+    folder = gguf_folder(path)
+    try:
+        return source(folder)
+    except ModelError:  # as where a machine went down soon after it was written
+        return source(gguf_folder(path, anew=True))
 
 
 def _snapshot(name: str, revision: str) -> Path:
@@ -234,8 +261,8 @@ def _other_weights(folder: Path) -> str:
         if Path(name).suffix in _PICKLED:
             return f"; {name} is pickled, which is never loaded: convert it to safetensors"
     for name in names:
-        if name.endswith(".gguf"):
-            return f"; {name} is GGUF, whose weights are rounded: give the checkpoint that it was made of"
+        if name.endswith(SUFFIX):
+            return f"; {name} is GGUF: give that file, or the checkpoint that it was made of"
     inside = sorted(folder.glob(f"*/{_WEIGHTS}"))
     return f"; there are some in {inside[0].parent}" if inside else ""
 
@@ -307,9 +334,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
-
-
-def reason(error: BaseException) -> str:
-    """An error of another library as one short line."""
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

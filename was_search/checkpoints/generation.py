@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from was_search.checkpoints.files import ModelSource, read_config, read_object, reason
-from was_search.errors import ModelError
+from was_search.checkpoints.files import ModelSource, read_config, read_object
+from was_search.errors import ModelError, reason
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

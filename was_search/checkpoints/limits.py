@@ -33,13 +33,21 @@ def check_values(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         ModelError: naming the key.
     """
-    path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"model: {folder} holds an adapter beside a model; merge it into the model first")
+    check_config(folder, folder / "config.json", config)
+
+
+def check_config(where: Path, path: Path, config: dict[str, Any]) -> None:
+    """Refuse what :func:`check_values` does of the values of a configuration, read from ``path``, of ``where``.
+
+    Raises:
+        ModelError: naming the key.
+    """
     for key, value in _items(config):
         if key == "quantization_config" and value and not (value is config.get(key) and is_plan(value)):
             raise ModelError(
-                f"model: {folder} is quantised{_method(value)}: such weights lie in an order that no sparse "
+                f"model: {where} is quantised{_method(value)}: such weights lie in an order that no sparse "
                 "kernel reads; give the original checkpoint (bf16, fp16 or fp32) and round it here with --weights int8 "
                 "or int4"
             )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoints.column_layout import column_state
 from was_search.checkpoints.empty_model import empty_model, model_config
-from was_search.checkpoints.files import ModelSource, reason, resolve_model
+from was_search.checkpoints.files import ModelSource, resolve_model
 from was_search.checkpoints.generation import own_generation
 from was_search.checkpoints.ordinary_tensors import ordinary_tensors
 from was_search.checkpoints.plan_checkpoint import KEY, is_plan_config
-from was_search.errors import ConfigError, ModelError, ResourceError
+from was_search.checkpoints.quiet_loading import quiet_loading
+from was_search.errors import ConfigError, ModelError, ResourceError, reason
 from was_search.weight_format import AS_STORED, WeightFormat
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def load_model(
     if memory is not None:
         options["max_memory"] = memory
     try:
-        with _quiet():
+        with quiet_loading():
             loaded: Any
             if source.columns is not None:
                 loaded = _from_columns(source, options)
@@ -242,18 +241,3 @@ def pick_dtype(asked: str, device: str) -> str:
 
 def _has_accelerate() -> bool:
     return find_spec("accelerate") is not None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Switch the progress bars of transformers off during the block."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()

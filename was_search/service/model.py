@@ -41,18 +41,18 @@ class Model:
 
     @classmethod
     def of(cls, settings: Settings, lasting: Lasting = lambda name: nullcontext()) -> Model:
-        """The model of the settings; no weight is read. One of the hub's is downloaded.
+        """The model of the settings; no weight is read. One of the hub's is downloaded, a GGUF file written out.
 
         Raises:
             ConfigError: none is set.
             ModelError: there is none of that name.
         """
-        from was_search.checkpoints.files import is_on_the_hub
+        from was_search.checkpoints.files import takes_long
         from was_search.checkpoints.load import resolve_model
 
         settings.require("model")
         name = settings.model
-        with lasting(f"fetch {name} from the hub") if is_on_the_hub(name) else nullcontext():
+        with lasting(what) if (what := takes_long(name)) else nullcontext():
             source = resolve_model(name, settings.revision)
         return cls(source, settings.weights, settings.masks, lasting)
 

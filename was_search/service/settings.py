@@ -52,7 +52,7 @@ class Settings:
         ConfigError: a value of another type or outside its rule, or two answers to what the run is to find.
     """
 
-    model: str = setting("", Group.MODEL, "A local folder, or a hub id.")
+    model: str = setting("", Group.MODEL, "A checkpoint's folder, a GGUF file, or a hub id.")
     revision: str = setting("", Group.MODEL, "Revision on the hub; its default branch if not given.")
     device: DeviceName = setting(
         "auto", Group.MODEL, "Where the model runs: auto (a GPU if there is one), cpu or cuda."

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from was_search.checkpoints.files import reason
-from was_search.errors import ConfigError
+from was_search.errors import ConfigError, reason
 from was_search.shape import IntArray
 
 

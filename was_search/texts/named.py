@@ -22,8 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from was_search.checkpoints.files import reason
-from was_search.errors import DataError
+from was_search.errors import DataError, reason
 from was_search.process.home import expanded, no_home
 
 FOLDER_VARIABLE = "WAS_SEARCH_DATASETS"

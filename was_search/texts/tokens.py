@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from was_search.checkpoints.files import reason
-from was_search.errors import ConfigError, DataError, ModelError
+from was_search.errors import ConfigError, DataError, ModelError, reason
 from was_search.shape import IntArray
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.texts.splits import SplitText

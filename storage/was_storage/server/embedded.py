@@ -20,9 +20,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from was_search.errors import StorageError
+from was_search.process.file_lock import LockedFile
 from was_search.process.signals import undisturbed
 from was_storage.server import postgres_binaries
-from was_storage.server.file_lock import LockedFile
 from was_storage.server.socket_folder import (
     HOME_VARIABLE,
     SOCKET_NAME,

@@ -16,10 +16,10 @@ from sqlalchemy.pool import NullPool
 
 from was_search.errors import StorageError
 from was_search.process import short_folders
+from was_search.process.file_lock import LockedFile
 from was_storage.server import embedded, postgres_binaries, socket_folder
 from was_storage.server.database import Database
 from was_storage.server.embedded import EmbeddedServer, default_home
-from was_storage.server.file_lock import LockedFile
 
 pytestmark = pytest.mark.postgres
 ROOT = Path(__file__).parents[3]

@@ -16,11 +16,11 @@ from sqlalchemy import text
 from tests.doubles.small_study import assert_one_to_one, finish, hand_out, new_study
 from was_search.coordinator.durable import durable
 from was_search.errors import StorageError, TransientError
+from was_search.process.file_lock import LockedFile
 from was_search.studies.slots import SlotState
 from was_storage.server import embedded, postgres_binaries
 from was_storage.server.database import Database
 from was_storage.server.embedded import EmbeddedServer
-from was_storage.server.file_lock import LockedFile
 from was_storage.server.socket_folder import remove_stale_locks
 from was_storage.server.urls import parameters
 from was_storage.studies.store import StudyStore

@@ -135,12 +135,14 @@ def test_what_the_hub_refuses(monkeypatch, kind, message):
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere/at/all", "a/b/c", "two words"])
 def test_neither_a_folder_nor_a_hub_id(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"must be a checkpoint's folder or a hub id, got .* does not exist"):
+    with pytest.raises(
+        ModelError, match=r"must be a checkpoint's folder, a GGUF file or a hub id, got .* does not exist"
+    ):
         resolve_model(name)
 
 
 def test_a_file(folder):
-    with pytest.raises(ModelError, match=r"config\.json is a file; give the checkpoint's folder"):
+    with pytest.raises(ModelError, match=r"config\.json is a file, and no GGUF; give the checkpoint's folder"):
         resolve_model(str(folder / "config.json"))
 
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from was_search.checkpoints.files import reason
-from was_search.errors import ConfigError, DataError, ResourceError
+from was_search.errors import ConfigError, DataError, ResourceError, reason
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from was_search.process.file_lock import LockedFile
 from was_search.process.signals import Terminated
 from was_search.service.watching.notify import failure_words
-from was_storage.server.file_lock import LockedFile
 
 pytestmark = [pytest.mark.postgres, pytest.mark.usefixtures("hang_ups_count")]
 ROOT = Path(__file__).parents[4]
