@@ -21,6 +21,7 @@ from was_search.checkpoints.appearing import appearing_folder, remove_unfinished
 from was_search.checkpoints.described_model import described_model, require_causal
 from was_search.checkpoints.file_hashes import file_hashes
 from was_search.checkpoints.gguf_header import MAGIC, GgufHeader, read_header, truncated
+from was_search.checkpoints.gguf_rope import rope_factors, scaled_rope
 from was_search.checkpoints.limits import check_config
 from was_search.checkpoints.quiet_loading import quiet_loading
 from was_search.errors import ModelError, ResourceError, reason
@@ -123,11 +124,11 @@ def write_out(path: Path, folder: Path) -> None:
     require_package()
     header = read_header(path)
     _require_whole(header, path)
-    _require_read(header, path)
+    rope = scaled_rope(header, path)
     # Alone in a folder: what lies beside the file, such as an adapter, would be read with it.
     with tempfile.TemporaryDirectory() as work, appearing_folder(folder) as unfinished, _quiet():
         (Path(work) / "model.gguf").symlink_to(path.resolve())
-        _convert(Path(work), "model.gguf", unfinished, header, path)
+        _convert(Path(work), "model.gguf", unfinished, header, rope, path)
 
 
 def require_package() -> None:
@@ -155,20 +156,7 @@ def _require_whole(header: GgufHeader, path: Path) -> None:
             raise truncated(path)
 
 
-def _require_read(header: GgufHeader, path: Path) -> None:
-    """Refuse what transformers would silently leave out: rotary embeddings that are scaled."""
-    scaled = [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")]
-    for key, value in header.values.items():
-        if key.endswith(".rope.scaling.type") and value != "none":
-            scaled.append(key)
-    if scaled:
-        raise ModelError(
-            f"model: {path} scales its rotary embedding ({scaled[0]}), which is not read from GGUF; give the "
-            "checkpoint that it was made of"
-        )
-
-
-def _convert(work: Path, name: str, folder: Path, header: GgufHeader, path: Path) -> None:
+def _convert(work: Path, name: str, folder: Path, header: GgufHeader, rope: dict[str, Any] | None, path: Path) -> None:
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -181,9 +169,11 @@ def _convert(work: Path, name: str, folder: Path, header: GgufHeader, path: Path
         config: Any = AutoConfig.from_pretrained(work, **here)
         check_config(path, path, json.loads(config.to_json_string()))
         require_causal(config, path)
+        if rope is not None:
+            config.rope_parameters = rope
         _require_all(described_model(config, path, len(header.tensors), header.elements), header, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            work, dtype=torch.bfloat16, output_loading_info=True, **here, **written_out
+            work, config=config, dtype=torch.bfloat16, output_loading_info=True, **here, **written_out
         )
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
@@ -199,10 +189,11 @@ def _convert(work: Path, name: str, folder: Path, header: GgufHeader, path: Path
 
 def _require_all(described: Any, header: GgufHeader, path: Path) -> None:
     """Refuse a file with other weights than the model has: transformers leaves out those that it does not know."""
-    count = sum(weight.numel() for weight in described.parameters())
-    if count != header.elements:
+    count, factors = sum(weight.numel() for weight in described.parameters()), rope_factors(header)
+    held = header.elements - (0 if factors is None else factors.elements)
+    if count != held:
         raise ModelError(
-            f"model: {path} holds {header.elements:,} weights, the {described.config.model_type} model that is read of "
+            f"model: {path} holds {held:,} weights, the {described.config.model_type} model that is read of "
             f"it has {count:,}; give the checkpoint that it was made of"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.doubles.tiny_gguf import WIDTH, tiny_weights, write_tiny_gguf
+from tests.doubles.tiny_gguf import HEADS, WIDTH, tiny_weights, write_tiny_gguf
 from was_search.checkpoints import gguf_checkpoint
 from was_search.checkpoints.files import is_on_the_hub, resolve_model, takes_long
 from was_search.checkpoints.fingerprint import fingerprint
@@ -156,7 +157,10 @@ def test_a_truncated_file(file, home, left):
         ({"block_count": 99_999}, "has 99999 layers, the weights are 11 tensors"),
         ({"block_count": 1 << 31}, "num_hidden_layers: at most 100000 is taken for possible, got 2.15e+09"),
         ({"split__count": 3}, "is one of 3 parts; join them"),
-        ({"llama__rope__scaling__type": "yarn"}, "scales its rotary embedding (llama.rope.scaling.type)"),
+        (
+            {"llama__rope__scaling__type": "yarn"},
+            "rotary embedding (llama.rope.scaling.type) in a way that is not read",
+        ),
     ],
 )
 def test_what_is_no_whole_model(tmp_path, home, values, message):
@@ -177,13 +181,36 @@ def test_weights_that_are_missing(tmp_path, home):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"rope_freqs": np.ones(16, np.float32)}, "scales its rotary embedding (rope_freqs.weight)"),
+        ({"rope_freqs": np.arange(1, 17, dtype=np.float32)}, "scales its rotary embedding (rope_freqs.weight)"),
+        ({"rope_factors_long": np.ones(16, np.float32)}, "scales its rotary embedding (rope_factors_long.weight)"),
         ({"blk.0.attn_gate": np.ones((4, 4), np.float32)}, "weights, the llama model that is read of it has"),
     ],
 )
 def test_weights_that_would_be_left_out(tmp_path, home, extra, message):
     write_tiny_gguf(tmp_path / "a.gguf", tiny_weights() | extra)
     assert message in refused(tmp_path / "a.gguf")
+
+
+def test_the_scaled_rotary_embedding_of_llama_3(tmp_path, home):
+    """The factors as llama.cpp's converter makes them, frequency by frequency; the model divides by the very same."""
+    base, factors, frequencies = 500_000.0, [], []
+    for i in range(WIDTH // HEADS // 2):
+        frequency = base ** (-2 * i / (WIDTH // HEADS))
+        wave = 2 * math.pi / frequency
+        smooth = (8192 / wave - 1.0) / (4.0 - 1.0)
+        between = 1 / ((1 - smooth) / 32.0 + smooth)
+        factors.append(1.0 if wave < 8192 / 4.0 else 32.0 if wave > 8192 / 1.0 else between)
+        frequencies.append(frequency / factors[-1])
+    assert len({round(factor, 3) for factor in factors}) > 2
+    weights = tiny_weights() | {"rope_freqs": np.array(factors, np.float32)}
+    write_tiny_gguf(tmp_path / "a.gguf", weights, llama__rope__freq_base=base)
+    model = load_model(str(tmp_path / "a.gguf"), dtype="float32")
+    np.testing.assert_allclose(model.model.rotary_emb.inv_freq.numpy(), frequencies, rtol=1e-5)  # float32
+
+
+def test_a_rotary_embedding_with_factors_of_one(tmp_path, home):
+    write_tiny_gguf(tmp_path / "a.gguf", tiny_weights() | {"rope_freqs": np.ones(16, np.float32)})
+    assert load_model(str(tmp_path / "a.gguf")).config.rope_parameters["rope_type"] == "default"
 
 
 def test_a_type_of_weights_that_is_not_known(file, monkeypatch):
