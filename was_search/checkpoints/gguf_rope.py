@@ -38,13 +38,12 @@ def scaled_rope(header: GgufHeader, path: Path) -> dict[str, Any] | None:
     others += [key for key, value in header.values.items() if key.endswith(".rope.scaling.type") and value != "none"]
     if tensor is None and not others:
         return None
-    base = header.values.get("llama.rope.freq_base")
-    if tensor is not None and not others and tensor.kind == _FLOAT32 and isinstance(base, float):
+    if tensor is not None and not others and tensor.kind == _FLOAT32:
         found = np.fromfile(path, "<f4", tensor.elements, offset=header.data_start + tensor.start).astype(np.float64)
-        factor = float(found.max(initial=1.0))
+        factor, base = float(found.max(initial=1.0)), header.values.get("llama.rope.freq_base")
         if np.all(found == 1.0):
             return None
-        if np.allclose(found, llama3_factors(tensor.elements, base, factor), rtol=1e-4, atol=0.0):
+        if isinstance(base, float) and np.allclose(found, llama3_factors(len(found), base, factor), rtol=1e-4, atol=0):
             return {
                 "rope_type": "llama3",
                 "rope_theta": base,
