@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -10,13 +11,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import pytest
-import torch
-from sqlalchemy import create_engine, text
-from sqlalchemy.pool import NullPool
 
 from tests.stuck import (  # noqa: F401  hooks of pytest
     pytest_itemcollected,
@@ -24,8 +21,10 @@ from tests.stuck import (  # noqa: F401  hooks of pytest
     pytest_timeout_cancel_timer,
     pytest_timeout_set_timer,
 )
-from was_storage.server.database import Database
-from was_storage.server.embedded import EmbeddedServer
+
+if TYPE_CHECKING:
+    from was_storage.server.database import Database
+    from was_storage.server.embedded import EmbeddedServer
 
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this is one of several processes that run tests at once, on processors that they share."""
@@ -33,7 +32,9 @@ SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 _SLOW_SECONDS = 3.0
 """What a test that is marked ``slow`` takes, where the mark does not say."""
 
-torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
+# Until all is collected: what imports make is no garbage, and looking through it takes a fifth of their time.
+gc.disable()
+
 if SIDE_BY_SIDE:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve its workers beside other tests
@@ -43,15 +44,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 
 _ray: pytest.StashKey[Any] = pytest.StashKey()
 
-# How long an example takes says something about the machine, not about the code; what is tried is the same each time,
-# unless FUZZ_EXAMPLES asks for more.
-hypothesis.settings.register_profile(
-    "any machine",
-    deadline=None,
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("any machine")
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not SIDE_BY_SIDE:
+        gc.enable()  # this process hands the tests out and runs none: it needs none of their imports
+        return
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
+    # How long an example takes says something about the machine, not about the code; what is tried is the same each
+    # time, unless FUZZ_EXAMPLES asks for more.
+    hypothesis.settings.register_profile(
+        "any machine",
+        deadline=None,
+        derandomize="FUZZ_EXAMPLES" not in os.environ,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported so far stays: the garbage collector begins with what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +93,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (ray := session.config.stash.get(_ray, None)) is not None:
         ray.end()
+    gc.unfreeze()  # at the end extension modules miss what was not given back
 
 
 @pytest.fixture
@@ -99,6 +116,11 @@ def server_home() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres_server(server_home: Path) -> Iterator[EmbeddedServer]:
     """The session's embedded Postgres."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    from was_storage.server.embedded import EmbeddedServer
+
     with EmbeddedServer.start(server_home / "postgres") as server:
         engine = create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool)
         with engine.connect() as connection:  # no test cuts the power: do not wait for the disk
@@ -117,5 +139,7 @@ def postgres_url(postgres_server: EmbeddedServer) -> str:
 @pytest.fixture(scope="module")
 def database(postgres_url: str) -> Iterator[Database]:
     """The module's database, open and migrated."""
+    from was_storage.server.database import Database
+
     with Database.open(postgres_url) as opened:
         yield opened

@@ -85,22 +85,12 @@ def test_divergence_as_the_fitness_and_a_cache(coarse, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(coarse, tmp_path):
     found = []
     for processes in ("1", "2"):
         output = tmp_path / f"{processes}.jsonl"
-        command = [*TINY, "--methods", "uniform", "random:levels", "--output", str(output), "--processes", processes]
-        command += ["--cache", str(tmp_path / "cache")]  # one greedy table for both
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.search_quality", *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
+        options = ["--methods", "uniform", "random:levels", "--output", str(output), "--processes", processes]
+        assert main([*TINY, *options, "--cache", str(tmp_path / "cache")]) == 0  # one greedy table for both
         found.append({row["key"]: row["checkpoints"][-1]["test_nats"] for row in read_rows(output)})
     assert len(found[0]) == 2
     assert found[0] == found[1]

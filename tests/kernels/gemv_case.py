@@ -55,8 +55,9 @@ class Case:
 
     def run(self, threshold: float, dense: Tensor | None = None) -> Tensor:
         found = sparse_gemv(self.x, self.sparse(threshold), dense)
-        again = sparse_gemv(self.x, self.sparse(threshold), dense)
-        assert torch.equal(found.view(torch.uint8), again.view(torch.uint8))  # to the bit, NaN included
+        if not INTERPRETER:  # which runs one program after another: nothing could change their order
+            again = sparse_gemv(self.x, self.sparse(threshold), dense)
+            assert torch.equal(found.view(torch.uint8), again.view(torch.uint8))  # to the bit, NaN included
         return found
 
     def cut(self, threshold: float, tiling: Tiling) -> Tensor:
