@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -68,6 +69,7 @@ def pytest_collection_finish() -> None:
     """What was imported so far stays: the garbage collector begins with what the tests make."""
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # extension modules complain of what is still there when all is over
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -93,7 +95,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (ray := session.config.stash.get(_ray, None)) is not None:
         ray.end()
-    gc.unfreeze()  # at the end extension modules miss what was not given back
 
 
 @pytest.fixture

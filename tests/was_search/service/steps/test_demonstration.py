@@ -1,4 +1,4 @@
-"""What the demo shows, with fewer trials and half the texts: the order of the seeds on the test text."""
+"""What the demo shows, with fewer trials, shorter descents and half the texts: the order of seeds on the test text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.doubles.tiny_models import tiny_plan
+from tests.doubles.workers_here import workers_here
 from was_kernels.timing import generate
 from was_kernels.timing.generate import TokenTimes
 from was_search.masks.intervals import paired_interval
@@ -40,14 +41,14 @@ def test_it_says_how_fast_this_machine_decodes(monkeypatch) -> None:
     assert re.fullmatch(rf"On \d+ thread\(s\) here: {speeds}, by turns through generate", said)
 
 
-@pytest.mark.ray
 @pytest.mark.postgres
-@pytest.mark.slow(seconds=300)
+@pytest.mark.slow(seconds=90)
 def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, tmp_path: Path, capsys) -> None:
-    texts = {"calibration_sequences": 48, "search_sequences": 32, "test_sequences": 96}
-    settings = demo_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), **texts)
+    texts = {"calibration_sequences": 48, "greedy_sequences": 1, "search_sequences": 32, "test_sequences": 96}
+    descents = {"descent_rounds": 2, "descent_sequences": 8}
+    settings = demo_settings(storage=postgres_url, trials=5, plan=str(tmp_path / "plan"), **texts, **descents)
     notes = Notes()
-    with Context(settings, notes) as context:
+    with workers_here(), Context(settings, notes) as context:
         result = demo(context, max_new_tokens=8)
     rows = {row.name.split(" (")[0]: row for row in result.rows}
     losses = {name: row.test.evaluation.losses for name, row in rows.items()}
