@@ -93,8 +93,8 @@ def step_caption(profile: LatencyProfile) -> str:
 
 
 def narrow(interval: Interval | None) -> str:
-    """An interval for a table's narrow column; "" for none."""
-    return "" if interval is None else str(interval).replace(" ", "")
+    """An interval for a table's narrow column, which breaks in its middle at most; "" for none."""
+    return "" if interval is None else str(interval).replace("± ", "±")
 
 
 def next_commands(storage: str, study: str, folder: Path) -> list[str]:

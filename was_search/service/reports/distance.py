@@ -25,7 +25,7 @@ def distance_figures(figures: Mapping[str, Any]) -> list[str]:
     """The same from figures as JSON, of a plan's metrics or a study's report."""
     if "flip_rate" not in figures:
         return ["", ""]
-    return [f"{100 * number(figures['flip_rate']):.2f}", f"{number(figures['total_variation']):.4f}"]
+    return [f"{100 * number(figures['flip_rate']):.1f}", f"{number(figures['total_variation']):.3f}"]
 
 
 def distance_words(figures: Mapping[str, Any]) -> str:

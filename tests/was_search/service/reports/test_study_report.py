@@ -66,7 +66,7 @@ def test_the_note_says_how_far_predictions_are_from_the_dense_models() -> None:
     assert "total variation" not in "\n".join(note_lines(report))  # of a study that an older version exported
     report["metrics"]["test"] |= {"flip_rate": 0.12345, "total_variation": 0.0987}
     found = "\n".join(note_lines(report))
-    words = "12.35 % of greedy next tokens are not the dense model's, total variation 0.0987"
+    words = "12.3 % of greedy next tokens are not the dense model's, total variation 0.099"
     assert f"Test split: {words}. Flips: share of tokens" in found
     report["metrics"]["test"] |= {"flip_rate": None, "total_variation": None}
     assert "nan % of greedy next tokens" in "\n".join(note_lines(report))
