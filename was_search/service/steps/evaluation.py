@@ -180,7 +180,9 @@ def _evaluate(
     loaded, _ = load_for(context, first, gpus, weights=weights)
     plans = _with_prefixes(plans, data.protocol.dense_prefix, beside or first)
     ops = ops_for(context.placement_here.device)
-    models = [MaskedModel.of(loaded, plan.score, plan.shape.masks, ops=ops) for plan in plans]
+    models = [
+        MaskedModel.of(loaded, plan.score, plan.shape.masks, ops=ops).compensated(plan.compensation) for plan in plans
+    ]
     maskings = [_masking(*pair) for pair in zip(models, plans, strict=True)]
     plain = models[0] if models else MaskedModel.of(loaded, settings.score, settings.masks, ops=ops)
     batches = -(-len(data.tokens) // data.protocol.batch_size)

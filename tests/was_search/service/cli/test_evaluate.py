@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tests.doubles.small_plan import make_plan
 from tests.doubles.tiny_models import masked_logits
 from was_search.checkpoints.load import load_model, resolve_model
+from was_search.compensation import Compensation
 from was_search.errors import ConfigError, PlanError
 from was_search.plan import Plan
 from was_search.service.cli.main import app
@@ -114,6 +115,18 @@ def test_each_plan_has_its_own_prefix_score_and_masks(plan, other):
     # an option that is given counts for both
     both = result("--plan", plan, "--against", other, "--dense-prefix", 2)
     assert both["against"] == result("--plan", other, "--dense-prefix", 2)["plan"] != alone[1]["plan"]
+
+
+def test_each_plan_has_its_own_compensation(plan, tmp_path):
+    loaded = Plan.load(plan)
+    values = Compensation.none(loaded.shape).flat()
+    values += np.random.default_rng(0).normal(0, 0.02, len(values)).astype(np.float32)
+    corrected = dataclasses.replace(loaded, compensation=Compensation.from_flat(loaded.shape, values))
+    both = result("--plan", plan, "--against", corrected.save(tmp_path / "corrected"))
+    assert both["plan"] == result("--plan", plan)["plan"]
+    assert both["against"] == result("--plan", tmp_path / "corrected")["plan"]
+    assert both["against"]["flip_rate"] != both["plan"]["flip_rate"]
+    assert both["against"]["achieved_sparsity"] != both["plan"]["achieved_sparsity"]
 
 
 def test_a_plan_for_rounded_weights_has_them(plan, rounded):
