@@ -248,7 +248,7 @@ def _png(conditions: str, targets: dict[float, list[Curve]], path: Path) -> None
             cells = list(curve.cells.values())
             style = "--" if len({cell.median for cell in cells}) == 1 else "-"
             # What the product does stands out.
-            ours = curve.name == "descent"
+            ours = curve.name in ("descent", "descent-9")
             colour, width = ("black", 3.0) if ours else (colours(names.index(curve.name) % colours.N), 1.2)
             axis.plot(
                 list(curve.cells),

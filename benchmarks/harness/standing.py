@@ -49,7 +49,7 @@ STANDING = {
         checkpoints=(),
         methods=(
             *("uniform", "greedy-uniform", "fisher", "linear-ramp", "was-monotone"),
-            *("random:levels", "tpe:levels", "cmaes:levels", "evolution:levels", "descent"),
+            *("random:levels", "tpe:levels", "cmaes:levels", "evolution:levels", "descent-9"),
         ),
         setup={
             "model": "HuggingFaceTB/SmolLM2-135M-Instruct",

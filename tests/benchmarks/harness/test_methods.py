@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import racing
+from benchmarks.harness.ledger import Ledger
 from benchmarks.harness.methods import METHODS, Method, register, run_method, start
 from tests.benchmarks.bowl import N_SEQUENCES, SHAPE, TARGET, TOKENS, seeds
 from was_search.errors import ConfigError
@@ -164,6 +165,26 @@ def test_a_descent_pays_for_its_slopes_and_nears_the_best(task, new_ledger, bowl
     own = (3 + 2 * 3 + dense) * ledger.tokens_per_evaluation
     assert ledger.spent == own + 2 * 2 * 3 * 24 * 4 * TOKENS
     assert best.loss_nats - 2.0 < 0.1 * (min(bowl.loss(seed.sparsities) for seed in seeds()) - 2.0)
+
+
+@pytest.mark.parametrize(("name", "sequences"), [("descent", 64), ("descent-9", 24)])
+def test_the_descents_of_a_standing_problem_fit_its_budget(task, bowl, name, sequences):
+    """All four chains are paid for, and little is left of 120 evaluations."""
+    engine = Slopes(bowl)
+    engine.data["slope"].tokens = np.zeros((94, TOKENS))
+    chains = []
+    engine.descend = lambda *arguments: chains.append(arguments) or arguments[1]
+    ledger = Ledger(
+        lambda asked: [np.full(len(chosen), 2.0) for _, chosen in asked],
+        SHAPE,
+        TARGET,
+        n_sequences=sequences,
+        tokens_per_sequence=TOKENS,
+        evaluations=120.0,
+    )
+    run(name, dataclasses.replace(task("-"), engine=engine), ledger)
+    assert len(chains) == 4
+    assert ledger.spent == 117 * ledger.tokens_per_evaluation
 
 
 @pytest.mark.slow
