@@ -16,12 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.doubles.tiny_gguf import HEADS, WIDTH, tiny_weights, write_tiny_gguf
+from tests.doubles.tiny_gguf import HEADS, WIDTH, WORDS, tiny_weights, write_tiny_gguf
 from was_search.checkpoints import gguf_checkpoint
 from was_search.checkpoints.files import is_on_the_hub, resolve_model, takes_long
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import load_model, load_tokenizer
 from was_search.errors import ModelError, ResourceError, WasError
+from was_search.service.model import Model
+from was_search.service.settings import Settings
+from was_workers.worker import Worker, WorkerSpec
 
 pytest.importorskip("gguf")
 
@@ -281,3 +284,11 @@ def test_a_killed_conversion_is_made_again_and_a_second_process_waits(file, home
     waiting.join(120)
     assert kept(home) == [found[0].folder.name]
     assert load_model(found[0]).config.num_hidden_layers == 1
+
+
+def test_a_run_and_its_workers_open_the_file(file):
+    """Workers resolve the file themselves, so that those of other machines convert where they are."""
+    model = Model.of(Settings(model=str(file)))
+    assert (model.label, model.token_rows) == ("Tiny-Q8_0", WORDS)
+    worker = Worker(WorkerSpec(model.source.location, "", "float32", "cpu", "l2"))
+    assert worker.prepare().shape == model.shape
