@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.kernels.gemv_group import rounded
 from tests.kernels.where import INTERPRETER
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.correction import Correction
 from was_kernels.ops.reference import sparse_gemv_reference
 from was_kernels.ops.sparse_gemv import Tiling as Tiling
 from was_kernels.ops.sparse_gemv import _launch, sparse_gemv
@@ -37,9 +38,11 @@ class Case:
     weight: ColumnWeight
     norms: Tensor
     bias: Tensor | None
+    vectors: tuple[Tensor, Tensor] | None = None
 
     def sparse(self, threshold: float) -> SparseMap:
-        return SparseMap(self.weight, self.norms, threshold, self.bias)
+        correction = None if self.vectors is None else Correction.of(*self.vectors, self.bias)
+        return SparseMap(self.weight, self.norms, threshold, self.bias, correction)
 
     @property
     def dense(self) -> Tensor:
@@ -81,6 +84,11 @@ class Case:
         # rounding to the output's dtype, up to a whole unit in the last place, since the interpreter truncates to
         # bfloat16.
         magnitude = x.abs() @ weight.abs().t() + bias.abs()
+        if self.vectors is not None:  # twice the roundings: the constant has one of its own, and so has the product
+            scale, constant = (vector.double() for vector in self.vectors)
+            corrected, most = scale * y + constant, 2.0 * (scale.abs() * magnitude + constant.abs())
+            masked = torch.ones(len(y), 1, dtype=torch.bool, device=y.device) if dense is None else ~dense[:, None]
+            y, magnitude = torch.where(masked, corrected, y), torch.where(masked, most, magnitude)
         rounded_too = self.weight.scales is not None
         bound = (x.shape[1] + (4 if rounded_too else 2)) * 2.0**-23 * magnitude
         bound = bound + torch.finfo(self.x.dtype).eps * y.abs() + (1e-6 if rounded_too else 1e-7)
@@ -98,6 +106,7 @@ def case(
     bits: int = 16,
     dtype: torch.dtype = torch.float32,
     bias: bool = False,
+    corrected: bool = False,
     group: int = 64,
 ) -> Case:
     """Random inputs; ``bits`` of 16 is a weight of ``dtype`` as stored."""
@@ -109,5 +118,7 @@ def case(
         held = ColumnWeight.as_stored(weight.t().to(device, dtype).contiguous())
     else:
         held = rounded(weight, bits, group, device)
-    found = Case(x.to(device), held, torch.empty(0), offset)
+    drawn = torch.randn(2, d_out, generator=made).to(device)
+    vectors = (1.0 + drawn[0] / 8, drawn[1]) if corrected else None
+    found = Case(x.to(device), held, torch.empty(0), offset, vectors)
     return replace(found, norms=found.dense.norm(dim=0).float())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.gather_step import GatherStep
@@ -25,7 +26,7 @@ def rounded(weight: Tensor, bits: int, group: int, device: Any = None) -> Column
 
 
 class Group:
-    """Random inputs of one launch; ``bits`` of 16 are weights as stored.
+    """Random inputs of one launch; ``bits`` of 16 are weights as stored, ``corrected`` gives scales and constants.
 
     Attributes:
         weights: what the op reads.
@@ -43,6 +44,7 @@ class Group:
         *,
         group: int = 64,
         bias: bool = False,
+        corrected: bool = False,
     ) -> None:
         made = torch.Generator().manual_seed(rows * 7919 + d_in * 31 + sum(widths))
 
@@ -63,6 +65,8 @@ class Group:
         self.norm_weight = 1.0 + random(d_in) / 8
         self.residual = random(rows, sum(widths))
         self.arrived = counters(torch.device(device))
+        drawn = [[torch.randn(2, width, generator=made).to(device) for width in widths] for _ in range(corrected)]
+        self.vectors = [(1.0 + pair[0] / 8, pair[1] / 4) for pairs in drawn for pair in pairs]
 
     def hold(self, floats: list[Tensor]) -> None:
         """Take these weights as stored, [d_in, width] each."""
@@ -89,10 +93,16 @@ class Group:
             keep = keep if dense is None else keep | dense[:, None]
             y = torch.where(keep, x, 0.0).double() @ weight.double()
             found.append(y if bias is None else y + bias.double())
+        for i, (scale, constant) in enumerate(self.vectors):
+            corrected = scale.double() * found[i] + constant.double()
+            found[i] = corrected if dense is None else torch.where(dense[:, None], found[i], corrected)
         return found
 
     def step(self, thresholds: list[float], **options: Any) -> GatherStep:
-        maps = [SparseMap(*of) for of in zip(self.weights, self.norms, thresholds, self.biases, strict=True)]
+        biases = self.biases
+        given = [Correction.of(*pair, bias) for pair, bias in zip(self.vectors, biases, strict=False)]
+        corrections = given or [None] * len(biases)
+        maps = [SparseMap(*of) for of in zip(self.weights, self.norms, thresholds, biases, corrections, strict=True)]
         return GatherStep(self.x, maps, **options)
 
     def run(self, thresholds: list[float], **options: Any) -> Tensor:

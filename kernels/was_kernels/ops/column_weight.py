@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from was_kernels.ops.correction import Correction
+
 MAX_ROWS = 16
 """Rows of x that one launch takes; the CUDA kernel takes half as many of rounded weights."""
 
@@ -109,12 +111,14 @@ class SparseMap:
         norms: float32 [d_in] contiguous.
         threshold: in the unit of ``abs(x) * norms``.
         bias: [width] contiguous, or None.
+        correction: of the outputs of rows that are not dense, whatever the threshold; None: they are not corrected.
     """
 
     weight: ColumnWeight
     norms: Tensor
     threshold: float
     bias: Tensor | None = None
+    correction: Correction | None = None
 
     def require(self, d_in: int, dtype: torch.dtype) -> None:
         """Check that the map takes inputs of ``d_in`` channels and ``dtype``.
@@ -128,3 +132,5 @@ class SparseMap:
             raise ValueError(f"norms: contiguous float32 [{d_in}] needed, got {norms.dtype} {list(norms.shape)}")
         if bias is not None and (bias.shape != (width,) or not bias.is_contiguous()):
             raise ValueError(f"bias: contiguous [{width}] needed, got {list(bias.shape)}")
+        if self.correction is not None:
+            self.correction.require(width)

@@ -5,13 +5,16 @@ A torch custom op, so that ``torch.compile`` and CUDA graphs take it. On CPU it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_launch import launch_gather
 from was_kernels.ops.gather_step import GatherStep, gather_reference
 
@@ -22,7 +25,8 @@ from was_kernels.ops.gather_step import GatherStep, gather_reference
     schema=(
         "(Tensor x, Tensor[] columns, Tensor[] scales, int bits, int group, int[] widths, Tensor[] norms, "
         "float[] thresholds, Tensor?[] biases, Tensor arrived, bool gated=False, Tensor? norm_weight=None, "
-        "float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, bool early=False) -> Tensor"
+        "float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, bool early=False, "
+        "Tensor[]? corrections=None) -> Tensor"
     ),
 )
 def _gather_gemv_op(
@@ -42,11 +46,16 @@ def _gather_gemv_op(
     residual: Tensor | None = None,
     dense: Tensor | None = None,
     early: bool = False,
+    corrections: list[Tensor] | None = None,
 ) -> Tensor:
-    """:func:`gather_gemv` laid out flat, as an op's schema must be; no ``scales`` where nothing is rounded."""
+    """:func:`gather_gemv` laid out flat, as an op's schema must be.
+
+    There are no ``scales`` where nothing is rounded; ``corrections`` are each map's scale and constant.
+    """
     kinds: list[Tensor | None] = [*scales] or [None] * len(columns)
     weights = [ColumnWeight(c, s, bits, group, width) for c, s, width in zip(columns, kinds, widths, strict=True)]
-    maps = [SparseMap(*parts) for parts in zip(weights, norms, thresholds, biases, strict=True)]
+    given = [None] * len(columns) if corrections is None else list(starmap(Correction, _pairs(corrections)))
+    maps = [SparseMap(*parts) for parts in zip(weights, norms, thresholds, biases, given, strict=True)]
     step = GatherStep(x, maps, gated, norm_weight, epsilon, residual, dense)
     step.require()
     if not x.is_cuda:
@@ -88,7 +97,7 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
         step: the inputs; x is a tensor, not parts of attention.
         arrived: from :func:`was_kernels.ops.gather_launch.counters`; not to be shared by kernels that may run at once.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
-            ``x``; norms and ``norm_weight`` are read before it has ended.
+            ``x``; norms, ``norm_weight`` and corrections are read before it has ended.
 
     Returns:
         [B, sum of widths], or [B, width] when gated.
@@ -98,6 +107,7 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
     """
     step.require_one_format()
     weights = [sparse.weight for sparse in step.maps]
+    given = [sparse.correction for sparse in step.maps if sparse.correction is not None]
     y: Tensor = torch.ops.was.gather_gemv(
         step.x,
         [weight.columns for weight in weights],
@@ -115,5 +125,10 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
         step.residual,
         step.dense,
         early,
+        [vector for each in given for vector in (each.scale, each.constant)] or None,
     )
     return y
+
+
+def _pairs(vectors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(vectors[::2], vectors[1::2], strict=True)

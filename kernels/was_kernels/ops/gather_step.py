@@ -20,17 +20,18 @@ _MAX_MAPS = 3
 
 @dataclass(frozen=True)
 class GatherStep:
-    """The inputs of one launch: ``y_p = W_p[:, kept_p] x[kept_p] + bias_p``, side by side.
+    """The inputs of one launch: ``y_p = W_p[:, kept_p] x[kept_p] + bias_p``, or corrected, side by side.
 
     Attributes:
         x: [B, d_in], float16 or bfloat16, B up to the weights' ``max_rows``, d_in up to 65,536; or parts of attention,
             which are merged first.
-        maps: up to three, with weights of one format whose widths are multiples of their ``multiple``.
+        maps: up to three, with weights of one format whose widths are multiples of their ``multiple``; all with a
+            correction, or none.
         gated: the result is ``silu(y_0) * y_1``; takes two maps of one width.
         norm_weight: [d_in], a multiple of 8: x goes through RMSNorm with this weight first, as Llama's.
         epsilon: of the RMSNorm.
         residual: shaped like the result, and added to it.
-        dense: bool [B]: rows that keep every channel.
+        dense: bool [B]: rows that keep every channel and are not corrected.
     """
 
     x: Tensor | AttentionParts
@@ -47,16 +48,23 @@ class GatherStep:
         widths = [sparse.weight.width for sparse in self.maps]
         return widths[0] if self.gated else sum(widths)
 
+    @property
+    def corrected(self) -> bool:
+        """Whether outputs are corrected."""
+        return self.maps[0].correction is not None
+
     def require_one_format(self) -> None:
         """Check that there are one to three maps, whose weights are all as stored or all rounded alike.
 
         Raises:
-            ValueError: other counts or formats.
+            ValueError: other counts or formats, or some are corrected and others are not.
         """
         if not 1 <= len(self.maps) <= _MAX_MAPS:
             raise ValueError(f"maps: one to three needed, got {len(self.maps)}")
         if any(sparse.weight.format != self.maps[0].weight.format for sparse in self.maps):
             raise ValueError("weights: one format for all needed")
+        if any((sparse.correction is not None) != self.corrected for sparse in self.maps):
+            raise ValueError("maps: all with a correction needed, or none")
 
     def require(self) -> None:
         """Check everything that the kernel takes for granted, where x is a tensor.

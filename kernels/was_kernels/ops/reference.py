@@ -37,20 +37,23 @@ def score_mask_reference(x: Tensor, norms: Tensor, threshold: float, dense: Tens
 
 
 def sparse_gemv_reference(x: Tensor, sparse: SparseMap, dense: Tensor | None = None) -> Tensor:
-    """``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``, summed in float32, in x's dtype.
+    """``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``, or corrected, summed in float32, in x's dtype.
 
     Args:
         x: [B, d_in].
-        sparse: W, bias, and what is kept; every row has its own mask.
-        dense: bool [B]: rows that keep every channel.
+        sparse: W, bias, correction, and what is kept; every row has its own mask.
+        dense: bool [B]: rows that keep every channel and are not corrected.
 
     Returns:
         [B, width] in x's dtype.
     """
     kept = score_mask_reference(x, sparse.norms, sparse.threshold, dense)
     y = kept.float() @ sparse.weight.written_out().float()
-    if sparse.bias is not None:
-        y = y + sparse.bias.float()
+    bias = None if sparse.bias is None else sparse.bias.float()
+    if sparse.correction is not None:
+        y = sparse.correction.applied(y, bias, dense)
+    elif bias is not None:
+        y = y + bias
     return y.to(x.dtype)
 
 

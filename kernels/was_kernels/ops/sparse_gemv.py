@@ -1,4 +1,4 @@
-"""Sparse GEMV with the norm folded into the score: ``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``.
+"""Sparse GEMV with the norm folded into the score: ``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``, or corrected.
 
 The weight is held column-major, as stored or rounded (:class:`was_kernels.ops.column_weight.ColumnWeight`), so that a
 dropped channel is a whole row of memory that is never read, and neither are its scale and offset. TEAL
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.correction import Correction
 from was_kernels.ops.reference import sparse_gemv_reference
 from was_kernels.ops.sparse_gemv_kernels import batch_kernel, reduce_kernel, row_kernel
 from was_kernels.ops.triton_launch import DTYPES, interpreted, on_device_of, processors, runs
@@ -66,7 +67,7 @@ def _launch(x: Tensor, sparse: SparseMap, dense: Tensor | None, tiling: Tiling |
     _require(x, sparse, dense)
     if not runs(row_kernel, x) or x.dtype not in DTYPES:
         return sparse_gemv_reference(x, sparse, dense)
-    weight, norms, bias = sparse.weight, sparse.norms, sparse.bias
+    weight, norms, bias, correction = sparse.weight, sparse.norms, sparse.bias, sparse.correction
     (rows, d_in), d_out = x.shape, weight.width
     y = torch.empty((rows, d_out), dtype=x.dtype, device=x.device)
     if rows == 0:
@@ -103,10 +104,15 @@ def _launch(x: Tensor, sparse: SparseMap, dense: Tensor | None, tiling: Tiling |
         reduce_kernel[(rows, _cdiv(d_out, _BLOCK_REDUCE))](
             partial,
             norms if bias is None else bias,
+            norms if correction is None else correction.scale,
+            norms if correction is None else correction.constant,
+            flags,
             y,
             rows,
             d_out,
             HAS_BIAS=bias is not None,
+            CORRECTED=correction is not None,
+            HAS_DENSE=correction is not None and dense is not None,
             SPLITS=cut.splits,
             BLOCK=_BLOCK_REDUCE,
             num_warps=4,
@@ -130,7 +136,7 @@ def _require(x: Tensor, sparse: SparseMap, dense: Tensor | None) -> None:
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor columns, Tensor? scales, int bits, int group, int width, Tensor norms, float threshold, "
-        "Tensor? bias=None, Tensor? dense=None) -> Tensor"
+        "Tensor? bias=None, Tensor? dense=None, Tensor? scale=None, Tensor? constant=None) -> Tensor"
     ),
 )
 def _sparse_gemv_op(
@@ -144,9 +150,13 @@ def _sparse_gemv_op(
     threshold: float,
     bias: Tensor | None = None,
     dense: Tensor | None = None,
+    scale: Tensor | None = None,
+    constant: Tensor | None = None,
 ) -> Tensor:
     """:func:`sparse_gemv` with its map laid out flat, as an op's schema must be."""
-    return _launch(x, SparseMap(ColumnWeight(columns, scales, bits, group, width), norms, threshold, bias), dense)
+    correction = None if scale is None or constant is None else Correction(scale, constant)
+    weight = ColumnWeight(columns, scales, bits, group, width)
+    return _launch(x, SparseMap(weight, norms, threshold, bias, correction), dense)
 
 
 @_sparse_gemv_op.register_fake
@@ -157,7 +167,7 @@ def _(
 
 
 def sparse_gemv(x: Tensor, sparse: SparseMap, dense: Tensor | None = None) -> Tensor:
-    """``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias`` for any batch; no gradient flows through it.
+    """``y[b] = W[:, kept(b)] @ x[b, kept(b)] + bias``, or corrected, for any batch; no gradient flows through it.
 
     Each row keeps its own channels. Weights of a channel that every row of a tile of 16 drops are not read. Sums are
     float32 in a fixed order: the same inputs give the same bits on the same device. On CPU without the interpreter the
@@ -166,7 +176,8 @@ def sparse_gemv(x: Tensor, sparse: SparseMap, dense: Tensor | None = None) -> Te
     Args:
         x: [B, d_in], fp16, bf16 or fp32.
         sparse: the map; its weight is contiguous, in x's dtype or rounded.
-        dense: bool [B] or None: rows that keep every channel (the dense prefix); read on the device, no sync.
+        dense: bool [B] or None: rows that keep every channel and are not corrected (the dense prefix); read on the
+            device, no sync.
 
     Returns:
         [B, width] in x's dtype.
@@ -175,9 +186,10 @@ def sparse_gemv(x: Tensor, sparse: SparseMap, dense: Tensor | None = None) -> Te
         ValueError: shapes, strides or dtypes that do not fit.
     """
     if torch.compiler.is_compiling():
-        w = sparse.weight
+        w, of = sparse.weight, sparse.correction
         y: Tensor = torch.ops.was.sparse_gemv(
-            x, w.columns, w.scales, w.bits, w.group, w.width, sparse.norms, sparse.threshold, sparse.bias, dense
+            *(x, w.columns, w.scales, w.bits, w.group, w.width, sparse.norms, sparse.threshold, sparse.bias, dense),
+            *(() if of is None else (of.scale, of.constant)),
         )
         return y
     return _launch(x, sparse, dense)

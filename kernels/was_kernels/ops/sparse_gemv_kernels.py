@@ -181,14 +181,19 @@ def batch_kernel(
 def reduce_kernel(
     partial_ptr,  # [splits, rows, d_out] float32
     bias_ptr,  # [d_out], read only if HAS_BIAS
+    scale_ptr,  # [d_out] float32, read only if CORRECTED
+    constant_ptr,  # [d_out] float32, read only if CORRECTED
+    dense_ptr,  # [rows] uint8, read only if HAS_DENSE
     y_ptr,  # [rows, d_out] contiguous
     n_rows,
     d_out,
     HAS_BIAS: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up the partial sums in order of split, add the bias, and round once to y's dtype."""
+    """Add up the partial sums in order of split, add the bias or correct them, and round once to y's dtype."""
     row = tl.program_id(0)  # the first axis has no limit of 65,535
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = out < d_out
@@ -196,6 +201,15 @@ def reduce_kernel(
     for split in range(SPLITS):
         place = (row + split * n_rows).to(tl.int64) * d_out
         total += tl.load(partial_ptr + place + out, mask=there, other=0.0)
+    if CORRECTED:
+        scale = tl.load(scale_ptr + out, mask=there, other=1.0)
+        corrected = total * scale + tl.load(constant_ptr + out, mask=there, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + out, mask=there, other=0.0).to(tl.float32)
+    if CORRECTED:
+        if HAS_DENSE:
+            dense = tl.load(dense_ptr + row) != 0
+            total = tl.where(dense, total, corrected)
+        else:
+            total = corrected
     tl.store(y_ptr + row.to(tl.int64) * d_out + out, total.to(y_ptr.dtype.element_ty), mask=there)

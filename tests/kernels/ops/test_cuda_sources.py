@@ -24,6 +24,7 @@ from was_kernels.ops import gather_launch, step_ends
 from was_kernels.ops.attend import Walk, attend, attend_in_parts
 from was_kernels.ops.attention_parts import AttentionParts
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
+from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_launch import counters, launch_gather
 from was_kernels.ops.gather_step import GatherStep, gather_reference
@@ -74,6 +75,7 @@ class Launch:
         width = widths[0] if options.get("gated") else sum(widths)
         self.residual = torch.randn(rows, width, generator=made).to(dtype)
         self.dense = torch.arange(rows) % 2 == 1
+        self.vectors = [(torch.rand(n, generator=made) + 0.5, torch.randn(n, generator=made)) for n in widths]
         self.arrived = counters(CPU)
 
     def how(self) -> dict[str, Any]:
@@ -103,6 +105,9 @@ class Launch:
                 self.weights, self.norms, self.thresholds, self.biases, strict=True
             )
         ]
+        if self.options.get("corrected"):
+            given = zip(maps, self.vectors, strict=True)
+            maps = [replace(sparse, correction=Correction.of(*pair, sparse.bias)) for sparse, pair in given]
         return GatherStep(self.x.to(dtype), maps, **self.how())
 
     def run(self, step: GatherStep | None = None) -> tuple[Tensor, Tensor | None]:
@@ -151,10 +156,30 @@ def test_gather_gemv(gpu, rows, dtype, d_in, widths, options):
     assert grid[1] == macros["SHARES"]
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(1, HALF), (2, BRAIN), (5, HALF), (13, BRAIN)])
+@pytest.mark.parametrize(
+    ("d_in", "widths", "options"),
+    [
+        (1544, [264, 64, 64], {"bias": True, "dense": True}),
+        (520, [344, 344], {"norm": "by squares", "gated": True, "bias": True, "dense": True}),
+        (5000, [136], {"residual": True}),
+    ],
+)
+def test_gather_gemv_corrects_masked_rows(gpu, rows, dtype, d_in, widths, options):
+    launch = Launch(rows, d_in, widths, dtype, corrected=True, **options)
+    launch.thresholds[0] = 0.0
+    found, squares = launch.run()
+    close(found, launch.expected())
+    if squares is not None:
+        torch.testing.assert_close(squares.sum(1), found.float().square().sum(1), rtol=1e-5, atol=1e-5)
+    ((_, macros, _),) = gpu.launches
+    assert macros["CORRECTED"]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_gather_gemv_of_rounded_weights(gpu, bits, rows):
-    launch = Launch(rows, 1544, [288, 96], HALF, bias=True)
+@pytest.mark.parametrize(("rows", "corrected"), [(1, False), (2, False), (5, False), (1, True)])
+def test_gather_gemv_of_rounded_weights(gpu, bits, rows, corrected):
+    launch = Launch(rows, 1544, [288, 96], HALF, bias=True, corrected=corrected)
     stored = launch.step(HALF)
     maps = [replace(sparse, weight=rounded(sparse.weight.columns.t().contiguous(), bits, 32)) for sparse in stored.maps]
     step = replace(stored, maps=maps)

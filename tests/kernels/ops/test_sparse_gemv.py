@@ -91,6 +91,16 @@ def test_dense_rows_keep_every_channel(device, rows):
     assert torch.equal(found, c.run(threshold))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_masked_rows_are_corrected(device, rows, bias):
+    c = case(rows, 127, 65, device, dtype=torch.float16, bias=bias, corrected=True)
+    for threshold in (c.quantile(0.6), 0.0):
+        for dense in (None, torch.arange(rows, device=device) % 2 == 1):
+            c.check(c.run(threshold, dense), threshold, dense)
+    c.check(c.reference(threshold), threshold)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_cut_does_not_matter(device, rows):
     c = case(rows, 300, 200, device, bias=True)
@@ -149,6 +159,9 @@ def test_the_registered_op(device):
             torch.ops.was.sparse_gemv.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
         assert torch.equal(torch.ops.was.sparse_gemv(*arguments), replace(c, x=x, bias=bias).run(4.0, flags))
+        vectors = (1.0 + torch.rand(33, device=device), torch.rand(33, device=device))
+        expected = replace(c, x=x, bias=None, vectors=vectors).run(4.0, flags)
+        assert torch.equal(torch.ops.was.sparse_gemv(*arguments[:8], None, flags, *vectors), expected)
 
 
 def test_refusals(device):

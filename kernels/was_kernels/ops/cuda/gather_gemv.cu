@@ -13,7 +13,7 @@
 //
 // Compiled by NVRTC with these macros: BF16, MMA, BITS, PER_LANE (outputs of a lane: 8 at 16 bits, else 8 to 32),
 // GROUP, LANES (threads along a weight row: 4, 8, 16 or 32), WARPS, UNROLL (weight rows in flight), ROWS (8 or 16 with
-// MMA), PARTS, GATED, NORMED (RMSNorm of x first: 1, or 2 if whoever made x left sums of its squares), SPLITS (x is
+// MMA), PARTS, GATED, CORRECTED (rows that are not dense have a scale and a constant), NORMED (RMSNorm of x first: 1, or 2 if whoever made x left sums of its squares), SPLITS (x is
 // attention in that number of parts, of query heads of HEAD channels, QUERIES to a key head; undefined: x is x), SHARES
 // (of the channels: blocks along y), CAPACITY (channels of a block at most, a multiple of the block size), MIN_BLOCKS
 // (of a multiprocessor), PDL (wait for the kernel before as late as possible).
@@ -43,6 +43,8 @@ struct Projection {
     const u32* scales;     // [d_in, groups]: scale and offset in float16; BITS < 16 only
     const float* norms;    // [d_in]
     const u16* bias;       // [width] or null
+    const float* scale;    // [width]: what sums of masked rows are multiplied by; CORRECTED only
+    const float* constant; // [width]: what is added to them then, in the place of the bias; CORRECTED only
     u16* out;              // [rows, width], rows `out_stride` apart
     long long stride;
     float threshold;
@@ -110,6 +112,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int first_column = (block - (int)own.first_block) * COLUMNS;
 
     // What does not depend on the kernel before. The residual was made by an earlier one.
+#if CORRECTED
+    if (share == 0) fetch_corrections(own, first_column);
+#endif
     float norms[PASSES];
     read_channels(norms, own.norms, d_in);
 #if NORMED
@@ -163,5 +168,5 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     leave_share(mine, sums, total);
 #endif
     if (!is_last(arrived + block)) return;
-    write_results(group, which, block, first_column, shares, {residual, out_stride, squares_of_out, rows});
+    write_results(group, which, block, first_column, shares, {residual, out_stride, squares_of_out, rows, whole});
 }
