@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from scripts.make_random_model import SHAPES, draw
 from was_search.checkpoints.structure import find_structure
+from was_search.compensation import Compensation
 from was_search.masks.inputs import hook_inputs
 from was_search.masks.masked_model import structure_norms
 from was_search.plan import Plan
@@ -77,3 +79,10 @@ def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix
         norms=tuple(tuple(n.cpu().numpy() for n in row) for row in norms),
         weights=structure.weights,
     )
+
+
+def compensated(plan: Plan, spread: float = 0.15) -> Plan:
+    """``plan`` with random scales about 1 and constants about 0, of the standard deviation ``spread``."""
+    nothing = Compensation.none(plan.shape).flat()
+    drawn = np.random.default_rng(0).normal(0.0, spread, len(nothing)).astype(np.float32)
+    return replace(plan, compensation=Compensation.from_flat(plan.shape, nothing + drawn))

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from was_kernels.ops.column_bags import KeptList
 from was_kernels.ops.reference import rms_norm
 from was_kernels.runtime import decode_block, decode_model
-from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.decode_model import DecodeModel, cache_of, mask_of
 from was_kernels.runtime.fused_forward import hooks_of, is_hooked
 from was_kernels.runtime.growing_cache import Room, filled, make_room
@@ -36,30 +35,32 @@ class MaskedGroup:
     """
 
     def __init__(self, maps: list[SparseLinear]) -> None:
-        self._maps: list[tuple[CpuProduct, SparseLinear]] = [(m.bags, m) for m in maps if m.bags is not None]
+        self._maps = [(m.bags, m, m.correction) for m in maps if m.bags is not None]
         self._least: Tensor | None = None
         self._of: list[int | None] = []
 
     def __call__(self, x: Tensor, dense: Tensor | None, *, skip: bool = True) -> list[Tensor]:
-        """The product of each map with x [B, d]; flagged rows, bool [B], or all if not ``skip``, keep every channel."""
+        """The output of each map for x [B, d]; flagged rows, bool [B], or all if not ``skip``, are dense."""
         if not skip:
-            return [bags.every(x, held.bias) for bags, held in self._maps]
+            return [bags.every(x, held.bias) for bags, held, _ in self._maps]
         keeps = self._keeps(x, dense)
         lists: list[KeptList | None] = [None] * len(keeps)
         rows, threads = x.shape[0], torch.get_num_threads()
         found = []
-        for (bags, held), of in zip(self._maps, self._of, strict=True):
+        for (bags, held, correction), of in zip(self._maps, self._of, strict=True):
+            bias = held.bias if correction is None else None
             if of is None:
-                found.append(bags.every(x, held.bias))
-                continue
-            most = bags.most(rows, threads)
-            kept = lists[of]
-            if kept is None:
-                kept = lists[of] = KeptList.within(x, keeps[of], most)
-            if kept is not None and len(kept) <= most:
-                found.append(bags.listed(kept, held.bias))
+                y = bags.every(x, bias)
             else:
-                found.append(bags.written(x, keeps[of], held.bias))
+                most = bags.most(rows, threads)
+                kept = lists[of]
+                if kept is None:
+                    kept = lists[of] = KeptList.within(x, keeps[of], most)
+                if kept is not None and len(kept) <= most:
+                    y = bags.listed(kept, bias)
+                else:
+                    y = bags.written(x, keeps[of], bias)
+            found.append(y if correction is None else correction.applied(y, held.bias, dense))
         return found
 
     def forget(self) -> None:
@@ -80,7 +81,7 @@ class MaskedGroup:
 
     def _find_cutoffs(self) -> None:
         distinct: list[Tensor] = []
-        for _, held in self._maps:
+        for _, held, _ in self._maps:
             if held.threshold <= 0.0:
                 self._of.append(None)
                 continue

@@ -12,7 +12,7 @@ from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import GatherStep
 from was_kernels.ops.reference import score_mask_reference
 from was_kernels.runtime.cpu_step import MaskedGroup
-from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
+from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, Vectors, norms_like
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,26 @@ class Part:
         norms: float32 [d].
         threshold: the score under which a channel is dropped; zero drops nothing.
         sparsity: share of channels that are dropped, nominally.
+        compensation: of its outputs; None: they are not corrected. All parts of a weight have one, or none has.
     """
 
     width: int
     norms: Tensor
     threshold: float
     sparsity: float
+    compensation: Vectors | None = None
 
     def masks_like(self, other: Part) -> bool:
         """Whether both keep the same channels of any input."""
         return self.threshold == other.threshold and torch.equal(self.norms, other.norms)
+
+    def beside(self, other: Part) -> Part:
+        """Both as one, which has the masks of both."""
+        joined = None
+        if self.compensation is not None and other.compensation is not None:
+            (scale, constant), (its_scale, its_constant) = self.compensation, other.compensation
+            joined = torch.cat((scale, its_scale)), torch.cat((constant, its_constant))
+        return replace(self, width=self.width + other.width, compensation=joined)
 
 
 class SideBySide:
@@ -43,10 +53,13 @@ class SideBySide:
         weight: [sum of widths, d], which is copied: it may be freed afterwards.
         parts: by rows of the weight.
         arrived: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
+        bias: [sum of widths], which whoever calls adds to every product; None: nothing.
     """
 
-    def __init__(self, weight: Tensor, parts: Sequence[Part], *, arrived: Tensor | None = None) -> None:
-        self._parts = _merged(parts)
+    def __init__(
+        self, weight: Tensor, parts: Sequence[Part], *, arrived: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        self._parts = _merged(parts if bias is None else _before_bias(parts, bias))
         rows = torch.split(weight.detach(), [part.width for part in self._parts])
         self.maps = [_sparse(*pair, arrived) for pair in zip(rows, self._parts, strict=True)]
         on_cpu = all(held.bags is not None for held in self.maps)
@@ -56,11 +69,11 @@ class SideBySide:
         self._worth: dict[tuple[int, int], bool] = {}
 
     def step(self, x: Tensor, dense: Tensor | None = None) -> Tensor:
-        """The masked product of one-token rows x [B, d], or the dense one of too many of them.
+        """The masked and corrected product of one-token rows x [B, d], or the dense one of too many of them.
 
         Args:
             x: [B, d].
-            dense: bool [B]: rows that keep every channel; None: none do.
+            dense: bool [B]: rows that keep every channel and are not corrected; None: none are.
 
         Returns:
             [B, sum of widths] in x's dtype.
@@ -71,8 +84,7 @@ class SideBySide:
             return _beside(self._bags(x, dense))
         if self._arrived is not None:
             return gather_gemv(GatherStep(x, [held.sparse for held in self.maps], dense=dense), self._arrived)
-        masked = (score_mask_reference(x, held.norms, held.threshold, dense) for held in self.maps)
-        return _beside([held.held.multiply(each, None) for each, held in zip(masked, self.maps, strict=True)])
+        return _beside([_masked(x, held, dense) for held in self.maps])
 
     def whole(self, x: Tensor) -> Tensor:
         """The dense product of x [n, d]: [n, sum of widths]."""
@@ -101,7 +113,7 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
     merged: list[Part] = []
     for part in parts:
         if merged and part.masks_like(merged[-1]):
-            merged[-1] = replace(merged[-1], width=merged[-1].width + part.width)
+            merged[-1] = merged[-1].beside(part)
         else:
             merged.append(part)
     return merged
@@ -112,8 +124,33 @@ def _sparse(rows: Tensor, part: Part, arrived: Tensor | None) -> SparseLinear:
     linear.weight = nn.Parameter(rows, requires_grad=False)
     norms = norms_like(part.norms, rows.device)
     return SparseLinear(
-        linear, norms, part.threshold, prefix=None, triton=False, counters=arrived, cpu=rows.device.type == "cpu"
+        linear,
+        norms,
+        part.threshold,
+        prefix=None,
+        triton=False,
+        counters=arrived,
+        cpu=rows.device.type == "cpu",
+        compensation=part.compensation,
     )
+
+
+def _masked(x: Tensor, held: SparseLinear, dense: Tensor | None) -> Tensor:
+    y = held.held.multiply(score_mask_reference(x, held.norms, held.threshold, dense), None)
+    correction = held.correction
+    return y if correction is None else correction.applied(y, None, dense)
+
+
+def _before_bias(parts: Sequence[Part], bias: Tensor) -> list[Part]:
+    """Parts whose products are as compensated once ``bias`` is added: ``scale * (y + bias) + constant`` less it."""
+    return [
+        part if part.compensation is None else replace(part, compensation=_less(*part.compensation, own))
+        for part, own in zip(parts, torch.split(bias.detach(), [part.width for part in parts]), strict=True)
+    ]
+
+
+def _less(scale: Tensor, constant: Tensor, bias: Tensor) -> Vectors:
+    return scale, torch.addcmul(constant, scale - 1.0, bias.to(constant))
 
 
 def _beside(products: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from was_kernels.ops.column_bags import cutoffs
 from was_kernels.ops.column_weight import MAX_ROWS, SparseMap
+from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.ops.reference import kept_channels, score_mask_reference
@@ -16,7 +17,10 @@ from was_kernels.runtime.counting import ProjectionCount
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import hold
 from was_kernels.runtime.positions import DensePrefix
-from was_search.checkpoints.structure import Projection
+from was_search.checkpoints.structure import Projection, device_of
+
+Vectors = tuple[Tensor, Tensor]
+"""A scale and a constant of each output, float32 [out_features]."""
 
 DENSE_ABOVE = 8
 """Rows of a one-token step above which it keeps every channel, unless told otherwise.
@@ -30,7 +34,7 @@ little is left to be saved. A Llama-2-7B's step of 8 rows still takes 0.97 of wh
 class SparseLinear(nn.Module):
     """Replaces an ``nn.Linear`` or a :class:`was_search.checkpoints.quantised.QuantisedLinear`.
 
-    The weight is laid out column-major, and inputs are masked.
+    The weight is laid out column-major, and inputs are masked; a compensation corrects the outputs of masked tokens.
 
     One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded), the
     Triton one (``triton=True``) or bags on a CPU (``cpu=True``), unless they have more than ``dense_above`` rows, which
@@ -46,9 +50,13 @@ class SparseLinear(nn.Module):
         counters: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
         cpu: use :class:`was_kernels.runtime.cpu_product.CpuProduct` where it takes the weight.
         dense_above: one-token steps of more rows keep every channel; None: none do.
+        compensation: makes ``scale * y + constant`` of a masked token's output y, whatever the threshold; None: nothing
+            is corrected.
 
     Attributes:
         held: the weight.
+        scale: that of :attr:`correction`, a buffer; None where nothing is corrected.
+        constant: likewise.
         weight: the linear's parameter, or its packed buffer.
         dtype: what the model computes in.
         channel_bytes: bytes of the weight of one input channel, with scales and offsets.
@@ -68,6 +76,7 @@ class SparseLinear(nn.Module):
         counters: Tensor | None = None,
         cpu: bool = False,
         dense_above: int | None = DENSE_ABOVE,
+        compensation: Vectors | None = None,
     ) -> None:
         super().__init__()
         self.in_features: int = linear.in_features
@@ -75,6 +84,9 @@ class SparseLinear(nn.Module):
         self.bias = linear.bias
         self.norms: Tensor
         self.register_buffer("norms", norms, persistent=False)
+        self.scale: Tensor | None
+        self.constant: Tensor | None
+        self._correct(linear, compensation)
         self.threshold = threshold
         self.count: ProjectionCount | None = None
         self._prefix = prefix
@@ -103,7 +115,13 @@ class SparseLinear(nn.Module):
     @property
     def sparse(self) -> SparseMap:
         """The map as the kernels take it."""
-        return SparseMap(self.held.columns, self.norms, self.threshold, self.bias)
+        return SparseMap(self.held.columns, self.norms, self.threshold, self.bias, self.correction)
+
+    @property
+    def correction(self) -> Correction | None:
+        """What masked tokens' outputs are corrected by."""
+        scale, constant = self._buffers["scale"], self._buffers["constant"]
+        return None if scale is None or constant is None else Correction(scale, constant)
 
     @property
     def cutoffs(self) -> Tensor:
@@ -131,7 +149,9 @@ class SparseLinear(nn.Module):
         threshold = self.step_threshold(rows) if one_token else self.threshold
         if self.count is not None and one_token:
             self.count.add(kept_channels(x.reshape(rows, -1), self.norms, threshold), dense)
-        if threshold <= 0.0 or (self._dense_prompts and not one_token):
+        correction = self.correction
+        whole = rows > self._dense_above if one_token else self._dense_prompts
+        if whole or (threshold <= 0.0 and correction is None):
             if self.bags is not None and one_token and self._on_cpu(x):
                 return self.bags.every(x.reshape(rows, self.in_features), self.bias).view(*x.shape[:-1], -1)
             return self.held.multiply(x, self.bias)
@@ -139,7 +159,10 @@ class SparseLinear(nn.Module):
             y = self._few_rows(x.reshape(rows, self.in_features), dense)
             if y is not None:
                 return y.view(*x.shape[:-1], self.out_features)
-        return self.held.multiply(self._mask_op(x, self.norms, self.threshold, dense), self.bias)
+        kept = self._mask_op(x, self.norms, self.threshold, dense)
+        if correction is None:
+            return self.held.multiply(kept, self.bias)
+        return correction.applied(self.held.multiply(kept, None), self.bias, dense)
 
     def _few_rows(self, x: Tensor, dense: Tensor | None) -> Tensor | None:
         """The sparse product of x [B, in_features], or None where no kernel takes it."""
@@ -151,9 +174,26 @@ class SparseLinear(nn.Module):
         if self._triton and rows <= MAX_ROWS:
             return self._gemv(x, self.sparse, dense)
         if self.bags is not None and rows <= MAX_ROWS and self._on_cpu(x):
-            keep = x.abs() >= self.cutoffs
-            return self.bags.masked(x, keep if dense is None else keep | dense[:, None], self.bias)
+            correction = self.correction
+            if correction is None:
+                return self.bags.masked(x, self._keep(x, dense), self.bias)
+            y = self.bags.every(x, None) if self.threshold <= 0.0 else self.bags.masked(x, self._keep(x, dense), None)
+            return correction.applied(y, self.bias, dense)
         return None
+
+    def _keep(self, x: Tensor, dense: Tensor | None) -> Tensor:
+        keep = x.abs() >= self.cutoffs
+        return keep if dense is None else keep | dense[:, None]
+
+    def _correct(self, linear: Projection, compensation: Vectors | None) -> None:
+        """Take over a compensation, the bias of ``linear`` folded into it."""
+        scale = constant = None
+        if compensation is not None:
+            given, added = (norms_like(vector, device_of(linear)) for vector in compensation)
+            correction = Correction.of(given, added, linear.bias)
+            scale, constant = correction.scale, correction.constant
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("constant", constant, persistent=False)
 
     def _on_cpu(self, x: Tensor) -> bool:
         """Whether bags may be made of x: how many there are is known on the host only, and none passes a gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -24,12 +25,13 @@ from was_kernels.runtime.decoding_loop import GREEDY, DecodingLoop
 from was_kernels.runtime.fused_forward import fuse, unfuse
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sampling import Sampling
-from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, norms_like
+from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, Vectors, norms_like
 from was_kernels.runtime.step_graphs import StepGraphs, supports
 from was_search.checkpoints.ordinary_tensors import ordinary_tensors
 from was_search.checkpoints.quantised import QuantisedLinear
 from was_search.checkpoints.structure import Projection, Structure, device_of, find_structure
 from was_search.errors import ConfigError, ModelError, PlanError, ResourceError
+from was_search.masks.corrections import corrections
 from was_search.plan import Plan
 from was_search.shape import N_PROJECTIONS, ModelShape
 
@@ -187,7 +189,8 @@ def sparsify(
     """Swap the seven projections of every block of ``model`` for sparse ones, in place and at once.
 
     Tokens outside the plan's dense prefix have their inputs masked, those of a prompt unless the plan leaves prompts
-    dense; one-token steps skip the dropped channels' weights. Works with ``generate`` (dynamic and static cache, any
+    dense; one-token steps skip the dropped channels' weights. A plan's compensation corrects the outputs of masked
+    tokens, and of no other. Works with ``generate`` (dynamic and static cache, any
     batch). With the ``cuda`` backend, blocks of Llama, Mistral, Qwen2 and Qwen3 run one-token steps of up to
     ``dense_above`` rows (at most 16, 8 of rounded weights) over a static cache in five launches. Restore before saving
     the model or moving it to other dtypes or devices. Where hooks are on a block's modules (accelerate puts some on a
@@ -230,6 +233,7 @@ def sparsify(
     if chosen == "cuda":
         devices = {device_of(linear) for linear in _linears(structure)}
         arrived = {device: counters(device) for device in devices}
+    compensation = _vectors(plan, structure)
     try:
         for masked in structure.inputs():
             b, p = masked.block, masked.members[0]
@@ -248,6 +252,7 @@ def sparsify(
                         counters=arrived.get(device_of(linear)),
                         cpu=chosen == "cpu",
                         dense_above=dense_above,
+                        compensation=next(compensation),
                     )
                 members = masked.members if fused else masked.members[i : i + 1]
                 handle._swaps.append(_Swap(parent, name, linear, sparse, b, members))
@@ -281,6 +286,13 @@ def _require_own_weights(structure: Structure) -> None:
         raise ModelError("some projections are not loaded (meta device): offloaded models cannot run a plan")
     if len({id(_held(linear)) for linear in linears}) < len(linears):
         raise ModelError("some projections share one weight: models with shared blocks cannot run a plan")
+
+
+def _vectors(plan: Plan, structure: Structure) -> Iterator[Vectors | None]:
+    """What the plan's compensation has for each linear map, in the order of the structure's inputs."""
+    if plan.compensation is None:
+        return repeat(None)
+    return ((one.scale, one.constant) for one in corrections(structure, plan.compensation))
 
 
 def _linears(structure: Structure) -> list[Projection]:

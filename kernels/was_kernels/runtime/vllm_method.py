@@ -6,7 +6,6 @@ token each is masked; prompts are dense, whatever the plan says of them.
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.vllm_linear import vllm_linear
 from was_kernels.runtime.plan_files import plan_folder
 from was_kernels.runtime.side_by_side import Part, SideBySide
-from was_kernels.runtime.vllm_rules import Batch, batch_of, projections_of, require_served
+from was_kernels.runtime.sparse_linear import Vectors
+from was_kernels.runtime.vllm_rules import PLAN_TENSORS, Batch, batch_of, projections_of, require_served
 from was_search.checkpoints.limits import PLAN_METHOD
 from was_search.checkpoints.plan_checkpoint import plan_beside
 from was_search.errors import PlanError
@@ -39,7 +39,6 @@ from was_search.weight_format import AS_STORED
 _KEY = "was_vllm"
 """Of what is kept in vLLM's forward context: the batch, and before layers' names their maps."""
 
-_TENSORS = re.compile(r"^(norms\.\d+\.\w+|sparsities|thresholds)$")
 _ANOTHER = "the plan is for another model: export it with its weights again"
 
 
@@ -74,7 +73,7 @@ class PlanConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is in an env
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
         """Pass over the plan's own tensors, which vLLM takes for weights, as they lie beside them."""
-        return WeightsMapper(orig_to_new_regex={_TENSORS: None})
+        return WeightsMapper(orig_to_new_regex={PLAN_TENSORS: None})
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Find the plan beside the weights, and read it once: what is wrong with it is said before anything is loaded.
@@ -127,9 +126,14 @@ class PlanConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is in an env
                 torch.tensor(plan.norms[block][p]),
                 float(plan.thresholds[block, p]),
                 float(plan.sparsities[block, p]),
+                self._vectors(block, p),
             )
             for p in members
         ]
+
+    def _vectors(self, block: int, p: int) -> Vectors | None:
+        by = self.plan.compensation
+        return None if by is None else (torch.tensor(by.scales[block][p]), torch.tensor(by.constants[block][p]))
 
     def arrived(self, device: torch.device) -> Tensor | None:
         """The counters of the CUDA kernel; None where it cannot run."""
@@ -176,7 +180,8 @@ class PlanLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         config, weight = self._config, layer.weight
         config.require_all_claimed()
         parts = config.parts(self._block, self._members)
-        held = SideBySide(weight.data, parts, arrived=config.arrived(weight.device))
+        bias = getattr(layer, "bias", None)
+        held = SideBySide(weight.data, parts, arrived=config.arrived(weight.device), bias=bias)
         layer.weight = nn.Parameter(weight.data.new_empty(0), requires_grad=False)
         self._layers[f"{_KEY}:{self._prefix}"] = held, config.plan.dense_prefix
 

@@ -12,6 +12,9 @@ from was_search.errors import ConfigError
 from was_search.shape import PROJECTIONS, SHARED
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj$")
+PLAN_TENSORS = re.compile(r"^((norms|scales|constants)\.\d+\.\w+|sparsities|thresholds)$")
+"""Names of a plan's own tensors, which lie beside the weights."""
+
 _FUSED = {"qkv": SHARED[0], "gate_up": SHARED[2]}
 
 

@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import auto
 
+from benchmarks.harness.random_models import compensated
 from scripts.make_random_model import make_random_model
 from tests.doubles.tiny_models import masked_logits, tiny_model, tiny_plan
 from was_kernels import SparseModel, load_sparse, sparsify
+from was_search.checkpoints.column_layout import save_columns
 from was_search.checkpoints.files import resolve_model
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import load_model
@@ -28,7 +30,9 @@ from was_search.service.cli.plan import load_plan
 TOKENS = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def exported(tmp_path: Path, family: str = "llama", *, shard_size: str = "50GB") -> tuple[Path, Path, Plan]:
+def exported(
+    tmp_path: Path, family: str = "llama", *, shard_size: str = "50GB", corrects: bool = False
+) -> tuple[Path, Path, Plan]:
     """A checkpoint in float32, the same with a plan, and the plan."""
     original = tmp_path / "checkpoint"
     tiny_model(family, torch.float32).save_pretrained(original, max_shard_size=shard_size)
@@ -36,7 +40,8 @@ def exported(tmp_path: Path, family: str = "llama", *, shard_size: str = "50GB")
     AutoTokenizer.from_pretrained(made).save_pretrained(original)
     source = resolve_model(str(original))
     model = load_model(source, dtype="float32")
-    plan = Plan(**{**vars(tiny_plan(model)), "fingerprint": fingerprint(source)})
+    plan = compensated(tiny_plan(model)) if corrects else tiny_plan(model)
+    plan = Plan(**{**vars(plan), "fingerprint": fingerprint(source)})
     return original, save_with_plan(source, plan, tmp_path / "with plan"), plan
 
 
@@ -57,8 +62,9 @@ def test_the_folder_is_the_checkpoint(tmp_path, shard_size):
     assert fingerprint(resolve_model(str(again))) == plan.fingerprint
 
 
-def test_without_us_it_is_dense_with_a_warning(tmp_path, monkeypatch, caplog):
-    original, folder, _ = exported(tmp_path)
+@pytest.mark.parametrize("corrects", [False, True])
+def test_without_us_it_is_dense_with_a_warning(tmp_path, monkeypatch, caplog, corrects):
+    original, folder, _ = exported(tmp_path, corrects=corrects)
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "was")
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "was")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -84,6 +90,27 @@ def test_from_pretrained_gives_the_sparse_model(tmp_path, family):
     model.was.restore()
     with torch.inference_mode():
         assert torch.equal(model(TOKENS).logits, dense(TOKENS).logits)
+
+
+def test_it_is_corrected_where_the_plan_has_a_compensation(tmp_path):
+    original, folder, plan = exported(tmp_path, corrects=True)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["schema_version"] == 2
+    dense = AutoModelForCausalLM.from_pretrained(original)
+    with torch.inference_mode(), sparsify(dense, plan) as sparse:
+        expected = sparse(TOKENS).logits
+    source = resolve_model(str(original))
+    columns = save_columns(load_model(source, dtype="float32"), plan, source, tmp_path / "columns")
+    with torch.inference_mode():
+        for model in (
+            AutoModelForCausalLM.from_pretrained(folder),
+            load_sparse(folder, device="cpu").model,
+            load_sparse(columns, device="cpu").model,
+        ):
+            assert torch.equal(model(TOKENS).logits, expected)
+        assert (masked_logits(dense, plan, TOKENS) - expected).abs().mean() > 0.1
+    moved = AutoModelForCausalLM.from_pretrained(folder).to(torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(moved(TOKENS).logits.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_it_is_cast_and_moved_like_any_model(tmp_path):

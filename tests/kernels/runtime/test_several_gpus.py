@@ -10,6 +10,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from benchmarks.harness.random_models import compensated
 from tests.doubles.tiny_models import model_of, tiny_plan, tokens_of
 from was_kernels.runtime.sparse_model import sparsify
 
@@ -45,8 +46,10 @@ def logits(model: nn.Module, plan: Any, backend: Any, batch: int, static: bool) 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
-def test_decodes_as_on_one(backend: str, batch: int, static: bool) -> None:
+@pytest.mark.parametrize("corrects", [False, True])
+def test_decodes_as_on_one(backend: str, batch: int, static: bool, corrects: bool) -> None:
     plan = tiny_plan(model_of("llama", "cuda:0", torch.bfloat16))
+    plan = compensated(plan) if corrects else plan
     one = logits(spread(model_of("llama", "cuda:0", torch.bfloat16), 0, 0), plan, backend, batch, static)
     two = logits(spread(model_of("llama", "cpu", torch.bfloat16), 0, 1), plan, backend, batch, static)
     assert one.isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,15 +30,30 @@ def case(dtype: torch.dtype, *, shared: bool = False) -> tuple[Tensor, list[Part
     return weight, [Part(w, n, t, 0.5 if t else 0.0) for w, n, t in zip(WIDTHS, norms, thresholds, strict=True)]
 
 
-def exact(x: Tensor, weight: Tensor, parts: list[Part], dense: Tensor | None = None) -> Tensor:
-    """The products in float64, map by map, of what is kept."""
+def corrected(parts: list[Part]) -> list[Part]:
+    make = torch.Generator().manual_seed(4)
+    drawn = [torch.randn((2, part.width), generator=make) for part in parts]
+    pairs = zip(parts, drawn, strict=True)
+    return [replace(part, compensation=(1.0 + pair[0] / 8, pair[1] / 4)) for part, pair in pairs]
+
+
+def exact(
+    x: Tensor, weight: Tensor, parts: list[Part], dense: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The outputs in float64, map by map, of what is kept."""
     products = []
     ends = [0, *torch.tensor([part.width for part in parts]).cumsum(0).tolist()]
     for (start, end), part in zip(pairwise(ends), parts, strict=True):
         keep = x.abs().float() * part.norms >= part.threshold
         if dense is not None:
             keep |= dense[:, None]
-        products.append((x.double() * keep) @ weight[start:end].double().T)
+        y = (x.double() * keep) @ weight[start:end].double().T
+        y = y if bias is None else y + bias[start:end].double()
+        if part.compensation is not None:
+            scale, constant = (vector.double() for vector in part.compensation)
+            masked = torch.ones(len(x), dtype=torch.bool) if dense is None else ~dense
+            y = torch.where(masked[:, None], scale * y + constant, y)
+        products.append(y)
     return torch.cat(products, 1)
 
 
@@ -50,7 +66,7 @@ def choice(request, monkeypatch):
 
 def close(found: Tensor, expected: Tensor) -> None:
     """To the rounding of the result; sums of 72 products are float32 at least."""
-    step = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[found.dtype]
+    step = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-2}[found.dtype]
     torch.testing.assert_close(found.double(), expected, rtol=step, atol=4 * step)
 
 
@@ -64,6 +80,26 @@ def test_one_row_is_masked_by_ranges_of_rows(dtype, shared, choice):
     close(held.step(x), exact(x, weight, parts))
     close(held.step(x, torch.tensor([True])), x.double() @ weight.double().T)
     close(held.whole(x), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kernel", ["bags", "cuda", "none"])
+def test_masked_rows_are_corrected_before_the_callers_bias(shared, kernel, monkeypatch):
+    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: 10**9)
+    if kernel != "bags":
+        monkeypatch.setattr(CpuProduct, "takes", staticmethod(lambda held: False))
+    dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
+    weight, parts = case(dtype, shared=shared)
+    parts, bias = corrected(parts), torch.randn(sum(WIDTHS), generator=torch.Generator().manual_seed(5)).to(dtype)
+    arrived = counters(torch.device("cpu")) if kernel == "cuda" else None
+    x = torch.randn((3, D), generator=torch.Generator().manual_seed(6)).to(dtype)
+    dense = torch.tensor([False, True, False])
+    for own in (bias, None):
+        held, added = SideBySide(weight, parts, arrived=arrived, bias=own), 0.0 if own is None else own.double()
+        assert len(held.maps) == (1 if shared else 3)
+        for rows, flags in ((x, dense), (x, None), (x[:1], None)):
+            close(held.step(rows, flags).double() + added, exact(rows, weight, parts, flags, own))
+        close(held.whole(x), x.double() @ weight.double().T)
 
 
 def test_the_weight_is_copied():

@@ -39,6 +39,26 @@ def test_equals_the_masked_linear(device, dtype, shape):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_masked_tokens_are_corrected(device, bias, threshold):
+    """One-token steps, of which the second row lies in the dense prefix, and a prompt."""
+    linear, norms = pair(torch.float16, device, bias=bias)
+    drawn = torch.randn(2, 33, device=device)
+    prefix, vectors = DensePrefix(2), (1.0 + drawn[0] / 8, drawn[1] / 4)
+    held = SparseLinear(linear, norms, threshold, prefix=prefix, triton=True, compensation=vectors)
+    for shape, places in (((3, 1), [[5], [1], [9]]), ((1, 4), [[0, 1, 2, 3]])):
+        x, positions = torch.randn(*shape, 65).to(device, torch.float16), torch.tensor(places, device=device)
+        prefix.begin({"inputs_embeds": x, "position_ids": positions})
+        found = held(x)
+        prefix.end()
+        dense = positions[..., None] < 2
+        own = linear.bias.double() if bias else 0.0
+        plain = torch.where(dense, x, masked(x, norms, threshold)).double() @ linear.weight.double().T + own
+        expected = torch.where(dense, plain, vectors[0].double() * plain + vectors[1].double())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_decoding_with_kernels_equals_the_masked_model(device, batch):
     model = tiny_model(dtype=torch.float32).to(device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.harness.random_models import compensated
 from tests.doubles.tiny_models import model_of, tiny_plan
 from was_kernels import sparsify
 from was_search.checkpoints.files import resolve_model
@@ -28,11 +29,12 @@ TOKENS = 24
 
 
 def exported(folder: Path, family: str, masks: Any) -> Path:
-    """A checkpoint in float32 that carries a plan."""
+    """A checkpoint in float32 that carries a plan; that of shared masks has a compensation."""
     model = model_of(family, "cpu", torch.float32)
     model.save_pretrained(folder / "checkpoint")
     source = resolve_model(str(folder / "checkpoint"))
-    plan = replace(tiny_plan(model, masks=masks), fingerprint=fingerprint(source))
+    plan = tiny_plan(model, masks=masks)
+    plan = replace(compensated(plan) if masks == "shared" else plan, fingerprint=fingerprint(source))
     return save_with_plan(source, plan, folder / "with plan")
 
 

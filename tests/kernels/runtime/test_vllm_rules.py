@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.numpy import load
 
-from was_kernels.runtime.vllm_rules import batch_of, projections_of, require_served
+from benchmarks.harness.random_models import compensated
+from tests.doubles.tiny_models import tiny_model, tiny_plan
+from was_kernels.runtime.vllm_rules import PLAN_TENSORS, batch_of, projections_of, require_served
 from was_search.errors import ConfigError
+from was_search.plan import TENSORS_NAME
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,14 @@ from was_search.errors import ConfigError
 )
 def test_projections_by_the_names_of_layers(prefix, held):
     assert projections_of(prefix) == held
+
+
+def test_a_plans_tensors_are_told_from_weights(tmp_path):
+    folder = compensated(tiny_plan(tiny_model())).save(tmp_path)
+    names = load((folder / TENSORS_NAME).read_bytes())
+    assert len(names) == 2 + 3 * 14
+    assert all(PLAN_TENSORS.match(name) for name in names)
+    assert not PLAN_TENSORS.match("model.layers.0.input_layernorm.weight")
 
 
 def metadata(longest: int, lengths: list[int]) -> dict[str, SimpleNamespace]:
