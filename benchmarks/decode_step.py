@@ -4,37 +4,45 @@
     python -m benchmarks.decode_step --model was_search/demo_data/model --dtype bf16
     python -m benchmarks.decode_step --weights int4
     python -m benchmarks.decode_step --batches 4 8 16 --sparsities 0.5 --compile
+    python -m benchmarks.decode_step --compensation
 
 A model is a shape of ``scripts/make_random_model.py`` (random weights) or a folder. The step is what ``sparsify``
 leaves a user with: one token for each row through a ``LlamaForCausalLM`` with a static cache, head included, replayed
 from a CUDA graph; every replay gets other tokens. Masks are made inside. Thresholds are the quantiles that a pass
 over random tokens meets, each projection's under the masks of those before it; the sparsity that is reported was
 counted in decoding steps. The limit is the time to read the weights that must be read, the head and the cache at the
-bandwidth measured first. One JSON line a row is appended to benchmarks/results/decode_step.jsonl.
+bandwidth measured first. With ``--compensation`` each plan's step is also timed with random scales and constants: two
+graphs of one model in turn, so that their ratio does not depend on when each was timed. One JSON line a row is appended
+to benchmarks/results/decode_step.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.harness.conditions import conditions
-from benchmarks.harness.random_models import DTYPES, build, plan_at
+from benchmarks.harness.random_models import DTYPES, build, compensated, plan_at
 from benchmarks.harness.rows import append_row
 from scripts.make_random_model import SHAPES
-from was_kernels.runtime.sparse_model import sparsify
-from was_kernels.timing.step import DecodeStep, other_bytes, projection_bytes, read_bandwidth
+from was_kernels.runtime.sparse_model import SparseModel, sparsify
+from was_kernels.timing.step import DecodeStep, Times, other_bytes, projection_bytes, read_bandwidth
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import resolve_model
 from was_search.checkpoints.quantised import quantise_projections
 from was_search.checkpoints.structure import find_structure
 from was_search.shape import MASKS
 from was_search.weight_format import AS_STORED, WeightFormat, canonical
+
+ROUNDS = 9
+"""How often a compensated step and the same without are timed in turn."""
 
 RESULTS = Path(__file__).parent / "results" / "decode_step.jsonl"
 
@@ -63,11 +71,12 @@ class Row:
     speedup_over_compiled: float | None
     fused_blocks: int
     read_tb_per_s: float
+    over_uncompensated: float | None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step to be timed; the model runs the plan while it is at hand."""
+    """A step to be timed; the model runs the plan while it is at hand. ``without`` is timed in turn with it."""
 
     path: str
     nominal_sparsity: float
@@ -75,11 +84,35 @@ class Case:
     weight_bytes: int
     fused_blocks: int
     step: DecodeStep
+    without: DecodeStep | None = None
+
+    def times(self, replays: int) -> tuple[Times, float | None]:
+        """The step's percentiles and, where another step is timed in turn, how many times as long as that it takes."""
+        first = self.step.times(replays)
+        if self.without is None:
+            return first, None
+        turns = [[step.times(replays, again=True) for step in (self.step, self.without)] for _ in range(ROUNDS)]
+        own = [mine for mine, _ in turns]
+        found = Times(*(median(getattr(one, name) for one in own) for name in ("p20", "p50", "p80")))
+        return found, median(mine.p50 / other.p50 for mine, other in turns)
+
+
+@contextmanager
+def uncorrected(handle: SparseModel) -> Iterator[None]:
+    """The plan without its compensation; what is captured inside stays without."""
+    held = [(projection, projection.scale, projection.constant) for projection in handle.projections]
+    for projection, _, _ in held:
+        projection.scale = projection.constant = None
+    try:
+        yield
+    finally:
+        for projection, scale, constant in held:
+            projection.scale, projection.constant = scale, constant
 
 
 def cases(model: Any, batch: int, options: argparse.Namespace) -> Iterator[Case]:
     """Dense steps with the weights as they are, then each plan's, with rounded weights if these are asked for."""
-    tokens = torch.randint(0, model.config.vocab_size, (batch, 2 * options.kv_length), device="cuda")
+    tokens = torch.randint(0, model.config.vocab_size, (batch, 2 * options.kv_length), device=model.device)
     every = projection_bytes([linear for _, _, linear in find_structure(model).linears()])
     yield Case("dense", 0.0, 0.0, every, 0, DecodeStep(model, tokens, options.kv_length))
     if options.compile:
@@ -89,14 +122,20 @@ def cases(model: Any, batch: int, options: argparse.Namespace) -> Iterator[Case]
         quantise_projections(find_structure(model), form)
     for sparsity in options.sparsities:
         plan = plan_at(model, sparsity, options.masks)
-        handle = sparsify(model, plan, backend=options.backend)
-        step = DecodeStep(model, tokens, options.kv_length)
-        counted = step.counted(handle)
-        yield Case(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
-        if options.compile_plans:
-            step = DecodeStep(model, tokens, options.kv_length, compiled=True)
-            compiled = f"{handle.backend}, torch.compile"
-            yield Case(compiled, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
+        handle = sparsify(model, compensated(plan) if options.compensation else plan, backend=options.backend)
+        with uncorrected(handle):
+            step = DecodeStep(model, tokens, options.kv_length)
+            counted = step.counted(handle)
+            case = Case(handle.backend, sparsity, counted.sparsity, counted.weight_bytes, handle.fused, step)
+            yield case
+            if options.compile_plans:
+                compiled = DecodeStep(model, tokens, options.kv_length, compiled=True)
+                yield replace(case, path=f"{handle.backend}, torch.compile", step=compiled)
+        if options.compensation:
+            own = DecodeStep(model, tokens, options.kv_length)
+            counted = own.counted(handle)
+            sparse = {"sparsity": counted.sparsity, "weight_bytes": counted.weight_bytes}
+            yield replace(case, path=f"{handle.backend}, compensated", step=own, without=step, **sparse)
         handle.restore()
 
 
@@ -105,7 +144,7 @@ def measure(model: Any, batch: int, bandwidth: float, options: argparse.Namespac
     others = other_bytes(model, batch, options.kv_length)
     dense: dict[str, float] = {}
     for case in cases(model, batch, options):
-        times = case.step.times(options.replays)
+        times, over_uncompensated = case.times(options.replays)
         if case.path.startswith("dense"):
             dense[case.path] = times.p50
         read = case.weight_bytes + others
@@ -132,12 +171,15 @@ def measure(model: Any, batch: int, bandwidth: float, options: argparse.Namespac
             speedup_over_compiled=over["dense, torch.compile"],
             fused_blocks=case.fused_blocks,
             read_tb_per_s=bandwidth / 1e12,
+            over_uncompensated=over_uncompensated,
         )
 
 
 def line(row: Row) -> str:
     """A row as a line of text."""
     over = "" if row.speedup_over_compiled is None else f", x{row.speedup_over_compiled:.2f} over compiled"
+    if row.over_uncompensated is not None:
+        over += f", {row.over_uncompensated:.4f} times as long as without"
     return (
         f"{row.batch:2d} {row.path:22s} {row.nominal_sparsity:.2f} counted {row.sparsity:.3f}  {row.p50_ms:.3f} ms "
         f"({row.p20_ms:.3f} to {row.p80_ms:.3f})  limit {row.limit_ms:.3f} ms, {row.limit_share:.0%}  "
@@ -158,6 +200,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--masks", choices=MASKS, default="separate")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's dense step too")
     parser.add_argument("--compile-plans", action="store_true", help="time torch.compile's sparse steps too")
+    parser.add_argument("--compensation", action="store_true", help="time plans with a compensation too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.weights != AS_STORED and len(options.batches) > 1:
