@@ -7,7 +7,8 @@ EXTRAS ?= dev,tasks
 VLLM_VENV ?= .venv-vllm
 VLLM ?= 0.32.0
 
-JOBS ?= 3
+# Tests on Ray wait more than they work: a fourth process fills two processors, where there is memory for it.
+JOBS ?= $(shell awk '/^MemTotal/ && $$2 > 12e6 { jobs = 4 } END { print jobs ? jobs : 3 }' /proc/meminfo 2> /dev/null || echo 3)
 FAULTS ?= 200
 SEED ?= 0
 

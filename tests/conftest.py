@@ -117,17 +117,11 @@ def server_home() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres_server(server_home: Path) -> Iterator[EmbeddedServer]:
     """The session's embedded Postgres."""
-    from sqlalchemy import create_engine, text
-    from sqlalchemy.pool import NullPool
-
+    from tests.servers.postgres import spare_the_disk
     from was_storage.server.embedded import EmbeddedServer
 
     with EmbeddedServer.start(server_home / "postgres") as server:
-        engine = create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool)
-        with engine.connect() as connection:  # no test cuts the power: do not wait for the disk
-            for setting in ("fsync", "synchronous_commit", "full_page_writes"):
-                connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
-            connection.execute(text("SELECT pg_reload_conf()"))
+        spare_the_disk(server)
         yield server
 
 

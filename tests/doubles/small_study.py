@@ -92,11 +92,15 @@ def assert_one_to_one(database: Database, session: CoordinatorSession, surplus: 
 
 
 def terminate_connections(database: Database) -> None:
-    """Ends all connections but one, as a restart of the database or the end of the processes does."""
+    """Ends all connections but one, as a restart of the database or the end of the processes does.
+
+    A coordinator's pulse may open its next one before this returns: that one stays, and is not waited for.
+    """
     others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}"))
-        while connection.execute(text(f"SELECT count(*) {others}")).scalar():
+        ended = list(connection.execute(text(f"SELECT pid, pg_terminate_backend(pid) {others}")).scalars())
+        left = text("SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(:ended)")
+        while connection.execute(left, {"ended": ended}).scalar():
             time.sleep(0.005)
 
 

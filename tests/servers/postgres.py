@@ -1,4 +1,4 @@
-"""A Postgres of a test's own on a TCP port of loopback; with TLS if asked for."""
+"""A Postgres of a test's own on a TCP port of loopback, with TLS if asked for; embedded ones that spare the disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from sqlalchemy.pool import NullPool
 
 from tests.servers.ports import free_port
 from was_storage.server import postgres_binaries
+from was_storage.server.embedded import EmbeddedServer
+
+
+def spare_the_disk(server: EmbeddedServer, *, killed: bool = False) -> None:
+    """It waits for no disk from now on, started again or not: no test cuts the power.
+
+    Where it is ``killed`` what was committed is still handed to the system, which keeps it.
+    """
+    settings = ["fsync"] if killed else ["fsync", "synchronous_commit", "full_page_writes"]
+    engine = create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        for setting in settings:
+            connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
 
 
 @dataclass(frozen=True)

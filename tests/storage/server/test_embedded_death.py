@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.doubles.small_study import assert_one_to_one, finish, hand_out, new_study
+from tests.servers.postgres import spare_the_disk
 from was_search.coordinator.durable import durable
 from was_search.errors import StorageError, TransientError
 from was_search.process.file_lock import LockedFile
@@ -35,7 +36,11 @@ PAUSES = (0.05, 0.21)
 
 @pytest.fixture(scope="module")
 def home(server_home: Path) -> Path:
-    return server_home / "killed"
+    """With a server whose recovery does not wait for the disk."""
+    home = server_home / "killed"
+    with EmbeddedServer.start(home / "postgres") as server:
+        spare_the_disk(server, killed=True)
+    return home
 
 
 def postmaster(folder: Path) -> psutil.Process:
@@ -50,7 +55,10 @@ def kill_postmaster(folder: Path) -> None:
 
 
 def kill_all(folder: Path) -> None:
-    process = postmaster(folder)
+    end_all(postmaster(folder))
+
+
+def end_all(process: psutil.Process) -> None:
     for each in [process, *process.children(recursive=True)]:
         each.kill()
     psutil.wait_procs([process], timeout=30)
@@ -63,10 +71,11 @@ def kill_a_session(folder: Path) -> None:
 
 
 def kill_and_forget(folder: Path) -> None:
-    """No note of its process is left either, nor its socket."""
-    kill_all(folder)
+    """No note of its process is left either, nor its socket: they go first, later they may be the next one's."""
+    process = postmaster(folder)
     for name in ("postmaster.pid", ".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
         (folder / name).unlink(missing_ok=True)
+    end_all(process)
 
 
 def stop_it(folder: Path) -> None:
@@ -142,6 +151,7 @@ def test_the_last_user_of_a_dead_server_has_nothing_to_stop(home: Path, caplog: 
 def test_a_dead_server_leaves_no_temporary_socket(server_home: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = server_home / ("far " * 25) / "postgres"
     with EmbeddedServer.start(folder) as server:
+        spare_the_disk(server, killed=True)
         kill_all(folder)
         assert server.host() == str(server.socket_folder)
         kill_all(folder)
