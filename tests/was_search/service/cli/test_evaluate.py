@@ -24,6 +24,8 @@ from was_search.plan import Plan
 from was_search.service.cli.main import app
 from was_search.service.cli.plan import load_plan
 from was_search.service.context import Context
+from was_search.service.steps import continuations
+from was_search.service.steps.demonstration import DEMO_FOLDER
 from was_search.service.steps.evaluation import evaluate
 from was_search.service.token_sets import tokens_here
 
@@ -32,23 +34,28 @@ run = CliRunner().invoke
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("plans")
+    """For plans, with a text that is soon in tokens."""
+    made = tmp_path_factory.mktemp("plans")
+    text = (DEMO_FOLDER / "text" / "test.txt").read_text(encoding="utf-8")
+    (made / "text.txt").write_text(text[:20_000], encoding="utf-8")
+    return made
 
 
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> Path:
-    return make_plan(folder / "half")
+    return make_plan(folder / "half", data=str(folder / "text.txt"))
 
 
 @pytest.fixture(scope="module")
 def other(folder: Path) -> Path:
     """Made with other options in everything that a plan decides by itself."""
-    return make_plan(folder / "other", sparsity=0.6, dense_prefix=4, score="l1", masks="shared")
+    options = {"sparsity": 0.6, "dense_prefix": 4, "score": "l1", "masks": "shared"}
+    return make_plan(folder / "other", data=str(folder / "text.txt"), **options)
 
 
 @pytest.fixture(scope="module")
 def rounded(folder: Path) -> Path:
-    return make_plan(folder / "rounded", "int4")
+    return make_plan(folder / "rounded", "int4", data=str(folder / "text.txt"))
 
 
 @cache
@@ -149,18 +156,23 @@ def test_a_plan_does_not_differ_from_itself(plan):
     assert found["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and found["p_value"] == 1.0
 
 
-def test_continuations_are_compared_with_the_dense_models(plan, other):
+@pytest.fixture
+def short_texts(monkeypatch):
+    monkeypatch.setattr(continuations, "NEW_TOKENS", 12)
+
+
+def test_continuations_are_compared_with_the_dense_models(plan, other, short_texts):
     found = result("--plan", plan, "--against", other, "--continuations", 99, "--test-sequences", 2)
     for name in ("plan", "against"):
         texts = found[name]["continuations"]
-        assert (texts["prompts"], texts["prompt_tokens"], texts["new_tokens"]) == (2, 64, 64)  # no more than there are
-        assert texts["equal"] in (0.0, 0.5, 1.0) and 0.0 <= texts["until_difference"] <= 64.0
+        assert (texts["prompts"], texts["prompt_tokens"], texts["new_tokens"]) == (2, 64, 12)  # no more than there are
+        assert texts["equal"] in (0.0, 0.5, 1.0) and 0.0 <= texts["until_difference"] <= 12.0
     assert found["plan"]["continuations"] != found["against"]["continuations"]
     given = ["evaluate", "--plan", str(plan), "--device", "cpu", "--continuations", "1", "--sequence-length", "24"]
     assert re.search(r"plan: \d+\.0 % of 1 greedy continuations", run(app, given).output)
 
 
-def test_continuations_are_of_the_plans_own_format(rounded):
+def test_continuations_are_of_the_plans_own_format(rounded, short_texts):
     found = result("--plan", rounded, "--continuations", 1)["weights"]
     assert "continuations" in found["int4:128"]["plan"] and "continuations" not in found["none"]["plan"]
 
