@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from was_search.compensation import Compensation
 from was_search.coordinator.calls import Call, Shared
 from was_search.errors import InfeasibleError
 from was_search.masks.beside_dense import Part, evaluate_beside_dense
 from was_search.masks.block_error import block_error
 from was_search.masks.calibration import histogram_pass
+from was_search.masks.compensating import CompensationOptions, CompensationState, learn_steps
 from was_search.masks.divergence import DenseTop
 from was_search.masks.early_stop import StopRule
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
@@ -48,20 +50,24 @@ class Norms(Call[list[list[npt.NDArray[np.float32]]]]):
 
 @dataclass(frozen=True, eq=False)
 class Calibrate(Call[tuple[Histograms, IntArray, IntArray]]):
-    """A pass of histograms over ``data`` (:func:`was_search.masks.calibration.histogram_pass`); dense for None."""
+    """A pass of histograms over ``data`` (:func:`was_search.masks.calibration.histogram_pass`); dense for None.
+
+    Under thresholds, outputs are corrected by the ``compensation``, if there is one.
+    """
 
     name: ClassVar[str] = "calibration pass"
     words: ClassVar[str] = "a calibration pass"
 
     data: Shared[TokenSet]
     thresholds: Thresholds | None
+    compensation: Shared[Compensation] | None = None
 
     @property
     def tokens(self) -> float:
         return float(self.data.value.tokens.size)
 
     def run(self, model: MaskedModel) -> tuple[Histograms, IntArray, IntArray]:
-        found = histogram_pass(model, self.data.value, self.thresholds)
+        found = histogram_pass(_compensated(model, self.compensation), self.data.value, self.thresholds)
         if not found[0].finite:
             raise NotFiniteError("calibration" if self.thresholds is None else "calibration under masks")
         return found
@@ -91,6 +97,10 @@ class Price(Call[tuple[FloatArray, int]]):
 
     def figures(self, found: tuple[FloatArray, int]) -> dict[str, Any]:
         return {"tokens": self.data.tokens.size}
+
+
+def _compensated(model: MaskedModel, compensation: Shared[Compensation] | None) -> MaskedModel:
+    return model if compensation is None else model.compensated(compensation.value)
 
 
 def descent_tokens(protocol: EvaluationProtocol, options: DescentOptions, per_round: int) -> int:
@@ -126,6 +136,42 @@ class Descend(Call[FloatArray]):
 
     def figures(self, found: FloatArray) -> dict[str, Any]:
         return {"rounds": self.options.rounds}
+
+
+@dataclass(frozen=True, eq=False)
+class LearnCompensation(Call[CompensationState]):
+    """Some steps of a compensation's learning: :func:`was_search.masks.compensating.learn_steps`."""
+
+    name: ClassVar[str] = "compensation"
+    words: ClassVar[str] = "steps of a compensation"
+
+    data: Shared[TokenSet]
+    top: Shared[DenseTop]
+    state: CompensationState
+    budget: Budget
+    options: CompensationOptions
+    seed: int
+    steps: int
+
+    @property
+    def tokens(self) -> float:
+        n, length = self.data.value.tokens.shape
+        return 3.0 * self.steps * min(self.options.sequences, int(n)) * int(length)
+
+    def run(self, model: MaskedModel) -> CompensationState:
+        return learn_steps(
+            model,
+            self.data.value,
+            self.top.value,
+            self.state,
+            self.budget,
+            self.options,
+            seed=self.seed,
+            steps=self.steps,
+        )
+
+    def figures(self, found: CompensationState) -> dict[str, Any]:
+        return {"steps": found.done, "loss_nats": found.losses[-1]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +260,7 @@ class EvaluateThresholds(Call[Evaluation]):
     data: TokenSet
     thresholds: Thresholds | None
     top: Shared[DenseTop] | None = None
+    compensation: Shared[Compensation] | None = None
 
     @property
     def tokens(self) -> float:
@@ -221,6 +268,7 @@ class EvaluateThresholds(Call[Evaluation]):
 
     def run(self, model: MaskedModel) -> Evaluation:
         top = None if self.top is None else self.top.value
+        model = _compensated(model, self.compensation)
         found = evaluate_thresholds(model, self.data, self.thresholds, top=top)
         if self.thresholds is None:
             check_finite(found.losses, "loss of the dense model")
@@ -234,7 +282,7 @@ class EvaluateThresholds(Call[Evaluation]):
 class EvaluateBesideDense(Call[list[Part]]):
     """The dense model and several thresholds on ``data``: :func:`was_search.masks.beside_dense.evaluate_beside_dense`.
 
-    ``data`` may be a part of a split, cut at whole batches.
+    Each of the thresholds has its compensation, or None. ``data`` may be a part of a split, cut at whole batches.
     """
 
     name: ClassVar[str] = "evaluation beside dense"
@@ -242,6 +290,7 @@ class EvaluateBesideDense(Call[list[Part]]):
 
     data: TokenSet
     thresholds: tuple[Thresholds, ...]
+    compensations: tuple[Shared[Compensation] | None, ...]
 
     @property
     def tokens(self) -> float:
@@ -249,7 +298,8 @@ class EvaluateBesideDense(Call[list[Part]]):
 
     def run(self, model: MaskedModel) -> list[Part]:
         prefix = self.data.protocol.dense_prefix
-        maskings = [Masking(model, each, dense_prefix=prefix, count=True) for each in self.thresholds]
+        pairs = zip(self.thresholds, self.compensations, strict=True)
+        maskings = [Masking(_compensated(model, by), each, dense_prefix=prefix, count=True) for each, by in pairs]
         found = evaluate_beside_dense(model, self.data, maskings)
         check_finite(found[0].losses, "loss of the dense model")
         return found

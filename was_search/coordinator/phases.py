@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from was_search.compensation import Compensation
 from was_search.coordinator.contracts import WorkerPool
 from was_search.coordinator.model_calls import Calibrate, FindDenseTop, GreedyBlock, Price
 from was_search.masks.calibration import PassRunner
@@ -33,12 +34,19 @@ def shards(data: TokenSet, n: int) -> list[TokenSet]:
     return [data.part(slice(part[0], part[-1] + batch_size)) for part in parts]
 
 
-def histogram_runner(pool: WorkerPool, data: TokenSet, *, advance: Advance = lambda: None) -> PassRunner:
-    """Passes over ``data`` on the pool; ``advance`` is called after each shard."""
+def histogram_runner(
+    pool: WorkerPool,
+    data: TokenSet,
+    compensation: Compensation | None = None,
+    *,
+    advance: Advance = lambda: None,
+) -> PassRunner:
+    """Passes over ``data`` on the pool, outputs corrected; ``advance`` is called after each shard."""
     parts = [pool.share(part) for part in shards(data, pool.n_parallel)]
+    by = None if compensation is None else pool.share(compensation)
 
     def run_pass(thresholds: npt.NDArray[np.float32] | None) -> tuple[Histograms, FloatArray]:
-        found = pool.map([Calibrate(part, thresholds) for part in parts], phase="calibrate", done=advance)
+        found = pool.map([Calibrate(part, thresholds, by) for part in parts], phase="calibrate", done=advance)
         histograms, seen, dropped = found[0]
         for other, more_seen, more_dropped in found[1:]:
             histograms, seen, dropped = histograms + other, seen + more_seen, dropped + more_dropped

@@ -1,59 +1,240 @@
-"""The gradient of a masked model's loss in the scales and constants of its outputs: one backward pass."""
+"""Learn a compensation and move the sparsities along: every step is one backward pass through hard masks.
+
+A step draws a few sequences and takes the divergence from the dense model. Its gradient at a projection's output is the
+gradient of the constants there, and gives that of the scales; the same pass gives the slope in every sparsity
+(:mod:`was_search.masks.slope`). Adam (Kingma and Ba, ICLR 2015) moves the vectors; the sparsities go against their
+slopes within the budget, as in a descent. Where channels are worth skipping depends on what is corrected: a vector that
+is best with its compensation is often no better without.
+
+A run is cut into calls of some steps. What one call leaves is all that the next needs, so a lost one is repeated and
+gives the same bits.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from was_search.compensation import Compensation, Vector
-from was_search.masks.backward import backward_pass
-from was_search.masks.corrections import Learned, corrections, flat_gradient
+from was_search.errors import InfeasibleError
+from was_search.masks.calibration import histogram_pass
+from was_search.masks.corrections import Learned, corrections, flat_gradient, output_spreads
 from was_search.masks.divergence import DenseTop
 from was_search.masks.masked_model import MaskedModel
-from was_search.masks.slope import BOUNDARY_WIDTH, through_mask
+from was_search.masks.slope import slope_pass
+from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import TokenSet
+from was_search.vectors.budget import Budget
+from was_search.vectors.descent import HIGHEST_DESCENDED, moved
+
+
+@dataclass(frozen=True)
+class CompensationOptions:
+    """How a compensation is learned. Rates and the step rise for ten steps and fall along a cosine.
+
+    Attributes:
+        steps: backward passes.
+        sequences: of each pass.
+        scale_rate: Adam's rate for the scales.
+        constant_rate: that for the constants, as a share of the outputs' root mean square.
+        move: root mean square of the sparsities' move in a step; 0 leaves them where they are.
+        momentum: share of the former slopes in the present ones.
+        average: share of the steps, from the end, whose sparsities are averaged.
+    """
+
+    steps: int = 160
+    sequences: int = 4
+    scale_rate: float = 2e-3
+    constant_rate: float = 4e-3
+    move: float = 0.008
+    momentum: float = 0.9
+    average: float = 0.3
+
+    def __post_init__(self) -> None:
+        rules = {
+            "steps": (self.steps >= 1, "must be at least 1"),
+            "sequences": (self.sequences >= 1, "must be at least 1"),
+            "scale_rate": (self.scale_rate >= 0.0, "must not be negative"),
+            "constant_rate": (self.constant_rate >= 0.0, "must not be negative"),
+            "move": (0.0 <= self.move < 1.0, "must be in [0, 1)"),
+            "momentum": (0.0 <= self.momentum < 1.0, "must be in [0, 1)"),
+            "average": (0.0 < self.average <= 1.0, "must be in (0, 1]"),
+        }
+        for name, (good, rule) in rules.items():
+            if not good:
+                raise InfeasibleError(f"{name}: {rule}, got {getattr(self, name)}")
+
+    def factor(self, number: int) -> float:
+        """What rates and the move are multiplied by in step ``number``, counted from 0."""
+        falling = _LAST + (1.0 - _LAST) * 0.5 * (1.0 + math.cos(math.pi * number / self.steps))
+        return min(1.0, (number + 1) / _WARM) * falling
+
+    @property
+    def first_averaged(self) -> int:
+        """The first step after which the sparsities count in the average."""
+        return self.steps - max(1, round(self.average * self.steps))
+
+
+_WARM = 10
+_LAST = 0.02
+_CLIP = 2.0
+_BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
-class CompensationGradient:
-    """What one pass found; parts of a step's sequences add up.
+class CompensationState:
+    """What is known after some steps: all that the next one needs.
 
     Attributes:
-        loss: summed divergence from the dense model, nats.
-        gradient: of that sum in the compensation's flat values, float32.
-        predicted: predicted tokens.
+        done: steps done.
+        sparsities: float64 [L, 7].
+        thresholds: near those of the sparsities, float32 [L, 7].
+        values: flat values of the compensation, float32.
+        moments: Adam's first and second moments of the values' gradients, float32 [2, values].
+        direction: mean slopes per parameter, float64 [L, 7].
+        kept: sum of the sparsities that are averaged, float64 [L, 7].
+        losses: divergence of each step, nats per token.
     """
 
-    loss: float
-    gradient: Vector
-    predicted: int
+    done: int
+    sparsities: FloatArray
+    thresholds: npt.NDArray[np.float32]
+    values: Vector
+    moments: Vector
+    direction: FloatArray
+    kept: FloatArray
+    losses: tuple[float, ...] = ()
+
+    @classmethod
+    def start(cls, shape: ModelShape, sparsities: FloatArray, thresholds: npt.NDArray[np.float32]) -> CompensationState:
+        """Before the first step: nothing is corrected."""
+        values, nothing = Compensation.none(shape).flat(), np.zeros(sparsities.shape)
+        return cls(0, sparsities, thresholds, values, np.zeros((2, values.size), np.float32), nothing, nothing)
+
+    def compensation(self, shape: ModelShape) -> Compensation:
+        return Compensation.from_flat(shape, self.values)
+
+    def mean_sparsities(self, budget: Budget, options: CompensationOptions) -> FloatArray:
+        """The sparsities that a finished run ends with."""
+        return budget.onto(self.kept / (options.steps - options.first_averaged), HIGHEST_DESCENDED)
 
 
-def compensation_gradient(
+def step_rows(n_sequences: int, options: CompensationOptions, seed: int, number: int) -> list[int]:
+    """The sequences of step ``number``: all of the ``n_sequences`` come once before one comes again."""
+    each = min(options.sequences, n_sequences)
+    rounds = -(-(number + 1) * each // n_sequences)
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(n_sequences) for _ in range(rounds)])
+    return [int(row) for row in order[number * each : (number + 1) * each]]
+
+
+def learn_steps(
     model: MaskedModel,
     data: TokenSet,
-    thresholds: npt.NDArray[np.float32],
-    compensation: Compensation,
-    top: DenseTop | None,
+    top: DenseTop,
+    state: CompensationState,
+    budget: Budget,
+    options: CompensationOptions,
     *,
-    width: float = BOUNDARY_WIDTH,
-) -> CompensationGradient:
-    """The gradient on ``data`` under ``thresholds`` [L, 7] and ``compensation``.
-
-    The gradient passes hard masks as in :mod:`was_search.masks.slope`.
+    seed: int,
+    steps: int,
+) -> CompensationState:
+    """The state after ``steps`` more steps, at most to the last.
 
     Args:
         model: its parameters may be frozen.
-        data: the sequences.
-        thresholds: [L, 7].
-        compensation: the point.
-        top: the dense model's top on the same sequences; None: the loss is the NLL.
-        width: half width of the band, :data:`was_search.masks.slope.BOUNDARY_WIDTH`.
+        data: what the sequences are drawn from.
+        top: the dense model's top of them.
+        state: where to go on.
+        budget: what every vector of sparsities spends.
+        options: of the whole run.
+        seed: decides the order of the sequences.
+        steps: of this call.
+
+    Raises:
+        InfeasibleError: gradients that are not finite.
     """
-    learned = [Learned.of(one) for one in corrections(model.structure, compensation)]
-    function = through_mask(model, thresholds, data.protocol.dense_prefix, width)
-    loss = backward_pass(model, data, function, corrections=learned, top=top)
-    predicted = len(data.tokens) * data.protocol.predicted_per_sequence
-    return CompensationGradient(loss, flat_gradient(model.structure, learned), predicted)
+    shape, n = model.shape, len(data.tokens)
+    share = shape.params / shape.params.sum()
+    next_rows = data.part(step_rows(n, options, seed, state.done))
+    histograms = histogram_pass(model.compensated(state.compensation(shape)), next_rows, state.thresholds)[0]
+    still = Compensation.none(shape).flat()
+    units = _units(model, data.part(step_rows(n, options, seed, 0)), options)
+    moved_by = torch.nn.Parameter(
+        torch.from_numpy(np.divide(state.values - still, units, where=units > 0, out=still * 0))
+    )
+    optimiser = _optimiser(moved_by, state)
+    for number in range(state.done, min(state.done + steps, options.steps)):
+        rows = step_rows(n, options, seed, number)
+        point = Compensation.from_flat(shape, _values(still, moved_by, units))
+        learned = [Learned.of(one) for one in corrections(model.structure, point)]
+        found = slope_pass(model, data.part(rows), state.sparsities, histograms, corrections=learned, top=top[rows])
+        predicted = len(rows) * data.protocol.predicted_per_sequence
+        gradient = flat_gradient(model.structure, learned) / np.float32(predicted) * units
+        if not (np.all(np.isfinite(gradient)) and np.all(np.isfinite(found.slopes))):
+            raise InfeasibleError("compensation: the model's gradients overflow; use bfloat16 or float32")
+        moved_by.grad = torch.from_numpy(gradient)
+        optimiser.param_groups[0]["lr"] = options.factor(number)
+        optimiser.step()
+        histograms = found.histograms
+        state = _moved(state, found.slopes / share, found.nats, budget, options)
+    moments = optimiser.state[moved_by]
+    return replace(
+        state,
+        thresholds=histograms.thresholds(state.sparsities),
+        values=_values(still, moved_by, units),
+        moments=np.stack([moments["exp_avg"].numpy(), moments["exp_avg_sq"].numpy()]),
+    )
+
+
+def _units(model: MaskedModel, data: TokenSet, options: CompensationOptions) -> Vector:
+    """What a value moves by at Adam's rate 1: scales by their rate, constants by a share of the outputs' spread."""
+    backbone = getattr(model.model, "model", model.model)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for batch in model.batches(data):
+            backbone(input_ids=batch, use_cache=False)
+
+    spreads = output_spreads(model.structure, forward)
+    rates = np.full_like(spreads, options.scale_rate), np.float32(options.constant_rate) * spreads
+    return np.concatenate(rates)
+
+
+def _values(still: Vector, moved_by: torch.nn.Parameter, units: Vector) -> Vector:
+    found: Vector = still + moved_by.detach().numpy().astype(np.float32) * units
+    return found
+
+
+def _optimiser(moved_by: torch.nn.Parameter, state: CompensationState) -> torch.optim.Adam:
+    optimiser = torch.optim.Adam([moved_by], lr=1.0, betas=_BETAS, eps=1e-12)
+    first, second = (torch.from_numpy(moment.copy()) for moment in state.moments)
+    optimiser.state[moved_by] = {
+        "step": torch.tensor(float(state.done)),
+        "exp_avg": first,
+        "exp_avg_sq": second,
+    }
+    return optimiser
+
+
+def _moved(
+    state: CompensationState, per_parameter: FloatArray, loss: float, budget: Budget, options: CompensationOptions
+) -> CompensationState:
+    """The state with its sparsities moved against these slopes."""
+    former = options.momentum if state.done else 0.0
+    direction = former * state.direction + (1.0 - former) * per_parameter
+    length, sparsities = options.move * options.factor(state.done), state.sparsities
+    if length > 0.0:
+        sparsities = moved(sparsities, direction, budget, length, _CLIP)
+    return replace(
+        state,
+        done=state.done + 1,
+        sparsities=sparsities,
+        direction=direction,
+        kept=state.kept + sparsities if state.done >= options.first_averaged else state.kept,
+        losses=(*state.losses, loss),
+    )

@@ -134,3 +134,31 @@ def flat_gradient(structure: Structure, learned: Sequence[Learned]) -> Vector:
             for kind in range(2):
                 parts[kind, block, p] = sums[kind]
     return torch.cat([parts[key] for key in sorted(parts)]).numpy()
+
+
+def output_spreads(structure: Structure, forward: Callable[[], object]) -> Vector:
+    """Root mean square of the outputs of each linear map while ``forward`` runs the model, for each output of it.
+
+    Laid out like the scales of :meth:`was_search.compensation.Compensation.flat`, float32.
+    """
+    maps = linear_maps(structure)
+    squares = [torch.zeros(2, dtype=torch.float64, device=device_of(linear)) for _, _, linear in maps]
+
+    def add(y: Tensor, to: Tensor) -> None:
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        to += torch.stack([wide.square().sum(dtype=torch.float64), to.new_tensor(float(y.numel()))])
+
+    handles = [
+        linear.register_forward_hook(lambda _, __, y, to=to: add(y, to))
+        for (_, _, linear), to in zip(maps, squares, strict=True)
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for (block, members, _), (total, n) in zip(maps, (one.tolist() for one in squares), strict=True):
+        for p in members:
+            found[block, p] = np.full(structure.shape.out_features[block][p], (total / max(n, 1.0)) ** 0.5, np.float32)
+    return np.concatenate([found[key] for key in sorted(found)])

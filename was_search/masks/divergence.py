@@ -62,8 +62,8 @@ class DenseTop:
     def k(self) -> int:
         return int(self.indices.shape[-1])
 
-    def __getitem__(self, sequences: slice) -> DenseTop:
-        """The predictions for a run of sequences."""
+    def __getitem__(self, sequences: slice | list[int]) -> DenseTop:
+        """The predictions for some of the sequences."""
         return DenseTop(self.indices[sequences], self.log_probs[sequences])
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from was_search.masks.backward import backward_pass
+from was_search.masks.corrections import Corrections
+from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import N_BINS, Histograms
-from was_search.masks.inputs import InputFunction
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.ops import PLAIN, Ops
 from was_search.shape import N_PROJECTIONS, FloatArray
@@ -45,7 +45,7 @@ class Slopes:
         slopes: nats per token for one unit of each projection's sparsity, float64 [L, 7]; that of a shared mask is
             divided among its projections by parameters.
         histograms: of the scores before masking, outside the dense prefix.
-        nats: mean loss of the pass, nats per predicted token.
+        nats: mean loss of the pass, nats per predicted token: the NLL, or the divergence from the dense model.
         tokens: tokens of the pass, in all positions; forward and backward cost about three times as many.
     """
 
@@ -63,6 +63,8 @@ def slope_pass(
     *,
     width: float = BOUNDARY_WIDTH,
     window: float = WINDOW,
+    corrections: Corrections | None = None,
+    top: DenseTop | None = None,
 ) -> Slopes:
     """Slopes at nominal ``sparsities`` [L, 7], with thresholds from ``histograms``.
 
@@ -73,6 +75,8 @@ def slope_pass(
         histograms: taken at or near the point.
         width: half width of the band, :data:`BOUNDARY_WIDTH`.
         window: half width of the window, :data:`WINDOW`; it is cut off at sparsity 0 and 0.99.
+        corrections: of outputs; None: the model's own, if it has any.
+        top: the dense model's top of all sequences of ``data``; makes the divergence from it the loss.
 
     Raises:
         InfeasibleError: sparsities outside [0, 1), or scores that are not finite.
@@ -90,29 +94,12 @@ def slope_pass(
         mask = _Mask(float(thresholds[b, p, 0]), width, prefix, changes[b][p], counts[b][p], model.ops)
         return _Masked.apply(x, norms[b][p], limits[b][p], mask)  # type: ignore[no-any-return, no-untyped-call]
 
-    nats = backward_pass(model, data, masked)
+    nats = backward_pass(model, data, masked, corrections=corrections, top=top)
     n_tokens = len(data.tokens) * data.protocol.predicted_per_sequence
     change = torch.stack([part.cpu() for part in changes]).numpy()
     slopes = model.shape.divided(change) / n_tokens / np.maximum(upper - lower, 1e-9)
     counted = model.shape.copied(torch.stack([part.cpu() for part in counts]).numpy())
     return Slopes(slopes, Histograms(counted), nats / n_tokens, int(data.tokens.size))
-
-
-def through_mask(
-    model: MaskedModel, thresholds: npt.NDArray[np.float32], prefix: int, width: float = BOUNDARY_WIDTH
-) -> InputFunction:
-    """The hard masks of ``thresholds`` [L, 7], whose backward passes the gradient on with the band's term only."""
-    devices = model.block_devices
-    limits = [torch.tensor(thresholds[b], device=device)[:, None].expand(-1, 3) for b, device in enumerate(devices)]
-    change = {device: torch.zeros((), dtype=torch.float64, device=device) for device in devices}
-    counts = {device: torch.zeros(N_BINS, dtype=torch.int64, device=device) for device in devices}
-
-    def masked(b: int, p: int, x: Tensor) -> Tensor:
-        at = devices[b]
-        mask = _Mask(float(thresholds[b, p]), width, prefix, change[at], counts[at], model.ops)
-        return _Masked.apply(x, model.norms[b][p], limits[b][p].contiguous(), mask)  # type: ignore[no-any-return, no-untyped-call]
-
-    return masked
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Group(StrEnum):
     SEEDS = "Seed vectors"
     SEARCH = "Search"
     DESCENTS = "Descents"
+    COMPENSATION = "Compensation"
     LIMITS = "Limits"
     CLUSTER = "Cluster"
     FAILURES = "Failing and slow workers"

@@ -22,6 +22,7 @@ from was_search.weight_format import AS_STORED, canonical
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+CompensationName = Literal["on", "off"]
 
 _SOME = at_least(1)
 _NOT_NEGATIVE = Rule("must not be negative", lambda value, _: value >= 0)
@@ -249,6 +250,16 @@ class Settings:
     )
     descent_rounds: int = setting(24, Group.DESCENTS, "Steps of one descent.", _SOME)
     descent_sequences: int = setting(24, Group.DESCENTS, "Sequences whose slopes make one step.", _SOME)
+    compensation: CompensationName = setting(
+        "on",
+        Group.COMPENSATION,
+        "Whether the exported plan corrects outputs of masked tokens by scales and constants that are learned for it, "
+        "which moves its sparsities within the budget: on or off.",
+    )
+    compensation_steps: int = setting(
+        160, Group.COMPENSATION, "Backward passes that a compensation is learned in.", _SOME
+    )
+    compensation_sequences: int = setting(4, Group.COMPENSATION, "Sequences of each of these passes.", _SOME)
     max_seconds: float = setting(
         0.0,
         Group.LIMITS,

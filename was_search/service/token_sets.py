@@ -12,12 +12,17 @@ from was_search.service.arrays import pack_array, unpack_array
 from was_search.service.caching import CachedRow, cached
 from was_search.service.settings import Settings
 from was_search.texts.protocol import EvaluationProtocol, TokenSet, content_hash
+from was_search.texts.tokens import text_order
 
 if TYPE_CHECKING:
     from was_search.service.context import Context
     from was_search.service.model import Model
     from was_search.texts.splits import SplitText
     from was_storage.studies.cache import Artifact
+
+
+_VALIDATION = 0.15
+"""Share of the sequences that a compensation could be learned from which judge it instead."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,30 @@ class TokenSets:
         if settings.slope_sequences == settings.calibration_sequences:
             return self.calibration
         return self._load("calibration", settings.slope_sequences)
+
+    @cached_property
+    def learning(self) -> TokenSet:
+        """What a compensation is learned from: ``search`` and most of ``slopes``, each sequence twice or more often."""
+        settings, most = self.context.settings, self._divided[0]
+        tokens = np.concatenate([self.search.tokens, most.tokens])
+        enough = max(1, settings.compensation_steps * settings.compensation_sequences // 2)
+        return TokenSet.of(most.protocol, tokens[:enough])
+
+    @cached_property
+    def validation(self) -> TokenSet:
+        """What a compensation is judged by: the last stretch of ``slopes`` in the text's order; never learned from.
+
+        It is empty where the calibration split has one sequence only.
+        """
+        return self._divided[1]
+
+    @cached_property
+    def _divided(self) -> tuple[TokenSet, TokenSet]:
+        """All but the last stretch of ``slopes``, and that."""
+        slopes = self.slopes
+        n = len(slopes.tokens)
+        last = text_order(n, self.context.settings.seed) >= n - min(n - 1, max(1, round(_VALIDATION * n)))
+        return slopes.part(np.flatnonzero(~last).tolist()), slopes.part(np.flatnonzero(last).tolist())
 
     def of(self, split: str) -> TokenSet:
         found: TokenSet = getattr(self, split)

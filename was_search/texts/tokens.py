@@ -177,11 +177,16 @@ def tokenise(
         )
     count = min(wanted, there)
     chosen = (2 * np.arange(count, dtype=np.int64) + 1) * there // (2 * count)
-    chosen = np.random.default_rng(seed).permutation(chosen)
+    chosen = chosen[text_order(count, seed)]
     tokens = np.empty((count, sequence_length), np.int64)
     tokens[:, : len(begins)] = begins
     tokens[:, sequence_length - span :] = ids[chosen[:, None] * protocol.stride + np.arange(span)]
     return TokenSet.of(protocol, tokens)
+
+
+def text_order(n: int, seed: int) -> IntArray:
+    """The places in the text of the ``n`` windows that :func:`tokenise` gives, counted from 0: int64 [n]."""
+    return np.random.default_rng(seed).permutation(n)
 
 
 def _beginning(tokenizer: Any, bos: bool | None) -> tuple[int, ...]:

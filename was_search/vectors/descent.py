@@ -98,11 +98,19 @@ def descend(
             direction = per_parameter
         else:
             direction = options.momentum * direction + (1.0 - options.momentum) * per_parameter
-        along = _unit(budget.tangent(direction, point), options.clip)
-        point = budget.onto(point - _step(number, options) * along, HIGHEST_DESCENDED)
+        point = moved(point, direction, budget, _step(number, options), options.clip)
         if number >= first_kept:
             kept.append(point)
     return budget.onto(np.mean(kept, axis=0), HIGHEST_DESCENDED)
+
+
+def moved(point: FloatArray, direction: FloatArray, budget: Budget, length: float, clip: float) -> FloatArray:
+    """``point`` [L, 7] moved against ``direction`` [L, 7], a slope per parameter, within the budget.
+
+    The move's root mean square is ``length``, and no projection moves further than ``clip`` times that.
+    """
+    along = _unit(budget.tangent(direction, point), clip)
+    return budget.onto(point - length * along, HIGHEST_DESCENDED)
 
 
 def chain_steps(chains: int) -> tuple[float, ...]:

@@ -13,10 +13,11 @@ from tests.doubles.tiny_models import tiny_model
 from tests.was_search.masks.by_autograd import backward_through
 from was_search.compensation import Compensation
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.compensating import compensation_gradient
+from was_search.masks.corrections import Learned, corrections, flat_gradient
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking
+from was_search.masks.slope import slope_pass
 
 
 def drawn(shape, seed: int = 0) -> Compensation:
@@ -32,10 +33,23 @@ def masked(make_llama):
 
 
 @pytest.fixture
-def thresholds(masked, make_data, tokens):
-    found = histogram_pass(masked, make_data(tokens), None)[0].thresholds(np.full((3, 7), 0.5))
-    found[1, 4] = 0.0  # drops nothing, and is corrected all the same
-    return found
+def histograms(masked, make_data, tokens):
+    return histogram_pass(masked, make_data(tokens), None)[0]
+
+
+SPARSITIES = np.full((3, 7), 0.5)
+SPARSITIES[1, 4] = 0.0  # drops nothing, and is corrected all the same
+
+
+@pytest.fixture
+def thresholds(histograms):
+    return histograms.thresholds(SPARSITIES)
+
+
+def gradient(masked, data, histograms, compensation, top=None, sparsities=SPARSITIES):
+    learned = [Learned.of(one) for one in corrections(masked.structure, compensation)]
+    found = slope_pass(masked, data, sparsities, histograms, width=0.0, corrections=learned, top=top)
+    return flat_gradient(masked.structure, learned), found.nats
 
 
 def by_hand(masked, sequence, thresholds, compensation, prefix, predicted, leaves):
@@ -59,34 +73,30 @@ def by_hand(masked, sequence, thresholds, compensation, prefix, predicted, leave
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("prefix", "predicted"), [(1, 16), (0, 16), (3, 5)])
-def test_gradient_against_autograd(masked, thresholds, make_data, tokens, prefix, predicted, recompute):
+def test_gradient_against_autograd(masked, histograms, thresholds, make_data, tokens, prefix, predicted, recompute):
     data = make_data(tokens, dense_prefix=prefix, stride=predicted)
     compensation, leaves = drawn(masked.shape), {}
     for sequence in tokens:
         by_hand(masked, sequence, thresholds, compensation, prefix, predicted, leaves)
-    found = compensation_gradient(
-        dataclasses.replace(masked, recompute=recompute), data, thresholds, compensation, None, width=0.0
-    )
+    found, nats = gradient(dataclasses.replace(masked, recompute=recompute), data, histograms, compensation)
     expected = np.concatenate([leaves[key][kind].grad.numpy() for kind in range(2) for key in sorted(leaves)])
-    np.testing.assert_allclose(found.gradient, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
-    assert found.predicted == len(tokens) * predicted
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
     losses = evaluate_thresholds(masked.compensated(compensation), data, thresholds)
-    assert found.loss == pytest.approx(losses.loss_nats * found.predicted, rel=1e-6)
+    assert nats == pytest.approx(losses.loss_nats, rel=1e-6)
 
 
-def test_gradient_of_the_divergence_is_its_slope(masked, make_data, tokens):
-    data = make_data(tokens)
-    thresholds = np.zeros((3, 7), np.float32)  # no channel crosses one between two points
+def test_gradient_of_the_divergence_is_its_slope(masked, histograms, make_data, tokens):
+    data, nothing = make_data(tokens), np.zeros((3, 7))  # no channel crosses a threshold between two points
     top = dense_top(masked, data, 20)
     at, direction = drawn(masked.shape).flat(), drawn(masked.shape, 1).flat() - 1.0
-    found = compensation_gradient(masked, data, thresholds, Compensation.from_flat(masked.shape, at), top, width=0.0)
 
-    def loss(step: float) -> float:
-        there = Compensation.from_flat(masked.shape, at + np.float32(step) * direction)
-        return compensation_gradient(masked, data, thresholds, there, top, width=0.0).loss
+    def there(step: float) -> tuple[np.ndarray, float]:
+        point = Compensation.from_flat(masked.shape, at + np.float32(step) * direction)
+        return gradient(masked, data, histograms, point, top, nothing)
 
-    expected = (loss(1e-3) - loss(-1e-3)) / 2e-3
-    assert float(found.gradient @ direction) == pytest.approx(expected, rel=1e-3)
+    n = len(tokens) * data.protocol.predicted_per_sequence
+    expected = (there(1e-3)[1] - there(-1e-3)[1]) / 2e-3
+    assert float(there(0.0)[0] @ direction) / n == pytest.approx(expected, rel=1e-3)
 
 
 def test_none_and_the_neutral_one_change_nothing(masked, thresholds, make_data, tokens):

@@ -20,7 +20,7 @@ _SEED = (*_CALIBRATE, Group.TARGET, Group.SEEDS)
 _SEARCH = (*_SEED, Group.SEARCH, Group.DESCENTS, Group.LIMITS, Group.FAILURES)
 
 
-@commands.command(*_SEARCH, Group.TARGETS, Group.PLAN)
+@commands.command(*_SEARCH, Group.TARGETS, Group.COMPENSATION, Group.PLAN)
 def run(invocation: Invocation) -> None:
     """Calibrate, seed, search, export and compare, skipping what is cached; for one target or several."""
     from was_search.service.steps import main_job
@@ -105,7 +105,7 @@ def search(invocation: Invocation) -> None:
     _end(invocation.run(step))
 
 
-@commands.command(*_SEARCH, Group.PLAN)
+@commands.command(*_SEARCH, Group.COMPENSATION, Group.PLAN)
 def export(
     invocation: Invocation,
     *,
@@ -153,7 +153,7 @@ def export(
     invocation.run(step)
 
 
-@commands.command(Group.STORAGE, "trials", "workers", "target", Group.PLAN)
+@commands.command(Group.STORAGE, "trials", "workers", "target", "compensation", Group.PLAN)
 def demo(invocation: Invocation) -> None:
     """Run the whole main job on the packaged demo checkpoint, on CPU."""
     from was_search.service.steps import demonstration

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from was_search.compensation import Compensation
 from was_search.masks.histogram import Histograms
 from was_search.service.caching import CachedRow, cached
 from was_search.service.context import Context
@@ -38,6 +39,7 @@ class OperatingPoint:
         thresholds: float32 [L, 7]; on the calibration split they achieve the nominal sparsities.
         achieved: counted on the calibration split, [L, 7].
         passes: number of passes over the calibration split.
+        compensation: what outputs were corrected by; None: by nothing.
     """
 
     key: str
@@ -45,6 +47,7 @@ class OperatingPoint:
     thresholds: npt.NDArray[np.float32]
     achieved: FloatArray
     passes: int
+    compensation: Compensation | None = None
 
 
 def calibrate(context: Context, tokens: TokenSets | None = None) -> Calibration:
@@ -79,30 +82,43 @@ def calibrate(context: Context, tokens: TokenSets | None = None) -> Calibration:
     )
 
 
-def point_key(calibration: Calibration, sparsities: FloatArray) -> str:
+def point_key(calibration: Calibration, sparsities: FloatArray, compensation: Compensation | None = None) -> str:
     """Key of :func:`operating_point`'s result in the cache; vectors count to nine decimals."""
-    return content_hash("operating-point", 2, calibration.key, np.round(sparsities, 9))
+    corrected = [] if compensation is None else [compensation.flat()]
+    return content_hash("operating-point", 2, calibration.key, np.round(sparsities, 9), *corrected)
 
 
 def operating_point(
-    context: Context, calibration: Calibration, tokens: TokenSets, sparsities: FloatArray, name: str
+    context: Context,
+    calibration: Calibration,
+    tokens: TokenSets,
+    sparsities: FloatArray,
+    name: str,
+    compensation: Compensation | None = None,
 ) -> OperatingPoint:
-    """Histograms at the vector called ``name``, re-taken until nominal sparsities are achieved; cached by vector."""
-    rounded, key = np.round(sparsities, 9), point_key(calibration, sparsities)
+    """Histograms at the vector called ``name``, re-taken until nominal sparsities are achieved.
+
+    Outputs are corrected by ``compensation``, if there is one. Cached by vector and compensation.
+    """
+    rounded, key = np.round(sparsities, 9), point_key(calibration, sparsities, compensation)
 
     def make() -> OperatingPoint:
         from was_search.coordinator.phases import histogram_runner
         from was_search.masks import calibration as maths
 
         with context.phase(f"calibrate at {name}") as advance:
-            runner = histogram_runner(context.pool, tokens.calibration, advance=advance)
+            runner = histogram_runner(context.pool, tokens.calibration, compensation, advance=advance)
             return OperatingPoint(
-                key, *maths.operating_point(runner, calibration.histograms, rounded, calibration.shape)
+                key, *maths.operating_point(runner, calibration.histograms, rounded, calibration.shape), compensation
             )
 
     return cached(
         CachedRow(
-            context.cache, "operating-point", key, lambda row: _read_point(row, key, calibration.shape), _pack_point
+            context.cache,
+            "operating-point",
+            key,
+            lambda row: replace(_read_point(row, key, calibration.shape), compensation=compensation),
+            _pack_point,
         ),
         make,
         context.reporter,

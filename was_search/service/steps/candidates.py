@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from was_search.compensation import Compensation
 from was_search.coordinator import phases
-from was_search.coordinator.calls import Call
+from was_search.coordinator.calls import Call, Shared
+from was_search.coordinator.contracts import WorkerPool
 from was_search.coordinator.model_calls import EvaluateBesideDense, EvaluateThresholds
 from was_search.masks.beside_dense import joined
 from was_search.process.plain_json import finite
@@ -29,6 +31,10 @@ from was_search.texts.protocol import Distance, Evaluation, content_hash, perple
 
 if TYPE_CHECKING:
     from was_storage.studies.cache import Artifact
+
+
+COMPENSATED = "compensated"
+"""The plan's name in tables where it has a compensation."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,14 @@ def _evaluate(dense: Dense, requests: list[Request]) -> list[Evaluation]:
             dense.tokens.of(requests[i].split),
             _thresholds(requests[i]),
             dense.shared_top if _by_divergence(context.settings, requests[i]) else None,
+            shared_compensation(pool, requests[i].point),
         )
         for i in alone
     ]
     if beside:
         thresholds = tuple(point.thresholds for i in beside if (point := requests[i].point) is not None)
-        calls += [EvaluateBesideDense(part, thresholds) for part in phases.fine_shards(pool, dense.tokens.test)]
+        by = tuple(shared_compensation(pool, requests[i].point) for i in beside)
+        calls += [EvaluateBesideDense(part, thresholds, by) for part in phases.fine_shards(pool, dense.tokens.test)]
     names = ", ".join(dict.fromkeys(request.name for request in requests))
     with context.phase(f"evaluate {names}", len(calls)) as advance:
         results = pool.map(calls, phase="evaluate", done=advance)
@@ -127,6 +135,11 @@ def _thresholds(request: Request) -> npt.NDArray[np.float32] | None:
     return None if request.point is None else request.point.thresholds
 
 
+def shared_compensation(pool: WorkerPool, point: OperatingPoint | None) -> Shared[Compensation] | None:
+    """The point's compensation where the workers find it; None where it has none."""
+    return None if point is None or point.compensation is None else pool.share(point.compensation)
+
+
 def _by_divergence(settings: Settings, request: Request) -> bool:
     return request.by_fitness and settings.fitness == "kl"
 
@@ -139,6 +152,8 @@ def _key(dense: Dense, request: Request) -> str:
         parts.append(dense_top_key(context, dense.tokens.search))
     if request.beside_dense:
         parts.append("beside dense")
+    if request.point is not None and request.point.compensation is not None:
+        parts.append(request.point.compensation.flat())
     return content_hash(*parts)
 
 

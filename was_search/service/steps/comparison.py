@@ -13,7 +13,7 @@ from was_search.plan import Plan
 from was_search.service.reports.comparison import SEED_ROW
 from was_search.service.reports.study_report import gap_nats, interval_json
 from was_search.service.steps.calibration import OperatingPoint
-from was_search.service.steps.candidates import Figures, Request, measure
+from was_search.service.steps.candidates import COMPENSATED, Figures, Request, measure
 from was_search.service.steps.study import SearchResult
 from was_search.service.token_sets import TokenSets
 from was_search.studies.origin import Origin, OriginKind
@@ -70,10 +70,15 @@ def compare(found: SearchResult, plan: Plan) -> list[Row]:
     dense, shape = found.question.dense, found.question.shape
     vectors = {_ROW_NAMES.get(seed.name, seed.name): seed.sparsities for seed in found.seeds}
     is_seed = Origin.parse(plan.provenance["origin"]).kind is OriginKind.SEED
-    vectors[f"best (slot {plan.provenance['slot']}{', seed' if is_seed else ''})"] = plan.sparsities
+    exported = next(slot for slot in found.slots if slot.number == plan.provenance["slot"])
+    assert exported.sparsities is not None
+    vectors[f"best (slot {exported.number}{', seed' if is_seed else ''})"] = exported.sparsities
     points: dict[str, OperatingPoint | None] = {"dense": None}
     for name, sparsities in vectors.items():
         points[name] = dense.point(sparsities, name)
+    if plan.compensation is not None:
+        vectors[COMPENSATED] = plan.sparsities
+        points[COMPENSATED] = dense.point(plan.sparsities, COMPENSATED, plan.compensation)
     requests = [Request(name, split, point) for name, point in points.items() for split in ("search", "test")]
     figures = measure(dense, requests)
     rows: list[Row] = []

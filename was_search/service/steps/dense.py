@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from was_search.compensation import Compensation
 from was_search.coordinator.calls import Shared
 from was_search.masks.divergence import DenseTop
 from was_search.service.context import Context
@@ -44,16 +45,20 @@ class Dense:
     @cached_property
     def top(self) -> DenseTop | None:
         """Its top predictions on the search split; None for the fitness ``nll``."""
-        return dense_top(self.context, self.tokens)
+        if self.context.settings.fitness == "nll":
+            return None
+        return dense_top(self.context, self.tokens.search)
 
     @cached_property
     def shared_top(self) -> Shared[DenseTop] | None:
         """The same where the workers find it."""
         return None if self.top is None else self.context.pool.share(self.top)
 
-    def point(self, sparsities: FloatArray, name: str) -> OperatingPoint:
-        """The operating point of a vector [L, 7] that is called ``name``."""
-        key = point_key(self.calibration, sparsities)
+    def point(self, sparsities: FloatArray, name: str, compensation: Compensation | None = None) -> OperatingPoint:
+        """The operating point of a vector [L, 7] that is called ``name``, outputs corrected by ``compensation``."""
+        key = point_key(self.calibration, sparsities, compensation)
         if key not in self._points:
-            self._points[key] = operating_point(self.context, self.calibration, self.tokens, sparsities, name)
+            self._points[key] = operating_point(
+                self.context, self.calibration, self.tokens, sparsities, name, compensation
+            )
         return self._points[key]

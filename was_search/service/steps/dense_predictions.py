@@ -1,4 +1,7 @@
-"""The dense model's top predictions on the search split: what the fitness ``kl`` compares with. Cached in pieces."""
+"""The dense model's top predictions: what the fitness ``kl`` compares with, and what a compensation is learned from.
+
+Cached in pieces.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from was_search.masks.divergence import ENTRY_BYTES, DenseTop, check_top_k, conc
 from was_search.service.caching import CachedRow, array_row, cached
 from was_search.service.context import Context
 from was_search.service.model import Model
-from was_search.service.token_sets import TokenSets
 from was_search.texts.protocol import TokenSet, content_hash
 
 if TYPE_CHECKING:
@@ -40,11 +42,9 @@ def dense_top_key(context: Context, data: TokenSet) -> str:
     )
 
 
-def dense_top(context: Context, tokens: TokenSets) -> DenseTop | None:
-    """The dense model's top on the search split, cached; None for the fitness ``nll``."""
-    if context.settings.fitness == "nll":
-        return None
-    data, k = tokens.search, context.settings.kl_top_k
+def dense_top(context: Context, data: TokenSet) -> DenseTop:
+    """The dense model's top on ``data``, cached."""
+    k = context.settings.kl_top_k
     name = f"dense top {k}"
 
     def make() -> DenseTop:

@@ -22,7 +22,8 @@ from was_search.service.context import Context
 from was_search.service.reports.study_report import plan_gap_nats
 from was_search.service.settings import OPTIONS, Settings
 from was_search.service.steps.calibration import OperatingPoint
-from was_search.service.steps.candidates import Figures, Request, measure
+from was_search.service.steps.candidates import COMPENSATED, Figures, Request, measure
+from was_search.service.steps.compensation import compensate, learning_options
 from was_search.service.steps.decode_time import predictions
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.pages import report_study
@@ -115,7 +116,8 @@ def write_plan(context: Context, result: SearchResult) -> Path:
     """Write the plan of the study's best vector and add it to the study's report; returns the plan's folder.
 
     The winner and the best seed are re-calibrated at their own points and compared by the study's fitness on the
-    search split at equal achieved sparsity; the better one is exported, and the plan says which.
+    search split at equal achieved sparsity; the better one is exported, and the plan says which. Unless the settings
+    say otherwise, a compensation is learned for it first, and its sparsities move along.
 
     Raises:
         StudyError: none of the study's slots is complete.
@@ -143,10 +145,17 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         context.reporter.note(
             f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
         )
+    sparsities, learned = chosen.sparsities, {}
+    if question.settings.compensation == "on":
+        options = learning_options(question.settings)
+        better = compensate(question.dense, question.budget, options, sparsities, point, chosen.name)
+        if better is not None:
+            sparsities, point, learned = better.sparsities, better.point, {"compensation": better.figures}
+            (figures,) = measure(question.dense, [Request(COMPENSATED, "search", point)])
     plan = make_plan(
         question,
         chosen.name,
-        chosen.sparsities,
+        sparsities,
         point,
         figures,
         {
@@ -154,6 +163,7 @@ def write_plan(context: Context, result: SearchResult) -> Path:
             "slot": chosen.slot.number,
             "origin": chosen.slot.origin,
             "trial_loss_nats": chosen.slot.loss_nats,
+            **learned,
         },
     )
     folder = plan.save(plan_folder(question.settings, result.study))
@@ -204,6 +214,7 @@ def make_plan(
         budget=question.budget.nominal(sparsities),
         dense_prefix=tokens.calibration.protocol.dense_prefix,
         prefill=question.settings.prefill,
+        compensation=point.compensation,
         sparsities=sparsities,
         thresholds=point.thresholds,
         norms=_norms(question.dense),
