@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
     "descent_rounds": 2,
     "descent_sequences": 4,
     "batch_size": 4,
+    "compensation": "off",
 }
 
 

@@ -1,0 +1,130 @@
+"""A compensation learned in a run: what the plan, the table and the cache hold, and what is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.doubles.small_run import small_settings
+from tests.doubles.workers_here import workers_here
+from was_search.compensation import same
+from was_search.coordinator.model_calls import LearnCompensation
+from was_search.masks.compensating import CompensationState
+from was_search.plan import Plan
+from was_search.service.context import Context
+from was_search.service.reports.progress import Reporter
+from was_search.service.steps.compensation import STEPS_PER_CALL, compensate, learning_options
+from was_search.service.steps.evaluation import evaluate
+from was_search.service.steps.main_job import run
+from was_search.service.steps.question import Question
+from was_search.shape import FloatArray
+
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+
+STEPS = 2 * STEPS_PER_CALL
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def made(postgres_url, tmp_path_factory):
+    plan = str(tmp_path_factory.mktemp("run") / "plan")
+    settings = small_settings(
+        storage=postgres_url, trials=4, plan=plan, compensation="on", compensation_steps=STEPS, compensation_sequences=8
+    )
+    notes = Notes()
+    with workers_here(), Context(settings, notes) as context:
+        result = run(context)
+    return SimpleNamespace(settings=settings, result=result, plan=Plan.load(result.plan), notes=notes)
+
+
+def test_the_plan_has_it_and_is_better_on_text_that_it_never_saw(made):
+    assert made.plan.compensation is not None
+    rows = {row.name.split(" (")[0]: row for row in made.result.rows}
+    best, compensated = rows["best"], rows["compensated"]
+    dense = rows["dense"].test.evaluation.loss_nats
+    assert compensated.test.evaluation.loss_nats - dense < 0.9 * (best.test.evaluation.loss_nats - dense)
+    assert compensated.calibration_achieved == pytest.approx(best.calibration_achieved, abs=2e-3)
+    assert compensated.nominal == pytest.approx(0.6, abs=1e-6)
+    assert not np.allclose(made.plan.sparsities, best_sparsities(made), atol=1e-3)
+
+
+def best_sparsities(made) -> FloatArray:
+    slots = {slot.number: slot for slot in made.result.search.slots}
+    return slots[made.plan.provenance["slot"]].sparsities
+
+
+def test_it_says_what_it_was_learned_from_and_judged_by(made):
+    figures = made.plan.provenance["compensation"]
+    assert figures["steps"] == STEPS
+    assert figures["validation_kl_nats"]["with"] < figures["validation_kl_nats"]["without"]
+    assert any("[search]" in words for words in figures["learned_from"])
+    assert any("[calibration]" in words for words in figures["learned_from"])
+    assert any(note.startswith("compensation: divergence from the dense model ") for note in made.notes.said)
+
+
+def test_evaluate_measures_the_plan_as_the_run_did(made):
+    with Context(made.settings) as context:
+        (found,) = evaluate(context, made.plan)
+    assert found.sparse.loss_nats == pytest.approx(made.plan.metrics["test"]["loss_nats"], rel=1e-6)
+
+
+def test_a_second_run_takes_it_from_the_cache(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(LearnCompensation, "run", None)
+    settings = dataclasses.replace(made.settings, plan=str(tmp_path / "again"))
+    with workers_here(), Context(settings) as context:
+        again = Plan.load(run(context).plan)
+    assert same(again.compensation, made.plan.compensation)
+    np.testing.assert_array_equal(again.sparsities, made.plan.sparsities)
+    np.testing.assert_array_equal(again.thresholds, made.plan.thresholds)
+
+
+def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
+    learn, done = LearnCompensation.run, []
+
+    class KilledError(Exception):
+        pass
+
+    def run_until(n):
+        def patched(call, model) -> CompensationState:
+            if len(done) == n:
+                raise KilledError
+            done.append(call.state.done)
+            return learn(call, model)
+
+        monkeypatch.setattr(LearnCompensation, "run", patched)
+
+    settings = dataclasses.replace(made.settings, seed=1)  # another order of sequences: nothing of it is cached
+
+    def compensated():
+        with workers_here(), Context(settings) as context:
+            question = Question.of(context)
+            point = question.dense.point(best_sparsities(made), "the vector")
+            options = learning_options(settings)
+            return compensate(question.dense, question.budget, options, best_sparsities(made), point, "the vector")
+
+    run_until(1)
+    with pytest.raises(KilledError):
+        compensated()
+    run_until(2)
+    assert compensated().figures["steps"] == STEPS
+    assert done == [0, STEPS_PER_CALL]
+
+
+def test_off_exports_the_vector_of_the_search(made, tmp_path):
+    settings = dataclasses.replace(made.settings, compensation="off", plan=str(tmp_path / "off"))
+    with workers_here(), Context(settings) as context:
+        result = run(context)
+    plan = Plan.load(result.plan)
+    assert plan.compensation is None
+    np.testing.assert_allclose(plan.sparsities, best_sparsities(made), atol=1e-9)
+    assert "compensated" not in [row.name for row in result.rows]
