@@ -99,7 +99,7 @@ class Case:
 
 @contextmanager
 def uncorrected(handle: SparseModel) -> Iterator[None]:
-    """The plan without its compensation; what is captured inside stays without."""
+    """The plan without its compensation; what is captured inside stays without. Not of a CPU's steps, which hold it."""
     held = [(projection, projection.scale, projection.constant) for projection in handle.projections]
     for projection, _, _ in held:
         projection.scale = projection.constant = None

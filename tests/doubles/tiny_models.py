@@ -107,10 +107,10 @@ def tiny_plan(
 
 
 def masked_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the dense model with hooks that mask, from whole sequences and without a cache."""
+    """Logits of the dense model with hooks that mask and correct, from whole sequences and without a cache."""
     structure = find_structure(model, plan.shape.masks)
     norms = [[torch.tensor(n, device=tokens.device) for n in row] for row in plan.norms]
-    masked = MaskedModel(model, structure, norms)
+    masked = MaskedModel(model, structure, norms).compensated(plan.compensation)
     masking = Masking(masked, plan.thresholds, dense_prefix=plan.dense_prefix)
     with torch.inference_mode(), masking:
         logits: torch.Tensor = model(tokens, use_cache=False).logits

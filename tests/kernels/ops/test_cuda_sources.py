@@ -153,6 +153,7 @@ def test_gather_gemv(gpu, rows, dtype, d_in, widths, options):
     assert torch.equal(again, found)  # whoever comes last
     (_, macros, grid), _ = gpu.launches
     assert macros["MMA"] == (rows > 2)
+    assert not macros["CORRECTED"]
     assert grid[1] == macros["SHARES"]
 
 
