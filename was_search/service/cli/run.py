@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -151,6 +152,35 @@ def export(
         context.reporter.result({"plan": str(folder)})
 
     invocation.run(step)
+
+
+@commands.command(*_CALIBRATE, Group.COMPENSATION, "search_sequences", "slope_sequences", "kl_top_k")
+def compensate(
+    invocation: Invocation,
+    *,
+    plan: Annotated[Path, typer.Option("--plan", help="Folder of the plan; its settings are the defaults.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the compensated plan; if not given, the plan's and -compensated."),
+    ] = None,
+) -> None:
+    """Learn a compensation for a plan, on its own text or on another, and write the compensated plan."""
+    from was_search.service.cli.plan import load_plan
+    from was_search.service.steps.plan_compensation import compensate_plan
+
+    loaded, base = load_plan(plan)
+    folder = output or plan.with_name(f"{plan.absolute().name}-compensated")
+
+    def step(context: Any) -> None:
+        if context.settings.compensation == "off":
+            raise ConfigError("compensation: off leaves nothing to do here; leave it out")
+        assert loaded is not None
+        written = compensate_plan(context, loaded, folder)
+        if written is not None:
+            context.reporter.note(f"plan: {written}")
+        context.reporter.result({"plan": None if written is None else str(written)})
+
+    invocation.run(step, base)
 
 
 @commands.command(Group.STORAGE, "trials", "workers", "target", "compensation", Group.PLAN)

@@ -32,6 +32,8 @@ DEMO_OPTIONS: dict[str, Any] = {
     "search_sequences": 64,
     "test_sequences": 192,
     "batch_size": 8,
+    "compensation_steps": 100,
+    "compensation_sequences": 8,
 }
 """Options that the demo sets; all others have their defaults. Its descent is shorter, so that it takes minutes."""
 

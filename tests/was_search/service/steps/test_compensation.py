@@ -12,13 +12,16 @@ from tests.doubles.small_run import small_settings
 from tests.doubles.workers_here import workers_here
 from was_search.compensation import same
 from was_search.coordinator.model_calls import LearnCompensation
+from was_search.errors import PlanError
 from was_search.masks.compensating import CompensationState
 from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.progress import Reporter
+from was_search.service.steps import compensation as step
 from was_search.service.steps.compensation import STEPS_PER_CALL, compensate, learning_options
 from was_search.service.steps.evaluation import evaluate
 from was_search.service.steps.main_job import run
+from was_search.service.steps.plan_compensation import compensate_plan
 from was_search.service.steps.question import Question
 from was_search.shape import FloatArray
 
@@ -103,7 +106,8 @@ def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
 
         monkeypatch.setattr(LearnCompensation, "run", patched)
 
-    settings = dataclasses.replace(made.settings, seed=1)  # another order of sequences: nothing of it is cached
+    monkeypatch.setattr(step, "STEPS_PER_CALL", 3)
+    settings = dataclasses.replace(made.settings, compensation_steps=6)
 
     def compensated():
         with workers_here(), Context(settings) as context:
@@ -116,8 +120,26 @@ def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
     with pytest.raises(KilledError):
         compensated()
     run_until(2)
-    assert compensated().figures["steps"] == STEPS
-    assert done == [0, STEPS_PER_CALL]
+    compensated()
+    assert done == [0, 3]
+
+
+def test_a_plan_without_one_gets_one(made, tmp_path):
+    settings = dataclasses.replace(made.settings, compensation="off", plan=str(tmp_path / "off"))
+    plan = tmp_path / "off"
+    with workers_here(), Context(settings) as context:
+        run(context)
+    with workers_here(), Context(dataclasses.replace(made.settings, compensation_steps=12)) as context:
+        folder = compensate_plan(context, Plan.load(plan), tmp_path / "new")
+        other = dataclasses.replace(Plan.load(plan), fingerprint="0" * 64)
+        with pytest.raises(PlanError, match="belongs to another model"):
+            compensate_plan(context, other, tmp_path / "never")
+    found = Plan.load(folder)
+    assert found.compensation is not None
+    assert found.budget == pytest.approx(0.6, abs=1e-6)
+    assert found.provenance["study"] == Plan.load(plan).provenance["study"]
+    assert found.metrics["test"]["loss_nats"] < Plan.load(plan).metrics["test"]["loss_nats"]
+    assert not (tmp_path / "never").exists()
 
 
 def test_off_exports_the_vector_of_the_search(made, tmp_path):
