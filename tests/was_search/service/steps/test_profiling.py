@@ -1,4 +1,4 @@
-"""``was-search profile`` on the packaged demo checkpoint: measured, cached, written, refused; and ``bench`` with it.
+"""``was-search profile`` on some blocks of the packaged model: measured, cached, written, refused; ``bench`` with it.
 
 What a shared CPU measures is no figure: tests look at what is written, not at how well it predicts.
 """
@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.doubles.profiles import synthetic_profile, vars_of
+from tests.doubles.small_run import BLOCKS, small_model, small_settings
 from was_search.decode_time.profile import LatencyProfile
 from was_search.decode_time.time_budget import TimeBudget
 from was_search.errors import ConfigError
@@ -20,7 +21,6 @@ from was_search.service.cli.main import app
 from was_search.service.context import Context
 from was_search.service.steps.budgets import budget_of
 from was_search.service.steps.decode_time import profile_of, shape_key
-from was_search.service.steps.demonstration import demo_settings
 from was_search.service.steps.profiling import profile
 from was_search.vectors.budget import SparsityBudget
 from was_storage.studies.cache import ArtifactCache
@@ -28,7 +28,7 @@ from was_storage.studies.cache import ArtifactCache
 pytestmark = [pytest.mark.postgres]
 
 run = CliRunner().invoke
-MODEL = demo_settings().model
+MODEL = small_model()
 QUICK = ["profile", "--model", MODEL, "--device", "cpu", "--kv-length", "32", "--steps", "1", "--rounds", "1"]
 
 
@@ -49,7 +49,7 @@ def measured(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_it_measures_and_writes_what_it_measured(measured):
     path, said = measured
     made = LatencyProfile.load(path)
-    assert made.shape.n_blocks == 12
+    assert made.shape.n_blocks == len(BLOCKS)
     assert made.device.startswith("CPU, ")
     assert (made.dtype, made.backend, made.rows, made.kv_length) == ("float32", "cpu", 1, 32)
     assert (made.source, list(made.dense)) == ("measured", ["eager"])
@@ -79,7 +79,7 @@ def test_other_conditions_are_measured_anew(measured, postgres_url):
     found = run(app, [*QUICK, "--again", "--storage", postgres_url])
     assert found.exit_code == 0, found.output
     assert "can be asked for" in found.output
-    with Context(demo_settings(storage=postgres_url)) as context:
+    with Context(small_settings(storage=postgres_url)) as context:
         stored = profile_of(context, context.settings)
         assert stored is not None and stored.measured_at >= before.measured_at
         assert stored.check == {}
@@ -98,12 +98,12 @@ def test_rounded_weights_have_profiles_of_their_own(measured, postgres_url, tmp_
     assert "int8 weights in groups of 128 outputs" in " ".join(found.output.split())
     known = {}
     for weights in ("none", "int8", "int4"):
-        with Context(demo_settings(storage=postgres_url, weights=weights)) as context:
+        with Context(small_settings(storage=postgres_url, weights=weights)) as context:
             known[weights] = profile_of(context, context.settings)
     assert known["none"] is not None and known["none"].weights == "none"
     assert known["int8"] is not None and known["int8"].hash == made.hash
     assert known["int4"] is None
-    other = demo_settings(storage=postgres_url, profile=str(path))
+    other = small_settings(storage=postgres_url, profile=str(path))
     with Context(other) as context, pytest.raises(ConfigError, match=r"of int8 weights .*these are weights as stored"):
         profile_of(context, context.settings)
 
@@ -129,17 +129,17 @@ def test_it_refuses(postgres_url, options, message):
 def test_the_newest_profile_of_the_models_shape_is_known(database, postgres_url):
     """Others' shapes are passed over; for a speed-up, profiles of two devices are refused."""
     cache = ArtifactCache(database)
-    with Context(demo_settings(storage=postgres_url)) as context:
+    with Context(small_settings(storage=postgres_url)) as context:
         shape = context.model.shape
     for name in ("first", "second"):
         made = LatencyProfile(**{**vars_of(synthetic_profile(shape)), "device": name})
         meta = {"shape": shape_key(shape), "conditions": name, "hash": made.hash, "weights": made.weights}
         cache.replace("profile", name, json.dumps(made.to_json()).encode(), meta)
     cache.replace("profile", "of another", b"{}", {"shape": "another", "conditions": "third"})
-    with Context(demo_settings(storage=postgres_url)) as context:
+    with Context(small_settings(storage=postgres_url)) as context:
         assert profile_of(context, context.settings).device == "second"
         assert budget_of(context.settings, shape, profile_of(context, context.settings)) == SparsityBudget(shape, 0.6)
-    settings = demo_settings(storage=postgres_url, target_speedup=1.5)
+    settings = small_settings(storage=postgres_url, target_speedup=1.5)
     with Context(settings) as context, pytest.raises(ConfigError, match=r"holds profiles of .* kinds .*say which one"):
         budget_of(context.settings, shape, profile_of(context, context.settings))
     for row in cache.list("profile"):
@@ -167,7 +167,7 @@ def test_bench_prints_the_prediction_beside_the_measurement(tmp_path):
     known = LatencyProfile(**values)
     known.save(tmp_path / "known.json")
     step = {"achieved": known.figures(made.sparsities), "profile": known.summary()}
-    settings = demo_settings()
+    settings = small_settings()
     provenance = {"settings": {"model": settings.model, "data": settings.data}, "step": step}
     folder = Plan(
         **{

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from tests.doubles.small_run import assert_each_finished_once, environment, small_flags
+from tests.doubles.workers_here import workers_here
 from was_search.errors import StudyError
+from was_search.service.cli.main import app
 from was_search.service.context import Context
 from was_search.service.settings import Settings
 from was_search.service.watching.control import ask, change
@@ -71,7 +74,19 @@ def was_search(postgres_url: str, tmp_path: Path) -> Iterator[Callable[..., subp
             process.communicate()
 
 
-def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
+@pytest.fixture
+def search_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs ``was-search search ...`` in this process, workers and all: for what nobody changes while it runs."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Result:
+        with workers_here():
+            return CliRunner().invoke(app, ["search", *words])
+
+    return run
+
+
+def test_a_running_study_obeys(postgres_url: str, was_search, search_here, received) -> None:
     url, messages = received
     flags = small_flags(storage=postgres_url, study=STUDY, workers=1, trials=500)
     flags += ["--no-early-stopping", "--notify", url]
@@ -152,10 +167,9 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
         # A rule ends it in the ordinary way, with trials left.
         so_far = finished()
         change(here, STUDY, Overrides(max_seconds=1))
-        search = was_search("search", *flags)
-        stdout, stderr = search.communicate(timeout=600)
-        assert search.returncode == 0, stderr
-        assert "max_seconds" in stdout
+        ended = search_here(*flags)
+        assert ended.exit_code == 0, ended.output
+        assert "max_seconds" in ended.stdout
         assert finished() == so_far  # earlier runs count
         assert messages[-1]["event"] == "finished"
         assert messages[-1]["detail"].startswith("max_seconds")
@@ -165,9 +179,8 @@ def test_a_running_study_obeys(postgres_url: str, was_search, received) -> None:
         with pytest.raises(StudyError, match=f"trials: must be at least {n - 2}, got {n - 3}"):
             change(here, STUDY, Overrides(trials=n - 3))
         change(here, STUDY, Overrides(max_seconds=0, trials=n))
-        search = was_search("search", *flags)
-        stdout, stderr = search.communicate(timeout=600)
-        assert search.returncode == 0, stderr
+        ended = search_here(*flags)
+        assert ended.exit_code == 0, ended.output
         after = assert_each_finished_once(database, STUDY, n)
         assert {number: after[number].loss_nats for number in done} == done
         assert look()[1].play == "finished"
