@@ -16,6 +16,7 @@ from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.candidates import shared_compensation
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.dense_predictions import dense_top
+from was_search.service.steps.question import Question
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import content_hash
 from was_search.vectors.budget import Budget
@@ -47,6 +48,22 @@ def learning_options(settings: Settings, *, move: bool = True) -> CompensationOp
     steps, sequences = settings.compensation_steps, settings.compensation_sequences
     still = {} if move else {"move": 0.0}
     return CompensationOptions(steps=steps, sequences=sequences, **still)
+
+
+def as_exported(
+    question: Question, sparsities: FloatArray, point: OperatingPoint, name: str
+) -> tuple[FloatArray, OperatingPoint, dict[str, Any]]:
+    """A vector and its point as they are exported: compensated if the settings say so and it helps.
+
+    The third is what a plan's provenance says of that, empty where nothing is corrected.
+    """
+    settings = question.settings
+    if settings.compensation == "off":
+        return sparsities, point, {}
+    found = compensate(question.dense, question.budget, learning_options(settings), sparsities, point, name)
+    if found is None:
+        return sparsities, point, {}
+    return found.sparsities, found.point, {"compensation": found.figures}
 
 
 def compensate(

@@ -23,7 +23,7 @@ from was_search.service.reports.study_report import plan_gap_nats
 from was_search.service.settings import OPTIONS, Settings
 from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.candidates import COMPENSATED, Figures, Request, measure
-from was_search.service.steps.compensation import compensate, learning_options
+from was_search.service.steps.compensation import as_exported
 from was_search.service.steps.decode_time import predictions
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.pages import report_study
@@ -145,13 +145,9 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         context.reporter.note(
             f"re-calibrated, the {chosen.name} is better on the search split than slot {best.number}: it is exported"
         )
-    sparsities, learned = chosen.sparsities, {}
-    if question.settings.compensation == "on":
-        options = learning_options(question.settings)
-        better = compensate(question.dense, question.budget, options, sparsities, point, chosen.name)
-        if better is not None:
-            sparsities, point, learned = better.sparsities, better.point, {"compensation": better.figures}
-            (figures,) = measure(question.dense, [Request(COMPENSATED, "search", point)])
+    sparsities, point, learned = as_exported(question, chosen.sparsities, point, chosen.name)
+    if learned:
+        (figures,) = measure(question.dense, [Request(COMPENSATED, "search", point)])
     plan = make_plan(
         question,
         chosen.name,

@@ -11,6 +11,7 @@ from was_search.plan import require_writable
 from was_search.service.context import Context
 from was_search.service.reports.interpolation import show_interpolated
 from was_search.service.steps.candidates import Request, measure
+from was_search.service.steps.compensation import as_exported
 from was_search.service.steps.exporting import make_plan, plan_folder, plans_folder
 from was_search.service.steps.question import Question
 from was_search.service.steps.study_identity import identity, study_name
@@ -80,7 +81,8 @@ def interpolate(context: Context, question: Question | None = None) -> Path:
     """Write a plan between the winners of the nearest studies below and above the target; returns its folder.
 
     Per projection a straight line between the two, put exactly on the budget; thresholds are re-taken at the plan's
-    own point, and it is evaluated on the search and test splits. Nothing is searched, and the plan says so.
+    own point, and it is evaluated on the search and test splits. Nothing is searched, and the plan says so; a
+    compensation is learned for it as for a search's best.
 
     Raises:
         StudyError: there is no study on one of the two sides.
@@ -98,7 +100,7 @@ def interpolate(context: Context, question: Question | None = None) -> Path:
         raise StudyError(_one_sided(target, below, above))
     sparsities = between(below, above, question.shape, target)
     name = f"interpolated at {100 * target:g} %"
-    point = question.dense.point(sparsities, name)
+    sparsities, point, learned = as_exported(question, sparsities, question.dense.point(sparsities, name), name)
     (on_search,) = measure(question.dense, [Request(name, "search", point)])
     share = (target - below.target) / (above.target - below.target)
     origin = {
@@ -107,6 +109,7 @@ def interpolate(context: Context, question: Question | None = None) -> Path:
         "origin": "interpolated",
         "searched": False,
         "interpolated": {"below": below.to_json(), "above": above.to_json(), "share_of_above": share},
+        **learned,
     }
     plan = make_plan(question, name, sparsities, point, on_search, origin)
     digest = content_hash(below.to_json(), above.to_json(), sparsities)[:8]
