@@ -10,6 +10,7 @@ torch nor Ray: a name is fetched when it is first used.
     seed          the seed vectors of a study
     search        create or resume a study
     export        write the plan of a study's best vector
+    compensate    learn a compensation for a plan and write the compensated plan
     evaluate      perplexity of the dense model and of a plan
     generate      decode text with a plan, or densely
     Sampling      how generate chooses tokens: temperature, top-k, top-p, penalty, seed
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from was_search.service.steps.evaluation import evaluate
     from was_search.service.steps.exporting import export
     from was_search.service.steps.main_job import run
+    from was_search.service.steps.plan_compensation import compensate
     from was_search.service.steps.seeding import seed
     from was_search.service.steps.study import search
 
@@ -71,6 +73,7 @@ __all__ = [
     "WasError",
     "__version__",
     "calibrate",
+    "compensate",
     "evaluate",
     "export",
     "generate",
@@ -88,6 +91,7 @@ _MODULES = {
     "Settings": "was_search.service.settings",
     "WasError": "was_search.errors",
     "calibrate": "was_search.service.steps.calibration",
+    "compensate": "was_search.service.steps.plan_compensation",
     "evaluate": "was_search.service.steps.evaluation",
     "export": "was_search.service.steps.exporting",
     "generate": "was_search.service.steps.decoding",

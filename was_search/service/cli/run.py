@@ -166,7 +166,7 @@ def compensate(
 ) -> None:
     """Learn a compensation for a plan, on its own text or on another, and write the compensated plan."""
     from was_search.service.cli.plan import load_plan
-    from was_search.service.steps.plan_compensation import compensate_plan
+    from was_search.service.steps import plan_compensation
 
     loaded, base = load_plan(plan)
     folder = output or plan.with_name(f"{plan.absolute().name}-compensated")
@@ -175,7 +175,7 @@ def compensate(
         if context.settings.compensation == "off":
             raise ConfigError("compensation: off leaves nothing to do here; leave it out")
         assert loaded is not None
-        written = compensate_plan(context, loaded, folder)
+        written = plan_compensation.compensate(context, loaded, folder)
         if written is not None:
             context.reporter.note(f"plan: {written}")
         context.reporter.result({"plan": None if written is None else str(written)})

@@ -60,13 +60,13 @@ def as_exported(
     settings = question.settings
     if settings.compensation == "off":
         return sparsities, point, {}
-    found = compensate(question.dense, question.budget, learning_options(settings), sparsities, point, name)
+    found = learn_compensation(question.dense, question.budget, learning_options(settings), sparsities, point, name)
     if found is None:
         return sparsities, point, {}
     return found.sparsities, found.point, {"compensation": found.figures}
 
 
-def compensate(
+def learn_compensation(
     dense: Dense, budget: Budget, options: CompensationOptions, sparsities: FloatArray, point: OperatingPoint, name: str
 ) -> Compensated | None:
     """Learn a compensation of the vector called ``name``, and judge it on sequences that it was not learned from.

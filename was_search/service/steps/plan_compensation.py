@@ -8,14 +8,14 @@ from pathlib import Path
 from was_search.plan import Plan, require_writable
 from was_search.service.context import Context
 from was_search.service.steps.candidates import COMPENSATED, Request, measure
-from was_search.service.steps.compensation import compensate, learning_options
+from was_search.service.steps.compensation import learn_compensation, learning_options
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.exporting import make_plan
 from was_search.service.steps.question import Question
 from was_search.vectors.budget import SparsityBudget
 
 
-def compensate_plan(context: Context, plan: Plan, folder: Path) -> Path | None:
+def compensate(context: Context, plan: Plan, folder: Path) -> Path | None:
     """Learn a compensation for ``plan`` on the settings' data and write the compensated plan into ``folder``.
 
     Its sparsities move along within their parameter-weighted mean, unless the plan was made for a predicted time.
@@ -36,7 +36,7 @@ def compensate_plan(context: Context, plan: Plan, folder: Path) -> Path | None:
     budget = SparsityBudget(question.shape, round(plan.shape.sparsity(plan.sparsities), 9))
     point = question.dense.point(plan.sparsities, "the plan")
     options = learning_options(settings, move=not by_time)
-    found = compensate(question.dense, budget, options, plan.sparsities, point, "the plan")
+    found = learn_compensation(question.dense, budget, options, plan.sparsities, point, "the plan")
     if found is None:
         return None
     (on_search,) = measure(question.dense, [Request(COMPENSATED, "search", found.point)])

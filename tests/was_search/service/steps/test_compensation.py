@@ -18,10 +18,10 @@ from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.progress import Reporter
 from was_search.service.steps import compensation as step
-from was_search.service.steps.compensation import STEPS_PER_CALL, compensate, learning_options
+from was_search.service.steps.compensation import STEPS_PER_CALL, learn_compensation, learning_options
 from was_search.service.steps.evaluation import evaluate
 from was_search.service.steps.main_job import run
-from was_search.service.steps.plan_compensation import compensate_plan
+from was_search.service.steps.plan_compensation import compensate
 from was_search.service.steps.question import Question
 from was_search.shape import FloatArray
 
@@ -114,7 +114,9 @@ def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
             question = Question.of(context)
             point = question.dense.point(best_sparsities(made), "the vector")
             options = learning_options(settings)
-            return compensate(question.dense, question.budget, options, best_sparsities(made), point, "the vector")
+            return learn_compensation(
+                question.dense, question.budget, options, best_sparsities(made), point, "the vector"
+            )
 
     run_until(1)
     with pytest.raises(KilledError):
@@ -130,10 +132,10 @@ def test_a_plan_without_one_gets_one(made, tmp_path):
     with workers_here(), Context(settings) as context:
         run(context)
     with workers_here(), Context(dataclasses.replace(made.settings, compensation_steps=12)) as context:
-        folder = compensate_plan(context, Plan.load(plan), tmp_path / "new")
+        folder = compensate(context, Plan.load(plan), tmp_path / "new")
         other = dataclasses.replace(Plan.load(plan), fingerprint="0" * 64)
         with pytest.raises(PlanError, match="belongs to another model"):
-            compensate_plan(context, other, tmp_path / "never")
+            compensate(context, other, tmp_path / "never")
     found = Plan.load(folder)
     assert found.compensation is not None
     assert found.budget == pytest.approx(0.6, abs=1e-6)
