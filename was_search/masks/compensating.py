@@ -162,6 +162,7 @@ def learn_steps(
     share = shape.params / shape.params.sum()
     next_rows = data.part(step_rows(n, options, seed, state.done))
     histograms = histogram_pass(model.compensated(state.compensation(shape)), next_rows, state.thresholds)[0]
+    _require_finite(histograms.finite)
     still = Compensation.none(shape).flat()
     units = _units(model, data.part(step_rows(n, options, seed, 0)), options)
     moved_by = torch.nn.Parameter(
@@ -175,8 +176,7 @@ def learn_steps(
         found = slope_pass(model, data.part(rows), state.sparsities, histograms, corrections=learned, top=top[rows])
         predicted = len(rows) * data.protocol.predicted_per_sequence
         gradient = flat_gradient(model.structure, learned) / np.float32(predicted) * units
-        if not (np.all(np.isfinite(gradient)) and np.all(np.isfinite(found.slopes))):
-            raise InfeasibleError("compensation: the model's gradients overflow; use bfloat16 or float32")
+        _require_finite(bool(np.all(np.isfinite(gradient)) and np.all(np.isfinite(found.slopes))))
         moved_by.grad = torch.from_numpy(gradient)
         optimiser.param_groups[0]["lr"] = options.factor(number)
         optimiser.step()
@@ -189,6 +189,11 @@ def learn_steps(
         values=_values(still, moved_by, units),
         moments=np.stack([moments["exp_avg"].numpy(), moments["exp_avg_sq"].numpy()]),
     )
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise InfeasibleError("compensation: the model's activations or gradients overflow; use bfloat16 or float32")
 
 
 def _units(model: MaskedModel, data: TokenSet, options: CompensationOptions) -> Vector:

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.doubles.tiny_models import tiny_model
+from was_search.checkpoints.quantised import quantise_projections
+from was_search.checkpoints.structure import find_structure
 from was_search.compensation import Compensation
 from was_search.errors import InfeasibleError
 from was_search.masks.calibration import histogram_pass
 from was_search.masks.compensating import CompensationOptions, CompensationState, learn_steps, step_rows
+from was_search.masks.divergence import DenseTop
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
 from was_search.vectors.budget import SparsityBudget
+from was_search.weight_format import WeightFormat
 
 OPTIONS = CompensationOptions(steps=30, sequences=4, scale_rate=1e-2, constant_rate=2e-2)
 
@@ -95,3 +100,42 @@ def test_all_sequences_come_once_before_one_comes_again():
 def test_options_out_of_range(name, value):
     with pytest.raises(InfeasibleError, match=f"{name}: must"):
         CompensationOptions(**{name: value})
+
+
+def prepared(kind: str) -> MaskedModel:
+    if kind == "fused":
+        return MaskedModel.of(tiny_model("phi3", torch.float32), "l2", "shared")
+    model = tiny_model("llama", torch.float32)
+    if kind == "int8":
+        form = WeightFormat.parse("int8:32")
+        assert form is not None
+        quantise_projections(find_structure(model), form)
+    return MaskedModel.of(model, "l1", "shared" if kind == "shared" else "separate", recompute=kind == "recompute")
+
+
+@pytest.mark.parametrize("kind", ["fused", "int8", "shared", "recompute"])
+def test_every_kind_of_model_learns(kind, make_data, tokens):
+    masked, data = prepared(kind), make_data(tokens)
+    sparsities = np.full(masked.shape.params.shape, 0.5)
+    thresholds = histogram_pass(masked, data, None)[0].thresholds(sparsities)
+    options = dataclasses.replace(OPTIONS, steps=12)
+    budget, top = SparsityBudget(masked.shape, 0.5), dense_top(masked, data, 20)
+    state = CompensationState.start(masked.shape, sparsities, thresholds)
+    state = learn_steps(masked, data, top, state, budget, options, seed=0, steps=12)
+    found = state.mean_sparsities(budget, options)
+    assert masked.shape.sparsity(found) == pytest.approx(0.5, abs=1e-9)
+    for b, group in ((b, group) for b in range(masked.shape.n_blocks) for group in masked.shape.groups):
+        assert len(set(found[b, list(group)])) == 1
+    assert np.mean(state.losses[-4:]) < np.mean(state.losses[:4])
+
+
+@pytest.mark.parametrize("where", ["weights", "loss"])
+def test_numbers_that_are_not_finite(masked, data, start, where):
+    top = dense_top(masked, data, 20)
+    if where == "weights":
+        with torch.no_grad():
+            masked.structure.blocks[1].projections["down"].weight[0, 0] = torch.inf
+    else:
+        top = DenseTop(top.indices, np.full_like(top.log_probs, np.inf))
+    with pytest.raises(InfeasibleError, match="overflow; use bfloat16 or float32"):
+        learn_steps(masked, data, top, start, SparsityBudget(masked.shape, 0.6), OPTIONS, seed=0, steps=1)

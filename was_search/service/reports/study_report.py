@@ -50,6 +50,15 @@ def step_words(step: Mapping[str, Any]) -> str:
     )
 
 
+def compensation_words(figures: Mapping[str, Any]) -> str:
+    """What a compensation was worth, in words; ``figures`` are those of its provenance."""
+    judged = figures["validation_kl_nats"]
+    return (
+        f"Compensation: divergence from the dense model {judged['without']:.4f} -> {judged['with']:.4f} nats per token "
+        f"on {figures['validation_sequences']} calibration sequence(s) that it was not learned from"
+    )
+
+
 def note_lines(report: Mapping[str, Any]) -> list[str]:
     """Markdown lines on what was exported, from a study's ``report``; none before the first export.
 
@@ -78,6 +87,8 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
     if words := distance_words(metrics["test"]):
         lines += ["", f"Test split: {words}. {DISTANCE_MEANING[0].upper()}{DISTANCE_MEANING[1:]}."]
     lines += ["", f"Gap {number(report['gap_nats']):+.4f}. {GAP_MEANING[0].upper()}{GAP_MEANING[1:]}."]
+    if "compensation" in report:
+        lines += ["", f"{compensation_words(report['compensation'])}."]
     if "step" in report:
         lines += ["", f"{step_words(report['step'])}."]
     for row in report.get("comparison", [])[-1:]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from was_search.coordinator.model_calls import EvaluateThresholds, LearnCompensation
 from was_search.masks.compensating import CompensationOptions, CompensationState
+from was_search.service.reports.study_report import compensation_words
 from was_search.service.settings import Settings
 from was_search.service.steps.calibration import OperatingPoint
 from was_search.service.steps.candidates import shared_compensation
@@ -101,10 +102,7 @@ def learn_compensation(
         "learning_sequences": len(tokens.learning.tokens),
         "validation_sequences": len(tokens.validation.tokens),
     }
-    context.reporter.note(
-        f"compensation: divergence from the dense model {before:.4f} -> {after:.4f} nats per token, on "
-        f"{len(tokens.validation.tokens)} sequence(s) of {tokens.validation.protocol.data} that it was not learned from"
-    )
+    context.reporter.note(compensation_words(figures))
     if not after < before:
         context.reporter.note("the compensation is left out, as it does not help there")
         return None

@@ -163,13 +163,15 @@ def write_plan(context: Context, result: SearchResult) -> Path:
         },
     )
     folder = plan.save(plan_folder(question.settings, result.study))
-    exported = {"slot": chosen.slot.number, "candidate": chosen.name, "achieved": plan.achieved}
+    name = f"{chosen.name}, with a compensation" if learned else chosen.name
+    exported = {"slot": chosen.slot.number, "candidate": name, "achieved": plan.achieved}
     StudyStore(context.database).set_report(
         result.study,
         {
             "exported": {**exported, "best_slot": best.number},
             "metrics": plan.metrics,
             "gap_nats": plan_gap_nats(plan),
+            **learned,
             **({"step": plan.provenance["step"]} if "step" in plan.provenance else {}),
         },
     )

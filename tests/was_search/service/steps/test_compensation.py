@@ -17,6 +17,7 @@ from was_search.masks.compensating import CompensationState
 from was_search.plan import Plan
 from was_search.service.context import Context
 from was_search.service.reports.progress import Reporter
+from was_search.service.reports.study_report import note_lines
 from was_search.service.steps import compensation as step
 from was_search.service.steps.compensation import STEPS_PER_CALL, learn_compensation, learning_options
 from was_search.service.steps.evaluation import evaluate
@@ -24,6 +25,7 @@ from was_search.service.steps.main_job import run
 from was_search.service.steps.plan_compensation import compensate
 from was_search.service.steps.question import Question
 from was_search.shape import FloatArray
+from was_storage.studies.store import StudyStore
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -72,7 +74,14 @@ def test_it_says_what_it_was_learned_from_and_judged_by(made):
     assert figures["validation_kl_nats"]["with"] < figures["validation_kl_nats"]["without"]
     assert any("[search]" in words for words in figures["learned_from"])
     assert any("[calibration]" in words for words in figures["learned_from"])
-    assert any(note.startswith("compensation: divergence from the dense model ") for note in made.notes.said)
+    assert any(note.startswith("Compensation: divergence from the dense model ") for note in made.notes.said)
+
+
+def test_the_studys_page_tells_of_it(made, database):
+    report = StudyStore(database).get(made.result.search.study).report
+    page = "\n".join(note_lines(report))
+    assert ", with a compensation, thresholds re-taken" in page
+    assert "Compensation: divergence from the dense model" in page
 
 
 def test_evaluate_measures_the_plan_as_the_run_did(made):
