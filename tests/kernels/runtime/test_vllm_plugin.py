@@ -34,7 +34,7 @@ def exported(folder: Path, family: str, masks: Any) -> Path:
     model.save_pretrained(folder / "checkpoint")
     source = resolve_model(str(folder / "checkpoint"))
     plan = tiny_plan(model, masks=masks)
-    plan = replace(compensated(plan) if masks == "shared" else plan, fingerprint=fingerprint(source))
+    plan = replace(compensated(plan, 0.1) if masks == "shared" else plan, fingerprint=fingerprint(source))
     return save_with_plan(source, plan, folder / "with plan")
 
 
