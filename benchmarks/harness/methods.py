@@ -14,6 +14,7 @@ import optuna
 from benchmarks.harness.baselines import EvolutionSettings, RampSettings, evolve, linear_ramp
 from benchmarks.harness.ledger import Exhausted, Ledger, Score
 from was_search.errors import ConfigError
+from was_search.masks.compensating import CompensationOptions
 from was_search.shape import FloatArray, ModelShape
 from was_search.studies.fitness import FitnessName
 from was_search.studies.sampling import MONOTONE, SamplerName, Suggester
@@ -76,6 +77,7 @@ class Method:
         seconds: its own time for one evaluation, roughly, at a hundred parameters: decides the order of jobs.
         random: whether the seed changes anything; else one seed is run.
         fitness: fitness that its ledger's losses are of. For ``kl`` the dense model's top costs one evaluation.
+        compensation: how one is learned for its last vector, with tokens of its own; None: none is.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Method:
     seconds: float = 0.0
     random: bool = True
     fitness: FitnessName = "nll"
+    compensation: CompensationOptions | None = None
 
 
 METHODS: dict[str, Method] = {}
@@ -243,14 +246,27 @@ class Descents:
             incumbent = min([incumbent, *found], key=lambda score: score.loss_nats)
         return incumbent
 
-    def method(self, name: str, fitness: FitnessName = "nll") -> Method:
+    def method(
+        self, name: str, fitness: FitnessName = "nll", compensation: CompensationOptions | None = None
+    ) -> Method:
         """The method called ``name``, to be registered."""
         settings = self.settings() | ({"fitness": fitness, "top_k": KL_TOP_K} if fitness == "kl" else {})
+        if compensation is not None:
+            settings["compensation"] = {**vars(compensation), "top_k": KL_TOP_K}
 
         def run(task: Task, ledger: Ledger) -> None:
             self.run(task, ledger)
 
-        return Method(name, run, spaces=("-",), settings=settings, most_evaluations=120, seconds=1.0, fitness=fitness)
+        return Method(
+            name,
+            run,
+            spaces=("-",),
+            settings=settings,
+            most_evaluations=120,
+            seconds=1.0,
+            fitness=fitness,
+            compensation=compensation,
+        )
 
 
 def _state(score: Score) -> SlotState:
@@ -329,3 +345,4 @@ register(Descents().method("descent"))
 register(Descents().method("descent-kl", "kl"))
 # For an evaluation of 24 sequences, of which a round takes the same share as 24 do of 64: 117 evaluations in all again.
 register(Descents(per_round=9).method("descent-9"))
+register(Descents(per_round=9).method("descent-9-compensated", compensation=CompensationOptions()))

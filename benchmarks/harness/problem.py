@@ -7,6 +7,7 @@ Postgres: in one process, on one device.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ from benchmarks.harness.fast_passes import FastPasses
 from benchmarks.harness.methods import KL_TOP_K
 from was_search.checkpoints.fingerprint import fingerprint
 from was_search.checkpoints.load import load_tokenizer, pick_device, pick_dtype, resolve_model
+from was_search.compensation import Compensation
 from was_search.coordinator.calls import Held
-from was_search.coordinator.model_calls import Descend, GreedyBlock, Price
+from was_search.coordinator.model_calls import Descend, GreedyBlock, LearnCompensation, Price
 from was_search.errors import ConfigError
-from was_search.masks.calibration import operating_point
-from was_search.masks.evaluation import dense_top
+from was_search.masks.calibration import histogram_pass, operating_point
+from was_search.masks.compensating import CompensationOptions, CompensationState
+from was_search.masks.divergence import DenseTop
+from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.histogram import Histograms
 from was_search.masks.pricing import DEFAULT_GRID
 from was_search.shape import N_PROJECTIONS, SCORE_KINDS, FloatArray, IntArray, ModelShape, ScoreKind
 from was_search.studies.fitness import FitnessName
 from was_search.texts.protocol import SPLITS, TokenSet, perplexity
 from was_search.texts.splits import load_text
-from was_search.texts.tokens import tokenise
+from was_search.texts.tokens import text_order, tokenise
 from was_search.vectors.budget import SparsityBudget
 from was_search.vectors.descent import DescentOptions
 from was_search.vectors.seeds import (
@@ -214,6 +218,55 @@ class Engine:
 
         decides = (data.tokens, histograms.counts, start, target, asdict(options), per_round, seed)
         return self._cache.get((*self._identity, "descent", *decides), make)["end"]
+
+    @cached_property
+    def learning(self) -> tuple[TokenSet, DenseTop]:
+        """What compensations are learned from, as a run divides its text, and the dense model's top of it."""
+        slopes = self.data["slope"]
+        n = len(slopes.tokens)
+        most = slopes.tokens[text_order(n, self.setup.order_seed) < n - max(1, round(0.15 * n))]
+        data = TokenSet.of(slopes.protocol, np.concatenate([self.data["search"].tokens, most]))
+        return data, dense_top(self.model, data, KL_TOP_K)
+
+    def compensate(
+        self, problem: Problem, start: FloatArray, options: CompensationOptions, seed: int
+    ) -> tuple[FloatArray, Compensation, int]:
+        """A compensation of the vector ``start``, as a run learns it: sparsities, vectors, and the tokens spent."""
+        data, top = self.learning
+        _, thresholds, _, _ = operating_point(self.run_pass, self.histograms_of(problem), start, problem.shape)
+        budget = SparsityBudget(problem.shape, problem.target)
+        call = LearnCompensation(
+            Held(data),
+            Held(top),
+            CompensationState.start(problem.shape, start, thresholds),
+            budget,
+            options,
+            seed,
+            options.steps,
+        )
+        state = self.worker.run(call)
+        tokens = round(call.tokens) + data.tokens.size
+        return state.mean_sparsities(budget, options), state.compensation(problem.shape), tokens
+
+    def confirm_compensated(
+        self, problem: Problem, sparsities: FloatArray, compensation: Compensation
+    ) -> dict[str, Any]:
+        """What :meth:`confirm` gives, of a vector with its compensation, by the plain passes."""
+        model, calibration = self.model.compensated(compensation), self.data["calibration"]
+
+        def run_pass(thresholds: Any) -> tuple[Histograms, FloatArray]:
+            histograms, seen, dropped = histogram_pass(model, calibration, thresholds)
+            return histograms, dropped / np.maximum(seen, 1)
+
+        _, thresholds, achieved, passes = operating_point(
+            run_pass, self.histograms_of(problem), sparsities, problem.shape
+        )
+        row: dict[str, Any] = {"achieved": {"calibration": problem.shape.sparsity(achieved)}, "passes": passes}
+        for split in self.evaluators:
+            found = evaluate_thresholds(model, self.data[split], thresholds)
+            row[f"{split}_nats"] = found.loss_nats
+            row["achieved"][split] = problem.shape.sparsity(found.achieved)
+        return {**row, "test_perplexity": perplexity(row["test_nats"])}
 
     def histograms_of(self, problem: Problem) -> Histograms:
         """The problem's histograms, unpacked once for runs of the same target."""

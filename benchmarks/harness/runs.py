@@ -139,10 +139,18 @@ def run_job(engine: Engine, problem: Problem, job: Job, deadline: float = float(
                 **engine.confirm(problem, incumbent.sparsities),
             }
         )
-    last = ledger.at(ledger.budget)
+    last, extra = ledger.at(ledger.budget), 0
+    if method.compensation is not None and last is not None:
+        if time.time() > deadline:
+            raise OutOfTime
+        moved, compensation, extra = engine.compensate(problem, last.sparsities, method.compensation, job.seed)
+        checkpoints[-1] |= {
+            "tokens": ledger.spent + extra,
+            **engine.confirm_compensated(problem, moved, compensation),
+        }
     return {
         "checkpoints": checkpoints,
-        "tokens": ledger.spent,
+        "tokens": ledger.spent + extra,
         "full_evaluations": ledger.n_full,
         "nominal": None if last is None else problem.shape.sparsity(last.sparsities),
         "sparsities": None if last is None else np.round(last.sparsities, 5).tolist(),

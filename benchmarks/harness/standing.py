@@ -50,6 +50,7 @@ STANDING = {
         methods=(
             *("uniform", "greedy-uniform", "fisher", "linear-ramp", "was-monotone"),
             *("random:levels", "tpe:levels", "cmaes:levels", "evolution:levels", "descent-9"),
+            "descent-9-compensated",
         ),
         setup={
             "model": "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +14,13 @@ import pytest
 
 from benchmarks import search_quality
 from benchmarks.harness import methods, problem, racing
+from benchmarks.harness.methods import METHODS
 from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main, parse
 from tests.doubles.small_run import BLOCKS, small_model
 from was_search.coordinator.model_calls import GreedyBlock
+from was_search.masks.compensating import CompensationOptions
 from was_search.service.settings import Settings
 from was_search.vectors.seeds import SEED_DESCENT
 
@@ -82,6 +85,19 @@ def test_divergence_as_the_fitness_and_a_cache(coarse, tmp_path, monkeypatch):
     assert found[0] == found[1]
     last = found[0][-1]
     assert 0.0 < last["search_nats_shared_thresholds"] < 1.5 < last["search_nats"]
+
+
+@pytest.mark.slow
+def test_a_compensation_is_confirmed_and_its_tokens_are_counted(coarse, tmp_path, monkeypatch):
+    options = CompensationOptions(steps=12, sequences=2)
+    plain = METHODS["uniform"]
+    monkeypatch.setitem(METHODS, "more", dataclasses.replace(plain, name="more", compensation=options))
+    output = tmp_path / "rows.jsonl"
+    assert main([*TINY, "--methods", "uniform", "more", "--output", str(output)]) == 0
+    before, after = (next(row for row in read_rows(output) if row["method"] == name) for name in ("uniform", "more"))
+    assert after["checkpoints"][-1]["test_nats"] < before["checkpoints"][-1]["test_nats"]
+    assert after["tokens"] > before["tokens"] + 3 * 12 * 2
+    assert abs(after["checkpoints"][-1]["achieved"]["calibration"] - after["target"]) < 2e-3
 
 
 @pytest.mark.slow
