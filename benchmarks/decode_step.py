@@ -11,9 +11,9 @@ leaves a user with: one token for each row through a ``LlamaForCausalLM`` with a
 from a CUDA graph; every replay gets other tokens. Masks are made inside. Thresholds are the quantiles that a pass
 over random tokens meets, each projection's under the masks of those before it; the sparsity that is reported was
 counted in decoding steps. The limit is the time to read the weights that must be read, the head and the cache at the
-bandwidth measured first. With ``--compensation`` each plan's step is also timed with random scales and constants: two
-graphs of one model in turn, so that their ratio does not depend on when each was timed. One JSON line a row is appended
-to benchmarks/results/decode_step.jsonl.
+bandwidth measured first. With ``--compensation`` each plan's step is also timed with scales of 1 and constants of 0,
+which leave the masks alone: two graphs of one model in turn, so that their ratio does not depend on when each was
+timed. One JSON line a row is appended to benchmarks/results/decode_step.jsonl.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def cases(model: Any, batch: int, options: argparse.Namespace) -> Iterator[Case]
         quantise_projections(find_structure(model), form)
     for sparsity in options.sparsities:
         plan = plan_at(model, sparsity, options.masks)
-        handle = sparsify(model, compensated(plan) if options.compensation else plan, backend=options.backend)
+        handle = sparsify(model, compensated(plan, 0.0) if options.compensation else plan, backend=options.backend)
         with uncorrected(handle):
             step = DecodeStep(model, tokens, options.kv_length)
             counted = step.counted(handle)
