@@ -117,6 +117,24 @@ def test_map_keeps_the_order_of_its_calls(pool) -> None:
     assert [value for value, _ in found] == list(range(7))
 
 
+def test_the_work_done_is_counted(pool) -> None:
+    opened = pool()
+    opened.wait_idle(ENDLESS)
+    done = opened.work_done
+    assert (done.calls, done.busy_seconds, done.stored_bytes) == (0, 0.0, 0), "loading is no call of the user's"
+    opened.map([Ask("nap", 0.2), Ask("nap", 0.2)])
+    assert done.calls == 2
+    assert done.busy_seconds >= 0.4
+    assert done.stored_bytes == 0, "small replies go past the object store"
+    opened.share(bytes(10**6))
+    assert 10**6 <= done.stored_bytes < 1.1 * 10**6
+    opened.map([Ask("echo", bytes(10**6))])
+    assert 2 * 10**6 <= done.stored_bytes < 2.2 * 10**6, "the reply counts, the call's own argument does not"
+    with pytest.raises(InfeasibleError):
+        opened.map([Ask("fail", InfeasibleError("scores are not finite"))])
+    assert done.calls == 3
+
+
 def test_an_error_of_the_call_itself_is_raised(pool) -> None:
     with pytest.raises(InfeasibleError, match="not finite"):
         pool().map([Ask("fail", InfeasibleError("scores are not finite"))])

@@ -28,6 +28,7 @@ from was_workers.room import no_room
 from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
+from was_workers.work_done import WorkDone
 from was_workers.worker import Worker, WorkerInfo, WorkerSpec
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class Pool:
 
     Attributes:
         health: of the workers; whoever hands calls out tells it how they ended.
+        work_done: what the workers have done so far.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Pool:
         self._next_ticket = 0
         self._shared: WeakSet[RayShared[Any]] = WeakSet()
         self._deaths: list[float] = []
+        self.work_done = WorkDone()
         self.health = Health(self, policy or QuarantinePolicy())
         self._size.keep()
 
@@ -222,6 +225,7 @@ class Pool:
         self._heal()
         shared = RayShared.put(value)
         self._shared.add(shared)
+        self.work_done.shared(shared.reference)
         return shared
 
     def submit(
@@ -258,6 +262,7 @@ class Pool:
         self._heal()
         for call in self._calls.wait(timeout_seconds):
             if (ending := self._calls.take(call)) is not None:
+                self.work_done.ended(ending)
                 self._members.settle(ending)
         self._members.turn()
         if self._size.due or not self._members.all:
