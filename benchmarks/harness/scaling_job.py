@@ -102,13 +102,15 @@ def phase_of(name: str, *, searched: bool) -> str:
 def result_hashes(found: RunResult) -> dict[str, Any]:
     """What must not depend on the number of workers, as hashes.
 
-    ``plan_hash`` is of the plan's sparsities and thresholds. ``descended_hash`` is of the vectors and losses of seeds
-    and descents: what a sampler suggests after them depends on which trials have ended by then.
+    ``plan_hash`` is of the plan's sparsities and thresholds. ``descended_hash`` is of the vectors of seeds and
+    descents, and of the seeds' losses: how early a trial stops, and what a sampler suggests, depend on which others
+    have ended by then.
     """
     assert found.plan is not None
     plan = Plan.load(found.plan)
-    before = [s for s in found.search.slots if s.source.kind in (OriginKind.SEED, OriginKind.DESCENT)]
-    vectors = [[s.origin, np.asarray(s.sparsities), s.loss_nats] for s in before]
+    kinds = {OriginKind.SEED: True, OriginKind.DESCENT: False}
+    before = sorted((s for s in found.search.slots if s.source.kind in kinds), key=lambda s: s.origin)
+    vectors = [[s.origin, np.asarray(s.sparsities), s.loss_nats if kinds[s.source.kind] else None] for s in before]
     return {
         "plan_hash": content_hash("plan", plan.sparsities, plan.thresholds),
         "descended_hash": content_hash("descended", vectors),
