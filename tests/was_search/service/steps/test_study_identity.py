@@ -33,7 +33,9 @@ NOT_IDENTITY = {
     "what becomes of workers and calls": (
         *("trial_timeout", "max_attempts", "quarantine_slowdown", "quarantine_failures", "quarantine_seconds"),
     ),
-    "what follows the search": ("test_sequences", "plan", "prefill"),
+    "what follows the search": (
+        *("test_sequences", "plan", "prefill", "compensation", "compensation_steps", "compensation_sequences"),
+    ),
     "names, addresses and files": ("study", "storage", "metrics", "notify"),
 }
 NOT = {name for names in NOT_IDENTITY.values() for name in names}
