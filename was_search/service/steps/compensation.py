@@ -126,8 +126,7 @@ def _learned(
         context.reporter.cached("learn a compensation", detail, time.perf_counter() - started)
         return state
     state = state or CompensationState.start(shape, np.round(sparsities, 9), point.thresholds)
-    top = dense_top(context, data)
-    pool = context.pool
+    top, pool = dense_top(context, data, _top_k(context)), context.pool
     shared_data, shared_top = pool.share(data), pool.share(top)
     left = -(-(options.steps - state.done) // STEPS_PER_CALL)
     with context.phase(f"learn a compensation on {data.protocol.brief()}", left) as advance:
@@ -143,10 +142,15 @@ def _learned(
 def _divergences(dense: Dense, points: list[OperatingPoint]) -> list[float]:
     """Mean divergence from the dense model on the validation sequences, nats per token, at each point."""
     context, data, pool = dense.context, dense.tokens.validation, dense.context.pool
-    top = pool.share(dense_top(context, data))
+    top = pool.share(dense_top(context, data, _top_k(context)))
     calls = [EvaluateThresholds(data, point.thresholds, top, shared_compensation(pool, point)) for point in points]
     with context.phase(f"judge the compensation on {data.protocol.brief()}", len(calls)) as advance:
         return [found.loss_nats for found in pool.map(calls, phase="evaluate", done=advance)]
+
+
+def _top_k(context: Context) -> int:
+    """How many of the dense model's tokens count: all of a vocabulary that has fewer than the settings say."""
+    return min(context.settings.kl_top_k, context.model.token_rows)
 
 
 def _packed(state: CompensationState) -> tuple[bytes, dict[str, Any]]:

@@ -35,16 +35,15 @@ def check_vocabulary(model: Model, kl_top_k: int) -> None:
         check_top_k(kl_top_k, vocabulary)
 
 
-def dense_top_key(context: Context, data: TokenSet) -> str:
+def dense_top_key(context: Context, data: TokenSet, k: int | None = None) -> str:
     """Key of :func:`dense_top`'s result in the cache."""
-    return content_hash(
-        "dense-top", 1, context.model.key, data.protocol, context.placement.device, context.settings.kl_top_k
-    )
+    k = k or context.settings.kl_top_k
+    return content_hash("dense-top", 1, context.model.key, data.protocol, context.placement.device, k)
 
 
-def dense_top(context: Context, data: TokenSet) -> DenseTop:
-    """The dense model's top on ``data``, cached."""
-    k = context.settings.kl_top_k
+def dense_top(context: Context, data: TokenSet, k: int | None = None) -> DenseTop:
+    """The dense model's top ``k`` on ``data``, cached; as many as the settings say if None."""
+    k = k or context.settings.kl_top_k
     name = f"dense top {k}"
 
     def make() -> DenseTop:
@@ -56,7 +55,9 @@ def dense_top(context: Context, data: TokenSet) -> DenseTop:
             return phases.dense_top(pool, data, k, advance=advance)
 
     return cached(
-        Pieces(context.cache, dense_top_key(context, data), len(data.tokens), data.protocol.predicted_per_sequence, k),
+        Pieces(
+            context.cache, dense_top_key(context, data, k), len(data.tokens), data.protocol.predicted_per_sequence, k
+        ),
         make,
         context.reporter,
         name,
