@@ -11,6 +11,7 @@ import numpy as np
 
 from was_search.coordinator.model_calls import EvaluateThresholds, LearnCompensation
 from was_search.masks.compensating import CompensationOptions, CompensationState
+from was_search.service.context import Context
 from was_search.service.reports.study_report import compensation_words
 from was_search.service.settings import Settings
 from was_search.service.steps.calibration import OperatingPoint
