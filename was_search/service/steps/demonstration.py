@@ -32,10 +32,10 @@ DEMO_OPTIONS: dict[str, Any] = {
     "search_sequences": 64,
     "test_sequences": 192,
     "batch_size": 8,
-    "compensation_steps": 100,
-    "compensation_sequences": 8,
+    "compensation_steps": 40,
+    "compensation_sequences": 4,
 }
-"""Options that the demo sets; all others have their defaults. Its descent is shorter, so that it takes minutes."""
+"""Options that the demo sets; others have their defaults. Descent and compensation are shorter, so that it takes minutes."""
 
 
 def demo_settings(**overrides: Any) -> Settings:
