@@ -35,7 +35,7 @@ DEMO_OPTIONS: dict[str, Any] = {
     "compensation_steps": 40,
     "compensation_sequences": 4,
 }
-"""Options that the demo sets; others have their defaults. Descent and compensation are shorter, so that it takes minutes."""
+"""Options that the demo sets; others have their defaults. Descent and compensation are short: it takes minutes."""
 
 
 def demo_settings(**overrides: Any) -> Settings:
