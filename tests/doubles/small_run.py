@@ -82,7 +82,17 @@ def coarse_greedy(step: float = 0.1) -> Iterator[None]:
 def small_flags(**overrides: Any) -> list[str]:
     """The same as command-line flags of ``was-search search``."""
     settings = small_settings(**overrides)
-    names = [*SMALL, "model", "data", "target", "workers", "ray", "device", "storage", "study"]
+    names = [
+        *(name for name in SMALL if name != "compensation"),
+        "model",
+        "data",
+        "target",
+        "workers",
+        "ray",
+        "device",
+        "storage",
+        "study",
+    ]
     return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))]
 
 

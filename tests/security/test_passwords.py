@@ -257,7 +257,7 @@ def test_a_whole_run_leaves_it_nowhere(logins: Logins, coordinator: Database, tm
         "--device", "cpu", "--ray", "local", "--workers", "1", "--study", "silent", "--trials", "5",
         "--sequence-length", "48", "--calibration-sequences", "4", "--pricing-sequences", "4", "--seed-rounds", "0",
         "--slope-sequences", "4", "--search-sequences", "4", "--test-sequences", "4", "--descent-epochs", "0",
-        "--log-format", "json",
+        "--compensation-steps", "2", "--log-format", "json",
     ]  # fmt: skip
     env = {
         **environment(),
@@ -294,11 +294,15 @@ def test_a_whole_run_leaves_it_nowhere(logins: Logins, coordinator: Database, tm
         assert [ended[name] for name in ids] == [done[name] for name in ids]
         assert all(value not in (None, "") for value in [done[name] for name in ids])
         assert "model loaded" in events(kept)
-        for what, phase in (("calibration pass", "calibrate"), ("pricing", "price"), ("plan evaluation", "evaluate")):
+        phases = {
+            **{"calibration pass": "calibrate", "pricing": "price", "plan evaluation": "evaluate"},
+            **{"dense top": "dense top", "compensation": "compensation"},
+        }
+        for what, phase in phases.items():
             ends = [line for line in events(kept)[f"{what} ended"] if line["phase"] == phase]
             assert ends and all(line["study"] == "silent" and line["attempt"] == 1 for line in ends)
             assert all({"part", "worker", "seconds"} <= set(line) for line in ends)
-        assert {line["phase"] for line in told["phase ended"]} == {"calibrate", "price", "evaluate"}
+        assert {line["phase"] for line in told["phase ended"]} == set(phases.values())
         looked_at = 0
         for folder in (tmp_path, sessions, Path(tempfile.gettempdir()) / "ray"):
             for path in folder.rglob("*"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 TYPES = {
     "x_ptr": "*{x}", "weight_ptr": "*{w}", "bias_ptr": "*{x}", "y_ptr": "*{x}", "norms_ptr": "*fp32",
     "dense_ptr": "*u8", "partial_ptr": "*fp32", "threshold": "fp32", "scales_ptr": "*fp16",
+    "scale_ptr": "*fp32", "constant_ptr": "*fp32",
 }  # fmt: skip
 ALIGNED = {*TYPES, "d", "d_in", "d_out", "row_length", "stride_row", "stride_sequence", "stride_position"}
 ALIGNED -= {"threshold"}
@@ -74,8 +76,8 @@ def test_odd_shapes_compile(capability):
     assert ptx(sparse_gemv_kernels.row_kernel, {**keep, **gemv_constants(1, 16), "d_out": 1}, **odd)
     constants = {**keep, **gemv_constants(4, 16), "UPCAST": False, "BLOCK_ROWS": 16, "d_in": 1}
     assert ptx(sparse_gemv_kernels.batch_kernel, constants, **odd)
-    for bias in (False, True):
-        constants = {"HAS_BIAS": bias, "SPLITS": 11, "BLOCK": 256}
+    for bias, corrected, dense in itertools.product((False, True), repeat=3):
+        constants = {"HAS_BIAS": bias, "CORRECTED": corrected, "HAS_DENSE": dense, "SPLITS": 11, "BLOCK": 256}
         assert ptx(sparse_gemv_kernels.reduce_kernel, constants, **odd)
         ones = {"n_rows": 1, "d_out": 1}
         assert ptx(sparse_gemv_kernels.reduce_kernel, {**constants, "SPLITS": 1, **ones}, **odd)
