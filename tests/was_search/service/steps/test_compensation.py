@@ -10,7 +10,7 @@ import pytest
 
 from tests.doubles.small_run import small_settings
 from tests.doubles.workers_here import workers_here
-from was_search.compensation import same
+from tests.was_search.test_compensation import same
 from was_search.coordinator.model_calls import LearnCompensation
 from was_search.errors import PlanError
 from was_search.masks.compensating import CompensationState
