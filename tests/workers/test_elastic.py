@@ -17,6 +17,7 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 
 import was_workers.pool as pool_module
+import was_workers.room as room_module
 from tests.doubles.ask import Ask
 from tests.doubles.bowl_worker import bowl_worker, evaluations
 from tests.doubles.loop_doubles import BRIEF, SHAPE, search_options, seeds
@@ -163,14 +164,28 @@ def test_a_pool_takes_what_the_cluster_gives_and_asks_for_the_rest(nodes: Nodes,
 
 
 def test_a_cluster_without_a_node_for_a_worker_says_so_and_waits(add, start, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(pool_module, "_ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(room_module, "_NEVER_SECONDS", 0.0)
     wait_for_nodes_to_go()
     pool = start("1")
     with pytest.raises(ResourceError, match="no worker had loaded its model within 2 s"):
         pool.wait_idle(2.0)
-    assert "no worker has a place yet: each needs 1 CPU, and no node has that (nodes: 0 CPU and 0 GPU)" in caplog.text
+    assert (
+        "no worker has a place yet: 1 worker(s) were asked for, each needs 1 CPU, and no node has that" in caplog.text
+    )
     add()
     pool.wait_idle(ENDLESS)
+
+
+def test_a_start_that_no_node_has_room_for_ends(nodes: Nodes, start, monkeypatch) -> None:
+    """The head's own autoscaler only reports nodes; it is no reason to wait."""
+    monkeypatch.setattr(room_module, "_HOPELESS_SECONDS", 3.0)
+    wait_for_nodes_to_go()
+    began = time.monotonic()
+    with pytest.raises(
+        ResourceError, match=r"cannot hold 1 worker\(s\) of 1 CPU each: no node has that .*no autoscaler"
+    ):
+        start("4").wait_for_least(ENDLESS)
+    assert time.monotonic() - began < ENDLESS / 2
 
 
 def test_fewer_places_than_the_least_number_are_an_error(add, start) -> None:

@@ -21,7 +21,6 @@ from was_workers.cluster import connect
 from was_workers.deaths import death_of
 from was_workers.members import Members
 from was_workers.pool import Pool
-from was_workers.room import no_room
 from was_workers.threads import ThreadShare
 from was_workers.worker import Place, WorkerInfo, WorkerSpec
 
@@ -195,24 +194,3 @@ def test_a_machine_that_is_short_of_memory(monkeypatch: pytest.MonkeyPatch, capl
 def test_a_model_that_cannot_be_read_is_said_at_once(members) -> None:
     with pytest.raises(ModelError, match="not a checkpoint"):
         end(members(1), 0, raised=ModelError("not a checkpoint"))
-
-
-def nodes(*sizes: tuple[float, float]) -> list[dict[str, Any]]:
-    return [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus, "memory": 1.0}} for cpus, gpus in sizes]
-
-
-@pytest.mark.parametrize(
-    ("found", "gpus", "words"),
-    [
-        (nodes((8, 0), (16, 2), (8, 0)), 4.0, "1 CPU and 4 GPU, and no node has that (nodes: 16 CPU and 2 GPU, 8 CPU"),
-        (nodes((8, 4)), 0.5, "1 CPU and 0.5 GPU, and all nodes that have that are taken (nodes: 8 CPU and 4 GPU)"),
-        (nodes((0, 0)), 0.0, "needs 1 CPU, and no node has that (nodes: 0 CPU and 0 GPU)"),
-        ([], 0.0, "no node has that (nodes: none)"),
-        ([{**nodes((8, 8))[0], "Alive": False}], 1.0, "no node has that (nodes: none)"),
-    ],
-)
-def test_a_cluster_without_room_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], gpus: float, words: str
-) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: found)
-    assert words in no_room(gpus)

@@ -76,7 +76,7 @@ class Context:
         Raises:
             ResourceError: a GPU was asked for and there is none.
         """
-        return placed_on_workers(self.settings, lambda: self.cluster.gpus)
+        return placed_on_workers(self.settings, lambda: self.cluster)
 
     @cached_property
     def placement_here(self) -> Placement:

@@ -63,6 +63,11 @@ class CallsInFlight:
         """The calls of the pool's user, in the order of their start."""
         return [call for call in self._by_reference.values() if not call.ours]
 
+    @property
+    def placing(self) -> list[CallInFlight]:
+        """The calls of workers that wait for a place."""
+        return [call for call in self._by_reference.values() if call.ticket == PLACE]
+
     def busy(self, member: Member) -> bool:
         """Whether the worker is at a call of the pool's user."""
         return any(call.member is member for call in self.running)

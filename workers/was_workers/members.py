@@ -101,6 +101,12 @@ class Members:
         what = "every worker was lost and could not be restarted" if self.were_ready else "no worker could be started"
         return f"{what}: {self.n_failures} process(es) failed before they were ready; the last: {self.last_loss}"
 
+    @property
+    def waiting_seconds(self) -> float:
+        """How long the worker that has waited the longest waits for a place; 0 where none does."""
+        waiting = (c.seconds for c in self._calls.placing if c.member.stays and c.member.unreachable_since is None)
+        return max(waiting, default=0.0)
+
     def forgive(self) -> None:
         """Try the places of workers that were given up again."""
         self._given_up.clear()

@@ -24,7 +24,7 @@ from was_workers.calls_in_flight import CallsInFlight
 from was_workers.cluster import Cluster, start_anew
 from was_workers.local_ray import dead_process
 from was_workers.members import PREPARE_SECONDS, Members
-from was_workers.room import no_room
+from was_workers.room import RoomWatch
 from was_workers.shared import RayShared
 from was_workers.size import Size, fitting
 from was_workers.threads import ThreadShare
@@ -37,9 +37,6 @@ _DEATHS = 3
 """Deaths of a local Ray within :data:`_DEATHS_SECONDS` after which it is started again."""
 
 _DEATHS_SECONDS = 600.0
-
-_ROOM_SECONDS = 15.0
-"""Time after which it is said that no worker has a place."""
 
 _logger = logging.getLogger(__name__)
 
@@ -97,10 +94,12 @@ class Pool:
             threads=threads,
             goes=lambda node: self._size.goes(node),
         )
+        self._room = RoomWatch(gpus_per_worker)
         self._size = Size(self._members, cluster, asked, math.inf if useful is None else useful)
         self._next_ticket = 0
         self._shared: WeakSet[RayShared[Any]] = WeakSet()
         self._deaths: list[float] = []
+        self._starting = False
         self.work_done = WorkDone()
         self.health = Health(self, policy or QuarantinePolicy())
         self._size.keep()
@@ -267,8 +266,19 @@ class Pool:
         self._members.turn()
         if self._size.due or not self._members.all:
             self._size.keep()
+            self._look_for_room()
         if not self._members.all:
             raise ResourceError(self._members.all_lost)
+
+    def _look_for_room(self) -> None:
+        """Say that workers find no place on a cluster; a local machine without room was refused.
+
+        Raises:
+            ResourceError: the run has not begun yet, and never could.
+        """
+        if not self._cluster.local:
+            waiting = self._members.waiting_seconds
+            self._room.look(self._size.asked, self.state.placed, waiting, starting=self._starting)
 
     @property
     def _dead(self) -> str:
@@ -328,17 +338,15 @@ class Pool:
 
     def _wait_for(self, there: Callable[[], bool], what: str, timeout_seconds: float) -> None:
         started = time.monotonic()
-        said = self._cluster.local  # a machine without room was refused
-        while not there():
-            waited = time.monotonic() - started
-            if not said and waited > _ROOM_SECONDS:
-                said = True
-                if not self.state.placed:
-                    _logger.warning("%s", no_room(self._gpus_per_worker))
-            if waited > timeout_seconds:
-                reason = self._members.last_loss or "are there enough free resources?"
-                raise ResourceError(f"{what} {timeout_seconds:.0f} s; {reason}")
-            self.turn(1.0)
+        self._starting = True
+        try:
+            while not there():
+                if time.monotonic() - started > timeout_seconds:
+                    reason = self._members.last_loss or "are there enough free resources?"
+                    raise ResourceError(f"{what} {timeout_seconds:.0f} s; {reason}")
+                self.turn(1.0)
+        finally:
+            self._starting = False
 
 
 def _as_range(n_workers: WorkerRange | int) -> WorkerRange:
