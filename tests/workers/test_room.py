@@ -126,8 +126,10 @@ def test_a_fixed_number_that_finds_less_room_goes_on_and_says_so_once(cluster, c
     """Before, three of four workers waited in silence until the run was over."""
     cluster(*nodes((1, 0)))
     waiting = Waiting("4", placed=1)
-    waiting.until(300)
+    waiting.until(5)
     (line,) = lines(caplog)
+    waiting.until(300)
+    assert not lines(caplog)
     assert line.startswith(
         "1 of 4 worker(s) have a place and do the work; 4 worker(s) were asked for, each needs 1 CPU, and all nodes "
         "together have room for 1 (nodes: 1 of 1 CPU and 0 GPU; free: 0 CPU and 0 GPU)"

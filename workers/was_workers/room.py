@@ -87,20 +87,21 @@ class RoomWatch:
         now, sizes = self._clock(), node_sizes()
         if sizes != self._sizes or self._said_at is None:
             self._sizes, self._grown_at = sizes, now
-        enough = capacity(sizes, self._gpus) >= needed
-        if enough and waiting_seconds < _TAKEN_SECONDS:
+        holds = capacity(sizes, self._gpus)
+        if waiting_seconds < _TAKEN_SECONDS and holds >= (needed if placed < needed else asked.least):
             return
         if placed < needed:
-            self._say_none(asked, needed, placed, waiting_seconds, enough)
+            enough = holds >= needed
+            self._say_none(asked, needed, placed, waiting_seconds)
             if starting and not enough and now - self._grown_at >= _HOPELESS_SECONDS and not may_grow():
                 raise ResourceError(self._never(asked, needed))
-        elif asked.fixed and not self._said_few and waiting_seconds >= _TAKEN_SECONDS:
+        elif asked.fixed and not self._said_few:
             self._said_few = True
             _logger.warning(
                 "%d of %d worker(s) have a place and do the work; %s", placed, asked.least, self._why(asked)
             )
 
-    def _say_none(self, asked: WorkerRange, needed: int, placed: int, waited: float, enough: bool) -> None:
+    def _say_none(self, asked: WorkerRange, needed: int, placed: int, waited: float) -> None:
         now = self._clock()
         if self._said_at is not None and now - self._said_at < _AGAIN_SECONDS:
             return
