@@ -68,7 +68,7 @@ SEVEN_BILLION: dict[str, Any] = {
     "search_sequences": 16,
     "test_sequences": 16,
     "compensation_steps": 16,
-    "compensation_sequences": 2,
+    "compensation_tokens": 1024,
 }
 """A random model has no text that suits it: any will do, and few tokens show where the time goes."""
 

@@ -109,7 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--checkpoints", nargs="*", type=float, help="evaluations after which vectors are confirmed too"
     )
     parser.add_argument("--radius", type=float, default=0.05, help="of the spaces")
-    parser.add_argument("--processes", type=int, default=1, help="each holds the model on the device")
+    parser.add_argument("--processes", type=int, default=1, help="each holds the model, on the next GPU in turn")
     parser.add_argument("--deadline", type=float, default=0.0, help="seconds after which nothing more is run")
     parser.add_argument("--output", type=Path, help="file of rows; if not given, the problem's in benchmarks/results")
     parser.add_argument("--name", help="what rows call the model; its fingerprint is what counts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -165,11 +166,21 @@ _ENGINE: Engine | None = None
 _PROBLEMS: dict[float, Problem] = {}
 
 
-def _begin(setup: Setup, data: dict[str, Any], problems: list[Problem]) -> None:
-    """Set a worker process up; only its parent handles ctrl-C."""
+def _gpus() -> list[str]:
+    """What each of this process's GPUs is called in ``CUDA_VISIBLE_DEVICES``."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(torch.cuda.device_count())] if seen is None else seen.split(",")
+
+
+def _begin(setup: Setup, data: dict[str, Any], problems: list[Problem], gpus: list[str], begun: Any) -> None:
+    """Set a worker process up. Each takes the next one of the ``gpus``; only their parent handles ctrl-C."""
     global _ENGINE
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    with begun.get_lock():
+        number, begun.value = begun.value, begun.value + 1
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     _ENGINE = Engine(setup, data)
     _PROBLEMS.update({problem.target: problem for problem in problems})
 
@@ -215,12 +226,9 @@ def results(
         return
     flying: dict[Future[dict[str, Any] | None], tuple[Job, float]] = {}
     torch.cuda.empty_cache()  # what was prepared with is needed by the others; without a GPU it does nothing
-    pool = ProcessPoolExecutor(
-        min(processes, len(waiting)),
-        multiprocessing.get_context("spawn"),
-        _begin,
-        (engine.setup, engine.data, problems),
-    )
+    spawn = multiprocessing.get_context("spawn")
+    shared = (engine.setup, engine.data, problems, _gpus(), spawn.Value("i", 0))
+    pool = ProcessPoolExecutor(min(processes, len(waiting)), spawn, _begin, shared)
     try:
         while True:
             while len(flying) < processes and (job := next(filter(fits, waiting), None)):

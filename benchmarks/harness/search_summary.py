@@ -77,7 +77,9 @@ def _curve(name: str, runs: Rows) -> Curve:
     achieved = []
     for run in runs:
         for checkpoint in run["checkpoints"]:
-            losses[checkpoint["evaluations"]].append(checkpoint["test_nats"])
+            # What a compensation takes comes on top of a search's budget.
+            spent = round(checkpoint["tokens"] / run["tokens_per_evaluation"])
+            losses[max(checkpoint["evaluations"], spent)].append(checkpoint["test_nats"])
             achieved.append(checkpoint["achieved"]["test"])
     cells = {
         evaluations: Cell(float(np.median(values)), min(values), max(values), len(values))

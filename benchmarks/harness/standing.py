@@ -57,7 +57,7 @@ STANDING = {
             "data": "wikitext2",
             "dtype": "bfloat16",
             "sequence_length": 1024,
-            "batch_size": 8,
+            "batch_size": 16,
             "calibration_sequences": 32,
             "pricing_sequences": 16,
             "slope_sequences": 94,

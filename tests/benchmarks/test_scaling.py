@@ -27,7 +27,7 @@ CHEAP: dict[str, Any] = {
     "descent_rounds": 1,
     "compensation": "on",
     "compensation_steps": 1,
-    "compensation_sequences": 2,
+    "compensation_tokens": 128,
 }
 FLAGS = [part for name, value in CHEAP.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 

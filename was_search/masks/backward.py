@@ -15,7 +15,7 @@ from was_search.masks.divergence import DenseTop
 from was_search.masks.evaluation import sequence_losses, sequence_nats
 from was_search.masks.inputs import InputFunction, hook_inputs
 from was_search.masks.masked_model import MaskedModel
-from was_search.masks.recompute import recomputed_blocks
+from was_search.masks.recompute import activations_fit, recomputed_blocks
 from was_search.texts.protocol import TokenSet
 
 
@@ -30,7 +30,8 @@ def backward_pass(
     """Take the gradient of the summed nats through ``function`` on every projection's input; returns those nats.
 
     Weights need no gradient and get none. ``function`` does its work in its own backward, which runs once for
-    every batch; where the model recomputes its forward runs twice, and memory is that of one block.
+    every batch; where the model recomputes, and has not room enough, its forward runs twice, and memory is that of one
+    block.
 
     Args:
         model: the model.
@@ -44,6 +45,8 @@ def backward_pass(
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     by = model.corrections if corrections is None else corrections
     done = 0
+    tokens = min(protocol.batch_size, len(data.tokens)) * protocol.sequence_length
+    recompute = model.recompute and not activations_fit(model.model, structure, tokens)
     with (
         _on_inputs(structure, function),
         corrected_outputs(structure, by, protocol.dense_prefix),
@@ -51,7 +54,7 @@ def backward_pass(
         torch.enable_grad(),
     ):
         for batch in model.batches(data):
-            with recomputed_blocks(structure, model.recompute):
+            with recomputed_blocks(structure, recompute):
                 if top is None:
                     nats = sequence_nats(model.model, batch, predicted).sum()
                 else:

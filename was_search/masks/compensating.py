@@ -44,15 +44,17 @@ class CompensationOptions:
         move: root mean square of the sparsities' move in a step; 0 leaves them where they are.
         momentum: share of the former slopes in the present ones.
         average: share of the steps, from the end, whose sparsities are averaged.
+        width: half width of the band of scores whose channels pass the gradient on, as a share of the threshold.
     """
 
-    steps: int = 160
+    steps: int = 150
     sequences: int = 4
     scale_rate: float = 2e-3
     constant_rate: float = 4e-3
-    move: float = 0.008
+    move: float = 0.004
     momentum: float = 0.9
     average: float = 0.3
+    width: float = 1.0
 
     def __post_init__(self) -> None:
         rules = {
@@ -63,6 +65,7 @@ class CompensationOptions:
             "move": (0.0 <= self.move < 1.0, "must be in [0, 1)"),
             "momentum": (0.0 <= self.momentum < 1.0, "must be in [0, 1)"),
             "average": (0.0 < self.average <= 1.0, "must be in (0, 1]"),
+            "width": (self.width >= 0.0, "must not be negative"),
         }
         for name, (good, rule) in rules.items():
             if not good:
@@ -173,7 +176,12 @@ def learn_steps(
         rows = step_rows(n, options, seed, number)
         point = Compensation.from_flat(shape, _values(still, moved_by, units))
         learned = [Learned.of(one) for one in corrections(model.structure, point)]
-        found = slope_pass(model, data.part(rows), state.sparsities, histograms, corrections=learned, top=top[rows])
+        found = slope_pass(
+            *(model, data.part(rows), state.sparsities, histograms),
+            width=options.width,
+            corrections=learned,
+            top=top[rows],
+        )
         predicted = len(rows) * data.protocol.predicted_per_sequence
         gradient = flat_gradient(model.structure, learned) / np.float32(predicted) * units
         _require_finite(bool(np.all(np.isfinite(gradient)) and np.all(np.isfinite(found.slopes))))

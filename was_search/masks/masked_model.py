@@ -26,7 +26,8 @@ class MaskedModel:
         structure: its blocks.
         norms: from :func:`structure_norms`.
         ops: the operations of the passes.
-        recompute: whether backward passes keep the activations of one block at a time, at the cost of one more forward.
+        recompute: whether backward passes keep the activations of one block at a time, at the cost of one more forward,
+            where those of all blocks would take much of a GPU's memory.
         corrections: of outputs, wherever inputs are masked; None: there are none.
     """
 

@@ -257,9 +257,11 @@ class Settings:
         "which moves its sparsities within the budget: on or off.",
     )
     compensation_steps: int = setting(
-        160, Group.COMPENSATION, "Backward passes that a compensation is learned in.", _SOME
+        150, Group.COMPENSATION, "Backward passes that a compensation is learned in.", _SOME
     )
-    compensation_sequences: int = setting(4, Group.COMPENSATION, "Sequences of each of these passes.", _SOME)
+    compensation_tokens: int = setting(
+        4096, Group.COMPENSATION, "Tokens of each of these passes, in whole sequences: one at least.", _SOME
+    )
     max_seconds: float = setting(
         0.0,
         Group.LIMITS,
@@ -357,6 +359,11 @@ class Settings:
     def asked_prefix(self) -> int | None:
         """``dense_prefix`` as a number, None for what the tokenizer puts first."""
         return self.dense_prefix if isinstance(self.dense_prefix, int) else None
+
+    @property
+    def compensation_sequences(self) -> int:
+        """Sequences of one pass of a compensation's learning."""
+        return max(1, round(self.compensation_tokens / self.sequence_length))
 
     @property
     def worker_range(self) -> WorkerRange:

@@ -7,7 +7,7 @@ from benchmarks.harness.search_summary import excess, groups, markdown, summaris
 PROTOCOL = {"data": "text", "dtype": "float32", "n_sequences": 4, "sequence_length": 8, "tokens_hash": "abcdef0123"}
 
 
-def row(method, losses, *, space="levels", target=0.6, seed=0, model="m", achieved=0.6):
+def row(method, losses, *, space="levels", target=0.6, seed=0, model="m", achieved=0.6, extra=0):
     return {
         "method": method,
         "space": space,
@@ -16,8 +16,10 @@ def row(method, losses, *, space="levels", target=0.6, seed=0, model="m", achiev
         "radius": 0.05,
         "model": {"name": model, "fingerprint": "0123456789"},
         "protocols": {"search": PROTOCOL, "test": PROTOCOL},
+        "tokens_per_evaluation": 100,
         "checkpoints": [
-            {"evaluations": float(c), "test_nats": loss, "achieved": {"test": achieved}} for c, loss in losses.items()
+            {"evaluations": float(c), "tokens": 100 * c + extra, "test_nats": loss, "achieved": {"test": achieved}}
+            for c, loss in losses.items()
         ],
     }
 
@@ -52,6 +54,11 @@ def test_the_table_leaves_out_what_was_not_run():
 
 def test_models_are_not_mixed():
     assert len(groups([*ROWS, row("uniform", {10: 3.0}, model="other")])) == 2
+
+
+def test_what_was_spent_beyond_the_budget_counts():
+    (targets,) = groups([row("descent-compensated", {120: 2.1}, extra=8130), row("uniform", {120: 2.9})]).values()
+    assert [list(curve.cells) for curve in targets[0.6]] == [[201], [120]]
 
 
 def test_a_run_without_checkpoints_stands_last():

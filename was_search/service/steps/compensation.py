@@ -47,9 +47,8 @@ class Compensated:
 
 def learning_options(settings: Settings, *, move: bool = True) -> CompensationOptions:
     """How the settings learn; without ``move`` the sparsities stay where they are."""
-    steps, sequences = settings.compensation_steps, settings.compensation_sequences
     still = {} if move else {"move": 0.0}
-    return CompensationOptions(steps=steps, sequences=sequences, **still)
+    return CompensationOptions(steps=settings.compensation_steps, sequences=settings.compensation_sequences, **still)
 
 
 def as_exported(

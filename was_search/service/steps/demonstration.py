@@ -33,7 +33,7 @@ DEMO_OPTIONS: dict[str, Any] = {
     "test_sequences": 192,
     "batch_size": 8,
     "compensation_steps": 40,
-    "compensation_sequences": 4,
+    "compensation_tokens": 1024,
 }
 """Options that the demo sets; others have their defaults. Descent and compensation are short: it takes minutes."""
 

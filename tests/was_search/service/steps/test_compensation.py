@@ -44,7 +44,12 @@ class Notes(Reporter):
 def made(postgres_url, tmp_path_factory):
     plan = str(tmp_path_factory.mktemp("run") / "plan")
     settings = small_settings(
-        storage=postgres_url, trials=4, plan=plan, compensation="on", compensation_steps=STEPS, compensation_sequences=8
+        storage=postgres_url,
+        trials=4,
+        plan=plan,
+        compensation="on",
+        compensation_steps=STEPS,
+        compensation_tokens=8 * 96,
     )
     notes = Notes()
     with workers_here(), Context(settings, notes) as context:

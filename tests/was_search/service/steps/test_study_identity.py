@@ -34,7 +34,7 @@ NOT_IDENTITY = {
         *("trial_timeout", "max_attempts", "quarantine_slowdown", "quarantine_failures", "quarantine_seconds"),
     ),
     "what follows the search": (
-        *("test_sequences", "plan", "prefill", "compensation", "compensation_steps", "compensation_sequences"),
+        *("test_sequences", "plan", "prefill", "compensation", "compensation_steps", "compensation_tokens"),
     ),
     "names, addresses and files": ("study", "storage", "metrics", "notify"),
 }
