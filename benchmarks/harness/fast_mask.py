@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 
 from was_search.masks.masked_model import MaskedModel
-from was_search.masks.score import scores
+from was_search.masks.score import or_zero, scores
 
 _BLOCK = 2048
 
@@ -89,7 +89,7 @@ def device_mask(x: Tensor, norms: Tensor, thresholds: Tensor, dense_prefix: int,
     keep = scores(x, norms) >= thresholds[:, None, None]
     keep[:, :dense_prefix] = True
     dropped += (~keep).sum(dim=(1, 2))
-    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return or_zero(keep, x)
 
 
 @contextmanager

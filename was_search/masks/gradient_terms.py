@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from was_search.masks.histogram import bin_counts
-from was_search.masks.score import scores
+from was_search.masks.score import or_zero, scores
 
 PriceOp = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """A function like :func:`price_terms`; a fused one may take its place."""
@@ -60,11 +60,10 @@ def slope_terms(
     score = scores(x[:, prefix:], norms)
     body = gradient[:, prefix:].float()
     inside = (score >= low) & (score < high)
-    zero = torch.zeros((), device=x.device)
-    change = -torch.where(inside, body * x[:, prefix:].float(), zero).sum(dtype=torch.float64)
+    change = -or_zero(inside, body * x[:, prefix:].float()).sum(dtype=torch.float64)
     factor = (score >= threshold).float()
     reach = width * threshold
     # Not times a mask: an infinite score outside of the band would become NaN.
-    factor += torch.where((score - threshold).abs() < reach, score, zero) / (2.0 * reach).clamp_min(1e-30)
+    factor += or_zero((score - threshold).abs() < reach, score) / (2.0 * reach).clamp_min(1e-30)
     passed = torch.cat([gradient[:, :prefix], (body * factor).to(gradient.dtype)], dim=1)
     return passed, change, bin_counts(score)

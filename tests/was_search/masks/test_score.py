@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from was_search.masks.score import column_norms, masked, scores
+from was_search.masks.score import column_norms, mask_input, masked, or_zero, scores
 from was_search.shape import SCORE_KINDS
 
 
@@ -63,6 +63,34 @@ def test_a_score_equal_to_the_threshold_is_kept():
 def test_no_threshold_drops_nothing(threshold):
     x = torch.tensor([0.0, -1.0, 2.0])
     assert masked(x, torch.zeros(3), threshold) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_has_its_bits_and_the_rest_is_zero(dtype):
+    """Of every kind of number, in a tensor whose elements do not lie side by side, as torch's own has it."""
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-45, -2.5])
+    x = special.to(dtype).repeat(4, 3, 2)[:, 1:].transpose(0, 2)
+    keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    before = x.clone()
+    expected = torch.where(keep, x, torch.zeros((), dtype=dtype))
+    assert torch.equal(or_zero(keep, x).view(integer), expected.view(integer))
+    assert torch.equal(x.contiguous().view(integer), before.contiguous().view(integer))
+
+
+def test_gradients_go_through_what_is_kept():
+    x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    masked(x, torch.ones(3), 1.5).square().sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0.0, -4.0, 6.0]
+
+
+@pytest.mark.parametrize("threshold", [1e-50, 0.4])
+def test_zeros_are_never_counted_as_kept(threshold):
+    """Not under a threshold either that float32 takes for zero, where all scores reach it."""
+    x = torch.tensor([[[9.0, 9.0], [0.0, 1.0], [-2.0, 0.0]]])
+    y, kept = mask_input(x, torch.ones(2), threshold, 1)
+    assert torch.equal(y, x)
+    assert (int(kept), kept.dtype, kept.dim()) == (2, torch.int64, 0)
 
 
 def test_kinds():
