@@ -13,6 +13,7 @@ from was_search.checkpoints.files import ModelSource, read_config, require_whole
 from was_search.checkpoints.generation import special_ids
 from was_search.checkpoints.limits import check_values
 from was_search.errors import ModelError, reason
+from was_search.process.collector import collector_at_rest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,10 +40,11 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     Raises:
         ModelError: as :func:`empty_model`, for what the configuration alone says.
     """
-    import transformers
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    with collector_at_rest():
+        import transformers
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = read_config(source)
     check_values(source.folder, values)

@@ -15,6 +15,7 @@ from was_search.checkpoints.ordinary_tensors import ordinary_tensors
 from was_search.checkpoints.plan_checkpoint import KEY, is_plan_config
 from was_search.checkpoints.quiet_loading import quiet_loading
 from was_search.errors import ConfigError, ModelError, ResourceError, reason
+from was_search.process.collector import collector_at_rest
 from was_search.weight_format import AS_STORED, WeightFormat
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def load_tokenizer(source: ModelSource | str, revision: str = "") -> Any:
     Raises:
         ModelError: the checkpoint is not there or has no tokenizer that can be read.
     """
-    from transformers import AutoTokenizer
+    with collector_at_rest():
+        from transformers import AutoTokenizer
 
     if isinstance(source, str):
         source = resolve_model(source, revision)
@@ -84,8 +86,10 @@ def load_model(
         ConfigError: an unknown dtype, device or format of weights, or no number of GPUs that fits the device.
         torch.OutOfMemoryError: the GPU is too full.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    with collector_at_rest():
+        import torch
+        import transformers.modeling_utils  # noqa: F401 - and with it most of what models of all families import
+        from transformers import AutoModelForCausalLM
 
     from was_search.checkpoints.quantised import quantise_projections
     from was_search.checkpoints.structure import find_structure

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from was_search.errors import ResourceError, WasError
+from was_search.process.collector import collector_at_rest
 from was_search.process.redaction import SECRET_VARIABLES
 from was_search.process.signals import Terminated, handler_kept
 from was_workers.addresses import require_ray
@@ -57,7 +58,8 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
             started here.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+    with collector_at_rest():
+        import ray
 
     address = resolve_address(ray_option)
     _started(address, workers)
