@@ -8,7 +8,6 @@ import graphlib
 import importlib
 import inspect
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,23 +91,24 @@ def ours(found: Import) -> str:
 EVERY = [(package, path) for package in PACKAGES for path in modules(package)]
 
 
-def identify(value: object) -> str:
-    return str(value.relative_to(ROOT)) if isinstance(value, Path) else str(value)
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize(("package", "path"), EVERY, ids=identify)
-def test_imports_follow_the_arrows(package, path):
-    for found in imports(path):
-        if ours(found) and ours(found) not in ALLOWED[package]:
-            assert is_service(path), f"{path.relative_to(ROOT)} imports {found.module}"
-            assert found.inside or found.typing_only, f"{path.relative_to(ROOT)} imports {found.module} at the top"
-
-
-@pytest.mark.parametrize(("package", "path"), EVERY, ids=identify)
-def test_nothing_below_imports_the_service(package, path):
-    if not is_service(path):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_follow_the_arrows(package):
+    for path in modules(package):
         for found in imports(path):
-            assert not found.module.startswith("was_search.service"), f"imports {found.module}"
+            if ours(found) and ours(found) not in ALLOWED[package]:
+                assert is_service(path), f"{identify(path)} imports {found.module}"
+                assert found.inside or found.typing_only, f"{identify(path)} imports {found.module} at the top"
+
+
+def test_nothing_below_imports_the_service():
+    for _, path in EVERY:
+        if not is_service(path):
+            for found in imports(path):
+                assert not found.module.startswith("was_search.service"), f"{identify(path)} imports {found.module}"
 
 
 def test_only_tests_import_tests_and_no_package_imports_benchmarks():
@@ -149,13 +149,14 @@ def test_the_rooms_are_the_cores_folders():
     assert folders == set(ROOMS) - {"errors", "shape", "weight_format", "compensation", "plan"}
 
 
-@pytest.mark.parametrize("path", [path for path in modules("was_search") if not is_service(path)], ids=identify)
-def test_a_room_imports_only_rooms_before_it(path):
+def test_a_room_imports_only_rooms_before_it():
     """What only type checkers read counts too: whoever reads a room has read what it speaks of."""
-    mine = ROOMS.index(room(name_of(path)))
-    for found in imports(path):
-        if ours(found) == "was_search" and found.module.count("."):
-            assert ROOMS.index(room(found.module)) <= mine, f"imports {found.module}"
+    for path in modules("was_search"):
+        if not is_service(path):
+            mine = ROOMS.index(room(name_of(path)))
+            for found in imports(path):
+                if ours(found) == "was_search" and found.module.count("."):
+                    assert ROOMS.index(room(found.module)) <= mine, f"{identify(path)} imports {found.module}"
 
 
 def service_imports(path: Path) -> set[str]:
@@ -175,10 +176,10 @@ ABOVE = {
 """Folders of the service that one of them may not import; what lies beside them imports none but reports."""
 
 
-@pytest.mark.parametrize("path", SERVICE, ids=identify)
-def test_the_service_has_an_order_inside(path):
+def test_the_service_has_an_order_inside():
     """Commands know targets, and targets know steps: never the other way, not inside a function either."""
-    assert not service_imports(path) & ABOVE.get(path.parent.name, ABOVE.keys() - {"reports"})
+    for path in SERVICE:
+        assert not service_imports(path) & ABOVE.get(path.parent.name, ABOVE.keys() - {"reports"}), identify(path)
 
 
 def test_no_two_parts_of_the_service_know_each_other():
@@ -210,18 +211,17 @@ STEPS = [path for path in modules("was_search") if path.parent.name in ("steps",
 OPS = sorted(path for path in (PACKAGES["was_kernels"] / "ops").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", OPS, ids=identify)
-def test_ops_know_nothing_of_ours(path):
+def test_ops_know_nothing_of_ours():
     """An op takes torch, triton and other ops only; what it means in plain torch is part of it."""
-    tops = {i.module.split(".")[0] for i in imports(path)} - set(sys.stdlib_module_names)
-    assert tops <= {"torch", "triton", "was_kernels"}
+    for path in OPS:
+        tops = {i.module.split(".")[0] for i in imports(path)} - set(sys.stdlib_module_names)
+        assert tops <= {"torch", "triton", "was_kernels"}, identify(path)
 
 
-@pytest.mark.parametrize("path", modules("was_kernels"), ids=identify)
-def test_ops_are_registered_and_triton_is_imported_in_their_folder_only(path):
-    if path not in OPS:
-        assert "custom_op(" not in path.read_text(encoding="utf-8")
-        assert not any(i.module.split(".")[0] == "triton" for i in imports(path))
+def test_ops_are_registered_and_triton_is_imported_in_their_folder_only():
+    for path in set(modules("was_kernels")) - set(OPS):
+        assert "custom_op(" not in path.read_text(encoding="utf-8"), identify(path)
+        assert not any(i.module.split(".")[0] == "triton" for i in imports(path)), identify(path)
 
 
 def test_the_core_imports_no_server_at_the_top():
@@ -260,23 +260,11 @@ def test_no_function_shadows_the_module_it_comes_from():
                 assert all(inspect.ismodule(getattr(given, stem)) for stem in stems if stem in vars(given))
 
 
-@pytest.mark.parametrize("path", STEPS, ids=identify)
-def test_no_step_has_the_name_of_its_function(path):
+def test_no_step_has_the_name_of_its_function():
     """``study`` holds ``search``: so that nobody who imports the one gets the other."""
-    functions = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
-    assert path.stem not in functions
-
-
-def test_importing_the_kernels_imports_no_triton():
-    paths = [str(ROOT), *(str(PACKAGES[name].parent) for name in PACKAGES)]
-    code = (
-        f"import sys; sys.path[:0] = {paths!r}\n"
-        "before = {name for name in sys.modules if name.split('.')[0] == 'triton'}\n"
-        "import was_kernels\n"
-        "print(sorted({name for name in sys.modules if name.split('.')[0] == 'triton'} - before))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    for path in STEPS:
+        functions = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+        assert path.stem not in functions, identify(path)
 
 
 def test_the_guide_names_files_that_exist():

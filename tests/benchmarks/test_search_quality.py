@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from benchmarks.harness.problem import Setup
 from benchmarks.harness.rows import read_rows
 from benchmarks.search_quality import main, parse
 from tests.doubles.small_run import BLOCKS, small_model
+from tests.fresh_python import run_fresh
 from was_search.coordinator.model_calls import GreedyBlock
 from was_search.masks.compensating import CompensationOptions
 from was_search.service.settings import Settings
@@ -160,7 +160,7 @@ def test_it_needs_no_ray_postgres_or_plotly():
         "import benchmarks.search_quality, benchmarks.harness.search_summary\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    run = run_fresh(code, environment)
     assert run.returncode == 0, run.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,29 @@ WIDER: dict[str, Any] = {**SIZE, "hidden_size": 256, "intermediate_size": 344}
 """Wide enough for the fused decode steps: every width is a multiple of 8, and heads have 64 channels."""
 
 
+def _random(seed: int, build: Callable[..., Any], *given: Any) -> Any:
+    """A copy of what ``build`` makes of ``given`` after seeding torch; it is made once in a process.
+
+    torch's generator is left as making it leaves it.
+    """
+    torch.manual_seed(seed)
+    key = seed, build.__name__, repr(given)
+    if key not in _made:
+        _made[key] = build(*given), torch.get_rng_state()
+    model, state = _made[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+_made: dict[tuple[int, str, str], tuple[Any, torch.Tensor]] = {}
+
+
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """float64 by default: the order of sums then never moves a score across a threshold."""
+    return _random(seed, _tiny_model, family, dtype)
+
+
+def _tiny_model(family: str, dtype: torch.dtype) -> Any:
     config, build = {
         "llama": (LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True), LlamaForCausalLM),
         "mistral": (MistralConfig(**SIZE, sliding_window=6), MistralForCausalLM),
@@ -62,7 +84,6 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: 
         "phi3": (Phi3Config(**SIZE), Phi3ForCausalLM),
         "glm4": (Glm4Config(**SIZE, head_dim=12, attention_bias=True), Glm4ForCausalLM),
     }[family]
-    torch.manual_seed(seed)
     model = build(config).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -77,10 +98,10 @@ def tiny_plan(
     """Thresholds at the scores' quantile on random tokens; one projection, or its group, stays dense."""
     masked = MaskedModel.of(model, score, masks)
     structure = masked.structure
-    samples: dict[tuple[int, int], list[float]] = {}
+    samples: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def observe(b: int, p: int, scores: torch.Tensor) -> None:
-        samples.setdefault((b, p), []).extend(scores.flatten().tolist())
+        samples.setdefault((b, p), []).append(scores.flatten().cpu().double().numpy())
 
     tokens = torch.randint(2, 97, (4, 16), generator=torch.Generator().manual_seed(1), device="cpu")
     with torch.inference_mode(), Masking(masked, None, observer=observe):
@@ -90,7 +111,7 @@ def tiny_plan(
     sparsities[0, list(next(group for group in structure.shape.groups if 2 in group))] = 0.0
     thresholds = np.zeros((n_blocks, N_PROJECTIONS), np.float32)
     for (b, p), found in samples.items():
-        thresholds[b, p] = np.quantile(found, sparsities[b, p]) if sparsities[b, p] else 0.0
+        thresholds[b, p] = np.quantile(np.concatenate(found), sparsities[b, p]) if sparsities[b, p] else 0.0
     return Plan(
         model="tiny",
         revision="",
@@ -130,7 +151,10 @@ FUSED_STEPS = {
 
 def model_of(family: str, device: str, dtype: torch.dtype, **sizes: int) -> Any:
     """A random model of :data:`FUSED_STEPS`."""
-    torch.manual_seed(3)
+    return _random(3, _model_of, family, device, dtype, sizes)
+
+
+def _model_of(family: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> Any:
     model = FUSED_STEPS[family]({**WIDER, **sizes}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

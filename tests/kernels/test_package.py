@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 import was_kernels
+from tests.fresh_python import run_fresh
 from was_kernels.ops.reference import score_mask_reference
 from was_kernels.pass_ops import Ops, ops_for
 from was_search.masks.histogram import N_BINS
@@ -17,15 +16,17 @@ from was_search.masks.score import mask_input, masked
 KERNELS = Path(was_kernels.__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["was_kernels", "was_kernels.runtime.sparse_model", "was_kernels.pass_ops"])
-def test_importing_imports_no_triton_kernels(module):
-    path = [str(KERNELS), str(KERNELS.parent)]
-    if module == "was_kernels":
-        then = "assert not {'triton', 'torch'} & set(sys.modules)"
-    else:
-        then = "assert not {'was_kernels.ops.score_mask', 'was_kernels.ops.triton_launch'} & set(sys.modules)"
-    code = f"import sys; sys.path[:0] = {path!r}; import {module}; {then}"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_importing_imports_no_triton_kernels():
+    """All in one process, each after what imports less."""
+    run = run_fresh(f"""
+        import sys
+        sys.path[:0] = {[str(KERNELS), str(KERNELS.parent)]!r}
+        import was_kernels
+        assert not {{"triton", "torch"}} & set(sys.modules), "was_kernels"
+        for module in ("was_kernels.pass_ops", "was_kernels.runtime.sparse_model"):
+            __import__(module)
+            assert not {{"was_kernels.ops.score_mask", "was_kernels.ops.triton_launch"}} & set(sys.modules), module
+    """)
     assert run.returncode == 0, run.stderr
 
 

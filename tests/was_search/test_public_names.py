@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import doctest
-import subprocess
-import sys
 
 import pytest
 
 import was_search
+from tests.fresh_python import said_by
 
 
 def test_every_public_name_is_there_and_listed() -> None:
@@ -26,8 +25,7 @@ def test_another_name_is_refused_as_python_does_it() -> None:
 
 def test_the_import_is_light() -> None:
     code = "import was_search, sys; print(sorted({'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert said_by(code) == "[]"
 
 
 def test_the_example_of_the_docstring() -> None:

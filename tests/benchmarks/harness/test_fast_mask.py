@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from benchmarks.harness.fast_mask import device_mask
+from tests.fresh_python import run_fresh
 from was_search.masks.score import masked
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 9, 128), (5, 33, 24)]
@@ -51,7 +51,7 @@ def test_the_kernel_in_the_interpreter():
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    run = run_fresh(code, environment)
     assert run.returncode == 0, run.stderr
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from transformers.quantizers import auto
 from benchmarks.harness.random_models import compensated
 from scripts.make_random_model import make_random_model
 from tests.doubles.tiny_models import masked_logits, tiny_model, tiny_plan
+from tests.fresh_python import run_fresh
 from was_kernels import SparseModel, load_sparse, sparsify
 from was_search.checkpoints.column_layout import save_columns
 from was_search.checkpoints.files import resolve_model
@@ -151,7 +150,8 @@ import was_kernels, transformers.quantizers.auto as auto
 assert "was" in auto.AUTO_QUANTIZER_MAPPING and "was" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run = run_fresh(code)
+    assert run.returncode == 0, run.stderr
 
 
 def changed(folder: Path, **values: object) -> None:

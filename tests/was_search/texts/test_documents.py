@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh_python import said_by
 from tests.places.data_files import DOCUMENTS, JOINED, LINES, READ, REFUSED
 from tests.was_search.texts.test_tokens import PLAIN
 from was_search.errors import DataError
@@ -112,14 +113,10 @@ def test_a_folder_with_a_damaged_file_is_refused(content, tmp_path):
 
 
 def test_only_parquet_imports_its_library(tmp_path):
-    import subprocess
-    import sys
-
     path = READ["gzipped_lines"][1](tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
         f"from was_search.texts.splits import load_text; load_text({str(path)!r}, 'test')\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert said_by(code) == "[]"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fresh_python import said_by
 from was_search.errors import DataError
 from was_search.texts.protocol import SPLITS
 from was_search.texts.splits import SplitText, load_text
@@ -98,8 +97,7 @@ def test_reading_text_and_hashes_imports_neither_torch_nor_transformers():
         "import was_search.texts.splits, was_search.checkpoints.fingerprint, was_search.texts.named\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert said_by(code) == "[]"
 
 
 @pytest.mark.parametrize(
