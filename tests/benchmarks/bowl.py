@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from was_search.shape import ModelShape
@@ -37,6 +39,11 @@ class Bowl:
 
 def seeds() -> list[Seed]:
     """Uniform, a greedy table with a split of its own, and a Fisher seed of other prices."""
+    return list(_seeds())
+
+
+@cache
+def _seeds() -> list[Seed]:
     tilt = np.array([0.05, -0.05, 0.05, -0.05, 0.02, -0.02, 0.0])
     tilt -= (tilt * SHAPE.params[0]).sum() / SHAPE.block_params[0]
     rows = np.stack([np.zeros(7), 0.4 + tilt, 0.8 + tilt, np.full(7, 0.95)])

@@ -116,7 +116,7 @@ def path(
     for segment in _segments(price, levels, merged):
         current[segment.curve] = segment.end
         rows.append(current.copy())
-    return _block_table([_expanded(groups, row) for row in rows], count)
+    return _block_table(list(_expanded(groups, np.array(rows))), count)
 
 
 def _merged(groups: Groups, prices: FloatArray, count: IntArray) -> tuple[FloatArray, IntArray]:
@@ -130,9 +130,10 @@ def _merged(groups: Groups, prices: FloatArray, count: IntArray) -> tuple[FloatA
 
 def _expanded(groups: Groups, values: FloatArray) -> FloatArray:
     """Values of projections [..., 7] from those of their groups."""
-    result = np.empty((*values.shape[:-1], N_PROJECTIONS))
+    owner = np.empty(N_PROJECTIONS, np.intp)
     for g, group in enumerate(groups):
-        result[..., list(group)] = values[..., g, None]
+        owner[list(group)] = g
+    result: FloatArray = values[..., owner]
     return result
 
 

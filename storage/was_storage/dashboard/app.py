@@ -12,6 +12,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import optuna
 
 from was_search.errors import ResourceError
+from was_search.process.collector import collector_at_rest
 from was_storage.dashboard.host_check import answered_names, only_for
 from was_storage.server.database import Database
 
@@ -72,7 +73,8 @@ def open_dashboard(
         ConfigError: one of ``allow_hosts`` is no host's name.
         StorageError: Optuna's tables are of another version.
     """
-    from optuna_dashboard._app import create_app
+    with collector_at_rest():
+        from optuna_dashboard._app import create_app
 
     from was_storage.dashboard.plan_files import PlanFiles
 
