@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -36,6 +37,8 @@ _SLOW_SECONDS = 3.0
 # Until all is collected: what imports make is no garbage, and looking through it takes a fifth of their time.
 gc.disable()
 
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # a process for each processor, most of them never used
+
 if SIDE_BY_SIDE:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve its workers beside other tests
@@ -52,8 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import hypothesis
     import torch
+    import typer.testing
 
     torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
+    # The tree of our commands is built once: a process has one, and typer would build it for every invocation.
+    typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
     # How long an example takes says something about the machine, not about the code; what is tried is the same each
     # time, unless FUZZ_EXAMPLES asks for more.
     hypothesis.settings.register_profile(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from scripts.make_random_model import make_random_model
+from tests.doubles.random_checkpoint import random_checkpoint
 from tests.security.bounded import bounded
 from was_search.checkpoints.files import resolve_model
 from was_search.checkpoints.fingerprint import fingerprint
@@ -24,7 +24,7 @@ from was_search.errors import ModelError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_random_model(tmp_path / "model", "tiny")
+    return random_checkpoint(tmp_path / "model")
 
 
 @pytest.fixture

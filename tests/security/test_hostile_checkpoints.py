@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from scripts.make_random_model import make_random_model
 from tests.doubles.profiles import synthetic_profile
+from tests.doubles.random_checkpoint import random_checkpoint
 from tests.security.bounded import bounded
 from was_search.service.cli import main
 from was_search.service.steps.demonstration import DEMO_FOLDER
@@ -37,7 +37,7 @@ COMMANDS: dict[str, list[str]] = {
     "evaluate": ["evaluate", "DATA"],
     "evaluate rounded": ["evaluate", "DATA", "--weights", "int8"],
     "generate": ["generate", "--prompt", "x"],
-    "bench": ["bench", "DATA"],
+    "bench": ["bench", "TEXT"],
     "profile": ["profile"],
 }
 
@@ -69,9 +69,18 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged texts' beginnings, which are soon in tokens."""
+    folder = tmp_path_factory.mktemp("texts")
+    for path in (DEMO_FOLDER / "text").glob("*.txt"):
+        (folder / path.name).write_text(path.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_random_model(tmp_path / "model", "tiny")
+    return random_checkpoint(tmp_path / "model")
 
 
 @pytest.mark.postgres
@@ -82,6 +91,7 @@ def test_every_command_refuses_it_at_once(
     hostile: str,
     folder: Path,
     profile: Path,
+    texts: Path,
     postgres_url: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -95,7 +105,8 @@ def test_every_command_refuses_it_at_once(
     monkeypatch.setattr("was_workers.cluster.connect", lambda *_, **__: pytest.fail("Ray was started"))
     monkeypatch.setenv("WAS_SEARCH_STORAGE", postgres_url)
     monkeypatch.chdir(tmp_path)
-    stand_ins = {"DATA": ["--data", str(DEMO_FOLDER / "text")], "PROFILE": ["--profile", str(profile)]}
+    text = ["--data", str(texts)]
+    stand_ins = {"TEXT": text, "DATA": [*text, "--sequence-length", "32"], "PROFILE": ["--profile", str(profile)]}
     name, *rest = COMMANDS[command]
     arguments = [word for given in rest for word in stand_ins.get(given, [given])]
     arguments += ["--model", str(folder), "--device", "cpu"]

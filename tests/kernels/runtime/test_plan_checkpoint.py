@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from benchmarks.harness.random_models import compensated
-from scripts.make_random_model import make_random_model
+from tests.doubles.random_checkpoint import save_tokenizer
 from tests.doubles.tiny_models import masked_logits, tiny_model, tiny_plan
 from tests.fresh_python import run_fresh
 from was_kernels import SparseModel, load_sparse, sparsify
@@ -36,8 +36,7 @@ def exported(
     """A checkpoint in float32, the same with a plan, and the plan."""
     original = tmp_path / "checkpoint"
     tiny_model(family, torch.float32).save_pretrained(original, max_shard_size=shard_size)
-    made = make_random_model(tmp_path / "for-its-tokenizer", "tiny")
-    AutoTokenizer.from_pretrained(made).save_pretrained(original)
+    save_tokenizer(original)
     source = resolve_model(str(original))
     model = load_model(source, dtype="float32")
     plan = compensated(tiny_plan(model)) if corrects else tiny_plan(model)

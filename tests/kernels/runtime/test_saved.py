@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
-from scripts.make_random_model import make_random_model
+from tests.doubles.random_checkpoint import save_tokenizer
 from tests.doubles.tiny_models import tiny_model, tiny_plan
 from was_kernels import load_sparse, sparsify
 from was_search.checkpoints.column_layout import COLUMNS_NAME, save_columns
@@ -36,8 +35,7 @@ TOKENS = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(0)
 def checkpoint(folder: Path, family: str) -> Path:
     model = tiny_model(family, dtype=torch.float32)
     model.save_pretrained(folder)
-    made = make_random_model(folder.parent / "for-its-tokenizer", "tiny")
-    AutoTokenizer.from_pretrained(made).save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 

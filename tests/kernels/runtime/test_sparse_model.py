@@ -436,6 +436,7 @@ def test_a_dense_plan_changes_nothing():
     torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5)  # float32 products in another memory order
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     model = tiny_model()
     plan = tiny_plan(model)

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from tests.doubles.small_run import assert_each_finished_once, environment, small_flags, small_settings
+from tests.doubles.workers_here import workers_here
+from was_search.service.cli.main import app
 from was_search.service.context import Context
 from was_search.service.steps.study import search
 from was_search.studies.slots import SlotState
@@ -70,7 +73,15 @@ def start_search(storage: str, study: str, folder: Path) -> subprocess.Popen[str
     )
 
 
-def test_an_interrupted_search_drains_and_the_same_command_resumes(postgres_url: str, tmp_path: Path) -> None:
+def search_here(storage: str, study: str) -> Result:
+    """The same command in this process, workers and all: what it finds stored does not know who stored it."""
+    with workers_here():
+        return CliRunner().invoke(app, ["search", *small_flags(storage=storage, study=study, workers=1)])
+
+
+def test_an_interrupted_search_drains_and_the_same_command_resumes(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = start_search(postgres_url, "interrupted", tmp_path)
     with Database.open(postgres_url) as database:
         wait_until(lambda: "interrupted" in {r.name for r in StudyStore(database).list()})
@@ -90,15 +101,14 @@ def test_an_interrupted_search_drains_and_the_same_command_resumes(postgres_url:
         wait_until(lambda: finished(database, "interrupted") >= len(done) + 4)
         second.kill()
         second.communicate(timeout=600)
-        third = start_search(postgres_url, "interrupted", tmp_path)
-        _, stderr = third.communicate(timeout=600)
-        assert third.returncode == 0, stderr
+        monkeypatch.chdir(tmp_path)
+        third = search_here(postgres_url, "interrupted")
+        assert third.exit_code == 0, third.output
         after = assert_each_finished_once(database, "interrupted", 40)
         assert {n: after[n].loss_nats for n in done} == {n: before[n].loss_nats for n in done}
 
         # Once more: nothing is left to do, and nothing is done.
-        fourth = start_search(postgres_url, "interrupted", tmp_path)
-        stdout, _ = fourth.communicate(timeout=600)
-        assert fourth.returncode == 0
-        assert "search: cached" in stdout
+        fourth = search_here(postgres_url, "interrupted")
+        assert fourth.exit_code == 0
+        assert "search: cached" in fourth.stdout
         assert [s.finished_at for s in StudyStore(database).slots("interrupted")] == [s.finished_at for s in after]

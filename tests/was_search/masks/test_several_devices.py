@@ -38,6 +38,12 @@ LEVELS = np.sort(np.random.default_rng(0).uniform(0, 1, (*SHAPE, 5)), axis=-1).a
 COUNTS = Histograms(np.random.default_rng(1).integers(0, 9, (*SHAPE, N_BINS)))
 
 
+@pytest.fixture
+def data(tokens, make_data) -> TokenSet:
+    """A whole batch and a part of one: where tensors lie is the same in every batch."""
+    return make_data(tokens[:5])
+
+
 def evaluate(top: bool) -> Callable[..., Any]:
     def run(model: MaskedModel, data: TokenSet) -> Any:
         n, predicted = len(data.tokens), data.protocol.predicted_per_sequence
@@ -70,8 +76,7 @@ PASSES: dict[str, Callable[[MaskedModel, TokenSet], Any]] = {
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_every_tensor_meets_only_its_own_device(name: str, tokens, make_data) -> None:
-    data = make_data(tokens)
+def test_every_tensor_meets_only_its_own_device(name: str, data) -> None:
     model = build_llama()
     with pretended(model, 1) as watch:
         masked = MaskedModel.of(model, "l2")
@@ -95,9 +100,8 @@ def test_the_sparse_runtime_keeps_to_each_device_too(prefill: str, monkeypatch) 
         assert watch.on_second - before > 30, "a block, the norm and the head"
 
 
-def test_a_tensor_on_another_device_is_caught(tokens, make_data) -> None:
+def test_a_tensor_on_another_device_is_caught(data) -> None:
     """Guards the test above: with one block's norms left behind, every pass that uses them must fail."""
-    data = make_data(tokens)
     for name in set(PASSES) - {"dense top"}:
         model = build_llama()
         with pretended(model, 1):
@@ -108,9 +112,8 @@ def test_a_tensor_on_another_device_is_caught(tokens, make_data) -> None:
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_accelerates_hooks_change_no_number(name: str, tokens, make_data) -> None:
+def test_accelerates_hooks_change_no_number(name: str, data) -> None:
     """Each module's forward is accelerate's own then: recomputation must wrap it and put it back."""
-    data = make_data(tokens)
     model = build_llama()
     hooked = copy.deepcopy(model)
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

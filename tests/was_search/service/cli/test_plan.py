@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,22 +17,39 @@ from typer.testing import CliRunner
 from scripts.make_random_model import make_random_model
 from tests.doubles.small_plan import make_plan
 from was_kernels import DecodingLoop
+from was_kernels.timing import step
 from was_search.checkpoints.load import load_model
 from was_search.errors import ConfigError, PlanError
 from was_search.service.cli.main import app
-from was_search.service.steps.demonstration import demo_settings
+from was_search.service.steps.demonstration import DEMO_FOLDER, demo_settings
 
 run = CliRunner().invoke
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_plan(tmp_path_factory.mktemp("decode") / "plan")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text that is soon in tokens."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text((DEMO_FOLDER / "text" / "test.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return str(path)
 
 
 @pytest.fixture(scope="module")
-def rounded_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_plan(tmp_path_factory.mktemp("decode") / "rounded", "int4")
+def plan(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    return make_plan(tmp_path_factory.mktemp("decode") / "plan", data=text)
+
+
+@pytest.fixture(scope="module")
+def rounded_plan(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    return make_plan(tmp_path_factory.mktemp("decode") / "rounded", "int4", data=text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bandwidth() -> Iterator[None]:
+    """The memory's is measured once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "read_bandwidth", cache(step.read_bandwidth))
+        yield
 
 
 def result_of(output: str) -> dict:
