@@ -7,14 +7,18 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 
 _AT_ONCE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
-def run_fresh(code: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_fresh(
+    code: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """The end of a process that ran ``code``: an exception in it is a returncode of 1, its traceback in ``stderr``."""
     whole = f"import gc\ngc.disable()\n{textwrap.dedent(code)}{_AT_ONCE}"
-    return subprocess.run([sys.executable, "-c", whole], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", whole]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def said_by(code: str) -> str:

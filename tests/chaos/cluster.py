@@ -101,6 +101,7 @@ class RayNode:
             *([*head, f"--temp-dir={folder / 'ray'}"] if name == "head" else [f"--address={address}"]),
             *(f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
             *("--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"),
+            "--include-log-monitor=false",  # a process more on each node, and nobody is shown what it reads
         ]
         self.process = _spawn(command, folder, environment, self.log)
 

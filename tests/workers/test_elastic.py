@@ -35,13 +35,14 @@ from was_workers.worker import WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+HEAD = {"num_cpus": 0, "include_dashboard": False}
 SPEC = WorkerSpec("m", "", "float32", "cpu", "l2")
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head without processors; tests add nodes, and take them away again."""
-    made = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = Nodes(initialize_head=True, head_node_args={**HEAD, "include_log_monitor": False})
     try:
         yield made
     finally:
@@ -60,7 +61,7 @@ def add(nodes: Nodes) -> Iterator[Callable[[], Any]]:
     added = []
 
     def make() -> Any:
-        added.append(nodes.add_node(num_cpus=1, object_store_memory=80_000_000))
+        added.append(nodes.add_node(num_cpus=1, object_store_memory=80_000_000, include_log_monitor=False))
         return added[-1]
 
     yield make

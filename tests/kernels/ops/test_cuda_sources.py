@@ -136,10 +136,13 @@ LAUNCHES = [
     (1544, [344, 344], {"norm": "by squares", "gated": True, "dense": True}),
     (5000, [136], {"residual": True, "dense": True}),
 ]
+FURTHER = [(1, BRAIN, 2), (2, BRAIN, 6), (13, BRAIN, 2)]
+"""Launches of the same kinds: each is a source of its own for the compiler."""
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "processors"), [(1, HALF, 6), (1, BRAIN, 2), (2, BRAIN, 6), (5, HALF, 6), (13, BRAIN, 2)]
+    ("rows", "dtype", "processors"),
+    [(1, HALF, 6), (5, HALF, 6), *(pytest.param(*each, marks=pytest.mark.slow) for each in FURTHER)],
 )
 @pytest.mark.parametrize(("d_in", "widths", "options"), LAUNCHES)
 def test_gather_gemv(gpu, rows, dtype, d_in, widths, options):
@@ -157,7 +160,10 @@ def test_gather_gemv(gpu, rows, dtype, d_in, widths, options):
     assert grid[1] == macros["SHARES"]
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, HALF), (2, BRAIN), (5, HALF), (13, BRAIN)])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(1, HALF), (2, BRAIN), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(5, HALF), (13, BRAIN)])],
+)
 @pytest.mark.parametrize(
     ("d_in", "widths", "options"),
     [

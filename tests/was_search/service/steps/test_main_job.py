@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from tests.doubles.small_run import (
     small_settings,
 )
 from tests.doubles.workers_here import workers_here
+from tests.fresh_python import run_fresh
 from was_kernels import sparsify
 from was_search.checkpoints.load import load_model, load_tokenizer, resolve_model
 from was_search.errors import ConfigError, StudyError
@@ -109,8 +108,8 @@ def test_the_plan_in_a_fresh_process_gives_the_recorded_loss(made, database, tmp
     """Both splits in one: it takes seconds to start."""
     _, result = made
     recorded = StudyStore(database).get(result.search.study).report["metrics"]
-    command = [sys.executable, "-c", BOTH_SPLITS.replace("PLAN", repr(str(result.plan)))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=True)
+    done = run_fresh(BOTH_SPLITS.replace("PLAN", repr(str(result.plan))), environment(), tmp_path)
+    assert done.returncode == 0, done.stderr
     results = [found for found in map(json.loads, done.stdout.splitlines()) if "plan" in found]
     for split, found in zip(("search", "test"), results, strict=True):
         # same dtype, batches and thresholds: only the number of threads differs
