@@ -43,8 +43,10 @@ def build(name: str, dtype: torch.dtype, *, device: str = "cuda", blocks: int | 
 
 
 @torch.inference_mode()
-def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix: int = 1) -> Plan:
-    """A plan of one sparsity everywhere, calibrated and exact on random tokens."""
+def plan_at(
+    model: Any, sparsity: float, masks: Masks = "separate", dense_prefix: int = 1, tokens: Tensor | None = None
+) -> Plan:
+    """A plan of one sparsity everywhere, calibrated and exact on ``tokens`` [1, n], random ones if not given."""
     structure = find_structure(model, masks)
     norms = structure_norms(structure, "l2")
     thresholds = np.zeros((len(structure.blocks), N_PROJECTIONS), np.float32)
@@ -61,7 +63,8 @@ def plan_at(model: Any, sparsity: float, masks: Masks = "separate", dense_prefix
     if sparsity > 0.0:
         handles = hook_inputs(structure, mask)
         device = next(model.parameters()).device
-        tokens = torch.randint(0, model.config.vocab_size, (1, CALIBRATION_TOKENS), device=device)
+        if tokens is None:
+            tokens = torch.randint(0, model.config.vocab_size, (1, CALIBRATION_TOKENS), device=device)
         model.model(tokens, use_cache=False)
         for handle in handles:
             handle.remove()
