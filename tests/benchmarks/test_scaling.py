@@ -107,7 +107,7 @@ def test_plans_that_differ_are_said_and_are_the_status(tmp_path: Path, capsys: p
 
 @pytest.mark.ray
 @pytest.mark.postgres
-@pytest.mark.slow(seconds=40)
+@pytest.mark.slow(seconds=30)
 def test_small_jobs_with_one_and_two_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.jsonl"
     asked = [*FLAGS, "--workers", "1", "2", "--output", str(output)]

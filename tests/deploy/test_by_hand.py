@@ -104,7 +104,7 @@ def get(url: str, seconds: float = 300.0) -> Any:
 
 @pytest.mark.postgres
 @pytest.mark.ray
-@pytest.mark.slow(seconds=60)
+@pytest.mark.slow(seconds=75)
 @pytest.mark.timeout(1800)
 def test_the_guide_leads_from_nothing_to_a_plan(folder: Path, server: TcpServer) -> None:
     reader = Reader()

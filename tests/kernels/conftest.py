@@ -10,8 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.where import INTERPRETER
+from tests.kernels.where import INTERPRETER, look_names_up_once
 from was_kernels.runtime import decode_block, decode_model, sparse_model
+
+if INTERPRETER:
+    look_names_up_once()
 
 
 @pytest.fixture(params=["interpreter"] if INTERPRETER else [pytest.param("cuda", marks=pytest.mark.gpu)])

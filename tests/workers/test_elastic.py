@@ -33,7 +33,7 @@ from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow(seconds=20)]
 
 HEAD = {"num_cpus": 0, "include_dashboard": False}
 SPEC = WorkerSpec("m", "", "float32", "cpu", "l2")

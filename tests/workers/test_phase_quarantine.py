@@ -25,7 +25,7 @@ from was_workers.cluster import Cluster, connect
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow(seconds=10)]
 
 ENDLESS = 300.0
 """Seconds that no test needs: who waits so long is stuck."""

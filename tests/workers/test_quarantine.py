@@ -82,7 +82,7 @@ def search(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow(seconds=18)
 def test_a_slow_worker_gets_no_more_slots_and_another_takes_its_place(search, tmp_path: Path, caplog) -> None:
     (tmp_path / "slow-1").write_text("4.0")
 
@@ -103,7 +103,7 @@ def test_a_slow_worker_gets_no_more_slots_and_another_takes_its_place(search, tm
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow(seconds=18)
 def test_a_worker_that_hangs_is_taken_off_its_slot(search, tmp_path: Path) -> None:
     (tmp_path / "slow-0").write_text("86400")
     started = time.monotonic()
@@ -116,7 +116,7 @@ def test_a_worker_that_hangs_is_taken_off_its_slot(search, tmp_path: Path) -> No
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow(seconds=18)
 def test_the_only_worker_that_hangs_is_restarted_and_loses_no_slot(
     search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
@@ -149,7 +149,7 @@ def test_the_only_worker_that_hangs_is_restarted_and_loses_no_slot(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow(seconds=18)
 def test_a_failing_worker_costs_no_slot_and_does_not_stay_in_quarantine(search, tmp_path: Path, caplog) -> None:
     """Three deaths, three slots with one loss each; released after its time, it takes its share again, or goes."""
     (tmp_path / "failing-1").touch()
@@ -174,7 +174,7 @@ def test_a_failing_worker_costs_no_slot_and_does_not_stay_in_quarantine(search, 
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow(seconds=18)
 def test_where_all_others_have_gone_a_worker_is_released_before_its_time(search, tmp_path: Path, caplog) -> None:
     (tmp_path / "slow-0").write_text("4.0")
     _, pool, shown = search(3000, 2, QuarantinePolicy(), lambda state: bool(state.pool.quarantined))

@@ -208,14 +208,18 @@ CASES = [
 TILED = [(1, 4, 1, 128, 300, 256), (2, 2, 3, 128, 40, 0), (3, 2, 2, 64, 77, 50), (1, 1, 8, 64, 700, 699)]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("normed_and_masked", [False, True])
+def plain_too(cases):
+    """Each with norms and a mask, and without; without them the first alone is no slow one, for its compiler's time."""
+    plain = [pytest.param(case, False, marks=pytest.mark.slow if i else ()) for i, case in enumerate(cases)]
+    return [*plain, *((case, True) for case in cases)]
+
+
+@pytest.mark.parametrize(("case", "normed_and_masked"), plain_too(CASES))
 def test_attend(gpu, case, normed_and_masked):
     check_attention(gpu, case, normed_and_masked)
 
 
-@pytest.mark.parametrize("normed_and_masked", [False, True])
-@pytest.mark.parametrize("case", TILED)
+@pytest.mark.parametrize(("case", "normed_and_masked"), plain_too(TILED))
 def test_attend_by_tiles(gpu, case, normed_and_masked, monkeypatch):
     walk = Walk(True, 2, 1, 3, 2)
     monkeypatch.setattr(attend_module, "choose_walk", lambda *_: walk)

@@ -20,7 +20,7 @@ FILES = (
 )
 
 
-@pytest.mark.slow(seconds=70)
+@pytest.mark.slow(seconds=40)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 def test_on_cpu_under_the_interpreter() -> None:
     """One process for all files, since each would import torch and triton anew."""

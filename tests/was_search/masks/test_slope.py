@@ -129,7 +129,7 @@ def test_an_oracle_uses_all_sequences_before_any_comes_again_and_repeats_itself(
         np.testing.assert_array_equal(second(point), wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_slopes_on_the_demo_checkpoint_predict_what_happens():
     """Central differences of the loss on the same tokens, a kind of projection at a time, at 60 %."""
     from was_search.checkpoints.load import load_model, load_tokenizer, resolve_model

@@ -16,7 +16,7 @@ from was_search.process.file_lock import LockedFile
 from was_search.process.signals import Terminated
 from was_search.service.watching.notify import failure_words
 
-pytestmark = [pytest.mark.postgres, pytest.mark.usefixtures("hang_ups_count")]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow(seconds=15), pytest.mark.usefixtures("hang_ups_count")]
 ROOT = Path(__file__).parents[4]
 SECONDS = 120
 

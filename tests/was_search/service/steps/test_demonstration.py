@@ -42,7 +42,7 @@ def test_it_says_how_fast_this_machine_decodes(monkeypatch) -> None:
 
 
 @pytest.mark.postgres
-@pytest.mark.slow(seconds=100)
+@pytest.mark.slow(seconds=90)
 def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, tmp_path: Path, capsys) -> None:
     texts = {"calibration_sequences": 48, "greedy_sequences": 1, "search_sequences": 32, "test_sequences": 48}
     short = {"descent_rounds": 2, "descent_sequences": 8, "compensation_steps": 1}
