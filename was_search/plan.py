@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import stat
 import uuid
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from was_search.compensation import Compensation
 from was_search.errors import ConfigError, PlanError
 from was_search.process import plain_json
 from was_search.process.close_names import did_you_mean_path
+from was_search.process.regular_files import IrregularFileError, read_regular
 from was_search.shape import PROJECTIONS, SCORE_KINDS, FloatArray, ModelShape, ScoreKind
 from was_search.weight_format import AS_STORED, WeightFormat, describe
 
@@ -272,10 +272,10 @@ class Plan:
             shape = ModelShape.from_json(document["shape"])
             each = (f"norms.{b}.{name}" for b in range(shape.n_blocks) for name in PROJECTIONS)
             _require_all(tensors_path, tensors, ("sparsities", "thresholds", *each))
-            norms = tuple(tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks))
             compensated = document["schema_version"] == COMPENSATED_VERSION
-            if compensated:
-                _require_all(tensors_path, tensors, Compensation.names(shape.n_blocks))
+            require = _require_all if compensated else _require_none
+            require(tensors_path, tensors, Compensation.names(shape.n_blocks))
+            norms = tuple(tuple(tensors[f"norms.{b}.{name}"] for name in PROJECTIONS) for b in range(shape.n_blocks))
             return cls(
                 model=str(document["model"]),
                 revision=str(document["revision"]),
@@ -294,8 +294,8 @@ class Plan:
                 weights=str(document["weights"]),
                 compensation=Compensation.from_named(shape.n_blocks, tensors) if compensated else None,
             )
-        except PlanError:
-            raise
+        except PlanError as error:
+            raise error if str(error).startswith(str(folder)) else PlanError(f"{folder}: {error}") from error
         except FileNotFoundError as error:
             raise PlanError(
                 f"{tensors_path}: not found; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
@@ -316,6 +316,16 @@ def _require_all(path: Path, found: Collection[str], names: Iterable[str]) -> No
         raise PlanError(
             f"{path}: has no {lost!r}, which plans of its schema_version have; another version of was-search wrote it, "
             "or it was changed; export it again"
+        )
+
+
+def _require_none(path: Path, found: Collection[str], names: Iterable[str]) -> None:
+    """Refuse a file with one of ``names``: to leave it out would make another plan of it."""
+    more = next((name for name in names if name in found), None)
+    if more is not None:
+        raise PlanError(
+            f"{path}: has {more!r}, which plans of its schema_version have not; another version of was-search "
+            "wrote it, or it was changed; export it again"
         )
 
 
@@ -345,6 +355,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); a plan is a folder with {JSON_NAME} and {TENSORS_NAME}"
             f"{_plan_nearby(folder)}"
         ) from error
+    except PlanError:
+        raise
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error}); the plan is truncated or changed") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
@@ -357,22 +369,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, most_bytes: int) -> bytes:
-    """Bytes of a regular file of at most ``most_bytes``; a pipe or a device would never end.
-
-    Links are followed, as the hub's cache is made of them. What is no plan's file is refused by its content, and no
-    message shows that content.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(handle)
-        raise PlanError(f"{path}: not a file; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}")
-    with os.fdopen(handle, "rb") as file:
-        # Not most_bytes: Python takes the memory for as much as is asked for.
-        payload = file.read(status.st_size) if status.st_size <= most_bytes else None
-    if payload is None:
-        raise PlanError(f"{path}: larger than {most_bytes} bytes; not a plan")
-    return payload
+    """The bytes of a plan's file; what is none is refused, and no message shows its content."""
+    try:
+        return read_regular(path, most_bytes)
+    except IrregularFileError as error:
+        raise PlanError(f"{path}: {error.strerror}; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}") from error
 
 
 def _write(path: Path, payload: bytes) -> None:

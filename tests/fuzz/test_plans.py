@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from tests.fuzz.mutations import as_bytes, changed, damaged, in_one_line
 from was_search.checkpoints.column_layout import COLUMNS_NAME, save_columns
 from was_search.checkpoints.files import resolve_model
 from was_search.checkpoints.load import load_model
+from was_search.compensation import Compensation
 from was_search.errors import WasError
 from was_search.plan import JSON_NAME, TENSORS_NAME, Plan
 from was_search.process import plain_json
@@ -25,9 +27,12 @@ from was_search.service.cli.plan import load_plan
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 
 
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    return tiny_plan(tiny_model())
+@pytest.fixture(scope="module", params=["plain", "compensated"])
+def plan(request: pytest.FixtureRequest) -> Plan:
+    made = tiny_plan(tiny_model())
+    if request.param == "plain":
+        return made
+    return dataclasses.replace(made, compensation=Compensation.none(made.shape))
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,7 @@ def test_documents(folder: Path, plan: Plan, data: st.DataObject) -> None:
         assert np.array_equal(found.thresholds, plan.thresholds)
         assert np.array_equal(found.sparsities, plan.sparsities)
         assert found.shape == plan.shape
+        assert (found.compensation is None) is (plan.compensation is None)
         assert isinstance(found.dense_prefix, int)
         load_plan(folder)
         found.save(folder)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -209,7 +210,7 @@ def test_json_nested_without_end(folder):
 
 def test_json_that_is_too_large(folder, monkeypatch):
     monkeypatch.setattr("was_search.plan._MAX_JSON_BYTES", 100)
-    with pytest.raises(PlanError, match=r"plan\.json: larger than 100 bytes; not a plan"):
+    with pytest.raises(PlanError, match=r"plan\.json: larger than 100 bytes; a plan is a folder with"):
         Plan.load(folder)
 
 
@@ -237,6 +238,24 @@ def test_a_missing_tensor(folder, name):
     declared = {"file": TENSORS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
     rewrite(folder, lambda document: document.update(tensors=declared))
     with pytest.raises(PlanError, match=lacks(TENSORS_NAME, re.escape(name))):
+        Plan.load(folder)
+
+
+@pytest.mark.parametrize("name", ["scales.0.q", "constants.1.down"])
+def test_a_plan_without_compensation_that_holds_one(folder, name):
+    """Before, what scales and constants correct was left out in silence."""
+    payload = save(load((folder / TENSORS_NAME).read_bytes()) | {name: np.ones(3, np.float32)})
+    (folder / TENSORS_NAME).write_bytes(payload)
+    declared = {"file": TENSORS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
+    rewrite(folder, lambda document: document.update(tensors=declared))
+    with pytest.raises(PlanError, match=rf"has '{name}', which plans of its schema_version have not"):
+        Plan.load(folder)
+
+
+def test_a_pipe_is_no_plan_and_that_is_the_reason(folder):
+    (folder / JSON_NAME).unlink()
+    os.mkfifo(folder / JSON_NAME)
+    with pytest.raises(PlanError, match=r"^\S*plan\.json: not a file; a plan is a folder with"):
         Plan.load(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from was_search.checkpoints.limits import check_values
 from was_search.errors import ModelError, reason
 from was_search.process.close_names import did_you_mean_path
 from was_search.process.home import expanded, no_home
+from was_search.process.regular_files import read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -324,12 +324,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """Read a JSON file; OSError or ValueError for no JSON, too deep nesting or more than any configuration holds."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_JSON_BYTES:
-            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
-        content = file.read(size)
+    """Read a JSON file; OSError or ValueError for no file, no JSON, too deep nesting or more than they ever hold."""
+    content = read_regular(path, _MAX_JSON_BYTES)
     try:
         return json.loads(content)
     except RecursionError as error:

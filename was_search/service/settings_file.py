@@ -9,7 +9,10 @@ from typing import Any
 
 from was_search.errors import ConfigError
 from was_search.process.close_names import did_you_mean
+from was_search.process.regular_files import read_regular
 from was_search.service.settings import OPTIONS, QUESTIONS, Settings, require_one_question
+
+_MOST_BYTES = 1 << 20
 
 
 def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | None = None) -> Settings:
@@ -23,7 +26,7 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            document = tomllib.loads(file.read_text(encoding="utf-8"))
+            document = tomllib.loads(_read(file).decode())
         except OSError as error:
             raise ConfigError(f"config: cannot read {file} ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -43,3 +46,11 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
         given = {**{name: getattr(Settings, name) for name in QUESTIONS[1:]}, **given}
     values.update(given)
     return dataclasses.replace(base, **values) if base is not None else Settings(**values)
+
+
+def _read(file: Path) -> bytes:
+    """The file's bytes; also those of a pipe that a shell has made, as of ``--config <(...)``."""
+    if not file.resolve().name.startswith("pipe:["):
+        return read_regular(file, _MOST_BYTES)
+    with file.open("rb") as pipe:
+        return pipe.read(_MOST_BYTES)

@@ -11,8 +11,8 @@ import typer
 from was_search.checkpoints.column_layout import COLUMNS_NAME
 from was_search.checkpoints.files import read_object
 from was_search.checkpoints.plan_checkpoint import KEY, is_plan_config, plan_beside
-from was_search.errors import ConfigError
-from was_search.plan import Plan
+from was_search.errors import ConfigError, PlanError
+from was_search.plan import JSON_NAME, Plan
 from was_search.service.cli.command import Commands, Invocation
 from was_search.service.options import Group
 from was_search.service.settings import Settings
@@ -247,6 +247,10 @@ def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
     plan = Plan.load(folder)
     recorded = plan.provenance.get("settings")
     made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    try:
+        load_settings(None, made_with)
+    except ConfigError as error:
+        raise PlanError(f"{folder / JSON_NAME}: the settings that it was made with are damaged: {error}") from error
     if (folder / COLUMNS_NAME).is_file():
         made_with |= {"model": str(folder), "dtype": "auto"}
         return plan, load_settings(None, made_with)

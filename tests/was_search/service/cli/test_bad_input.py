@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -464,3 +465,93 @@ def test_interpolating_without_neighbours(refused, database) -> None:
     )
     assert "no study of this model, data and score below or above 55 % has a complete trial" in printed
     assert "run 'was-search run' with a --target below or above 55 %" in printed
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_configuration_that_is_no_file(refused, tmp_path: Path, kind: str) -> None:
+    """Before, a pipe without a writer was waited for, and /dev/zero filled the memory."""
+    path = tmp_path / "run.toml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    printed = refused("run", "--config", str(path))
+    assert printed.startswith(f"error: config: cannot read {path} (not a file)")
+
+
+def test_a_configuration_from_a_shells_pipe(refused) -> None:
+    """``--config <(...)``"""
+    ours, theirs = os.pipe()
+    os.write(theirs, b"trails = 4\n")
+    os.close(theirs)
+    assert "unknown option trails" in refused("run", "--config", f"/dev/fd/{ours}")
+    os.close(ours)
+
+
+LONG = "/" + "a" * 5000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--model", LONG, "--data", TEXT),
+        ("evaluate", "--model", MODEL, "--data", LONG, "--sequence-length", "64"),
+        ("evaluate", "--model", MODEL, "--data", TEXT, "--plan", LONG),
+        (
+            "evaluate",
+            "--model",
+            MODEL,
+            "--data",
+            TEXT,
+            "--sequence-length",
+            "64",
+            "--tasks",
+            "x",
+            "--include-path",
+            LONG,
+        ),
+        ("run", "--model", MODEL, "--data", TEXT, "--sequence-length", "64", "--plan", LONG),
+        ("run", "--model", MODEL, "--data", TEXT, "--sequence-length", "64", "--profile", LONG),
+        ("run", "--config", LONG),
+        ("generate", "--model", LONG, "--prompt", "x"),
+        ("serve", "--model", LONG),
+        ("profile", "--model", MODEL, "--output", LONG),
+        ("compensate", "--plan", LONG, "--model", MODEL),
+    ],
+)
+def test_a_path_that_no_file_system_takes(refused, command: tuple[str, ...]) -> None:
+    """Before, a traceback where it was asked whether there is such a file."""
+    printed = refused(*command)
+    assert "File name too long" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_files_that_cannot_be_used_are_one_line_wherever_that_shows(refused, capsys, monkeypatch) -> None:
+    """A folder that this user may not enter, a disk that is full: whatever was about to be read or written."""
+
+    def denied(self: Path, **options: bool) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    monkeypatch.setattr(Path, "exists", denied)
+    assert "error: '/closed/model' cannot be used: Permission denied" in refused(
+        "evaluate", "--model", "/closed/model", "--data", TEXT, "--json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "a file cannot be used: No space left on device"),
+        (OSError(28, "No space left on device", "/x"), "'/x' cannot be used: No space left on device"),
+        (OSError(36, "File name too long", "/" + "a" * 5000), f"'/{'a' * 295}... cannot be used: File name too long"),
+        (OSError(24, "Too many open files"), "a file cannot be used: Too many open files"),
+        (OSError(5, "Input/output error", b"/b\xff"), "'/b\\udcff' cannot be used: Input/output error"),
+        (ConnectionRefusedError(111, "Connection refused"), None),
+        (OSError("something of a library"), None),
+    ],
+)
+def test_what_is_said_of_a_file(error: OSError, words: str | None) -> None:
+    assert main.about_file(error) == words

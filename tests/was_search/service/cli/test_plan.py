@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from typer.testing import CliRunner
 
 from scripts.make_random_model import make_random_model
 from tests.doubles.small_plan import make_plan
+from tests.doubles.tiny_models import tiny_model, tiny_plan
 from was_kernels import DecodingLoop
 from was_kernels.timing import step
 from was_search.checkpoints.load import load_model
 from was_search.errors import ConfigError, PlanError
 from was_search.service.cli.main import app
+from was_search.service.cli.plan import load_plan
 from was_search.service.steps.demonstration import DEMO_FOLDER, demo_settings
 
 run = CliRunner().invoke
@@ -325,3 +329,12 @@ def test_losses_of_more_than_700_nats(tmp_path):
     found = run(app, [*given, "--device", "cpu", "--json"])
     last = [json.loads(line, parse_constant=pytest.fail) for line in found.output.splitlines()][-1]
     assert last["dense"]["loss_nats"] > 700 and last["dense"]["perplexity"] is None
+
+
+@pytest.mark.parametrize("settings", [{"data": 5}, {"sequence_length": "long"}, {"batch_size": 0}, {"device": "tpu"}])
+def test_damaged_settings_of_a_plan_are_the_plans(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Before, ``data: must be text, got 5`` beside a ``--data`` that was text."""
+    plan = dataclasses.replace(tiny_plan(tiny_model()), provenance={"settings": settings})
+    folder = plan.save(tmp_path / "plan")
+    with pytest.raises(PlanError, match=r"plan\.json: the settings that it was made with are damaged: \w+: must be"):
+        load_plan(folder)
