@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -339,6 +340,15 @@ def require_writable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "cannot be written" if there.is_dir() else "is not a folder"
         raise PlanError(f"plan: cannot write {folder} ({there} {reason}); choose another folder with --plan")
+    try:
+        with tempfile.TemporaryFile(
+            dir=there
+        ):  # permissions do not tell all: quotas, exported and special file systems
+            pass
+    except OSError as error:
+        raise PlanError(
+            f"plan: cannot write {folder} ({there}: {error.strerror}); choose another folder with --plan"
+        ) from error
 
 
 def _plan_nearby(folder: Path) -> str:

@@ -256,6 +256,11 @@ def truncated_gzip(folder: Path) -> Path:
     return _put(folder / "x.jsonl.gz", gzip.compress(LINES.encode())[:-20])
 
 
+@_refused(r"x\.txt\.gz is gzip that was compressed once more, which is not read; unpack it")
+def gzip_in_gzip(folder: Path) -> Path:
+    return _put(folder / "x.txt.gz", gzip.compress(gzip.compress(LINES.encode())))
+
+
 @_refused(r"x\.docx is a zip archive, which is not read; unpack it")
 def a_zip(folder: Path) -> Path:
     return _put(folder / "x.docx", b"PK\x03\x04 and more")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from was_search.errors import PlanError
-from was_search.plan import _ENTRIES, JSON_NAME, TENSORS_NAME, Plan, _document_hash
+from was_search.plan import _ENTRIES, JSON_NAME, TENSORS_NAME, Plan, _document_hash, require_writable
 from was_search.shape import ModelShape
 
 SHAPE = ModelShape(((3, 3, 3, 3, 3, 3, 5),) * 2, ((3, 1, 1, 3, 5, 5, 3),) * 2)
@@ -284,6 +284,24 @@ def test_paths_that_are_no_plan(tmp_path, folder):
     (folder / TENSORS_NAME).unlink()
     with pytest.raises(PlanError, match=r"plan\.safetensors: not found; a plan is a folder with"):
         Plan.load(folder)
+
+
+@pytest.mark.parametrize("case", ["/proc/here/plan", "quota"])
+def test_a_folder_that_only_trying_tells_of(case, tmp_path, monkeypatch):
+    """Before, a whole run was made first: its permissions say that it can be written."""
+    require_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    folder = tmp_path / "plan"
+    if case == "quota":
+
+        def full(**options):
+            raise OSError(122, "Disk quota exceeded")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", full)
+    else:
+        folder = Path(case)
+    with pytest.raises(PlanError, match=rf"plan: cannot write {folder} \(/.*\); choose another folder with --plan"):
+        require_writable(folder)
 
 
 def test_saving_where_a_file_is(tmp_path):

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from tests.doubles.small_run import environment
 from tests.servers.ray_head import START_SECONDS, jobs_at, ray_head
 from was_search.errors import ConfigError, ResourceError
+from was_search.service.cli.cluster import SUBMITTED
 from was_search.service.cli.main import app
 from was_workers import jobs
 from was_workers.jobs import Jobs, refuse_secrets
@@ -51,6 +53,13 @@ def test_what_cannot_be_submitted_is_refused_here(arguments, words) -> None:
     result = CliRunner().invoke(app, ["submit", "--", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert words in str(result.exception)
+
+
+def test_whatever_runs_on_workers_can_be_submitted() -> None:
+    """Before, ``compensate`` was refused as no command for a cluster."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    on_workers = {name for name, it in commands.items() if {"ray", "workers"} <= {each.name for each in it.params}}
+    assert "compensate" in on_workers and on_workers <= set(SUBMITTED) <= commands.keys()
 
 
 def test_wrong_flags_are_refused_here() -> None:

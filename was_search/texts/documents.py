@@ -147,6 +147,9 @@ def _decoded(raw: bytes, path: Path) -> str:
     for start, (what, remedy) in _NOT_READ.items():
         if raw.startswith(start):
             raise DataError(f"data: {path} is {what}, which is not read; {remedy}")
+    for start, (name, _) in _PACKED.items():
+        if raw.startswith(start):
+            raise DataError(f"data: {path} is {name} that was compressed once more, which is not read; {_UNPACK}")
     if raw[_TAR_AT : _TAR_AT + 5] == b"ustar":
         raise DataError(f"data: {path} is a tar archive, which is not read; {_UNPACK} and give the folder")
     zero = raw.find(b"\0")

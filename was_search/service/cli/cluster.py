@@ -53,7 +53,7 @@ def init(
     sys.stdout.write("".join(f"{statement};\n" for statement in done))
 
 
-SUBMITTED = ("run", "calibrate", "seed", "search", "export", "evaluate", "doctor")
+SUBMITTED = ("run", "calibrate", "seed", "search", "export", "compensate", "evaluate", "doctor")
 """Commands that make sense on a cluster."""
 
 
