@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import uuid
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from was_search.errors import ConfigError, PlanError
 from was_search.process import plain_json
 from was_search.process.close_names import did_you_mean_path
 from was_search.process.regular_files import IrregularFileError, read_regular
+from was_search.process.writable import unwritable
 from was_search.shape import PROJECTIONS, SCORE_KINDS, FloatArray, ModelShape, ScoreKind
 from was_search.weight_format import AS_STORED, WeightFormat, describe
 
@@ -336,19 +336,8 @@ def require_writable(folder: Path) -> None:
     Raises:
         PlanError: ``folder``, or the last folder above it that exists, is no folder or cannot be written.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "cannot be written" if there.is_dir() else "is not a folder"
-        raise PlanError(f"plan: cannot write {folder} ({there} {reason}); choose another folder with --plan")
-    try:
-        with tempfile.TemporaryFile(
-            dir=there
-        ):  # permissions do not tell all: quotas, exported and special file systems
-            pass
-    except OSError as error:
-        raise PlanError(
-            f"plan: cannot write {folder} ({there}: {error.strerror}); choose another folder with --plan"
-        ) from error
+    if why := unwritable(folder):
+        raise PlanError(f"plan: cannot write {folder} ({why}); choose another folder with --plan")
 
 
 def _plan_nearby(folder: Path) -> str:

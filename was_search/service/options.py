@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 from was_search.errors import ConfigError
 
 _T = TypeVar("_T")
+_MOST = 2**63
+"""No option has as large a number: what counts on, stores or sends it has its own limits, which would be met late."""
+
 KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -140,6 +143,11 @@ class Option:
         allowed = (int, float) if kind is float else kind
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed) or value != value:
             raise ConfigError(f"{self.name}: must be {KIND_WORDS[kind]}, got {value!r}")
+        if isinstance(value, int) and kind is int and abs(value) >= _MOST:
+            got = value if abs(value) < _MOST**2 else "one of more than 37 digits"
+            raise ConfigError(f"{self.name}: must be a whole number under 2^63, got {got}")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{self.name}: must be without NUL characters, got {value[:80]!r}")
         try:
             return kind(value)
         except OverflowError:

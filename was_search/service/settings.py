@@ -14,6 +14,7 @@ from was_search.service.addresses import check_webhook, parse_address
 from was_search.service.asked import parse_increase, parse_speedups, parse_targets, percent_hint
 from was_search.service.options import Group, Rule, at_least, checked_by, options_of, setting
 from was_search.shape import Masks, ScoreKind
+from was_search.studies.control import MOST_TRIALS
 from was_search.studies.fitness import FitnessName
 from was_search.studies.sampling import MONOTONE, SamplerName
 from was_search.studies.worker_range import WorkerRange
@@ -173,7 +174,13 @@ class Settings:
             lambda value, given: value > 0 or given.sampler != MONOTONE,
         ),
     )
-    trials: int = setting(100, Group.SEARCH, "Trials of the study; a number above what it has extends it.", _SOME)
+    trials: int = setting(
+        100,
+        Group.SEARCH,
+        "Trials of the study; a number above what it has extends it.",
+        _SOME,
+        Rule(f"must be at most {MOST_TRIALS}", lambda value, _: value <= MOST_TRIALS),
+    )
     study: str = setting("", Group.SEARCH, "Name of the study; made from model, data, target and options if not given.")
     warm_start: str = setting(
         "",

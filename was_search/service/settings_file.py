@@ -29,7 +29,7 @@ def load_settings(file: Path | None, flags: dict[str, Any], base: Settings | Non
             document = tomllib.loads(_read(file).decode())
         except OSError as error:
             raise ConfigError(f"config: cannot read {file} ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits, nested without end
             raise ConfigError(f"config: {file} is not valid TOML: {error}") from error
         values = {key.replace("-", "_"): value for key, value in document.items()}
     unknown = sorted(set(values) - OPTIONS.keys())

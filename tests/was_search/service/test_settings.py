@@ -84,6 +84,29 @@ def test_a_number_too_large_for_a_float():
         Settings(trial_timeout=10**400)
 
 
+@pytest.mark.parametrize("name", ["trials", "batch_size", "sequence_length", "seed", "compensation_steps"])
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**5000], ids=["large", "negative", "huge"])
+def test_a_whole_number_that_nothing_counts_to(name, value):
+    """Before, ``integer out of range`` of the database, after all that comes before a study."""
+    with pytest.raises(ConfigError, match=rf"^{name}: must be a whole number under 2\^63, got (-?\d{{19}}|one of)"):
+        Settings(**{name: value})
+
+
+def test_more_trials_than_a_study_may_have():
+    assert Settings(trials=1_000_000).trials == 1_000_000
+    with pytest.raises(ConfigError, match=r"^trials: must be at most 1000000, got 1000001$"):
+        Settings(trials=1_000_001)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, option in OPTIONS.items() if option.kind is str and not option.choices]
+)
+def test_text_with_a_nul_character(name):
+    """A TOML file may hold one; before, the database refused it, minutes later."""
+    with pytest.raises(ConfigError, match=rf"^{name}: must be without NUL characters, got "):
+        Settings(**{name: "a\0b"})
+
+
 @pytest.mark.parametrize("gpus", [-1, 0, 0.25, 1, 2, 8])
 def test_gpus_per_worker(gpus):
     assert Settings(gpus_per_worker=gpus).gpus_per_worker == gpus

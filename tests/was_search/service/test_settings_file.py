@@ -56,7 +56,9 @@ def test_refuses_a_file_that_is_not_there(tmp_path):
         load_settings(tmp_path, {})
 
 
-@pytest.mark.parametrize("content", [b"target = ", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [b"target = ", b"\xff\xfe\x00", b"trials = " + b"9" * 5000, b"model = " + b"[" * 9000]
+)
 def test_refuses_a_file_that_is_not_toml(tmp_path, content):
     path = tmp_path / "bad.toml"
     path.write_bytes(content)

@@ -18,6 +18,7 @@ from was_search.decode_time.fit import FUSED, SINGLE, check, check_summary, fit,
 from was_search.decode_time.profile import VERSION, LatencyProfile
 from was_search.errors import ConfigError
 from was_search.process.plain_json import dumps
+from was_search.process.writable import unwritable
 from was_search.service.caching import cached
 from was_search.service.context import Context
 from was_search.service.model import Model
@@ -62,6 +63,8 @@ def profile(
         ConfigError: an option out of range, or a file that cannot be written.
     """
     _check_options(rows, kv_length, steps, rounds, check_vectors)
+    if output is not None:
+        _check_output(output)
     _check_positions(context.model, kv_length)
     compiled = context.placement_here.device.startswith("cuda") if compiled is None else compiled
     key = _key(context, rows, kv_length, compiled)
@@ -111,6 +114,12 @@ def _check_options(rows: int, kv_length: int, steps: int, rounds: int, check_vec
 
     if rows > DENSE_ABOVE:
         raise ConfigError(f"rows: at most {DENSE_ABOVE} decode sparsely, got {rows}")
+
+
+def _check_output(path: Path) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    if why := "is a folder" if path.is_dir() else unwritable(path.parent):
+        raise ConfigError(f"output: cannot write {path} ({why}); choose another file")
 
 
 def _check_positions(model: Model, kv_length: int) -> None:
