@@ -84,11 +84,8 @@ def learn_compensation(
         None where the divergence from the dense model is not lower with it, or where there is no text to judge by.
     """
     context, tokens = dense.context, dense.tokens
-    if len(tokens.slopes.tokens) < 2:
-        context.reporter.note(
-            "no compensation: one sequence of the calibration split to learn from and one to judge by are needed; give "
-            "more text or a smaller sequence_length"
-        )
+    if too_short := nothing_to_learn_from(dense):
+        context.reporter.note(f"no compensation: {too_short}")
         return None
     state = _learned(dense, budget, options, sparsities, point)
     found = state.mean_sparsities(budget, options)
@@ -107,6 +104,16 @@ def learn_compensation(
         context.reporter.note("the compensation is left out, as it does not help there")
         return None
     return Compensated(found, corrected, figures)
+
+
+def nothing_to_learn_from(dense: Dense) -> str:
+    """Why no compensation can be learned from the text; "" where one can."""
+    if len(dense.tokens.slopes.tokens) >= 2:
+        return ""
+    return (
+        "one sequence of the calibration split to learn from and one to judge by are needed; give more text or a "
+        "smaller sequence_length"
+    )
 
 
 def _learned(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from was_search.errors import DataError
 from was_search.plan import Plan, require_writable
 from was_search.service.context import Context
 from was_search.service.steps.candidates import COMPENSATED, Request, measure
-from was_search.service.steps.compensation import learn_compensation, learning_options
+from was_search.service.steps.compensation import learn_compensation, learning_options, nothing_to_learn_from
 from was_search.service.steps.dense import Dense
 from was_search.service.steps.exporting import make_plan
 from was_search.service.steps.question import Question
@@ -26,11 +27,14 @@ def compensate(context: Context, plan: Plan, folder: Path) -> Path | None:
 
     Raises:
         PlanError: the plan is of another model, or the folder cannot be written.
+        DataError: the text is too short.
     """
     require_writable(folder)
     plan.require_model(context.model.fingerprint, plan.shape)
     settings = replace(context.settings, target=plan.budget, prefill=plan.prefill, target_speedup=0.0)
     question = Question(settings, Dense(context))
+    if too_short := nothing_to_learn_from(question.dense):
+        raise DataError(f"data: {too_short}")
     made_with = plan.provenance.get("settings")
     by_time = bool(isinstance(made_with, dict) and made_with.get("target_speedup"))
     budget = SparsityBudget(question.shape, round(plan.shape.sparsity(plan.sparsities), 9))

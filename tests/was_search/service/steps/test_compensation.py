@@ -12,7 +12,7 @@ from tests.doubles.small_run import small_settings
 from tests.doubles.workers_here import workers_here
 from tests.was_search.test_compensation import same
 from was_search.coordinator.model_calls import LearnCompensation
-from was_search.errors import PlanError
+from was_search.errors import DataError, PlanError
 from was_search.masks.compensating import CompensationState
 from was_search.plan import Plan
 from was_search.service.context import Context
@@ -20,6 +20,7 @@ from was_search.service.reports.progress import Reporter
 from was_search.service.reports.study_report import note_lines
 from was_search.service.steps import compensation as step
 from was_search.service.steps.compensation import STEPS_PER_CALL, learn_compensation, learning_options
+from was_search.service.steps.dense import Dense
 from was_search.service.steps.evaluation import evaluate
 from was_search.service.steps.main_job import run
 from was_search.service.steps.plan_compensation import compensate
@@ -166,3 +167,25 @@ def test_off_exports_the_vector_of_the_search(made, tmp_path):
     assert plan.compensation is None
     np.testing.assert_allclose(plan.sparsities, best_sparsities(made), atol=1e-9)
     assert "compensated" not in [row.name for row in result.rows]
+
+
+def test_a_text_too_short_to_learn_from_is_an_error_of_the_command(made, tmp_path):
+    """Before, the command ended well, and had written nothing; a run goes on without a compensation."""
+    text = tmp_path / "few.txt"
+    text.write_text("few words here\n" * 30)
+    settings = dataclasses.replace(made.settings, data=str(text), compensation_steps=1)
+    with workers_here(), Context(settings, notes := Notes()) as context:
+        with pytest.raises(
+            DataError, match="data: one sequence of the calibration split to learn from and one to judge"
+        ):
+            compensate(context, made.plan, tmp_path / "new")
+        question = Question(settings, Dense(context))
+        point = question.dense.point(made.plan.sparsities, "the plan")
+        assert (
+            learn_compensation(
+                question.dense, question.budget, learning_options(settings), made.plan.sparsities, point, "x"
+            )
+            is None
+        )
+    assert [note for note in notes.said if note.startswith("no compensation: one sequence of the")]
+    assert not (tmp_path / "new").exists()
