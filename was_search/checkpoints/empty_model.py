@@ -6,6 +6,8 @@ that is known of the checkpoint is compared with it first.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoints.described_model import described_model, require_causal
@@ -72,15 +74,15 @@ def model_config(source: ModelSource) -> PretrainedConfig:
 
 def _stored(source: ModelSource) -> tuple[int, int]:
     """How many tensors the checkpoint's files hold, and how many elements in all."""
+    sizes = [math.prod(shape) for _, shape in stored_shapes(source)]
+    return len(sizes), sum(sizes)
+
+
+def stored_shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor in the checkpoint's files, of which only headers are read."""
     from safetensors import safe_open
 
-    tensors = stored = 0
     for path in source.weight_files():
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                tensors += 1
-                elements = 1
-                for width in file.get_slice(name).get_shape():
-                    elements *= width
-                stored += elements
-    return tensors, stored
+                yield name, tuple(file.get_slice(name).get_shape())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from was_search.checkpoints.column_layout import column_state
-from was_search.checkpoints.empty_model import empty_model, model_config
+from was_search.checkpoints.empty_model import empty_model, model_config, stored_shapes
 from was_search.checkpoints.files import ModelSource, resolve_model
 from was_search.checkpoints.generation import own_generation
 from was_search.checkpoints.ordinary_tensors import ordinary_tensors
@@ -31,6 +32,9 @@ __all__ = [
     "resolve_model",
 ]
 
+_IN_A_BLOCK = re.compile(r"(.*?\.)\d+\..*\.(?:weight|bias)$")
+"""A weight in a list of modules, and the list's name."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that weights and activations may have."""
 
@@ -49,6 +53,7 @@ def load_tokenizer(source: ModelSource | str, revision: str = "") -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:
+        model_config(source)  # which transformers reads too, and may be what it stumbles over
         raise ModelError(f"model: {source.folder} has no tokenizer that can be read ({reason(error)})") from error
 
 
@@ -107,7 +112,7 @@ def load_model(
             f"{sys.executable}; pip install 'accelerate>=1.1'"
         )
     form = WeightFormat.parse(weights)
-    empty_model(source)  # refuses what must not be loaded
+    empty = empty_model(source)  # refuses what must not be loaded
     placement = device_map
     if placement is None and device != "cpu" and form is None and _has_accelerate():
         placement = {"": device}  # straight to the GPU, not by way of main memory
@@ -132,9 +137,8 @@ def load_model(
     except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:
-        raise ModelError(
-            f"model: {source.folder} cannot be loaded as a causal language model ({reason(error)})"
-        ) from error
+        why = _other_shape(source, empty) or reason(error)
+        raise ModelError(f"model: {source.folder} cannot be loaded as a causal language model ({why})") from error
     model, info = loaded
     for config in (model.config, model.config.get_text_config()):
         config.__dict__.pop("transformers_weights", None)  # it would be saved with the model
@@ -143,6 +147,11 @@ def load_model(
         raise ModelError(
             f"model: {source.folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; "
             "not a whole causal language model"
+        )
+    if left_out := _left_out(model, info["unexpected_keys"]):  # transformers would go on without them
+        raise ModelError(
+            f"model: {source.folder}: its configuration has no place for {len(left_out)} weights of its blocks, such "
+            f"as {left_out[0]}; config.json is another model's, or was changed"
         )
     if device_map is not None:
         _require_no_offload(getattr(model, "hf_device_map", {}))
@@ -153,6 +162,21 @@ def load_model(
         model.to(device)
     frozen: nn.Module = model.eval()
     return frozen
+
+
+def _other_shape(source: ModelSource, empty: nn.Module) -> str:
+    """Which stored weight has another shape than the configuration says; "" where none has."""
+    described = {name: tuple(weight.shape) for name, weight in empty.named_parameters()}
+    for name, shape in () if source.columns is not None else stored_shapes(source):
+        if described.get(name, shape) != shape:
+            return f"config.json describes {name} as {described[name]}, the files hold {shape}"
+    return ""
+
+
+def _left_out(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Stored weights of the decoder's blocks that the model has no place for; without them it is another model."""
+    lists = {found[1] for name, _ in model.named_parameters() if (found := _IN_A_BLOCK.match(name))}
+    return sorted(name for name in unexpected if (found := _IN_A_BLOCK.match(name)) and found[1] in lists)
 
 
 def _config_with_entry(source: ModelSource) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -154,6 +155,54 @@ def test_a_tokenizer_is_loaded(made):
 def test_no_tokenizer(folder):
     with pytest.raises(ModelError, match="has no tokenizer that can be read"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("values", [{"num_attention_heads": 0}, {"num_hidden_layers": 2.0}, {"rms_norm_eps": "x"}])
+def test_a_configuration_that_is_none_is_not_the_tokenizers_fault(made, tmp_path, values):
+    """The tokenizer's loading reads it too, and comes first."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, **values)
+    with pytest.raises(ModelError, match=r"config\.json is not valid \("):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "left_out"),
+    [
+        ({"num_hidden_layers": 1}, r"9 weights of its blocks, such as model\.layers\.1\.input_layernorm\.weight"),
+        ({}, r"2 weights of its blocks, such as model\.layers\.0\.self_attn\.k_norm\.weight"),
+    ],
+)
+def test_blocks_or_parts_of_them_that_a_configuration_leaves_out(folder, values, left_out):
+    """Before, half of the layers were measured as if they were the model."""
+    change_config(folder, **values)
+    if not values:
+        path = folder / "model.safetensors"
+        more = {f"model.layers.0.self_attn.{name}": torch.ones(8) for name in ("q_norm.weight", "k_norm.weight")}
+        save_file({**load_file(path), **more}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"its configuration has no place for {left_out}; config\.json is another"):
+        load_model(str(folder), dtype="float32")
+
+
+def test_what_lies_beside_the_blocks_is_left_out(folder):
+    """A second head, another tower, what old releases stored of rotary embeddings."""
+    path = folder / "model.safetensors"
+    names = ("mtp.weight", "vision_tower.layers.0.q_proj.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    save_file({**load_file(path), **{name: torch.ones(4) for name in names}}, path, {"format": "pt"})
+    assert load_model(str(folder), dtype="float32").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_key_value_heads": 1}, r"k_proj\.weight as \(8, 32\), the files hold \(16, 32\)"),
+        ({"vocab_size": 68}, r"(lm_head|embed_tokens)\.weight as \(68, 32\), the files hold \(67, 32\)"),
+    ],
+)
+def test_weights_of_another_shape_are_named(folder, values, words):
+    change_config(folder, **values)
+    with pytest.raises(ModelError, match=rf"\(config\.json describes .*{words}\)"):
+        load_model(str(folder), dtype="float32")
 
 
 def test_a_model_that_needs_code_of_its_own(folder, tmp_path):
