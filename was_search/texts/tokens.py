@@ -67,7 +67,8 @@ def require_rows(ids: IntArray, rows: int, tokenizer: Any, where: str) -> None:
     beyond = ids[(ids >= rows) | (ids < 0)]
     if beyond.size:
         worst = int(beyond.max())
-        named = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 and hasattr(tokenizer, "get_vocab") else ""
+        known = 0 <= worst < 2**31 and hasattr(tokenizer, "get_vocab")
+        named = tokenizer.convert_ids_to_tokens(worst) if known else ""
         raise ModelError(
             f"model: the tokenizer gives id {worst}{f' ({named!r})' if named else ''} in {where}, the model has {rows} "
             "rows for tokens; take the tokenizer's files of this very model, or give the model a row for each token "

@@ -222,8 +222,11 @@ class Server:
             prompt = str(prompt[0])
         if not prompt:
             raise RequestError(400, "prompt: must not be empty", param="prompt")
-        ids = prompt if isinstance(prompt, list) else _ids(lambda: prompt_ids(prompt, self.served.tokenizer), "prompt")
-        return await self._answered(request, asked, [int(i) for i in ids], _SHORT, chat=False)
+        if isinstance(prompt, list):
+            ids = _given_ids(prompt, self.served.rows)
+        else:
+            ids = _ids(lambda: prompt_ids(prompt, self.served.tokenizer), "prompt")
+        return await self._answered(request, asked, ids, _SHORT, chat=False)
 
     async def _chat(self, request: Request) -> Response:
         asked: ChatRequest = read_request(ChatRequest, await _body(request))
@@ -359,6 +362,15 @@ def _ids(make: Callable[[], Any], param: str) -> list[int]:
         return [int(i) for i in make()]
     except WasError as error:
         raise RequestError(400, str(error), param=param) from error
+
+
+def _given_ids(prompt: list[Any], rows: int) -> list[int]:
+    """The token ids that a client has sent, all of which the model has a row for."""
+    beyond = next((i for i in prompt if not 0 <= i < rows), None)
+    if beyond is not None:
+        got = beyond if abs(beyond) < 2**63 else "a longer one"
+        raise RequestError(400, f"prompt: token ids must be from 0 to {rows - 1}, got id {got}", param="prompt")
+    return [int(i) for i in prompt]
 
 
 def _within_rows(ids: list[int], served: Served) -> list[int]:
