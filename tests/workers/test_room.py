@@ -122,12 +122,13 @@ def test_a_process_that_is_slow_to_start_is_no_lack_of_room(cluster, caplog) -> 
     assert not lines(caplog)
 
 
-def test_a_fixed_number_that_finds_less_room_goes_on_and_says_so_once(cluster, caplog) -> None:
+def test_a_fixed_number_that_finds_less_room_goes_on_and_says_so_once(cluster, caplog, monkeypatch) -> None:
     """Before, three of four workers waited in silence until the run was over."""
     cluster(*nodes((1, 0)))
     waiting = Waiting("4", placed=1)
     waiting.until(5)
     (line,) = lines(caplog)
+    monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("the cluster is asked for nothing"))
     waiting.until(300)
     assert not lines(caplog)
     assert line.startswith(

@@ -84,6 +84,8 @@ class RoomWatch:
         if placed >= asked.least or waiting_seconds < _NEVER_SECONDS:
             self._said_at = None
             return
+        if placed >= needed and (self._said_few or not asked.fixed):
+            return
         now, sizes = self._clock(), node_sizes()
         if sizes != self._sizes or self._said_at is None:
             self._sizes, self._grown_at = sizes, now
