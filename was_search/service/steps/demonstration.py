@@ -32,8 +32,8 @@ DEMO_OPTIONS: dict[str, Any] = {
     "search_sequences": 64,
     "test_sequences": 192,
     "batch_size": 8,
-    "compensation_steps": 40,
-    "compensation_tokens": 1024,
+    "compensation_steps": 60,
+    "compensation_tokens": 2048,
 }
 """Options that the demo sets; others have their defaults. Descent and compensation are short: it takes minutes."""
 
