@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from was_search.errors import DataError
 
@@ -42,10 +42,12 @@ _ARRAY = re.compile(r"\s*\[\s*\{")
 _COLUMN = re.compile(r"\w[\w.-]*")
 _LONGEST_HEADER = 10_000
 _DELIMITERS = (",", "\t", ";", "|")
-_PACKED: dict[bytes, tuple[str, Callable[[bytes], bytes]]] = {
-    b"\x1f\x8b": ("gzip", gzip.decompress),
-    b"BZh": ("bzip2", bz2.decompress),
-    b"\xfd7zXZ\0": ("xz", lzma.decompress),
+_MOST_BYTES = 2 << 30
+"""Of a file, and of what a compressed one holds: all of it is read into memory."""
+_PACKED: dict[bytes, tuple[str, Callable[[BinaryIO], io.BufferedIOBase]]] = {
+    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    b"BZh": ("bzip2", bz2.BZ2File),
+    b"\xfd7zXZ\0": ("xz", lzma.LZMAFile),
 }
 _PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 _UNPACK = "unpack it"
@@ -127,9 +129,18 @@ def _bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise DataError(f"data: {path} is no regular file; it is read several times, so write it to one")
     try:
+        _require_few(path.stat().st_size, path, "")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"data: {path} cannot be read ({error.strerror})") from error
+
+
+def _require_few(size: int, path: Path, unpacked: str) -> None:
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"data: {path} has more than {_MOST_BYTES >> 20} MiB{unpacked}, all of which would be read into memory; "
+            "give a part of it"
+        )
 
 
 def _unpacked(raw: bytes, path: Path) -> tuple[bytes, str]:
@@ -137,9 +148,11 @@ def _unpacked(raw: bytes, path: Path) -> tuple[bytes, str]:
     for start, (name, unpack) in _PACKED.items():
         if raw.startswith(start):
             try:
-                return unpack(raw), f" in {name}"
+                found = unpack(io.BytesIO(raw)).read(_MOST_BYTES + 1)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise DataError(f"data: {path} is damaged or truncated ({name}: {error}); copy it again") from error
+            _require_few(len(found), path, f" once it is unpacked ({name})")
+            return found, f" in {name}"
     return raw, ""
 
 

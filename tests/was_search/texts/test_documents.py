@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from tests.fresh_python import said_by
 from tests.places.data_files import DOCUMENTS, JOINED, LINES, READ, REFUSED
 from tests.was_search.texts.test_tokens import PLAIN
 from was_search.errors import DataError
+from was_search.texts import documents
 from was_search.texts.documents import read_file
 from was_search.texts.protocol import SPLITS
 from was_search.texts.splits import load_text
@@ -120,3 +124,25 @@ def test_only_parquet_imports_its_library(tmp_path):
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     assert said_by(code) == "[]"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress], ids=lambda pack: pack.__module__)
+def test_more_text_than_memory_should_hold_is_refused(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(documents, "_MOST_BYTES", 1 << 20)
+    path = tmp_path / "text"
+    path.write_bytes(pack(b"word " * (1 << 18)))
+    with pytest.raises(DataError, match=r"text has more than 1 MiB.*give a part of it"):
+        read_file(path)
+    path.write_bytes(pack(b"a" * (1 << 20)))
+    assert len(read_file(path).text) == 1 << 20
+
+
+def test_what_unpacks_without_end_is_read_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_MOST_BYTES", 1 << 20)
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"more than 1 MiB once it is unpacked \(gzip\)"):
+        read_file(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
