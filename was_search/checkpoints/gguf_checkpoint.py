@@ -17,7 +17,7 @@ from pathlib import Path
 from shutil import disk_usage, rmtree
 from typing import Any
 
-from was_search.checkpoints.appearing import appearing_folder, remove_unfinished
+from was_search.checkpoints.appearing import appearing, appearing_folder, remove_unfinished
 from was_search.checkpoints.described_model import described_model, require_causal
 from was_search.checkpoints.file_hashes import file_hashes
 from was_search.checkpoints.gguf_header import MAGIC, GgufHeader, read_header, truncated
@@ -26,8 +26,10 @@ from was_search.checkpoints.limits import check_config
 from was_search.checkpoints.quiet_loading import quiet_loading
 from was_search.errors import ModelError, ResourceError, reason
 from was_search.process.file_lock import LockedFile
+from was_search.process.plain_json import dumps
 
 SUFFIX = ".gguf"
+_SEAL = "was-search.json"
 _BYTES = 2
 """Of a weight in bfloat16."""
 
@@ -59,16 +61,33 @@ def gguf_folder(path: Path, *, anew: bool = False) -> Path:
     home = _home()
     (digest,) = file_hashes([path], home)
     folder = home / "gguf" / digest
-    if folder.is_dir() and not anew:
+    if not anew and _is_whole(folder, home):
         return folder
     header = read_header(path)
     with _alone(folder):
-        if anew:
+        if anew or not _is_whole(folder, home):  # another process may have written it meanwhile
             rmtree(folder, ignore_errors=True)
-        if not folder.is_dir():  # another process may have written it meanwhile
             _require_room(folder.parent, _BYTES * header.elements)
             write_out(path, folder)
+            _seal(folder, home)
     return folder
+
+
+def _seal(folder: Path, home: Path) -> None:
+    """Note what the folder's files are, last of all."""
+    files = sorted(path for path in folder.iterdir() if path.name != _SEAL)
+    hashes = dict(zip((path.name for path in files), file_hashes(files, home), strict=True))
+    with appearing(folder / _SEAL) as temporary:
+        temporary.write_text(dumps(hashes))
+
+
+def _is_whole(folder: Path, home: Path) -> bool:
+    """Whether the folder's files are those that were written; other weights of the same form would not be noticed."""
+    try:
+        hashes = json.loads((folder / _SEAL).read_bytes())
+        return bool(hashes) and file_hashes([folder / name for name in hashes], home) == list(hashes.values())
+    except (OSError, ValueError, AttributeError, TypeError, ModelError):
+        return False
 
 
 def _home() -> Path:

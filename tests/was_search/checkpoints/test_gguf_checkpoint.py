@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -104,6 +105,18 @@ def test_a_damaged_folder_is_written_anew(file):
     source = resolve_model(str(file))
     (source.folder / "model.safetensors").write_bytes(b"")
     assert load_model(resolve_model(str(file))).config.num_hidden_layers == 1
+
+
+def test_other_weights_of_the_same_form_in_the_kept_folder_are_not_taken_for_the_files(file):
+    source = resolve_model(str(file))
+    weights = source.folder / "model.safetensors"
+    written, before = weights.read_bytes(), fingerprint(source)
+    weights.write_bytes(written[:-2] + bytes(b ^ 1 for b in written[-2:]))
+    assert fingerprint(resolve_model(str(file))) == before
+    assert weights.read_bytes() == written
+    (source.folder / "was-search.json").write_text("[]")
+    assert resolve_model(str(file)).folder == source.folder
+    assert "model.safetensors" in json.loads((source.folder / "was-search.json").read_text())
 
 
 def test_its_name_is_told_where_it_takes_long(file):
