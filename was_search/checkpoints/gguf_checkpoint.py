@@ -30,6 +30,7 @@ from was_search.process.plain_json import dumps
 
 SUFFIX = ".gguf"
 _SEAL = "was-search.json"
+"""In a kept folder: the sha256 of each of its other files, by name."""
 _BYTES = 2
 """Of a weight in bfloat16."""
 
@@ -82,7 +83,7 @@ def _seal(folder: Path, home: Path) -> None:
 
 
 def _is_whole(folder: Path, home: Path) -> bool:
-    """Whether the folder's files are those that were written; other weights of the same form would not be noticed."""
+    """Whether the folder's files are those that were written; else other weights would not be noticed."""
     try:
         hashes = json.loads((folder / _SEAL).read_bytes())
         return bool(hashes) and file_hashes([folder / name for name in hashes], home) == list(hashes.values())
