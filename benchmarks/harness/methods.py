@@ -343,6 +343,8 @@ register(
 register(Method("evolution", _evolution, spaces=("levels", "full"), settings=EvolutionSettings().to_json()))
 register(Descents().method("descent"))
 register(Descents().method("descent-kl", "kl"))
+# As many sequences as fit into the tokens of 200 evaluations, where one is of 64.
+register(Descents().method("descent-compensated", compensation=CompensationOptions(sequences=10)))
 # For an evaluation of 24 sequences, of which a round takes the same share as 24 do of 64: 117 evaluations in all again.
 register(Descents(per_round=9).method("descent-9"))
 register(Descents(per_round=9).method("descent-9-compensated", compensation=CompensationOptions()))

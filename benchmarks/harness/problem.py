@@ -95,7 +95,10 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """Everything that decides results; the model and the data count by their hashes, not by their paths."""
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "device", "cache")}
-        return {**own, "seed_descent": {**asdict(SEED_DESCENT), "sequences": SEED_SEQUENCES}}
+        descent = asdict(SEED_DESCENT)
+        if descent["width"] == 0.5:  # rows of before there was a choice have no word of it
+            del descent["width"]
+        return {**own, "seed_descent": {**descent, "sequences": SEED_SEQUENCES}}
 
     def tokens(self) -> dict[str, TokenSet]:
         """The three splits, and ``slope``: more of the calibration split."""

@@ -14,5 +14,12 @@ def ops_for(device: str | torch.device) -> Ops:
         return Ops()
     from was_kernels.ops import gradient_passes
     from was_kernels.ops.mask_input import mask_input as fused_mask_input
+    from was_kernels.runtime.capture import captured
 
-    return Ops(fused_mask_input, gradient_passes.count_scores, gradient_passes.price_terms, gradient_passes.slope_terms)
+    return Ops(
+        fused_mask_input,
+        gradient_passes.count_scores,
+        gradient_passes.price_terms,
+        gradient_passes.slope_terms,
+        captured,
+    )

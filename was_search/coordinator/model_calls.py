@@ -131,7 +131,14 @@ class Descend(Call[FloatArray]):
         return float(descent_tokens(self.data.value.protocol, self.options, self.per_round))
 
     def run(self, model: MaskedModel) -> FloatArray:
-        slopes = SlopeOracle(model, self.data.value, self.histograms.value, per_call=self.per_round, seed=self.seed)
+        slopes = SlopeOracle(
+            model,
+            self.data.value,
+            self.histograms.value,
+            per_call=self.per_round,
+            seed=self.seed,
+            width=self.options.width,
+        )
         return descend(slopes, self.start, self.budget, self.options)
 
     def figures(self, found: FloatArray) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,58 +11,76 @@ from torch import Tensor, nn
 
 from was_search.checkpoints.structure import Structure
 from was_search.masks.corrections import Corrections, corrected_outputs
-from was_search.masks.divergence import DenseTop
-from was_search.masks.evaluation import sequence_losses, sequence_nats
+from was_search.masks.evaluation import sequence_nats, top_losses
 from was_search.masks.inputs import InputFunction, hook_inputs
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.recompute import activations_fit, recomputed_blocks
 from was_search.texts.protocol import TokenSet
 
+TopRows = tuple[Tensor, Tensor]
+"""The dense model's top as :meth:`was_search.masks.divergence.DenseTop.rows` has it."""
 
-def backward_pass(
-    model: MaskedModel,
-    data: TokenSet,
-    function: InputFunction,
-    *,
-    corrections: Corrections | None = None,
-    top: DenseTop | None = None,
-) -> float:
+Backward = Callable[[Tensor, TopRows | None], Tensor]
+"""Forward and backward of a batch: its tokens, int64 [sequences, length], and the dense model's top or None -> nats.
+
+The nats are summed over the batch, a float64 scalar on the model's device. It asks the host for nothing.
+"""
+
+
+def backward_pass(model: MaskedModel, data: TokenSet, function: InputFunction) -> float:
     """Take the gradient of the summed nats through ``function`` on every projection's input; returns those nats.
 
-    Weights need no gradient and get none. ``function`` does its work in its own backward, which runs once for
-    every batch; where the model recomputes, and has not room enough, its forward runs twice, and memory is that of one
-    block.
+    ``function`` does its work in its own backward, which runs once for every batch. Outputs are corrected by the
+    model's compensation, if it has one.
 
     Args:
         model: the model.
         data: the sequences.
         function: on every input.
-        corrections: of outputs; None: the model's own, if it has any.
-        top: the dense model's top of all sequences of ``data``; makes the divergence from it the loss.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    with opened(model, data, function, model.corrections) as backward:
+        for batch in model.batches(data):
+            total += backward(batch, None)
+    return float(total)
+
+
+@contextmanager
+def opened(
+    model: MaskedModel, data: TokenSet, function: InputFunction, corrections: Corrections | None
+) -> Iterator[Backward]:
+    """While open, the backward passes of batches of ``data`` can be taken, with ``function`` on every input.
+
+    Weights need no gradient and get none. Where the model recomputes, and has not room enough, ``function``'s forward
+    runs twice a batch, and memory is that of one block.
+
+    Args:
+        model: the model.
+        data: whose batches.
+        function: on every projection's input.
+        corrections: of outputs; None: there are none.
     """
     protocol, structure = data.protocol, model.structure
     predicted = protocol.predicted_per_sequence
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    by = model.corrections if corrections is None else corrections
-    done = 0
     tokens = min(protocol.batch_size, len(data.tokens)) * protocol.sequence_length
     recompute = model.recompute and not activations_fit(model.model, structure, tokens)
     with (
         _on_inputs(structure, function),
-        corrected_outputs(structure, by, protocol.dense_prefix),
+        corrected_outputs(structure, corrections, protocol.dense_prefix),
         _gradient_from_embeddings(model.model) as starts,
         torch.enable_grad(),
     ):
-        for batch in model.batches(data):
+
+        def backward(batch: Tensor, top: TopRows | None) -> Tensor:
             with recomputed_blocks(structure, recompute):
                 if top is None:
                     nats = sequence_nats(model.model, batch, predicted).sum()
                 else:
-                    nats = sequence_losses(model.model, batch, predicted, top[done : done + len(batch)])[0].sum()
+                    nats = top_losses(model.model, batch, predicted, *top)[0].sum()
                 torch.autograd.grad(nats, starts)
-            done += len(batch)
-            total += nats.detach().double().to(model.device)
-    return float(total)
+            return nats.detach().double().to(model.device)
+
+        yield backward
 
 
 @contextmanager

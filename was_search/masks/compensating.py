@@ -22,8 +22,9 @@ import torch
 from was_search.compensation import Compensation, Vector
 from was_search.errors import InfeasibleError
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.corrections import Learned, corrections, flat_gradient, output_spreads
+from was_search.masks.corrections import LearnedCorrections, output_spreads
 from was_search.masks.divergence import DenseTop
+from was_search.masks.histogram import DeviceHistograms, Histograms
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.slope import slope_pass
 from was_search.shape import FloatArray, ModelShape
@@ -164,26 +165,27 @@ def learn_steps(
     shape, n = model.shape, len(data.tokens)
     share = shape.params / shape.params.sum()
     next_rows = data.part(step_rows(n, options, seed, state.done))
-    histograms = histogram_pass(model.compensated(state.compensation(shape)), next_rows, state.thresholds)[0]
-    _require_finite(histograms.finite)
+    before = histogram_pass(model.compensated(state.compensation(shape)), next_rows, state.thresholds)[0]
+    _require_finite(before.finite)
+    histograms: Histograms | DeviceHistograms = before
     still = Compensation.none(shape).flat()
     units = _units(model, data.part(step_rows(n, options, seed, 0)), options)
     moved_by = torch.nn.Parameter(
         torch.from_numpy(np.divide(state.values - still, units, where=units > 0, out=still * 0))
     )
     optimiser = _optimiser(moved_by, state)
+    learned = LearnedCorrections(model.structure)
     for number in range(state.done, min(state.done + steps, options.steps)):
         rows = step_rows(n, options, seed, number)
-        point = Compensation.from_flat(shape, _values(still, moved_by, units))
-        learned = [Learned.of(one) for one in corrections(model.structure, point)]
+        learned.start(_values(still, moved_by, units))
         found = slope_pass(
             *(model, data.part(rows), state.sparsities, histograms),
             width=options.width,
-            corrections=learned,
+            learned=learned,
             top=top[rows],
         )
         predicted = len(rows) * data.protocol.predicted_per_sequence
-        gradient = flat_gradient(model.structure, learned) / np.float32(predicted) * units
+        gradient = learned.gradient() / np.float32(predicted) * units
         _require_finite(bool(np.all(np.isfinite(gradient)) and np.all(np.isfinite(found.slopes))))
         moved_by.grad = torch.from_numpy(gradient)
         optimiser.param_groups[0]["lr"] = options.factor(number)

@@ -99,10 +99,6 @@ class Learned:
     constant: Tensor
     sums: Tensor
 
-    @classmethod
-    def of(cls, one: Correction) -> Learned:
-        return cls(one.scale, one.constant, torch.zeros((2, len(one.scale)), device=one.scale.device))
-
     def __call__(self, y: Tensor, prefix: int) -> Tensor:
         return _Learned.apply(y, self, prefix)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -125,15 +121,55 @@ class _Learned(torch.autograd.Function):
         return with_prefix(gradient, (gradient * by.scale).to(gradient.dtype), prefix), None, None
 
 
-def flat_gradient(structure: Structure, learned: Sequence[Learned]) -> Vector:
-    """The sums of ``learned``, laid out like :meth:`was_search.compensation.Compensation.flat`."""
-    parts: dict[tuple[int, int, int], Tensor] = {}
-    for (block, members, _), one in zip(linear_maps(structure), learned, strict=True):
-        widths = [structure.shape.out_features[block][p] for p in members]
-        for p, sums in zip(members, torch.split(one.sums.cpu(), widths, dim=1), strict=True):
-            for kind in range(2):
-                parts[kind, block, p] = sums[kind]
-    return torch.cat([parts[key] for key in sorted(parts)]).numpy()
+class LearnedCorrections:
+    """A :class:`Learned` for every linear map, as :func:`linear_maps` has them, whose vectors lie side by side.
+
+    Each device has all vectors in one tensor, laid out like :meth:`was_search.compensation.Compensation.flat`, so that
+    they are written and read at once.
+
+    Args:
+        structure: whose maps.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        maps = linear_maps(structure)
+        widths = [sum(structure.shape.out_features[b][p] for p in members) for b, members, _ in maps]
+        devices = [device_of(linear) for _, _, linear in maps]
+        self._vectors = {device: torch.zeros((2, sum(widths)), device=device) for device in devices}
+        self._sums = {device: torch.zeros_like(vectors) for device, vectors in self._vectors.items()}
+        split = {
+            device: (torch.split(self._vectors[device], widths, 1), torch.split(self._sums[device], widths, 1))
+            for device in self._vectors
+        }
+        self.each: list[Learned] = []
+        for number, device in enumerate(devices):
+            (scale, constant), sums = (parts[number] for parts in split[device])
+            self.each.append(Learned(scale, constant, sums))
+
+    def start(self, flat: Vector) -> None:
+        """Take over the vectors of ``flat``; the gradient is zero again."""
+        for device, vectors in self._vectors.items():
+            vectors.copy_(torch.from_numpy(flat).view_as(vectors))
+            self._sums[device].zero_()
+
+    def start_like(self, other: LearnedCorrections) -> None:
+        """Take over the vectors of another one of the same structure."""
+        for device, vectors in self._vectors.items():
+            vectors.copy_(other._vectors[device])
+            self._sums[device].zero_()
+
+    def add(self, other: LearnedCorrections) -> None:
+        """Add the gradient of ``other``."""
+        for device, sums in self._sums.items():
+            sums += other._sums[device]
+
+    def gradient(self) -> Vector:
+        """The gradient since :meth:`start`, laid out like what that takes."""
+        # A map's sums lie on its own device; they are zero on the others.
+        total = sum(sums.cpu() for sums in self._sums.values())
+        assert isinstance(total, Tensor)
+        found: Vector = total.flatten().numpy()
+        return found
 
 
 def output_spreads(structure: Structure, forward: Callable[[], object]) -> Vector:

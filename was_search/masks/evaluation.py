@@ -44,14 +44,20 @@ def sequence_losses(model: nn.Module, tokens: Tensor, predicted: int, top: Dense
     Both are summed over the tokens: nats, float32 [batch]. ``top`` is the dense model's top on the same sequences,
     [batch, predicted, k]; :mod:`was_search.masks.divergence` defines the divergence. Usable with autograd.
     """
+    return top_losses(model, tokens, predicted, *top.rows(tokens.device))
+
+
+def top_losses(
+    model: nn.Module, tokens: Tensor, predicted: int, indices: Tensor, log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What :func:`sequence_losses` gives, the dense model's top as :meth:`DenseTop.rows`; asks the host for nothing."""
     logits = predicted_logits(model, tokens, predicted)
-    targets = tokens[:, -predicted:].flatten().to(logits.device)
-    indices, dense = top.rows(logits.device)
+    targets, indices, dense = (x.to(logits.device) for x in (tokens[:, -predicted:].flatten(), indices, log_probs))
 
     def losses(x: Tensor, rows: slice) -> Tensor:
-        log_probs, total = bucket_log_probs(x, indices[rows])
+        found, total = bucket_log_probs(x, indices[rows])
         nats = total - x.gather(1, targets[rows, None])
-        return torch.cat([divergence(dense[rows], log_probs)[:, None], nats], 1)
+        return torch.cat([divergence(dense[rows], found)[:, None], nats], 1)
 
     parts = [losses(logits[rows].float(), rows) for rows in row_pieces(logits)]
     sums = torch.cat(parts).view(len(tokens), predicted, 2).sum(dim=1)

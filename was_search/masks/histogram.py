@@ -79,30 +79,16 @@ class Histograms:
             InfeasibleError: another shape, a sparsity outside [0, 1), an empty histogram, or a quantile among
                 non-finite scores (or in the last finite bin, which has no upper edge).
         """
-        wanted = np.asarray(sparsities, np.float64)
-        if wanted.shape != self.counts.shape[:2]:
-            raise InfeasibleError(f"sparsities: shape must be {self.counts.shape[:2]}, got {wanted.shape}")
-        if not np.all((wanted >= 0.0) & (wanted < 1.0)):
-            raise InfeasibleError(f"sparsities: must be in [0, 1), got {wanted.min()} to {wanted.max()}")
-        edges = bin_edges()
-        result = np.zeros(wanted.shape, np.float64)
-        for b, p in np.ndindex(*wanted.shape):
-            if wanted[b, p] > 0.0:
-                result[b, p] = self._quantile(b, p, float(wanted[b, p]), edges)
-        return result.astype(np.float32)
-
-    def _quantile(self, b: int, p: int, sparsity: float, edges: FloatArray) -> float:
-        cumulative = self._cumulative[b, p]
-        total = int(cumulative[-1])
-        if total == 0:
-            raise InfeasibleError(f"histogram of block {b}, projection {p} is empty")
-        rank = sparsity * total
-        i = int(np.searchsorted(cumulative, rank, side="left"))
-        if i >= _FINITE_BINS - 1:
-            raise InfeasibleError(f"scores of block {b}, projection {p} are not finite at sparsity {sparsity}")
-        below = int(cumulative[i - 1]) if i else 0
-        inside = (rank - below) / int(self.counts[b, p, i])
-        return float(edges[i] + inside * (edges[i + 1] - edges[i]))
+        wanted = required_sparsities(sparsities, self.counts.shape[:2])
+        cumulative = self._cumulative
+        totals = cumulative[..., -1]
+        bins, below, inside = (np.zeros(wanted.shape, np.int64) for _ in range(3))
+        for at in np.ndindex(*wanted.shape):
+            i = int(np.searchsorted(cumulative[at], wanted[at] * totals[at], side="left"))
+            bins[at] = i = min(i, N_BINS - 1)
+            below[at] = cumulative[at][i - 1] if i else 0
+            inside[at] = self.counts[at][i]
+        return _interpolated(wanted, bins, below, inside, totals)
 
     def to_bytes(self) -> bytes:
         """Compressed little-endian int64 counts; :meth:`from_bytes` reads them."""
@@ -127,3 +113,69 @@ class Histograms:
                 "delete the row and calibrate again"
             )
         return cls(np.frombuffer(raw, "<i8").astype(np.int64).reshape(n_blocks, N_PROJECTIONS, N_BINS))
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceHistograms:
+    """Score counts that stay where they were taken, int64 [L, 7, 32768]: a GPU's need not cross to the host."""
+
+    counts: Tensor
+
+    def host(self) -> Histograms:
+        """The same on the host."""
+        return Histograms(self.counts.cpu().numpy())
+
+    @cached_property
+    def _cumulative(self) -> Tensor:
+        return self.counts.cumsum(-1)
+
+    def thresholds(self, sparsities: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """What :meth:`Histograms.thresholds` gives, bit for bit, with its errors."""
+        wanted = required_sparsities(sparsities, tuple(self.counts.shape[:2]))
+        cumulative = self._cumulative
+        ranks = torch.tensor(wanted, device=cumulative.device)[..., None] * cumulative[..., -1:]
+        # Counts are integers: the first sum that reaches a rank reaches the next integer.
+        at = torch.searchsorted(cumulative, ranks.ceil().long()).clamp_(max=N_BINS - 1)
+        below = torch.where(at > 0, cumulative.gather(-1, (at - 1).clamp_(min=0)), 0)
+        numbers = torch.stack([at, below, self.counts.gather(-1, at), cumulative[..., -1:]])[..., 0].cpu().numpy()
+        return _interpolated(wanted, *numbers)
+
+
+def required_sparsities(sparsities: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
+    """``sparsities`` as float64 of this ``shape``, each in [0, 1).
+
+    Raises:
+        InfeasibleError: they are not.
+    """
+    wanted = np.asarray(sparsities, np.float64)
+    if wanted.shape != shape:
+        raise InfeasibleError(f"sparsities: shape must be {shape}, got {wanted.shape}")
+    if not np.all((wanted >= 0.0) & (wanted < 1.0)):
+        raise InfeasibleError(f"sparsities: must be in [0, 1), got {wanted.min()} to {wanted.max()}")
+    return wanted
+
+
+def _interpolated(
+    sparsities: FloatArray, bins: IntArray, below: IntArray, inside: IntArray, totals: IntArray
+) -> npt.NDArray[np.float32]:
+    """Thresholds [L, 7] at ``sparsities``, linear inside of the bins that hold their ranks; 0 at sparsity 0.
+
+    Args:
+        sparsities: float64 [L, 7].
+        bins: the bins, int64 [L, 7].
+        below: counts under each bin.
+        inside: counts in it.
+        totals: all counts.
+
+    Raises:
+        InfeasibleError: an empty histogram, or a bin of scores that are not finite, or the last finite one.
+    """
+    sparse = sparsities > 0.0
+    for b, p in zip(*np.nonzero(sparse & (totals == 0)), strict=True):
+        raise InfeasibleError(f"histogram of block {b}, projection {p} is empty")
+    for b, p in zip(*np.nonzero(sparse & (bins >= _FINITE_BINS - 1)), strict=True):
+        raise InfeasibleError(f"scores of block {b}, projection {p} are not finite at sparsity {sparsities[b, p]}")
+    edges, at = bin_edges(), np.where(sparse, bins, 0)
+    share = (sparsities * totals - below) / np.maximum(inside, 1)
+    found = edges[at] + share * (edges[at + 1] - edges[at])
+    return np.where(sparse, found, 0.0).astype(np.float32)

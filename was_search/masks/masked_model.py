@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from was_search.masks.ops import PLAIN, Ops
 from was_search.masks.score import column_norms, combined_norms
 from was_search.shape import Masks, ModelShape, ScoreKind
 from was_search.texts.protocol import TokenSet
+
+if TYPE_CHECKING:
+    from was_search.masks.pass_graphs import PassGraphs
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,7 @@ class MaskedModel:
         recompute: whether backward passes keep the activations of one block at a time, at the cost of one more forward,
             where those of all blocks would take much of a GPU's memory.
         corrections: of outputs, wherever inputs are masked; None: there are none.
+        graphs: replays backward passes; None: they are launched anew each time.
     """
 
     model: nn.Module
@@ -37,6 +42,7 @@ class MaskedModel:
     ops: Ops = PLAIN
     recompute: bool = False
     corrections: Corrections | None = None
+    graphs: PassGraphs | None = None
 
     @classmethod
     def of(
@@ -84,7 +90,7 @@ class MaskedModel:
     def block(self, number: int) -> MaskedModel:
         """The same model with only one of its blocks to mask."""
         structure = Structure((self.structure.blocks[number],), self.structure.masks)
-        return replace(self, structure=structure, norms=[self.norms[number]])
+        return replace(self, structure=structure, norms=[self.norms[number]], graphs=None)
 
 
 def structure_norms(structure: Structure, kind: ScoreKind) -> list[list[Tensor]]:

@@ -70,6 +70,7 @@ def recomputed_blocks(structure: Structure, enabled: bool = True) -> Iterator[No
 
 def _recomputed(forward: Any) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # A model that is evaluated draws nothing, so that no generator's state is kept, which a CUDA graph could not.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return wrapped

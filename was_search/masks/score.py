@@ -14,7 +14,7 @@ from torch import Tensor
 
 from was_search.shape import ScoreKind
 
-MaskOp = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+MaskOp = Callable[[Tensor, Tensor, float | Tensor, int], tuple[Tensor, Tensor]]
 """A function like :func:`mask_input`; a fused one may take its place."""
 
 
@@ -69,13 +69,13 @@ def masked(x: Tensor, norms: Tensor, threshold: float) -> Tensor:
     return or_zero(scores(x, norms) >= threshold, x)
 
 
-def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple[Tensor, Tensor]:
+def mask_input(x: Tensor, norms: Tensor, threshold: float | Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """A projection's input with :func:`masked` applied after the prefix, and the number of channels kept there.
 
     Args:
         x: [batch, positions, d], whole sequences.
         norms: [d] float32.
-        threshold: above 0; a zero input scores 0, so what is kept is what is not zero.
+        threshold: above 0, where a zero input is not kept; or a float32 scalar on x's device, which may be 0 as well.
         prefix: positions at a sequence's start that keep all channels.
 
     Returns:
@@ -85,5 +85,5 @@ def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple
     keep = scores(body, norms) >= threshold
     body = or_zero(keep, body)
     # A score at a threshold above 0 is of no zero, and booleans are counted ten times as fast on a CPU.
-    kept = keep if np.float32(threshold) > 0.0 else body
+    kept = keep if isinstance(threshold, Tensor) or np.float32(threshold) > 0.0 else body
     return torch.cat([x[:, :prefix], body], dim=1), torch.count_nonzero(kept)

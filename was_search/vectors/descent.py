@@ -40,6 +40,7 @@ class DescentOptions:
         momentum: share of the former direction in the present one, in [0, 1).
         clip: greatest move of a projection in one round, in multiples of the step.
         average: share of the rounds, from the end, whose points are averaged, in (0, 1].
+        width: half width of the band of scores whose channels pass the gradient on, as a share of the threshold.
     """
 
     rounds: int = 30
@@ -48,6 +49,7 @@ class DescentOptions:
     momentum: float = 0.7
     clip: float = 2.0
     average: float = 1 / 3
+    width: float = 1.0
 
     def __post_init__(self) -> None:
         rules = {
@@ -57,6 +59,7 @@ class DescentOptions:
             "momentum": (0.0 <= self.momentum < 1.0, "must be in [0, 1)"),
             "clip": (self.clip > 0.0, "must be positive"),
             "average": (0.0 < self.average <= 1.0, "must be in (0, 1]"),
+            "width": (self.width >= 0.0, "must not be negative"),
         }
         for name, (good, rule) in rules.items():
             if not good:

@@ -19,7 +19,7 @@ GREEDY_STEP = 0.0125
 PRICES = 4
 """Version of the way in which prices are taken; cached prices of another version are not used."""
 
-SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4)
+SEED_DESCENT = DescentOptions(rounds=8, step=0.04, momentum=0.5, average=0.4, width=0.5)
 SEED_SEQUENCES = 16
 """Sequences a round of the seed's descent, which has less inertia and fewer sequences than a search's."""
 

@@ -141,7 +141,7 @@ class Worker:
             DeviceLostError: the GPU failed.
         """
         model = self.model
-        with _logged(call.name, about) as figures, _transient_memory():
+        with _logged(call.name, about) as figures, _room(model), _transient_memory():
             try:
                 found = self._shared.resolved(call).run(model)
             except NotFiniteError as error:
@@ -169,6 +169,7 @@ def _load(spec: WorkerSpec) -> _Loaded:
     from was_kernels.pass_ops import ops_for
     from was_search.checkpoints.load import load_model, resolve_model
     from was_search.masks.masked_model import MaskedModel
+    from was_search.masks.pass_graphs import PassGraphs
 
     started = time.perf_counter()
     if spec.threads:
@@ -183,7 +184,10 @@ def _load(spec: WorkerSpec) -> _Loaded:
         )
         # Memory is scarce on a GPU; on a CPU the time of another forward is.
         recompute = spec.device == "cuda"
-        model = MaskedModel.of(loaded, spec.score, spec.masks, ops=ops_for(spec.device), recompute=recompute)
+        ops = ops_for(spec.device)
+        model = MaskedModel.of(loaded, spec.score, spec.masks, ops=ops, recompute=recompute)
+        if ops.record is not None:
+            model = dataclasses.replace(model, graphs=PassGraphs(ops.record))
     n = f"{torch.cuda.device_count()} x " if spec.spread else ""
     device = n + torch.cuda.get_device_name() if spec.device == "cuda" else platform.processor() or "cpu"
     seconds = time.perf_counter() - started
@@ -203,6 +207,17 @@ def _logged(what: str, about: Ids | None, **figures: Any) -> Iterator[dict[str, 
             event(_logger, f"{what} failed", logging.WARNING, error=f"{type(error).__name__}: {error}")
             raise
         event(_logger, f"{what} ended", **{"seconds": time.perf_counter() - started, **figures})
+
+
+@contextmanager
+def _room(model: MaskedModel) -> Iterator[None]:
+    """Give the memory of recorded passes back where a call lacks some: it may be had when the call is repeated."""
+    try:
+        yield
+    except TransientError:
+        if model.graphs is not None:
+            model.graphs.drop()
+        raise
 
 
 _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")

@@ -28,7 +28,8 @@ def _mask_input_kernel(
     d,
     positions,
     prefix,
-    threshold,
+    threshold,  # a number, or [1] float32
+    STORED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -38,20 +39,23 @@ def _mask_input_kernel(
     at = rows.to(tl.int64)[:, None] * d + columns[None, :]
     x = tl.load(x_ptr + at, mask=there, other=0.0)
     norms = tl.load(norms_ptr + columns, mask=columns < d, other=0.0)
-    keep = tl.abs(x.to(tl.float32)) * norms[None, :] >= threshold
+    if STORED:
+        keep = tl.abs(x.to(tl.float32)) * norms[None, :] >= tl.load(threshold)
+    else:
+        keep = tl.abs(x.to(tl.float32)) * norms[None, :] >= threshold
     body = there & (rows % positions >= prefix)[:, None]
     tl.store(y_ptr + at, tl.where(keep | ~body, x, tl.zeros_like(x)), mask=there)
     kept = tl.sum(tl.sum((keep & body).to(tl.int32), axis=1), axis=0)
     tl.store(kept_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), kept)
 
 
-def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple[Tensor, Tensor]:
+def mask_input(x: Tensor, norms: Tensor, threshold: float | Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """``x`` with channels of a score under ``threshold`` set to zero after the prefix, and how many were kept.
 
     Args:
         x: [sequences, positions, d], fp16, bf16 or fp32.
         norms: [d] float32.
-        threshold: above 0.
+        threshold: above 0, or a float32 scalar on x's device, which may be 0 as well.
         prefix: positions at a sequence's start that keep all channels.
 
     Returns:
@@ -73,6 +77,7 @@ def mask_input(x: Tensor, norms: Tensor, threshold: float, prefix: int) -> tuple
             x.shape[1],
             prefix,
             threshold,
+            STORED=isinstance(threshold, Tensor),
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
             num_warps=4,

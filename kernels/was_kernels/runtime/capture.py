@@ -11,7 +11,7 @@ from torch import nn
 T = TypeVar("T")
 
 
-class CaptureError(Exception):
+class CaptureError(RuntimeError):
     """A call did what a graph cannot hold, such as waiting for the device; its message is one line."""
 
 

@@ -13,7 +13,7 @@ from tests.doubles.tiny_models import tiny_model
 from tests.was_search.masks.by_autograd import backward_through
 from was_search.compensation import Compensation
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.corrections import Learned, corrections, flat_gradient
+from was_search.masks.corrections import LearnedCorrections
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking
@@ -47,9 +47,10 @@ def thresholds(histograms):
 
 
 def gradient(masked, data, histograms, compensation, top=None, sparsities=SPARSITIES):
-    learned = [Learned.of(one) for one in corrections(masked.structure, compensation)]
-    found = slope_pass(masked, data, sparsities, histograms, width=0.0, corrections=learned, top=top)
-    return flat_gradient(masked.structure, learned), found.nats
+    learned = LearnedCorrections(masked.structure)
+    learned.start(compensation.flat())
+    found = slope_pass(masked, data, sparsities, histograms, width=0.0, learned=learned, top=top)
+    return learned.gradient(), found.nats
 
 
 def by_hand(masked, sequence, thresholds, compensation, prefix, predicted, leaves):

@@ -103,9 +103,15 @@ def seed_identity(settings: Settings) -> dict[str, Any]:
 def descent_words(options: DescentOptions, sequences: int, steps: tuple[float, ...] = ()) -> str:
     """Every number of a descent, for a study's identity; ``steps`` are those of chains side by side."""
     shown = {name: f"{value:g}" for name, value in {**vars(options), "sequences": sequences}.items()}
+    if options.width == WIDTH_BEFORE:
+        del shown["width"]
     if steps:
         shown["step"] = " and ".join(f"{step:g}" for step in steps)
     return ", ".join(f"{name} {value}" for name, value in sorted(shown.items()))
+
+
+WIDTH_BEFORE = 0.5
+"""The width of all descents before there was a choice; identities of then do not name it."""
 
 
 def seed_descent_options(settings: Settings) -> DescentOptions:

@@ -293,9 +293,9 @@ def test_a_study_says_with_which_steps_it_descends(postgres_url: str) -> None:
     for chains in (1, 2, 3):
         with Context(small_settings(storage=postgres_url, descent_epochs=2, descent_chains=chains)) as context:
             words[chains] = identity(Question.of(context))["descents"]
-    assert words[1].startswith("epochs 2, ") and words[1].endswith(", step 0.04")
-    assert words[2].endswith(", step 0.04 and 0.015")
-    assert words[3].endswith(", step 0.04 and 0.015 and 0.04")
+    assert words[1].startswith("epochs 2, ") and words[1].endswith(", step 0.04, width 1")
+    assert words[2].endswith(", step 0.04 and 0.015, width 1")
+    assert words[3].endswith(", step 0.04 and 0.015 and 0.04, width 1")
 
 
 @pytest.mark.parametrize("change", [{"target": 0.5}, {"score": "l1"}])

@@ -1,0 +1,189 @@
+"""Backward passes of slopes on a GPU, replayed from recordings of what they launch.
+
+A pass over a small model is thousands of launches of a few microseconds each, and Python between them takes several
+times as long as the GPU does; in a large model it is a third of the time. What is recorded reads tokens, thresholds and
+corrections where they lay when it was recorded, so they are copied there before each replay. The numbers are the same
+to the bit either way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from was_search.masks.backward import TopRows, opened
+from was_search.masks.corrections import LearnedCorrections
+from was_search.masks.ops import RecordOp
+from was_search.process.logs import event
+from was_search.texts.protocol import TokenSet
+
+if TYPE_CHECKING:
+    from was_search.masks.masked_model import MaskedModel
+    from was_search.masks.slope import SlopePoint
+
+_logger = logging.getLogger(__name__)
+
+MOST_KEPT = 2
+"""Recordings that are kept: of the whole batches of one text, and of its last."""
+
+_WHOLE_TEXTS = "was_whole_texts"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a recording is of."""
+
+    size: tuple[int, ...]
+    predicted: int
+    prefix: int
+    width: float
+    learned: bool
+    top: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A batch's pass, and what it reads and writes."""
+
+    graph: Any
+    tokens: Tensor
+    top: TopRows | None
+    point: SlopePoint
+
+    def replay(self, tokens: Tensor, top: TopRows | None, at: SlopePoint) -> None:
+        """Run it on a batch and add what it finds to ``at``."""
+        self.tokens.copy_(tokens)
+        for kept, given in zip(self.top or (), top or (), strict=True):
+            kept.copy_(given)
+        self.point.start_like(at)
+        self.graph.replay()
+        at.add(self.point)
+
+
+class PassGraphs:
+    """Replays the backward passes of one model on one GPU. Not thread-safe, like the model.
+
+    The first batch of a kind is left to the caller: it readies libraries and kernels, which cannot be done while
+    launches are recorded. So is every batch of a model that cannot be recorded.
+
+    Args:
+        record: as in :class:`was_search.masks.ops.Ops`.
+    """
+
+    def __init__(self, record: RecordOp) -> None:
+        self._record = record
+        self._seen: set[_Kind] = set()
+        self._kept: dict[_Kind, _Recording] = {}
+        self._fails = False
+
+    def drop(self) -> None:
+        """Give the memory of all recordings back."""
+        self._kept.clear()
+        self._seen.clear()
+
+    def add_batches(
+        self, model: MaskedModel, data: TokenSet, point: SlopePoint, batches: Sequence[tuple[Tensor, TopRows | None]]
+    ) -> bool:
+        """Add what the passes of ``batches`` find to ``point``; False, and nothing is added, where the caller has to.
+
+        Args:
+            model: the model.
+            data: whose batches.
+            point: has been started.
+            batches: tokens, and the dense model's top or None.
+        """
+        if (
+            self._fails
+            or (point.corrections is not None and point.learned is None)
+            or not _can_be_recorded(model, data)
+        ):
+            return False
+        kinds = [_kind(point, batch, top) for batch, top in batches]
+        if not self._seen.issuperset(kinds):
+            self._seen.update(kinds)
+            return False
+        for kind, (batch, top) in zip(kinds, batches, strict=True):
+            if kind not in self._kept and not self._keep(kind, model, data, point, batch, top):
+                return False
+        for kind, (batch, top) in zip(kinds, batches, strict=True):
+            self._kept[kind].replay(batch, top, point)
+        return True
+
+    def _keep(
+        self, kind: _Kind, model: MaskedModel, data: TokenSet, like: SlopePoint, batch: Tensor, top: TopRows | None
+    ) -> bool:
+        """Record a kind; False where that is not possible."""
+        while len(self._kept) >= MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
+        learned = None if like.learned is None else LearnedCorrections(model.structure)
+        point = type(like)(model, like.protocol, like.width, learned)
+        tokens, rows = batch.clone(), None if top is None else (top[0].clone(), top[1].clone())
+
+        def launch() -> None:
+            with opened(model, data, point.masked, point.corrections) as backward:
+                point.nats.add_(backward(tokens, rows))
+
+        try:
+            with _whole_texts(model.model):
+                graph, _ = self._record(launch, model.device)
+        except RuntimeError as error:
+            self._fails = True
+            event(_logger, "backward passes are not recorded", reason=str(error).splitlines()[0])
+            return False
+        self._kept[kind] = _Recording(graph, tokens, rows, point)
+        return True
+
+
+def _kind(point: SlopePoint, batch: Tensor, top: TopRows | None) -> _Kind:
+    protocol = point.protocol
+    return _Kind(
+        tuple(batch.shape),
+        protocol.predicted_per_sequence,
+        protocol.dense_prefix,
+        point.width,
+        point.learned is not None,
+        () if top is None else tuple(top[0].shape),
+    )
+
+
+def _can_be_recorded(model: MaskedModel, data: TokenSet) -> bool:
+    """Whether all is on one GPU, and attention to whole texts needs no mask of transformers'."""
+    config: Any = model.model.config
+    devices = {model.device, *model.block_devices}
+    if len(devices) > 1 or model.device.type != "cuda" or not _needs_no_mask(config._attn_implementation):
+        return False
+    window = getattr(config, "sliding_window", None)
+    return window is None or window >= data.protocol.sequence_length
+
+
+def _needs_no_mask(attention: str) -> bool:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return attention == "sdpa" or attention not in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+@contextmanager
+def _whole_texts(model: Any) -> Iterator[None]:
+    """While open, sdpa attends without asking transformers for a mask.
+
+    For whole texts it makes none, but while launches are recorded it cannot see that they are whole.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        yield
+        return
+    # A name without a mask function of its own gets no mask.
+    AttentionInterface.register(_WHOLE_TEXTS, sdpa_attention_forward)
+    model.set_attn_implementation(_WHOLE_TEXTS)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
