@@ -39,31 +39,35 @@ def backward_pass(model: MaskedModel, data: TokenSet, function: InputFunction) -
         function: on every input.
     """
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    with opened(model, data, function, model.corrections) as backward:
+    with opened(model, data, function, model.corrections, recomputes(model, data)) as backward:
         for batch in model.batches(data):
             total += backward(batch, None)
     return float(total)
 
 
+def recomputes(model: MaskedModel, data: TokenSet) -> bool:
+    """Whether the model recomputes, and has not room enough to do without for a batch of ``data``."""
+    tokens = min(data.protocol.batch_size, len(data.tokens)) * data.protocol.sequence_length
+    return model.recompute and not activations_fit(model.model, model.structure, tokens)
+
+
 @contextmanager
 def opened(
-    model: MaskedModel, data: TokenSet, function: InputFunction, corrections: Corrections | None
+    model: MaskedModel, data: TokenSet, function: InputFunction, corrections: Corrections | None, recompute: bool
 ) -> Iterator[Backward]:
     """While open, the backward passes of batches of ``data`` can be taken, with ``function`` on every input.
 
-    Weights need no gradient and get none. Where the model recomputes, and has not room enough, ``function``'s forward
-    runs twice a batch, and memory is that of one block.
+    Weights need no gradient and get none.
 
     Args:
         model: the model.
         data: whose batches.
         function: on every projection's input.
         corrections: of outputs; None: there are none.
+        recompute: run each block's forward, and so ``function``'s, once more, so that memory is that of one block.
     """
     protocol, structure = data.protocol, model.structure
     predicted = protocol.predicted_per_sequence
-    tokens = min(protocol.batch_size, len(data.tokens)) * protocol.sequence_length
-    recompute = model.recompute and not activations_fit(model.model, structure, tokens)
     with (
         _on_inputs(structure, function),
         corrected_outputs(structure, corrections, protocol.dense_prefix),

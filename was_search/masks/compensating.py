@@ -22,7 +22,7 @@ import torch
 from was_search.compensation import Compensation, Vector
 from was_search.errors import InfeasibleError
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.corrections import LearnedCorrections, output_spreads
+from was_search.masks.corrections import output_spreads
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import DeviceHistograms, Histograms
 from was_search.masks.masked_model import MaskedModel
@@ -174,7 +174,7 @@ def learn_steps(
         torch.from_numpy(np.divide(state.values - still, units, where=units > 0, out=still * 0))
     )
     optimiser = _optimiser(moved_by, state)
-    learned = LearnedCorrections(model.structure)
+    learned = model.learned_corrections()
     for number in range(state.done, min(state.done + steps, options.steps)):
         rows = step_rows(n, options, seed, number)
         learned.start(_values(still, moved_by, units))

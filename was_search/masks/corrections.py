@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,43 @@ from torch import Tensor
 from was_search.checkpoints.structure import Structure, device_of
 from was_search.compensation import Compensation, Vector
 
+CorrectOp = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""A function like :func:`correct`; a fused one may take its place."""
+
+CorrectionTermsOp = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""A function like :func:`correction_terms`; a fused one may take its place."""
+
+
+def correct(y: Tensor, scale: Tensor, constant: Tensor, prefix: int) -> Tensor:
+    """``scale * y + constant`` after the prefix, in y's dtype.
+
+    Args:
+        y: [sequences, positions, d].
+        scale: float32 [d].
+        constant: float32 [d].
+        prefix: positions at a sequence's start that are left as they are.
+    """
+    return _with_prefix(y, torch.addcmul(constant, y, scale).to(y.dtype), prefix)
+
+
+def correction_terms(y: Tensor, gradient: Tensor, scale: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """The backward of :func:`correct`: the gradient at y, like y, and that in scale and constant, float32 [2, d].
+
+    Args:
+        y: what was corrected.
+        gradient: of the corrected one, like y.
+        scale: float32 [d].
+        prefix: positions at a sequence's start that were left as they are.
+    """
+    body = gradient[:, prefix:].to(torch.promote_types(gradient.dtype, torch.float32))
+    sums = torch.stack([(body * y[:, prefix:]).sum((0, 1)), body.sum((0, 1))])
+    return _with_prefix(gradient, (gradient * scale).to(gradient.dtype), prefix), sums.float()
+
+
+def _with_prefix(before: Tensor, after: Tensor, prefix: int) -> Tensor:
+    """``after`` with the first ``prefix`` positions of ``before``; both [batch, positions, d]."""
+    return torch.cat([before[:, :prefix], after[:, prefix:]], dim=1) if prefix else after
+
 
 @dataclass(frozen=True, eq=False)
 class Correction:
@@ -24,24 +61,15 @@ class Correction:
 
     scale: Tensor
     constant: Tensor
+    op: CorrectOp = correct
 
     def __call__(self, y: Tensor, prefix: int) -> Tensor:
         """The output y [batch, positions, out_features] with all positions after the prefix corrected."""
-        return with_prefix(y, corrected(y, self.scale, self.constant), prefix)
+        return self.op(y, self.scale, self.constant, prefix)
 
 
 Corrections = Sequence[Callable[[Tensor, int], Tensor]]
 """One for every linear map that a forward calls, in the order of :func:`linear_maps`; of a fused map, one for all."""
-
-
-def corrected(y: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
-    """``scale * y + constant`` in y's dtype."""
-    return torch.addcmul(constant, y, scale).to(y.dtype)
-
-
-def with_prefix(before: Tensor, after: Tensor, prefix: int) -> Tensor:
-    """``after`` with the first ``prefix`` positions of ``before``; both [batch, positions, d]."""
-    return torch.cat([before[:, :prefix], after[:, prefix:]], dim=1) if prefix else after
 
 
 def linear_maps(structure: Structure) -> list[tuple[int, tuple[int, ...], Any]]:
@@ -55,7 +83,7 @@ def linear_maps(structure: Structure) -> list[tuple[int, tuple[int, ...], Any]]:
     return maps
 
 
-def corrections(structure: Structure, compensation: Compensation) -> list[Correction]:
+def corrections(structure: Structure, compensation: Compensation, op: CorrectOp = correct) -> list[Correction]:
     """The compensation's vectors where the weights are."""
 
     def there(rows: Any, block: int, members: tuple[int, ...], device: torch.device) -> Tensor:
@@ -65,6 +93,7 @@ def corrections(structure: Structure, compensation: Compensation) -> list[Correc
         Correction(
             there(compensation.scales, b, members, device_of(linear)),
             there(compensation.constants, b, members, device_of(linear)),
+            op,
         )
         for b, members, linear in linear_maps(structure)
     ]
@@ -86,18 +115,16 @@ def corrected_outputs(structure: Structure, by: Corrections | None, prefix: int)
 
 
 @dataclass(frozen=True, eq=False)
-class Learned:
+class Learned(Correction):
     """A :class:`Correction` whose backward adds the loss's gradient in both vectors to ``sums``.
 
     Attributes:
-        scale: float32 [out_features].
-        constant: float32 [out_features].
         sums: float32 [2, out_features]: the gradient in the scale and in the constant.
+        terms: gives it.
     """
 
-    scale: Tensor
-    constant: Tensor
-    sums: Tensor
+    sums: Tensor = field(kw_only=True)
+    terms: CorrectionTermsOp = correction_terms
 
     def __call__(self, y: Tensor, prefix: int) -> Tensor:
         return _Learned.apply(y, self, prefix)  # type: ignore[no-any-return, no-untyped-call]
@@ -110,15 +137,14 @@ class _Learned(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, by: Learned, prefix: int) -> Tensor:
         ctx.save_for_backward(y)
         ctx.by, ctx.prefix = by, prefix
-        return with_prefix(y, corrected(y, by.scale, by.constant), prefix)
+        return by.op(y, by.scale, by.constant, prefix)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), by, prefix = ctx.saved_tensors, ctx.by, ctx.prefix
-        body = gradient[:, prefix:].to(torch.promote_types(gradient.dtype, torch.float32))
-        by.sums[0] += (body * y[:, prefix:]).sum((0, 1))
-        by.sums[1] += body.sum((0, 1))
-        return with_prefix(gradient, (gradient * by.scale).to(gradient.dtype), prefix), None, None
+        (y,), by = ctx.saved_tensors, ctx.by
+        passed, sums = by.terms(y, gradient, by.scale, ctx.prefix)
+        by.sums.add_(sums)
+        return passed, None, None
 
 
 class LearnedCorrections:
@@ -129,9 +155,13 @@ class LearnedCorrections:
 
     Args:
         structure: whose maps.
+        op: corrects outputs.
+        terms: the backward of that.
     """
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(
+        self, structure: Structure, op: CorrectOp = correct, terms: CorrectionTermsOp = correction_terms
+    ) -> None:
         maps = linear_maps(structure)
         widths = [sum(structure.shape.out_features[b][p] for p in members) for b, members, _ in maps]
         devices = [device_of(linear) for _, _, linear in maps]
@@ -144,7 +174,7 @@ class LearnedCorrections:
         self.each: list[Learned] = []
         for number, device in enumerate(devices):
             (scale, constant), sums = (parts[number] for parts in split[device])
-            self.each.append(Learned(scale, constant, sums))
+            self.each.append(Learned(scale, constant, op, sums=sums, terms=terms))
 
     def start(self, flat: Vector) -> None:
         """Take over the vectors of ``flat``; the gradient is zero again."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from was_search.checkpoints.structure import Structure, find_structure, weight_of
 from was_search.compensation import Compensation
-from was_search.masks.corrections import Corrections, corrections
+from was_search.masks.corrections import Corrections, LearnedCorrections, corrections
 from was_search.masks.ops import PLAIN, Ops
 from was_search.masks.score import column_norms, combined_norms
 from was_search.shape import Masks, ModelShape, ScoreKind
@@ -84,8 +84,12 @@ class MaskedModel:
 
     def compensated(self, compensation: Compensation | None) -> MaskedModel:
         """The same model with outputs corrected by ``compensation`` wherever inputs are masked; None: by nothing."""
-        found = None if compensation is None else corrections(self.structure, compensation)
+        found = None if compensation is None else corrections(self.structure, compensation, self.ops.correct)
         return replace(self, corrections=found)
+
+    def learned_corrections(self) -> LearnedCorrections:
+        """Corrections of all outputs, to be learned."""
+        return LearnedCorrections(self.structure, self.ops.correct, self.ops.correction)
 
     def block(self, number: int) -> MaskedModel:
         """The same model with only one of its blocks to mask."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from was_search.masks.corrections import CorrectionTermsOp, CorrectOp, correct, correction_terms
 from was_search.masks.gradient_terms import PriceOp, SlopeOp, price_terms, slope_terms
 from was_search.masks.histogram import CountOp, bin_counts
 from was_search.masks.score import MaskOp, mask_input
@@ -31,6 +32,8 @@ class Ops:
     count: CountOp = bin_counts
     price: PriceOp = price_terms
     slope: SlopeOp = slope_terms
+    correct: CorrectOp = correct
+    correction: CorrectionTermsOp = correction_terms
     record: RecordOp | None = None
 
 

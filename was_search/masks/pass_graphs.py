@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from was_search.masks.backward import TopRows, opened
-from was_search.masks.corrections import LearnedCorrections
+from was_search.masks.backward import TopRows, opened, recomputes
 from was_search.masks.ops import RecordOp
 from was_search.process.logs import event
 from was_search.texts.protocol import TokenSet
@@ -73,13 +72,16 @@ class PassGraphs:
 
     Args:
         record: as in :class:`was_search.masks.ops.Ops`.
+
+    Attributes:
+        refusal: why passes cannot be recorded, once that has failed; no more is tried then.
     """
 
     def __init__(self, record: RecordOp) -> None:
         self._record = record
         self._seen: set[_Kind] = set()
         self._kept: dict[_Kind, _Recording] = {}
-        self._fails = False
+        self.refusal: str | None = None
 
     def drop(self) -> None:
         """Give the memory of all recordings back."""
@@ -98,7 +100,7 @@ class PassGraphs:
             batches: tokens, and the dense model's top or None.
         """
         if (
-            self._fails
+            self.refusal is not None
             or (point.corrections is not None and point.learned is None)
             or not _can_be_recorded(model, data)
         ):
@@ -120,20 +122,22 @@ class PassGraphs:
         """Record a kind; False where that is not possible."""
         while len(self._kept) >= MOST_KEPT:
             del self._kept[next(iter(self._kept))]
-        learned = None if like.learned is None else LearnedCorrections(model.structure)
+        learned = None if like.learned is None else model.learned_corrections()
         point = type(like)(model, like.protocol, like.width, learned)
         tokens, rows = batch.clone(), None if top is None else (top[0].clone(), top[1].clone())
 
+        recompute = recomputes(model, data)
+
         def launch() -> None:
-            with opened(model, data, point.masked, point.corrections) as backward:
+            with opened(model, data, point.masked, point.corrections, recompute) as backward:
                 point.nats.add_(backward(tokens, rows))
 
         try:
             with _whole_texts(model.model):
                 graph, _ = self._record(launch, model.device)
         except RuntimeError as error:
-            self._fails = True
-            event(_logger, "backward passes are not recorded", reason=str(error).splitlines()[0])
+            self.refusal = str(error).splitlines()[0]
+            event(_logger, "backward passes are not recorded", reason=self.refusal)
             return False
         self._kept[kind] = _Recording(graph, tokens, rows, point)
         return True

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from was_search.masks.backward import opened
+from was_search.masks.backward import opened, recomputes
 from was_search.masks.corrections import Corrections, LearnedCorrections
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import N_BINS, DeviceHistograms, Histograms
@@ -93,7 +93,7 @@ def slope_pass(
         batches.append((batch, None if top is None else top[done : done + len(batch)].rows(batch.device)))
         done += len(batch)
     if model.graphs is None or not model.graphs.add_batches(model, data, point, batches):
-        with opened(model, data, point.masked, point.corrections) as backward:
+        with opened(model, data, point.masked, point.corrections, recomputes(model, data)) as backward:
             for batch, rows in batches:
                 point.nats.add_(backward(batch, rows))
     n_tokens = len(data.tokens) * data.protocol.predicted_per_sequence

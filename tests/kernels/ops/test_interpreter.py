@@ -11,6 +11,7 @@ import pytest
 
 KERNELS = Path(__file__).parents[1]
 FILES = (
+    "ops/test_correction_passes.py",
     "ops/test_gradient_passes.py",
     "ops/test_mask_input.py",
     "ops/test_score_mask.py",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from was_search.errors import InfeasibleError, StorageError
-from was_search.masks.histogram import N_BINS, Histograms, bin_counts, bin_edges
+from was_search.masks.histogram import N_BINS, DeviceHistograms, Histograms, bin_counts, bin_edges
 
 BIN_WIDTH = 2.0**-7
 """Relative width of a bin: bfloat16 keeps 7 bits of the mantissa."""
@@ -129,6 +129,31 @@ def test_refuses_sparsities_outside_their_range(bad):
     sparsities[0, 3] = bad
     with pytest.raises(InfeasibleError, match=r"sparsities: must be in \[0, 1\), got"):
         of(np.ones(3)).thresholds(sparsities)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_on_a_device_give_the_same_thresholds(seed):
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((3, 7, N_BINS), np.int64)
+    counts[..., 15_000:16_500] = rng.integers(0, 9, (3, 7, 1500)) * rng.integers(0, 2, (3, 7, 1500))
+    counts[1, 2, 0x7F7F:] = 1
+    here, there = Histograms(counts), DeviceHistograms(torch.from_numpy(counts))
+    np.testing.assert_array_equal(there.host().counts, counts)
+    for sparsities in (np.zeros((3, 7)), np.full((3, 7), 0.5), rng.uniform(0.0, 0.99, (3, 7))):
+        np.testing.assert_array_equal(there.thresholds(sparsities), here.thresholds(sparsities))
+
+
+def test_counts_on_a_device_refuse_what_those_on_the_host_do():
+    counts = np.zeros((1, 7, N_BINS), np.int64)
+    counts[0, :6, 100] = 1
+    counts[0, 5, -1] = 9
+    for point in (np.full((1, 7), 0.5), np.full((1, 7), 1.0), np.full((2, 7), 0.5), np.eye(7)[[5]] * 0.5):
+        messages = set()
+        for histograms in (Histograms(counts), DeviceHistograms(torch.from_numpy(counts))):
+            with pytest.raises(InfeasibleError) as caught:
+                histograms.thresholds(point)
+            messages.add(str(caught.value))
+        assert len(messages) == 1
 
 
 def test_refuses_another_shape_and_an_empty_histogram():

@@ -13,7 +13,6 @@ from was_kernels.pass_ops import ops_for
 from was_search.compensation import Compensation
 from was_search.masks import pass_graphs
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.corrections import LearnedCorrections
 from was_search.masks.evaluation import dense_top
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.pass_graphs import PassGraphs
@@ -60,7 +59,7 @@ def passes(model, data, histograms, top, compensations):
     for number, one in enumerate(compensations):
         learned = None
         if one is not None:
-            learned = LearnedCorrections(model.structure)
+            learned = model.learned_corrections()
             learned.start(one.flat())
         point = np.full((len(model.structure.blocks), 7), 0.3 + 0.1 * number)
         slopes = slope_pass(model, data, point, histograms, width=1.0, learned=learned, top=top)
@@ -103,6 +102,7 @@ def test_what_cannot_be_recorded_is_launched(masked, make_data, tokens, anywhere
     found = passes(dataclasses.replace(masked, graphs=graphs), data, histograms, None, [None] * 4)
     assert_same(found, passes(masked, data, histograms, None, [None] * 4))
     assert len(tries) == 1
+    assert graphs.refusal == "the call waits for the device"
 
 
 def test_a_fixed_compensation_is_launched(masked, make_data, tokens, anywhere):
@@ -154,6 +154,7 @@ def test_graphs_on_a_gpu_find_the_same(kind, recompute, make_data, tokens):
     graphs = PassGraphs(ops.record)
     recorded = dataclasses.replace(plain, graphs=graphs)
     assert_same(passes(recorded, data, histograms, top, compensations), expected)
+    assert graphs.refusal is None
     assert len(graphs._kept) == 2
     oracles = [SlopeOracle(each, data, histograms, per_call=4, seed=3) for each in (plain, recorded)]
     point = np.full((len(plain.structure.blocks), 7), 0.5)
