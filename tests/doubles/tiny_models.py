@@ -163,9 +163,9 @@ def _model_of(family: str, device: str, dtype: torch.dtype, sizes: dict[str, int
     return model.to(device, dtype)
 
 
-def tokens_of(batch: int, length: int) -> torch.Tensor:
-    """Random tokens, the same for the same shape."""
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(5))
+def tokens_of(batch: int, length: int, seed: int = 5) -> torch.Tensor:
+    """Random tokens, the same for the same shape and seed."""
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of_steps(

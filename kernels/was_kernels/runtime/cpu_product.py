@@ -1,9 +1,10 @@
-"""One-token products on a CPU: bags of kept columns or the dense product, whichever was measured to be faster."""
+"""One-token products on a CPU by torch alone: bags of kept columns or the dense product, whichever is faster.
+
+They are taken where :mod:`was_kernels.runtime.compiled_product` finds no compiler, or is slower.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 from weakref import WeakSet
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.column_bags import ColumnBags, KeptList
+from was_kernels.runtime.compiled_product import most_worth, quickest
 from was_kernels.runtime.held_weight import HeldWeight
-
-_LEAST_CALLS, _MOST_CALLS, _ENOUGH_SECONDS = 3, 8, 0.02
 
 _most_kept: dict[tuple[Any, ...], int] = {}
 """What was measured in this process, by shape, dtype, threads and rows."""
@@ -85,36 +85,8 @@ class CpuProduct:
             x = torch.ones((rows, self._d), dtype=self._dtype)
             every = torch.ones((rows, self._d), dtype=torch.bool)
             turn = cycle(list(self._kin))
-            dense = _seconds(lambda: next(turn).written(x, every, None))
-            empty = _seconds(lambda: next(turn).listed(KeptList.of(x, ~every), None))
-            full = _seconds(lambda: next(turn).listed(KeptList.of(x, every), None))
+            dense = quickest(lambda: next(turn).written(x, every, None))
+            empty = quickest(lambda: next(turn).listed(KeptList.of(x, ~every), None))
+            full = quickest(lambda: next(turn).listed(KeptList.of(x, every), None))
             _most_kept[key] = most_worth(dense, empty, full, rows * self._d)
         return _most_kept[key]
-
-
-def most_worth(dense: float, empty: float, full: float, channels: int) -> int:
-    """The most of ``channels`` that bags read no slower than ``dense``; -1 for none.
-
-    Args:
-        dense: seconds of the dense product.
-        empty: seconds of a list and bags of no channel.
-        full: seconds of a list and bags of all; between the two they grow with the channels.
-        channels: of all rows.
-    """
-    if full <= dense:
-        return channels
-    return -1 if dense <= empty else int((dense - empty) / (full - empty) * channels)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """The shortest of a few calls."""
-    call()
-    fastest, spent = float("inf"), 0.0
-    for calls in range(_MOST_CALLS):
-        if calls >= _LEAST_CALLS and spent > _ENOUGH_SECONDS:
-            break
-        started = time.perf_counter()
-        call()
-        took = time.perf_counter() - started
-        fastest, spent = min(fastest, took), spent + took
-    return fastest

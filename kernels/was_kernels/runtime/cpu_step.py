@@ -1,4 +1,4 @@
-"""One-token steps of a decoder on a CPU by few calls of torch: what small models wait for is the calls.
+"""One-token steps of a decoder on a CPU by one call of compiled code, or few of torch: small models wait for calls.
 
 As :mod:`was_kernels.runtime.decode_block` and :mod:`was_kernels.runtime.decode_model` do for CUDA, blocks of known
 classes take such steps without transformers' modules between their projections; everything else is left to them.
@@ -15,84 +15,17 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from was_kernels.ops.column_bags import KeptList
 from was_kernels.ops.reference import rms_norm
 from was_kernels.runtime import decode_block, decode_model
+from was_kernels.runtime.compiled_decoder import CompiledDecoder
 from was_kernels.runtime.decode_model import DecodeModel, cache_of, mask_of
 from was_kernels.runtime.fused_forward import hooks_of, is_hooked
 from was_kernels.runtime.growing_cache import Room, filled, make_room
+from was_kernels.runtime.masked_group import MaskedGroup
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sparse_linear import SparseLinear
 
 _CPU = torch.device("cpu")
-
-
-class MaskedGroup:
-    """Linear maps of one input: their masks come from one comparison, and equal masks are listed once.
-
-    Args:
-        maps: with bags each.
-    """
-
-    def __init__(self, maps: list[SparseLinear]) -> None:
-        self._maps = [(m.bags, m, m.correction) for m in maps if m.bags is not None]
-        self._least: Tensor | None = None
-        self._of: list[int | None] = []
-
-    def __call__(self, x: Tensor, dense: Tensor | None, *, skip: bool = True) -> list[Tensor]:
-        """The output of each map for x [B, d]; flagged rows, bool [B], or all if not ``skip``, are dense."""
-        if not skip:
-            return [bags.every(x, held.bias) for bags, held, _ in self._maps]
-        keeps = self._keeps(x, dense)
-        lists: list[KeptList | None] = [None] * len(keeps)
-        rows, threads = x.shape[0], torch.get_num_threads()
-        found = []
-        for (bags, held, correction), of in zip(self._maps, self._of, strict=True):
-            bias = held.bias if correction is None else None
-            if of is None:
-                y = bags.every(x, bias)
-            else:
-                most = bags.most(rows, threads)
-                kept = lists[of]
-                if kept is None:
-                    kept = lists[of] = KeptList.within(x, keeps[of], most)
-                if kept is not None and len(kept) <= most:
-                    y = bags.listed(kept, bias)
-                else:
-                    y = bags.written(x, keeps[of], bias)
-            found.append(y if correction is None else correction.applied(y, held.bias, dense))
-        return found
-
-    def forget(self) -> None:
-        """Find masks' cutoffs anew: norms were written over."""
-        self._least = None
-        self._of.clear()
-
-    def _keeps(self, x: Tensor, dense: Tensor | None) -> tuple[Tensor, ...]:
-        """The masks that differ, bool [B, d] each."""
-        if not self._of:
-            self._find_cutoffs()
-        if self._least is None:
-            return ()
-        keep = torch.ge(x.abs(), self._least)
-        if dense is not None:
-            keep |= dense[:, None]
-        return keep.unbind(0)
-
-    def _find_cutoffs(self) -> None:
-        distinct: list[Tensor] = []
-        for _, held, _ in self._maps:
-            if held.threshold <= 0.0:
-                self._of.append(None)
-                continue
-            same = (i for i, other in enumerate(distinct) if _same_bits(other, held.cutoffs))
-            at = next(same, len(distinct))
-            if at == len(distinct):
-                distinct.append(held.cutoffs)
-            self._of.append(at)
-        if distinct:
-            with torch.inference_mode(False):
-                self._least = torch.stack(distinct)[:, None]
 
 
 @dataclass(frozen=True)
@@ -126,9 +59,14 @@ class CpuBlock:
         self._heads = attention.q_proj.out_features // self._size
         self._key_heads = attention.k_proj.out_features // self._size
 
+    @property
+    def groups(self) -> tuple[MaskedGroup, MaskedGroup, MaskedGroup, MaskedGroup]:
+        """The maps of each input: q, k and v; out; gate and up; down."""
+        return self._qkv, self._out, self._gate_up, self._down
+
     def forget(self) -> None:
         """Find masks' cutoffs anew: norms were written over."""
-        for group in (self._qkv, self._out, self._gate_up, self._down):
+        for group in self.groups:
             group.forget()
 
     def step(self, x: Tensor, token: _Token, cache: Any) -> Tensor:
@@ -184,6 +122,7 @@ class CpuModel(DecodeModel):
         self._hooks = hooks_of(self._modules)
         self._values = tuple(vars(module) for module in self._modules)
         self._dense_above = dense_above
+        self.compiled = CompiledDecoder.of(decoder, [block.groups for block in self._blocks])
         self._scales = [projection.norms for projection in self._projections]
         self._written = 0
         self._dtype: torch.dtype = decoder.embed_tokens.weight.dtype
@@ -213,6 +152,11 @@ class CpuModel(DecodeModel):
         positions = layers[0].cumulative_length if positions is None else positions
         token = self._token(positions.reshape(-1), mask_of(given), tokens.shape[0])
         x = F.embedding(tokens[:, 0], decoder.embed_tokens.weight)
+        compiled = self.compiled
+        if compiled is not None and compiled.takes(layers, tokens.shape[0]):
+            dense = token.dense if token.skip else x.new_ones(x.shape[0], dtype=torch.bool)
+            y = compiled.run(x, (token.cos[:, 0], token.sin[:, 0]), layers, mask=token.mask, dense=dense)
+            return BaseModelOutputWithPast(last_hidden_state=y[:, None], **caches)
         for block, layer in zip(self._blocks, layers, strict=True):
             x = block.step(x, token, layer)
         return BaseModelOutputWithPast(last_hidden_state=_norm(x, decoder.norm)[:, None], **caches)
@@ -222,6 +166,8 @@ class CpuModel(DecodeModel):
         if written != self._written:
             for block in self._blocks:
                 block.forget()
+            if self.compiled is not None:
+                self.compiled.forget()
             self._written = written
 
     def _alone(self) -> bool:
@@ -279,10 +225,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows, heads, size = x.shape
     other = x.view(rows, heads, 2, size // 2).flip(2).view(rows, heads, size)
     return torch.addcmul(x * cos, other, sin)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a is b or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _covers(mask: Any, length: int) -> bool:

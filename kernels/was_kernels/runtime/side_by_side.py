@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import GatherStep
 from was_kernels.ops.reference import score_mask_reference
-from was_kernels.runtime.cpu_step import MaskedGroup
+from was_kernels.runtime.masked_group import MaskedGroup
 from was_kernels.runtime.sparse_linear import DENSE_ABOVE, SparseLinear, Vectors, norms_like
 
 
@@ -63,7 +63,8 @@ class SideBySide:
         rows = torch.split(weight.detach(), [part.width for part in self._parts])
         self.maps = [_sparse(*pair, arrived) for pair in zip(rows, self._parts, strict=True)]
         on_cpu = all(held.bags is not None for held in self.maps)
-        self._bags = MaskedGroup(self.maps) if on_cpu else None
+        dropped = sum(part.width * part.sparsity for part in self._parts) / sum(part.width for part in self._parts)
+        self._bags = MaskedGroup(self.maps, dropped) if on_cpu else None
         gathers = len(self.maps) <= 3 and all(held.counters is not None for held in self.maps)
         self._arrived = arrived if gathers else None
         self._worth: dict[tuple[int, int], bool] = {}
@@ -81,7 +82,7 @@ class SideBySide:
         if not self.is_worth(x.shape[0]):
             return self.whole(x)
         if self._bags is not None:
-            return _beside(self._bags(x, dense))
+            return self._bags.beside(x, dense)
         if self._arrived is not None:
             return gather_gemv(GatherStep(x, [held.sparse for held in self.maps], dense=dense), self._arrived)
         return _beside([_masked(x, held, dense) for held in self.maps])
@@ -89,7 +90,7 @@ class SideBySide:
     def whole(self, x: Tensor) -> Tensor:
         """The dense product of x [n, d]: [n, sum of widths]."""
         if self._bags is not None:
-            return _beside(self._bags(x, None, skip=False))
+            return self._bags.beside(x, None, skip=False)
         return _beside([held.held.multiply(x, None) for held in self.maps])
 
     def is_worth(self, rows: int) -> bool:
@@ -101,7 +102,9 @@ class SideBySide:
             return 1 <= rows <= DENSE_ABOVE
         key = rows, torch.get_num_threads()
         if key not in self._worth:
-            self._worth[key] = all(self._reads_less(*pair, *key) for pair in zip(self.maps, self._parts, strict=True))
+            self._worth[key] = self._bags.compiles(rows) or all(
+                self._reads_less(*pair, *key) for pair in zip(self.maps, self._parts, strict=True)
+            )
         return self._worth[key]
 
     def _reads_less(self, held: SparseLinear, part: Part, rows: int, threads: int) -> bool:

@@ -13,6 +13,7 @@ from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.ops.reference import kept_channels, score_mask_reference
+from was_kernels.runtime.compiled_product import CompiledProduct
 from was_kernels.runtime.counting import ProjectionCount
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import hold
@@ -110,6 +111,7 @@ class SparseLinear(nn.Module):
         fits = self.out_features % columns.multiple == 0 and self.in_features <= MAX_CHANNELS and self.dtype in HALF
         self.counters = counters if fits else None
         self.bags = CpuProduct(self.held) if cpu and CpuProduct.takes(self.held) else None
+        self._compiled: CompiledProduct | None = None
         self._cutoffs: tuple[int, Tensor] | None = None
 
     @property
@@ -133,6 +135,12 @@ class SparseLinear(nn.Module):
                 self._cutoffs = version, cutoffs(self.norms, self.threshold, self.dtype)
         return self._cutoffs[1]
 
+    @property
+    def state(self) -> tuple[int | None, ...]:
+        """What is another one where the mask, the bias or the correction is."""
+        bias, scale = self.bias, self._buffers["scale"]
+        return self.norms._version, *(None if each is None else each.data_ptr() for each in (bias, scale))
+
     def restore_layout(self) -> None:
         """Put the weight back as it was, bit for bit; the replaced linear may be used again."""
         self.held.restore()
@@ -153,7 +161,7 @@ class SparseLinear(nn.Module):
         whole = rows > self._dense_above if one_token else self._dense_prompts
         if whole or (threshold <= 0.0 and correction is None):
             if self.bags is not None and one_token and self._on_cpu(x):
-                return self.bags.every(x.reshape(rows, self.in_features), self.bias).view(*x.shape[:-1], -1)
+                return self._every(self.bags, x.reshape(rows, self.in_features)).view(*x.shape[:-1], -1)
             return self.held.multiply(x, self.bias)
         if one_token:
             y = self._few_rows(x.reshape(rows, self.in_features), dense)
@@ -174,12 +182,28 @@ class SparseLinear(nn.Module):
         if self._triton and rows <= MAX_ROWS:
             return self._gemv(x, self.sparse, dense)
         if self.bags is not None and rows <= MAX_ROWS and self._on_cpu(x):
+            compiled = self._compiled_here()
+            if compiled is not None and compiled.is_worth(rows, torch.get_num_threads()):
+                return compiled((self,), x, dense)
             correction = self.correction
             if correction is None:
                 return self.bags.masked(x, self._keep(x, dense), self.bias)
             y = self.bags.every(x, None) if self.threshold <= 0.0 else self.bags.masked(x, self._keep(x, dense), None)
             return correction.applied(y, self.bias, dense)
         return None
+
+    def _every(self, bags: CpuProduct, x: Tensor) -> Tensor:
+        """The product of x [B, in_features] with all channels."""
+        compiled = self._compiled_here() if x.shape[0] == 1 else None
+        if compiled is not None and compiled.is_worth(1, torch.get_num_threads(), 0.0):
+            return compiled((self,), x, x.new_ones(1, dtype=torch.bool))
+        return bags.every(x, self.bias)
+
+    def _compiled_here(self) -> CompiledProduct | None:
+        """The compiled product, made where it is first asked for: maps of one input have one for all of them."""
+        if self._compiled is None:
+            self._compiled = CompiledProduct.of([self.held])
+        return self._compiled
 
     def _keep(self, x: Tensor, dense: Tensor | None) -> Tensor:
         keep = x.abs() >= self.cutoffs

@@ -18,6 +18,7 @@ from was_kernels.ops import nvrtc
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.gather_step import HALF
 from was_kernels.runtime import cpu_step, decode_model
+from was_kernels.runtime.compiled_product import compiles_here
 from was_kernels.runtime.counting import KeptCounts, ProjectionCount
 from was_kernels.runtime.decode_block import DecodeBlock, fits
 from was_kernels.runtime.decode_model import DecodeModel
@@ -63,6 +64,7 @@ class SparseModel:
         backend: ``cuda``, ``triton``, ``cpu`` or ``reference``.
         fused: blocks whose one-token steps run fused.
         eager_because: why the last one-token step did not run from a CUDA graph; None if it did, or there was none.
+        uncompiled_because: why torch makes the products on a CPU; None where compiled code does, or another backend.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, shape: ModelShape, backend: str) -> None:
@@ -82,6 +84,11 @@ class SparseModel:
         if self._graphs is not None:
             return self._graphs.refusal
         return "graphs are off" if self._fused_decoder is not None else "its blocks do not run fused"
+
+    @property
+    def uncompiled_because(self) -> str | None:
+        dtypes = {swap.sparse.dtype for swap in self._swaps if swap.sparse.bags is not None}
+        return next((why for good, why in map(compiles_here, dtypes) if not good), None)
 
     @property
     def fused(self) -> int:

@@ -21,7 +21,7 @@ from tests.doubles.tiny_models import (
     tiny_plan,
     tokens_of,
 )
-from was_kernels.runtime.cpu_product import CpuProduct
+from tests.kernels.products import WAYS, take
 from was_kernels.runtime.decoding_loop import DecodingLoop
 from was_kernels.runtime.positions import DensePrefix
 from was_kernels.runtime.sparse_linear import SparseLinear
@@ -34,11 +34,10 @@ from was_search.weight_format import WeightFormat
 PROMPT = 8
 
 
-@pytest.fixture(params=["bags", "dense"])
+@pytest.fixture(params=WAYS)
 def choice(request, monkeypatch):
     """Which product is taken on a CPU, whatever is faster."""
-    most = 10**9 if request.param == "bags" else -1
-    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: most)
+    take(request.param, monkeypatch)
 
 
 def exact(model: Any, plan: Plan, tokens: Tensor, masked: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.kernels.products import WAYS, take
 from was_kernels.runtime import cpu_product
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import StoredWeight
@@ -16,12 +17,11 @@ from was_search.masks.score import column_norms, masked
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["bags", "dense", "measured"])
+@pytest.fixture(params=[*WAYS, "measured"])
 def choice(request, monkeypatch):
     """Which product is taken; "measured" leaves it to the clock."""
     if request.param != "measured":
-        most = 10**9 if request.param == "bags" else -1
-        monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: most)
+        take(request.param, monkeypatch)
     return request.param
 
 
@@ -86,7 +86,7 @@ def test_a_list_holds_no_more_than_it_may(rows):
 def test_a_shape_is_timed_once_for_each_number_of_rows_and_threads(monkeypatch):
     monkeypatch.setattr(cpu_product, "_most_kept", {})
     timed = []
-    monkeypatch.setattr(cpu_product, "_seconds", lambda call: timed.append(call) or 1.0)
+    monkeypatch.setattr(cpu_product, "quickest", lambda call: timed.append(call) or 1.0)
     products = [CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 32)))) for _ in range(2)]
     for product in products:
         for rows in (1, 1, 2):
@@ -114,14 +114,6 @@ def test_what_is_never_worth_a_list_is_not_listed(monkeypatch):
     product = CpuProduct(StoredWeight(linear_of(torch.float32, sizes=(64, 64))))
     monkeypatch.setattr(cpu_product.KeptList, "of", None)
     assert not product.masked(torch.ones(1, 64), torch.zeros(1, 64, dtype=torch.bool), None).any()
-
-
-@pytest.mark.parametrize(
-    ("dense", "empty", "full", "most"),
-    [(8.0, 2.0, 10.0, 75), (10.0, 2.0, 10.0, 100), (12.0, 2.0, 10.0, 100), (2.0, 2.0, 10.0, -1), (1.0, 2.0, 10.0, -1)],
-)
-def test_how_many_channels_are_worth_bags(dense, empty, full, most):
-    assert cpu_product.most_worth(dense, empty, full, 100) == most
 
 
 def test_weights_that_cannot_be_cut_are_left_to_the_dense_product():

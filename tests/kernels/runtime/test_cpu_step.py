@@ -23,8 +23,8 @@ from tests.doubles.tiny_models import (
     tiny_plan,
     tokens_of,
 )
-from was_kernels.runtime import cpu_step
-from was_kernels.runtime.cpu_product import CpuProduct
+from tests.kernels.products import WAYS, take
+from was_kernels.runtime import masked_group
 from was_kernels.runtime.cpu_step import CpuModel
 from was_kernels.runtime.sparse_model import sparsify
 from was_search.checkpoints.load import load_model, load_tokenizer
@@ -47,12 +47,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.fixture(params=["bags", "dense"])
+@pytest.fixture(params=WAYS)
 def choice(request, monkeypatch):
     """Which product is taken, whatever is faster."""
-    most = 10**9 if request.param == "bags" else -1
-    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: most)
+    take(request.param, monkeypatch)
 
+
+SEED = 9
+"""Of tokens whose scores lie further from their thresholds than float32 sums in another order move them."""
 
 ROWS = [(batch, prefix) for batch in (1, 3) for prefix in (1, 12, 0)]
 """All of them with one family; the others see each number of rows and each prefix once."""
@@ -65,7 +67,7 @@ ROWS = [(batch, prefix) for batch in (1, 3) for prefix in (1, 12, 0)]
 def test_equals_the_reference(family, batch, prefix, runs, choice):
     model = model_of(family, "cpu", torch.float32)
     plan = tiny_plan(model, dense_prefix=prefix)
-    tokens = tokens_of(batch, 20)
+    tokens = tokens_of(batch, 20, SEED)
     with sparsify(model, plan, backend="reference") as sparse:
         expected = logits_of_steps(sparse, tokens, 8)
     with sparsify(model, plan, backend="cpu") as sparse:
@@ -80,7 +82,7 @@ def test_equals_the_reference(family, batch, prefix, runs, choice):
 def test_half_precision_is_as_exact_as_the_reference(half, batch, runs, choice):
     model = model_of("llama", "cpu", half)
     plan = tiny_plan(model)
-    tokens = tokens_of(batch, 20)
+    tokens = tokens_of(batch, 20, SEED)
     with sparsify(copy.deepcopy(model).double(), plan, backend="reference") as exact:
         expected = logits_of_steps(exact, tokens, 8)
     with sparsify(model, plan, backend="reference") as sparse:
@@ -129,15 +131,15 @@ def test_other_families_take_bags_map_by_map(family, runs):
 
 
 def test_shared_masks_are_listed_once(monkeypatch):
-    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: 10**9)
+    take("bags", monkeypatch)
     model = model_of("llama", "cpu", torch.float32)
     plan = tiny_plan(model, masks="shared")
     tokens = tokens_of(1, 20)
     with sparsify(model, plan, backend="reference") as sparse:
         expected = logits_of_steps(sparse, tokens, 8)
     lists: list[int] = []
-    of = cpu_step.KeptList.of
-    monkeypatch.setattr(cpu_step.KeptList, "of", staticmethod(lambda x, keep: lists.append(1) or of(x, keep)))
+    of = masked_group.KeptList.of
+    monkeypatch.setattr(masked_group.KeptList, "of", staticmethod(lambda x, keep: lists.append(1) or of(x, keep)))
     with sparsify(model, plan) as sparse:
         found = logits_of_steps(sparse, tokens, 8)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.products import WAYS, compile_nothing, take
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.vllm_linear import made_by, vllm_linear
+from was_kernels.runtime.compiled_product import CompiledProduct
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.side_by_side import Part, SideBySide
 from was_kernels.runtime.sparse_linear import DENSE_ABOVE
@@ -57,11 +59,10 @@ def exact(
     return torch.cat(products, 1)
 
 
-@pytest.fixture(params=["bags", "dense"])
+@pytest.fixture(params=WAYS)
 def choice(request, monkeypatch):
     """Which product is taken, whatever is faster."""
-    most = 10**9 if request.param == "bags" else -1
-    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: most)
+    take(request.param, monkeypatch)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -83,10 +84,11 @@ def test_one_row_is_masked_by_ranges_of_rows(dtype, shared, choice):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kernel", ["bags", "cuda", "none"])
+@pytest.mark.parametrize("kernel", ["compiled", "bags", "cuda", "none"])
 def test_masked_rows_are_corrected_before_the_callers_bias(shared, kernel, monkeypatch):
-    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: 10**9)
-    if kernel != "bags":
+    if kernel in WAYS:
+        take(kernel, monkeypatch)
+    else:
         monkeypatch.setattr(CpuProduct, "takes", staticmethod(lambda held: False))
     dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
     weight, parts = case(dtype, shared=shared)
@@ -113,6 +115,7 @@ def test_the_weight_is_copied():
 
 @pytest.mark.parametrize("rows", [2, DENSE_ABOVE])
 def test_rows_have_masks_of_their_own_where_that_is_faster(rows, monkeypatch):
+    compile_nothing(monkeypatch)
     monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: rows * D)
     weight, parts = case(torch.float32)
     held = SideBySide(weight, parts)
@@ -124,6 +127,7 @@ def test_rows_have_masks_of_their_own_where_that_is_faster(rows, monkeypatch):
 
 def test_more_rows_than_are_worth_it_are_dense(monkeypatch):
     """Masks at 50 % leave half of the channels of each row to be read."""
+    compile_nothing(monkeypatch)
     monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: int(1.5 * D))
     weight, parts = case(torch.float32)
     held = SideBySide(weight, parts)
@@ -133,7 +137,21 @@ def test_more_rows_than_are_worth_it_are_dense(monkeypatch):
     close(held.step(x[:3]), exact(x[:3], weight, parts))
 
 
+@pytest.mark.parametrize(("most", "worth"), [(D, 8), (0.84 * D, 6), (0.76 * D, 4), (0.5 * D, 2), (-1, 1)])
+def test_compiled_code_reads_what_any_row_keeps(most, worth, monkeypatch):
+    """At 75 % one row keeps a quarter of the channels, two keep 44 %, four 68 %, and six 82 %."""
+    take("compiled", monkeypatch)
+    monkeypatch.setattr(CompiledProduct, "_measured", lambda self, rows, threads: most)
+    monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: -1)
+    weight, parts = case(torch.float32)
+    held = SideBySide(weight, [replace(part, sparsity=0.75) for part in parts])
+    assert max(rows for rows in range(12) if held.is_worth(rows)) == worth
+    x = torch.randn((worth, D), generator=torch.Generator().manual_seed(2))
+    close(held.step(x), exact(x, weight, parts))
+
+
 def test_one_row_is_masked_even_where_nothing_is_gained(monkeypatch):
+    compile_nothing(monkeypatch)
     monkeypatch.setattr(CpuProduct, "_measured", lambda self, rows, threads: -1)
     held = SideBySide(*case(torch.float32))
     assert [rows for rows in range(12) if held.is_worth(rows)] == [1]

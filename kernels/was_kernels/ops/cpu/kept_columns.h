@@ -1,0 +1,221 @@
+// y[b] = sum over kept j of x[b, j] * W[:, j], for maps of one input: masks, lists of kept channels, sums.
+//
+// W lies by columns, [d, width]. The kept columns are cut into a fixed number of parts, each summed in float32 in order,
+// and the parts in order: so the bits do not depend on the number of threads, which share parts and outputs.
+
+#pragma once
+
+#include "vectors.h"
+
+constexpr int64_t COLUMNS = 8;      // read at once: accumulators are loaded and stored once for all of them
+constexpr int64_t MOST_AHEAD = 64;  // columns that a prefetch runs ahead at most
+constexpr int64_t MOST_ROWS = 8;    // that one pass over the weights takes
+
+struct Map {
+    const void *columns;    // [d, width], contiguous
+    const float *cutoffs;   // [d], of the least magnitudes that are kept; null: all are
+    const void *bias;       // [width], or null
+    const float *scale;     // [width], or null: with constant, what makes scale * y + constant of masked rows
+    const float *constant;
+    int64_t width;
+    int64_t list;           // the first map of the group that has the same mask
+};
+
+struct Group {
+    const Map *maps;
+    int64_t count;
+    int64_t d;
+};
+
+// How many parts a row's kept columns are cut into. Short columns are read faster as a whole than by pieces.
+template <class T> static inline int64_t parts_of(int64_t width) {
+    return width * (int64_t)sizeof(T) >= 8192 ? 1 : 4;
+}
+
+static inline int64_t part_start(int64_t kept, int64_t part, int64_t parts) {
+    const int64_t start = padded((kept * part + parts - 1) / parts, COLUMNS);
+    return start < kept ? start : kept;
+}
+
+// A list of the channels that any of some rows keeps, with each row's value, zero where that row drops the channel.
+struct List {
+    int32_t *channels;  // [d + 2 MOST_AHEAD]; those after the last repeat it, so that prefetches need no check
+    float *values;      // [d, rows]
+    int64_t kept;
+};
+
+static inline int64_t list_bytes(int64_t d, int64_t rows) {
+    return padded((d + 2 * MOST_AHEAD) * 4, LINE) + padded((d + LANES) * rows * 4, LINE);
+}
+
+static inline List list_at(char *memory, int64_t d) {
+    return List{(int32_t *)memory, (float *)(memory + padded((d + 2 * MOST_AHEAD) * 4, LINE)), 0};
+}
+
+static inline void list_row(List &list, const float *x, const float *cutoffs, int64_t d) {
+    int64_t kept = 0, j = 0;
+#if defined(__AVX512F__)
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; j + LANES <= d; j += LANES) {
+        const __m512 value = _mm512_loadu_ps(x + j);
+        const __mmask16 keep =
+            cutoffs ? _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_loadu_ps(cutoffs + j), _CMP_GE_OQ) : (__mmask16)-1;
+        _mm512_storeu_si512(list.channels + kept, _mm512_maskz_compress_epi32(keep, lane));
+        _mm512_storeu_ps(list.values + kept, _mm512_maskz_compress_ps(keep, value));
+        kept += __builtin_popcount(keep);
+        lane = _mm512_add_epi32(lane, _mm512_set1_epi32(LANES));
+    }
+#endif
+    for (; j < d; j++) {  // without a branch: half of them would be mispredicted
+        list.channels[kept] = (int32_t)j;
+        list.values[kept] = x[j];
+        kept += cutoffs == nullptr || __builtin_fabsf(x[j]) >= cutoffs[j];
+    }
+    list.kept = kept;
+}
+
+static inline void list_rows(List &list, const float *x, int64_t stride, const float *cutoffs, int64_t d, int64_t rows,
+                             int64_t slots, const uint8_t *dense) {
+    int64_t kept = 0;
+    for (int64_t j = 0; j < d; j++) {
+        bool any = false;
+        for (int64_t r = 0; r < slots; r++) {
+            const float value = r < rows ? x[r * stride + j] : 0.0f;
+            const bool keep = r < rows && (cutoffs == nullptr || (dense && dense[r]) || __builtin_fabsf(value) >= cutoffs[j]);
+            list.values[kept * slots + r] = keep ? value : 0.0f;
+            any |= keep;
+        }
+        list.channels[kept] = (int32_t)j;
+        kept += any;
+    }
+    list.kept = kept;
+}
+
+// Lists the kept channels of ``rows`` rows x [rows, d], of ``stride`` numbers each; values have ``slots`` >= rows of them.
+static inline void make_list(List &list, const float *x, int64_t stride, const float *cutoffs, int64_t d, int64_t rows,
+                             int64_t slots, const uint8_t *dense) {
+    if (slots == 1)
+        list_row(list, x, dense && dense[0] ? nullptr : cutoffs, d);
+    else
+        list_rows(list, x, stride, cutoffs, d, rows, slots, dense);
+    const int32_t last = list.kept ? list.channels[list.kept - 1] : 0;
+    for (int64_t i = 0; i < 2 * MOST_AHEAD; i++) list.channels[list.kept + i] = last;
+}
+
+// Adds COUNT columns to the sums [ROWS, sums_stride] of the outputs from ``from`` to ``to``.
+template <class T, int64_t ROWS, int64_t COUNT>
+static inline void add_columns(const T *columns, int64_t width, const int32_t *channels, const float *values,
+                               int64_t ahead, float *sums, int64_t sums_stride, int64_t from, int64_t to) {
+    constexpr int64_t PER_LINE = LINE / (int64_t)sizeof(T) / LANES;  // vectors of outputs in a cache line of weights
+    const T *column[COUNT], *next[COUNT];
+    for (int64_t c = 0; c < COUNT; c++) {
+        column[c] = columns + channels[c] * width;
+        next[c] = columns + channels[c + ahead] * width;
+    }
+    int64_t o = from;
+    for (; o + PER_LINE * LANES <= to; o += PER_LINE * LANES) {
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < COUNT; c++) __builtin_prefetch(next[c] + o);
+#pragma GCC unroll 8
+        for (int64_t v = 0; v < PER_LINE; v++) {
+            const int64_t at = o + v * LANES;
+            Floats weights[COUNT];
+#pragma GCC unroll 8
+            for (int64_t c = 0; c < COUNT; c++) weights[c] = load(column[c] + at);
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < ROWS; r++) {
+                Floats total = load(sums + r * sums_stride + at);
+#pragma GCC unroll 8
+                for (int64_t c = 0; c < COUNT; c++) total += weights[c] * values[c * ROWS + r];
+                store(sums + r * sums_stride + at, total);
+            }
+        }
+    }
+    for (; o < to; o += LANES)
+        for (int64_t r = 0; r < ROWS; r++) {
+            Floats total = load(sums + r * sums_stride + o);
+            for (int64_t c = 0; c < COUNT; c++) total += load_some(column[c] + o, to - o) * values[c * ROWS + r];
+            store(sums + r * sums_stride + o, total);
+        }
+}
+
+// The sums of the listed columns from ``start`` to ``end``, for the outputs from ``from`` to ``to``.
+template <class T, int64_t ROWS>
+static void add_part(const T *columns, int64_t width, const List &list, int64_t start, int64_t end, float *sums,
+                     int64_t sums_stride, int64_t from, int64_t to) {
+    for (int64_t r = 0; r < ROWS; r++) memset(sums + r * sums_stride + from, 0, padded(to - from, LANES) * sizeof(float));
+    int64_t ahead = padded(16384 / ((to - from) * (int64_t)sizeof(T) + 1), COLUMNS);
+    ahead = ahead < COLUMNS ? COLUMNS : ahead > MOST_AHEAD ? MOST_AHEAD : ahead;
+    int64_t i = start;
+    for (; i + COLUMNS <= end; i += COLUMNS)
+        add_columns<T, ROWS, COLUMNS>(columns, width, list.channels + i, list.values + i * ROWS, ahead, sums,
+                                      sums_stride, from, to);
+    for (; i < end; i++)
+        add_columns<T, ROWS, 1>(columns, width, list.channels + i, list.values + i * ROWS, ahead, sums, sums_stride,
+                                from, to);
+}
+
+// How outputs lie among the sums of a group: map after map, each with its parts, each with its rows.
+static inline int64_t sums_stride(const Map &map) { return padded(map.width, LINE / 2); }
+
+template <class T> static inline int64_t sums_of(const Map &map, int64_t slots) {
+    return sums_stride(map) * parts_of<T>(map.width) * slots;
+}
+
+template <class T> static inline int64_t sums_of(const Group &group, int64_t slots) {
+    int64_t floats = 0;
+    for (int64_t m = 0; m < group.count; m++) floats += sums_of<T>(group.maps[m], slots);
+    return floats;
+}
+
+// Thread ``thread`` of ``threads``' share of the sums of a group; all shares are needed before ``total`` reads them.
+template <class T, int64_t ROWS>
+static void add_share(const Group &group, const float *x, int64_t stride, int64_t rows, const uint8_t *dense,
+                      float *sums, char *lists, int64_t thread, int64_t threads) {
+    constexpr int64_t BLOCK = LINE / 2;
+    List list = list_at(lists, group.d);
+    for (int64_t first = 0; first < group.count; first++) {
+        if (group.maps[first].list != first) continue;
+        make_list(list, x, stride, group.maps[first].cutoffs, group.d, rows, ROWS, dense);
+        float *at = sums;
+        for (int64_t m = 0; m < group.count; at += sums_of<T>(group.maps[m], ROWS), m++) {
+            const Map &map = group.maps[m];
+            if (map.list != first) continue;
+            const int64_t parts = parts_of<T>(map.width), blocks = (map.width + BLOCK - 1) / BLOCK;
+            const int64_t begin = parts * blocks * thread / threads, end = parts * blocks * (thread + 1) / threads;
+            for (int64_t unit = begin; unit < end;) {
+                const int64_t part = unit / blocks, from = unit % blocks;
+                const int64_t to = end - unit < blocks - from ? from + end - unit : blocks;
+                add_part<T, ROWS>((const T *)map.columns, map.width, list, part_start(list.kept, part, parts),
+                                  part_start(list.kept, part + 1, parts), at + part * ROWS * sums_stride(map),
+                                  sums_stride(map), from * BLOCK, to * BLOCK < map.width ? to * BLOCK : map.width);
+                unit += to - from;
+            }
+        }
+    }
+}
+
+template <class T>
+static inline void add_share(int64_t slots, const Group &group, const float *x, int64_t stride, int64_t rows,
+                             const uint8_t *dense, float *sums, char *lists, int64_t thread, int64_t threads) {
+    if (slots == 1)
+        add_share<T, 1>(group, x, stride, rows, dense, sums, lists, thread, threads);
+    else if (slots == 2)
+        add_share<T, 2>(group, x, stride, rows, dense, sums, lists, thread, threads);
+    else if (slots == 4)
+        add_share<T, 4>(group, x, stride, rows, dense, sums, lists, thread, threads);
+    else
+        add_share<T, 8>(group, x, stride, rows, dense, sums, lists, thread, threads);
+}
+
+static inline int64_t slots_of(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
+
+// Row r's outputs from ``o``, LANES of them, of a map whose sums begin at ``sums``: biased or corrected, not yet rounded.
+template <class T>
+static inline Floats total(const Map &map, const float *sums, int64_t slots, int64_t r, int64_t o, bool dense) {
+    const int64_t stride = sums_stride(map), parts = parts_of<T>(map.width), left = map.width - o;
+    Floats value = load(sums + r * stride + o);
+    for (int64_t part = 1; part < parts; part++) value += load(sums + (part * slots + r) * stride + o);
+    if (map.scale && !dense) return value * load_some(map.scale + o, left) + load_some(map.constant + o, left);
+    return map.bias ? value + load_some((const T *)map.bias + o, left) : value;
+}

@@ -1,0 +1,172 @@
+"""Products of one input's linear maps on a CPU by compiled code, where there is a compiler and they are faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap
+from was_kernels.ops.host_compiler import HostCompilerError
+from was_kernels.runtime.held_weight import HeldWeight
+
+if TYPE_CHECKING:
+    from was_kernels.runtime.sparse_linear import SparseLinear
+
+_most_kept: dict[tuple[Any, ...], int] = {}
+"""What was measured in this process, by shapes, dtype, threads and rows."""
+
+_alike: dict[tuple[Any, ...], WeakSet[CompiledProduct]] = {}
+"""Products of the same shapes and dtype, whose weights take turns where they are timed: a step finds none cached."""
+
+
+@lru_cache(maxsize=8)
+def _step_of(dtype: torch.dtype) -> CompiledStep | str:
+    try:
+        return CompiledStep(dtype, _folder())
+    except HostCompilerError as error:
+        return str(error)
+
+
+def compiled_step(dtype: torch.dtype) -> CompiledStep | None:
+    """The compiled code for ``dtype``, compiled where no process has done so yet; None where that is impossible."""
+    found = _step_of(dtype)
+    return None if isinstance(found, str) else found
+
+
+def compiles_here(dtype: torch.dtype = torch.float32) -> tuple[bool, str]:
+    """Whether products on a CPU can be compiled here, and why not in one line."""
+    found = _step_of(dtype)
+    return (False, found) if isinstance(found, str) else (True, "")
+
+
+class CompiledProduct:
+    """The products of linear maps of one input by one call.
+
+    They and the dense products are timed the first time that such shapes are met with so many rows, threads and this
+    dtype; the process keeps the answer, so that equal inputs give equal outputs from then on.
+
+    Args:
+        weights: of the maps, on a CPU, as stored.
+        step: the compiled code for their dtype.
+    """
+
+    def __init__(self, weights: Sequence[HeldWeight], step: CompiledStep) -> None:
+        self._weights = list(weights)
+        self._step = step
+        self._columns = [held.columns.columns.detach() for held in weights]
+        self._d: int = self._columns[0].shape[0]
+        self._built: tuple[Any, KeptGroup] | None = None
+        self._limits: dict[tuple[int, int], int] = {}
+        self._shapes = (self._d, tuple(columns.shape[1] for columns in self._columns), step.dtype)
+        self._kin = _alike.setdefault(self._shapes, WeakSet())
+        self._kin.add(self)
+
+    @staticmethod
+    def of(weights: Sequence[HeldWeight]) -> CompiledProduct | None:
+        """Those of some weights; None where nothing can be compiled."""
+        step = compiled_step(weights[0].dtype)
+        return None if step is None else CompiledProduct(weights, step)
+
+    def __call__(self, maps: Sequence[SparseLinear], x: Tensor, dense: Tensor | None) -> Tensor:
+        """The outputs of the maps that hold these weights, side by side: [B, sum of widths].
+
+        Args:
+            maps: in the order of the weights.
+            x: [B, d].
+            dense: bool [B]: rows that keep every channel and are not corrected; None: none are.
+        """
+        return self._step.products(self.group(maps), x, dense)
+
+    def group(self, maps: Sequence[SparseLinear]) -> KeptGroup:
+        """The maps as the compiled code takes them, made anew where a mask, a bias or a correction is another one."""
+        state = [each.state for each in maps]
+        if self._built is None or self._built[0] != state:
+            kept = [
+                KeptMap(columns, each.cutoffs if each.threshold > 0.0 else None, _plain(each.bias), each.correction)
+                for columns, each in zip(self._columns, maps, strict=True)
+            ]
+            self._built = state, KeptGroup(kept)
+        return self._built[1]
+
+    def is_worth(self, rows: int, threads: int, sparsity: float = 0.5) -> bool:
+        """Whether this is faster than dense products, if rows drop this share of their channels, each for itself."""
+        limit = self._limits.get((rows, threads))
+        if limit is None:
+            limit = self._limits[rows, threads] = self._measured(rows, threads)
+        return (1.0 - sparsity**rows) * self._d <= limit
+
+    @torch.no_grad()
+    def _measured(self, rows: int, threads: int) -> int:
+        """How many channels, of all rows together, are worth it; below zero where none is."""
+        key = (*self._shapes, threads, rows)
+        if key not in _most_kept:
+            x = torch.ones((rows, self._d), dtype=self._step.dtype)
+            every = torch.ones((rows, self._d), dtype=torch.bool)
+            turn = cycle(list(self._kin))
+            dense = quickest(lambda: next(turn)._dense(x, every))
+            empty = quickest(self._timed(x, 2.0))
+            full = quickest(self._timed(x, 0.0))
+            _most_kept[key] = most_worth(dense, empty, full, self._d)
+        return _most_kept[key]
+
+    def _timed(self, x: Tensor, cutoff: float) -> Callable[[], Any]:
+        cutoffs = torch.full((self._d,), cutoff, dtype=self._step.dtype)
+        groups = [KeptGroup([KeptMap(columns, cutoffs) for columns in each._columns]) for each in self._kin]
+        turn = cycle(groups)
+        return lambda: self._step.products(next(turn), x)
+
+    def _dense(self, x: Tensor, keep: Tensor) -> None:
+        for held in self._weights:
+            held.multiply(x.masked_fill(~keep, 0.0), None)
+
+
+def most_worth(dense: float, empty: float, full: float, channels: int) -> int:
+    """The most of ``channels`` whose columns are read no slower than ``dense``; -1 for none.
+
+    Args:
+        dense: seconds of the dense product.
+        empty: seconds of a product with no channel.
+        full: seconds of one with all; between the two they grow with the channels.
+        channels: of the product with all.
+    """
+    if full <= dense:
+        return channels
+    return -1 if dense <= empty else int((dense - empty) / (full - empty) * channels)
+
+
+_LEAST_CALLS, _MOST_CALLS, _ENOUGH_SECONDS = 3, 8, 0.02
+
+
+def quickest(call: Callable[[], Any]) -> float:
+    """Seconds of the shortest of a few calls."""
+    call()
+    fastest, spent = float("inf"), 0.0
+    for calls in range(_MOST_CALLS):
+        if calls >= _LEAST_CALLS and spent > _ENOUGH_SECONDS:
+            break
+        started = time.perf_counter()
+        call()
+        took = time.perf_counter() - started
+        fastest, spent = min(fastest, took), spent + took
+    return fastest
+
+
+def _folder() -> Path | None:
+    try:
+        found = user_cache_path("was-search")
+    except RuntimeError:  # nobody's home, as in containers
+        return None
+    return found / "compiled" if found.is_absolute() else None  # an older platformdirs leaves "~" in it
+
+
+def _plain(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()

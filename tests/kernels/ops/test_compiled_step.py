@@ -1,0 +1,181 @@
+"""Compiled products with kept columns against float64, and that the bits do not depend on the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from was_kernels.ops.column_bags import cutoffs
+from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap
+from was_kernels.ops.correction import Correction
+from was_kernels.ops.host_compiler import openmp_runtime
+from was_kernels.ops.reference import kept_channels
+from was_kernels.runtime.compiled_product import compiled_step, compiles_here
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((65, 33), (1, 1), (48, 97), (80, 48), (576, 192), (30, 4111), (2100, 64), (9, 8200))
+"""Widths that no vector and no cache line divides, and both kinds of cutting: one part or several."""
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def step(request) -> CompiledStep:
+    found = compiled_step(request.param)
+    if found is None:
+        pytest.skip(compiles_here(request.param)[1])
+    return found
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that choose how many threads there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def corrected(width: int, seed: int) -> Correction:
+    return Correction(1.0 + drawn(width, seed=seed) / 8, drawn(width, seed=seed + 1))
+
+
+def exact(x: Tensor, given: KeptMap, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output in float64, and what its rounding is relative to."""
+    keep = torch.ones_like(x, dtype=torch.bool) if given.cutoffs is None else x.abs() >= given.cutoffs
+    flagged = torch.zeros(len(x), 1, dtype=torch.bool) if dense is None else dense[:, None]
+    kept = torch.where(keep | flagged, x, 0.0).double()
+    y, size = kept @ given.columns.double(), kept.abs() @ given.columns.double().abs()
+    if given.correction is not None:
+        scale, constant = given.correction.scale.double(), given.correction.constant.double()
+        masked = y * scale + constant
+        size = torch.where(flagged, size, size * scale.abs() + constant.abs())
+    else:
+        masked = y
+    if given.bias is not None:
+        y, masked = y + given.bias.double(), masked if given.correction is not None else y + given.bias.double()
+        size = size + given.bias.double().abs()
+    return torch.where(flagged, y, masked), size
+
+
+def require_close(found: Tensor, expected: Tensor, size: Tensor, d: int) -> None:
+    # A float32 sum of d products, rounded once.
+    bound = torch.finfo(found.dtype).eps * expected.abs() + 2e-7 * (d + 4) * size + torch.finfo(found.dtype).tiny
+    assert bool(((found.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 17])
+@pytest.mark.parametrize("kept", ["some", "none", "all", "none of one row"])
+def test_equals_the_masked_products_in_float64(step, shape, rows, kept):
+    d, width = shape
+    x = drawn(rows, d).to(step.dtype)
+    least = drawn(d, seed=2).abs().to(step.dtype)
+    if kept in ("none", "all"):
+        least[:] = torch.inf if kept == "none" else 0.0
+    elif kept == "none of one row":
+        least, x = least + 1e-3, x.clone()
+        x[rows - 1] = 0.0
+    columns = drawn(d, width, seed=1).to(step.dtype)
+    bias = drawn(width, seed=3).to(step.dtype)
+    maps = [
+        KeptMap(columns, least, bias),
+        KeptMap(drawn(d, 5, seed=4).to(step.dtype), None),
+        KeptMap(drawn(d, width + 1, seed=5).to(step.dtype), least.clone(), None, corrected(width + 1, 6)),
+        KeptMap(columns, least * 1.5, bias, corrected(width, 8)),
+    ]
+    for dense in (None, torch.arange(rows) % 3 == 1, torch.ones(rows, dtype=torch.bool)):
+        found = step.products(KeptGroup(maps), x, dense)
+        assert found.dtype == step.dtype and found.shape == (rows, 3 * width + 6)
+        for part, given in zip(found.split([width, 5, width + 1, width], 1), maps, strict=True):
+            require_close(part, *exact(x, given, dense), d)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_number_of_threads_changes_no_bit(step, shape, rows, threads):
+    d, width = shape
+    x, columns = drawn(rows, d).to(step.dtype), drawn(d, width, seed=1).to(step.dtype)
+    least = drawn(d, seed=2).abs().to(step.dtype)
+    group = KeptGroup([KeptMap(columns, least), KeptMap(columns, None, None, corrected(width, 3))])
+    found = []
+    for number in (1, 2, 3, 8):
+        torch.set_num_threads(number)
+        found.append(step.products(group, x))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("threshold", [1e-30, 1e-3, 0.5, 3.0, 1e30])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_masks_are_those_of_the_scores_exactly(step, threshold, rows):
+    """The weight is the identity, so an output is x where its channel is kept, and zero elsewhere."""
+    d = 513
+    make = torch.Generator().manual_seed(3)
+    norms = (
+        torch.rand(d, generator=make) * torch.tensor([1e-20, 1e-3, 1.0, 1e4])[torch.randint(0, 4, (d,), generator=make)]
+    )
+    norms[:4] = torch.tensor([0.0, torch.inf, torch.nan, 1e-42])
+    least = cutoffs(norms, threshold, step.dtype)
+    group = KeptGroup([KeptMap(torch.eye(d).to(step.dtype), least)])
+    whole = torch.int32 if step.dtype.itemsize == 4 else torch.int16
+    near = [(least.view(whole) + by).view(step.dtype) for by in (-2, -1, 0, 1, 2)]
+    for x in (*near, -near[2], drawn(d).to(step.dtype)):
+        x = torch.where(x.isfinite(), x, 1.0)[None].repeat(rows, 1)
+        x[0, 7] = torch.nan  # a NaN is dropped
+        expected = torch.where(kept_channels(x, norms, threshold), x, 0.0)
+        assert torch.equal(step.products(group, x), expected)
+    flagged = step.products(group, x, torch.arange(rows) == 0)
+    assert bool(flagged[0].isnan().all()) and torch.equal(flagged[1:], expected[1:])
+
+
+def test_equal_masks_are_listed_once(step):
+    columns, least = drawn(8, 4).to(step.dtype), drawn(8, seed=1).abs().to(step.dtype)
+    given = (None, least, least.clone(), None, least + 1.0)
+    group = KeptGroup([KeptMap(columns, each) for each in given])
+    assert [entry.list for entry in group._array] == [0, 1, 1, 0, 4]
+
+
+def test_views_and_rows_apart_are_taken(step):
+    columns = drawn(40, 24, seed=1).to(step.dtype)
+    group = KeptGroup([KeptMap(columns, None)])
+    wide = drawn(6, 80).to(step.dtype)
+    x, dense = wide[::2, ::2], torch.tensor([True, False] * 3)[::2]
+    assert torch.equal(step.products(group, x, dense), step.products(group, x.clone()))
+    assert step.products(group, x[:0]).shape == (0, 24)
+
+
+def test_what_does_not_fit_is_refused(step):
+    columns = drawn(8, 4).to(step.dtype)
+    other = torch.float64
+    for given, message in (
+        ([KeptMap(columns, None), KeptMap(columns[:7], None)], "columns: contiguous"),
+        ([KeptMap(columns.t(), None)], r"columns: contiguous .* with strides \(1, 4\)"),
+        (
+            [KeptMap(columns.to(other), None)],
+            "columns: float32, bfloat16 or float16 on a CPU needed, got torch.float64",
+        ),
+        ([KeptMap(columns, torch.ones(8, dtype=other))], r"cutoffs: contiguous .* \[8\] needed, got torch.float64"),
+        ([KeptMap(columns, None, torch.ones(5, dtype=step.dtype))], r"bias: contiguous .* \[4\] needed"),
+        ([KeptMap(columns, None, None, corrected(5, 0))], r"scale: contiguous float32 \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KeptGroup(given)
+    group = KeptGroup([KeptMap(columns, None)])
+    with pytest.raises(ValueError, match=r"x: .* \[B, 8\] needed, got"):
+        step.products(group, torch.ones(2, 9, dtype=step.dtype))
+    with pytest.raises(ValueError, match=r"x: .* needed, got torch.float64"):
+        step.products(group, torch.ones(2, 8, dtype=other))
+    with pytest.raises(ValueError, match=r"dense: bool \[2\] needed, got torch.bool \[3\]"):
+        step.products(group, torch.ones(2, 8, dtype=step.dtype), torch.ones(3, dtype=torch.bool))
+
+
+def test_it_runs_on_torchs_threads(step):
+    symbol = openmp_runtime()
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        lines = [line.split() for line in maps if line.rstrip().endswith(symbol.name)]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    assert any(start <= step.openmp < end for start, end in spans)
