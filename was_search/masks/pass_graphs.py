@@ -109,6 +109,9 @@ class PassGraphs:
         if not self._seen.issuperset(kinds):
             self._seen.update(kinds)
             return False
+        for other in [kind for kind in self._kept if kind not in kinds]:
+            if len(self._kept) + len(set(kinds) - self._kept.keys()) > MOST_KEPT:
+                del self._kept[other]
         for kind, (batch, top) in zip(kinds, batches, strict=True):
             if kind not in self._kept and not self._keep(kind, model, data, point, batch, top):
                 return False
@@ -120,8 +123,6 @@ class PassGraphs:
         self, kind: _Kind, model: MaskedModel, data: TokenSet, like: SlopePoint, batch: Tensor, top: TopRows | None
     ) -> bool:
         """Record a kind; False where that is not possible."""
-        while len(self._kept) >= MOST_KEPT:
-            del self._kept[next(iter(self._kept))]
         learned = None if like.learned is None else model.learned_corrections()
         point = type(like)(model, like.protocol, like.width, learned)
         tokens, rows = batch.clone(), None if top is None else (top[0].clone(), top[1].clone())
@@ -157,18 +158,22 @@ def _kind(point: SlopePoint, batch: Tensor, top: TopRows | None) -> _Kind:
 
 def _can_be_recorded(model: MaskedModel, data: TokenSet) -> bool:
     """Whether all is on one GPU, and attention to whole texts needs no mask of transformers'."""
-    config: Any = model.model.config
-    devices = {model.device, *model.block_devices}
-    if len(devices) > 1 or model.device.type != "cuda" or not _needs_no_mask(config._attn_implementation):
+    if model.device.type != "cuda" or {model.device} != set(model.block_devices):
         return False
-    window = getattr(config, "sliding_window", None)
-    return window is None or window >= data.protocol.sequence_length
+    return _needs_no_mask(model.model.config, data.protocol.sequence_length)
 
 
-def _needs_no_mask(attention: str) -> bool:
+def _needs_no_mask(config: Any, length: int) -> bool:
+    """Whether attention to texts of ``length`` tokens is plainly causal, by a function that makes that so."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    return attention == "sdpa" or attention not in ALL_MASK_ATTENTION_FUNCTIONS
+    attention = config._attn_implementation
+    if attention != "sdpa" and attention in ALL_MASK_ATTENTION_FUNCTIONS:
+        return False
+    if not {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ()):
+        return False
+    window = getattr(config, "sliding_window", None)
+    return window is None or window >= length
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,35 @@ def test_other_kinds_of_batches_take_turns(masked, make_data, tokens, anywhere):
     model.graphs.drop()
     passes(model, make_data(tokens, batch_size=2), histograms, None, [None])
     assert repeated.recorded == 4
+
+
+def test_a_kind_that_is_still_needed_is_not_dropped_for_another(masked, make_data, tokens, anywhere):
+    histograms = histogram_pass(masked, make_data(tokens), None)[0]
+    repeated = Repeated()
+    model = dataclasses.replace(masked, graphs=PassGraphs(repeated))
+    for rows, size in ((8, 4), (10, 5), (9, 4), (9, 4), (6, 4)):  # batches of 4; of 5; of 4 and 1; of 4 and 2
+        data = make_data(tokens[:rows], batch_size=size)
+        assert_same(
+            passes(model, data, histograms, None, [None] * 2), passes(masked, data, histograms, None, [None] * 2)
+        )
+        assert len(model.graphs._kept) <= pass_graphs.MOST_KEPT
+    assert repeated.recorded == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        ({"_attn_implementation": "sdpa"}, True),
+        ({"_attn_implementation": "sdpa", "sliding_window": None, "layer_types": ["full_attention"]}, True),
+        ({"_attn_implementation": "sdpa", "sliding_window": 16, "layer_types": ["sliding_attention"]}, True),
+        ({"_attn_implementation": "sdpa", "sliding_window": 15, "layer_types": ["sliding_attention"]}, False),
+        ({"_attn_implementation": "sdpa", "layer_types": ["full_attention", "chunked_attention"]}, False),
+        ({"_attn_implementation": "eager"}, False),
+        ({"_attn_implementation": "a function without a mask"}, True),
+    ],
+)
+def test_what_attention_needs_no_mask(config, plain):
+    assert pass_graphs._needs_no_mask(SimpleNamespace(**config), 16) is plain
 
 
 def test_nothing_is_recorded_on_a_cpu(masked, make_data, tokens):
