@@ -16,7 +16,12 @@ BEST = np.clip(0.6 + 0.1 * np.random.default_rng(0).standard_normal((3, 7)), 0.2
 DATA = SimpleNamespace(
     tokens=np.zeros((8, 10), np.int64),
     protocol=SimpleNamespace(
-        n_sequences=8, predicted_per_sequence=9, predicted_tokens=72, batch_size=4, dense_prefix=1
+        n_sequences=8,
+        sequence_length=10,
+        predicted_per_sequence=9,
+        predicted_tokens=72,
+        batch_size=4,
+        dense_prefix=1,
     ),
 )
 

@@ -6,15 +6,16 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from was_search.coordinator.calls import Shared, Work
+from was_search.coordinator.calls import Call, Shared, Work
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome, WorkerPool
+from was_search.coordinator.divided_passes import DividedDescent, parts_of
 from was_search.coordinator.lost_calls import LostCalls
 from was_search.coordinator.model_calls import Descend, descent_tokens
-from was_search.errors import TransientError
+from was_search.errors import InfeasibleError, TransientError
 from was_search.masks.histogram import Histograms
 from was_search.process.logs import bound_fields, event
 from was_search.shape import FloatArray
@@ -49,6 +50,14 @@ class DescentPlan:
     def tokens(self) -> int:
         """Tokens of one chain."""
         return descent_tokens(self.data.protocol, self.options, self.per_round)
+
+
+class _Task(NamedTuple):
+    """A chain, or a part of one of its rounds."""
+
+    chain: int
+    round: int = 0
+    part: int = 0
 
 
 class Descents:
@@ -89,9 +98,10 @@ class Descents:
         self._max_attempts = max_attempts
         self._lost = LostCalls(pool, max_attempts)
         self._epoch = -1
-        self._waiting: deque[int] = deque()
-        self._running: dict[int, int] = {}
-        self._attempts: Counter[int] = Counter()
+        self._waiting: deque[_Task] = deque()
+        self._running: dict[int, tuple[_Task, Work]] = {}
+        self._attempts: Counter[_Task] = Counter()
+        self._divided: dict[int, DividedDescent] = {}
         self._start: FloatArray | None = None
         self._ends: dict[int, FloatArray] = {}
         self._proposals: deque[tuple[Origin, FloatArray]] = deque()
@@ -122,30 +132,52 @@ class Descents:
                 return True
             self._epoch, self._start = epoch, best.sparsities
             self._ends, self._attempts, self._lost = {}, Counter(), LostCalls(self._pool, self._max_attempts)
-            self._waiting = deque(range(len(self._plan.steps)))
+            self._begin()
         return False
+
+    def _begin(self) -> None:
+        """Let all chains of the epoch wait: whole, or divided where more workers than chains have something to do."""
+        chains, plan = range(len(self._plan.steps)), self._plan
+        shape, protocol = self._budget.shape, plan.data.protocol
+        self._divided = {}
+        if self._pool.n_parallel > len(chains) and len(parts_of([0] * plan.per_round, shape, protocol)) > 1:
+            self._divided = {chain: DividedDescent(**self._arguments(chain)) for chain in chains}
+        self._waiting = deque(task for chain in chains for task in self._tasks(chain))
+
+    def _tasks(self, chain: int) -> list[_Task]:
+        """What a chain's next round, or all of it, is."""
+        divided = self._divided.get(chain)
+        return [_Task(chain)] if divided is None else [_Task(chain, divided.rounds, p) for p in range(divided.n_parts)]
+
+    def _arguments(self, chain: int) -> dict[str, Any]:
+        plan = self._plan
+        if self._data is None:
+            self._data = self._pool.share(plan.data)
+        return {
+            "data": self._data,
+            "histograms": self._histograms,
+            "start": self._start,
+            "budget": self._budget,
+            "options": plan.options.in_epoch(self._epoch, plan.steps[chain]),
+            "per_round": plan.per_round,
+            "seed": chain_seed(self._seed, self._epoch, chain),
+        }
+
+    def _call(self, task: _Task) -> Call[Any]:
+        divided = self._divided.get(task.chain)
+        return Descend(**self._arguments(task.chain)) if divided is None else divided.call(task.part)
 
     def hand_out(self) -> bool:
         """Give waiting chains to idle workers; returns whether any was given."""
         waiting = len(self._waiting)
         while self._waiting and self._pool.n_idle:
-            chain = self._lost.next_for(self._pool.next_index, self._waiting)
-            self._attempts[chain] += 1
-            if self._data is None:
-                self._data = self._pool.share(self._plan.data)
-            assert self._start is not None
-            call = Descend(
-                self._data,
-                self._histograms,
-                self._start,
-                self._budget,
-                self._plan.options.in_epoch(self._epoch, self._plan.steps[chain]),
-                self._plan.per_round,
-                chain_seed(self._seed, self._epoch, chain),
-            )
-            about = {**bound_fields(), **self._ids(chain), "worker": self._pool.next_idle}
-            self._running[self._pool.submit(call, deadline_seconds=self._deadline, about=about)] = chain
-            event(_logger, "descent handed out", **self._ids(chain), worker=about["worker"])
+            task = self._lost.next_for(self._pool.next_index, self._waiting)
+            self._attempts[task] += 1
+            call, ids = self._call(task), self._ids(task)
+            about = {**bound_fields(), **ids, "worker": self._pool.next_idle}
+            ticket = self._pool.submit(call, deadline_seconds=self._deadline, about=about)
+            self._running[ticket] = task, self._work(call)
+            event(_logger, "descent handed out", **ids, worker=about["worker"])
         return len(self._waiting) < waiting
 
     def abandon(self) -> bool:
@@ -164,35 +196,48 @@ class Descents:
     @property
     def in_flight(self) -> dict[int, Work]:
         """Work of the chains on workers, by ticket."""
-        return dict.fromkeys(self._running, self._work)
+        return {ticket: work for ticket, (_, work) in self._running.items()}
 
     def settle(self, outcome: Outcome) -> BaseException | None:
-        """Take in a chain's outcome; returns an error that ends the search."""
-        chain = self._running.pop(outcome.ticket)
+        """Take in what a chain, or a part of its round, ended with; returns an error that ends the search."""
+        task, work = self._running.pop(outcome.ticket)
         error = outcome.error
         if error is None:
-            event(_logger, "descent ended", **self._ids(chain), worker=outcome.worker, seconds=outcome.seconds)
-            self._pool.health.answered(outcome.index, outcome.seconds, self._work)
-            self._ends[chain] = outcome.value
-            if len(self._ends) == len(self._plan.steps):
-                self._conclude()
-            return None
+            event(_logger, "descent ended", **self._ids(task), worker=outcome.worker, seconds=outcome.seconds)
+            self._pool.health.answered(outcome.index, outcome.seconds, work)
+            return self._take(task, outcome.value)
         if not outcome.lost and not isinstance(error, TransientError):
             return error
         reason = f"{type(error).__name__}: {error}"
-        if self._lost.lost(chain, outcome, reason):
-            times = self._lost.count(chain)
+        if self._lost.lost(task, outcome, reason):
+            times = self._lost.count(task)
             return TransientError(f"a descent was lost {times} times, last on {outcome.worker}: {error}")
-        event(_logger, "descent put back", **self._ids(chain), worker=outcome.worker, reason=reason)
-        self._waiting.append(chain)
+        event(_logger, "descent put back", **self._ids(task), worker=outcome.worker, reason=reason)
+        self._waiting.append(task)
         return None
 
-    @property
-    def _work(self) -> Work:
-        return Work(Descend.words, self._plan.tokens)
+    def _take(self, task: _Task, value: Any) -> BaseException | None:
+        chain, divided, end = task.chain, self._divided.get(task.chain), value
+        if divided is not None:
+            try:
+                if not divided.take(task.part, value):
+                    return None
+            except InfeasibleError as error:
+                return error
+            if (end := divided.end) is None:
+                self._waiting.extend(self._tasks(chain))
+                return None
+        self._ends[chain] = end
+        if len(self._ends) == len(self._plan.steps):
+            self._conclude()
+        return None
 
-    def _ids(self, chain: int) -> dict[str, Any]:
-        return {"phase": "descent", "epoch": self._epoch, "chain": chain, "attempt": self._attempts[chain]}
+    def _work(self, call: Call[Any]) -> Work:
+        return Work(call.words, float(self._plan.tokens)) if isinstance(call, Descend) else call.work
+
+    def _ids(self, task: _Task) -> dict[str, Any]:
+        ids = {"phase": "descent", "epoch": self._epoch, "chain": task.chain, "attempt": self._attempts[task]}
+        return ids if task.chain not in self._divided else {**ids, "round": task.round, "part": task.part}
 
     def next_proposal(self) -> tuple[Origin, FloatArray] | None:
         """Origin and sparsities [L, 7] of the next vector to evaluate, None if there is none at present."""

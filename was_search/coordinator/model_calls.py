@@ -10,22 +10,28 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from was_search.compensation import Compensation
+from was_search.compensation import Compensation, Vector
 from was_search.coordinator.calls import Call, Shared
 from was_search.errors import InfeasibleError
 from was_search.masks.beside_dense import Part, evaluate_beside_dense
 from was_search.masks.block_error import block_error
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.compensating import CompensationOptions, CompensationState, learn_steps
+from was_search.masks.compensating import (
+    CompensationOptions,
+    CompensationState,
+    PassesHere,
+    learn_steps,
+    learning_start,
+)
 from was_search.masks.divergence import DenseTop
 from was_search.masks.early_stop import StopRule
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.finite import NotFiniteError, check_finite
-from was_search.masks.histogram import Histograms
+from was_search.masks.histogram import Histograms, PackedCounts
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking
 from was_search.masks.pricing import price_sums
-from was_search.masks.slope import SlopeOracle
+from was_search.masks.slope import SlopeOracle, SlopeSums, Window, slope_point
 from was_search.shape import FloatArray, IntArray
 from was_search.texts.protocol import Evaluation, EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget
@@ -166,19 +172,68 @@ class LearnCompensation(Call[CompensationState]):
         return 3.0 * self.steps * min(self.options.sequences, int(n)) * int(length)
 
     def run(self, model: MaskedModel) -> CompensationState:
-        return learn_steps(
-            model,
-            self.data.value,
-            self.top.value,
-            self.state,
-            self.budget,
-            self.options,
-            seed=self.seed,
-            steps=self.steps,
-        )
+        passes = PassesHere(model, self.data.value, self.top.value)
+        return learn_steps(passes, self.state, self.budget, self.options, seed=self.seed, steps=self.steps)
 
     def figures(self, found: CompensationState) -> dict[str, Any]:
         return {"steps": found.done, "loss_nats": found.losses[-1]}
+
+
+@dataclass(frozen=True, eq=False)
+class BeginLearning(Call[tuple[PackedCounts, Vector]]):
+    """What is known before a step of a compensation: :func:`was_search.masks.compensating.learning_start`."""
+
+    name: ClassVar[str] = "beginning of a compensation"
+    words: ClassVar[str] = "the beginning of a compensation"
+
+    data: Shared[TokenSet]
+    rows: list[int]
+    first_rows: list[int]
+    state: CompensationState
+
+    @property
+    def tokens(self) -> float:
+        return float((len(self.rows) + len(self.first_rows)) * self.data.value.tokens.shape[1])
+
+    def run(self, model: MaskedModel) -> tuple[PackedCounts, Vector]:
+        data = self.data.value
+        histograms, spreads = learning_start(model, data.part(self.rows), data.part(self.first_rows), self.state)
+        return PackedCounts.of(torch.from_numpy(histograms.counts)), spreads
+
+
+@dataclass(frozen=True, eq=False)
+class SlopePart(Call[SlopeSums]):
+    """The backward passes of some sequences: a part of a pass that is divided among workers.
+
+    With ``values`` outputs are corrected by that flat compensation, which gets its gradient. The loss is the NLL, or
+    with ``top`` the divergence from the dense model.
+    """
+
+    name: ClassVar[str] = "part of a pass"
+    words: ClassVar[str] = "a part of a backward pass"
+
+    data: Shared[TokenSet]
+    rows: list[int]
+    window: Window
+    width: float
+    values: Vector | None = None
+    top: Shared[DenseTop] | None = None
+
+    @property
+    def tokens(self) -> float:
+        return 3.0 * len(self.rows) * int(self.data.value.tokens.shape[1])
+
+    def run(self, model: MaskedModel) -> SlopeSums:
+        learned = None if self.values is None else model.learned_corrections()
+        if learned is not None and self.values is not None:
+            learned.start(self.values)
+        point = slope_point(
+            *(model, self.data.value.part(self.rows), self.window),
+            width=self.width,
+            learned=learned,
+            top=None if self.top is None else self.top.value[self.rows],
+        )
+        return SlopeSums.of(point)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from was_search.masks.evaluation import sequence_nats, top_losses
 from was_search.masks.inputs import InputFunction, hook_inputs
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.recompute import activations_fit, recomputed_blocks
-from was_search.texts.protocol import TokenSet
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
 
 TopRows = tuple[Tensor, Tensor]
 """The dense model's top as :meth:`was_search.masks.divergence.DenseTop.rows` has it."""
@@ -39,35 +39,39 @@ def backward_pass(model: MaskedModel, data: TokenSet, function: InputFunction) -
         function: on every input.
     """
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    with opened(model, data, function, model.corrections, recomputes(model, data)) as backward:
+    protocol = data.protocol
+    tokens = min(protocol.batch_size, len(data.tokens)) * protocol.sequence_length
+    with opened(model, protocol, function, model.corrections, recomputes(model, tokens)) as backward:
         for batch in model.batches(data):
             total += backward(batch, None)
     return float(total)
 
 
-def recomputes(model: MaskedModel, data: TokenSet) -> bool:
-    """Whether the model recomputes, and has not room enough to do without for a batch of ``data``."""
-    tokens = min(data.protocol.batch_size, len(data.tokens)) * data.protocol.sequence_length
+def recomputes(model: MaskedModel, tokens: int) -> bool:
+    """Whether the model recomputes, and has not room enough to do without for a batch of so many tokens."""
     return model.recompute and not activations_fit(model.model, model.structure, tokens)
 
 
 @contextmanager
 def opened(
-    model: MaskedModel, data: TokenSet, function: InputFunction, corrections: Corrections | None, recompute: bool
+    model: MaskedModel,
+    protocol: EvaluationProtocol,
+    function: InputFunction,
+    corrections: Corrections | None,
+    recompute: bool,
 ) -> Iterator[Backward]:
-    """While open, the backward passes of batches of ``data`` can be taken, with ``function`` on every input.
+    """While open, the backward passes of batches can be taken, with ``function`` on every input.
 
     Weights need no gradient and get none.
 
     Args:
         model: the model.
-        data: whose batches.
+        protocol: of the batches.
         function: on every projection's input.
         corrections: of outputs; None: there are none.
         recompute: run each block's forward, and so ``function``'s, once more, so that memory is that of one block.
     """
-    protocol, structure = data.protocol, model.structure
-    predicted = protocol.predicted_per_sequence
+    structure, predicted = model.structure, protocol.predicted_per_sequence
     with (
         _on_inputs(structure, function),
         corrected_outputs(structure, corrections, protocol.dense_prefix),

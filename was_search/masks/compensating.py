@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +24,13 @@ import torch
 from was_search.compensation import Compensation, Vector
 from was_search.errors import InfeasibleError
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.corrections import output_spreads
+from was_search.masks.corrections import LearnedCorrections, output_spreads
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import DeviceHistograms, Histograms
 from was_search.masks.masked_model import MaskedModel
-from was_search.masks.slope import slope_pass
+from was_search.masks.slope import Slopes, slope_pass
 from was_search.shape import FloatArray, ModelShape
-from was_search.texts.protocol import TokenSet
+from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget
 from was_search.vectors.descent import HIGHEST_DESCENDED, moved
 
@@ -136,10 +138,110 @@ def step_rows(n_sequences: int, options: CompensationOptions, seed: int, number:
     return [int(row) for row in order[number * each : (number + 1) * each]]
 
 
+class LearningPasses(Protocol):
+    """The passes over a model that steps are made of; the model may be here or on workers."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's."""
+        ...
+
+    @property
+    def protocol(self) -> EvaluationProtocol:
+        """That of the text that is learned from."""
+        ...
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences of that text."""
+        ...
+
+    def begin(
+        self, rows: list[int], first_rows: list[int], state: CompensationState
+    ) -> tuple[Histograms | DeviceHistograms, Vector]:
+        """What is known before a step: histograms of ``rows`` at the state, and spreads of outputs on ``first_rows``.
+
+        Raises:
+            InfeasibleError: scores that are not finite.
+        """
+        ...
+
+    def slopes(
+        self,
+        rows: list[int],
+        sparsities: FloatArray,
+        histograms: Histograms | DeviceHistograms,
+        values: Vector,
+        width: float,
+    ) -> tuple[Slopes, Vector]:
+        """The slopes of ``rows``, corrected by the flat ``values``, and the summed loss's gradient in these."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PassesHere:
+    """:class:`LearningPasses` over a model in this process.
+
+    Attributes:
+        model: its parameters may be frozen.
+        data: what is learned from.
+        top: the dense model's top of it.
+    """
+
+    model: MaskedModel
+    data: TokenSet
+    top: DenseTop
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @property
+    def protocol(self) -> EvaluationProtocol:
+        return self.data.protocol
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.data.tokens)
+
+    def begin(self, rows: list[int], first_rows: list[int], state: CompensationState) -> tuple[Histograms, Vector]:
+        return learning_start(self.model, self.data.part(rows), self.data.part(first_rows), state)
+
+    def slopes(
+        self,
+        rows: list[int],
+        sparsities: FloatArray,
+        histograms: Histograms | DeviceHistograms,
+        values: Vector,
+        width: float,
+    ) -> tuple[Slopes, Vector]:
+        learned = self._learned
+        learned.start(values)
+        found = slope_pass(
+            *(self.model, self.data.part(rows), sparsities, histograms),
+            width=width,
+            learned=learned,
+            top=self.top[rows],
+        )
+        return found, learned.gradient()
+
+    @cached_property
+    def _learned(self) -> LearnedCorrections:
+        return self.model.learned_corrections()
+
+
+def learning_start(
+    model: MaskedModel, data: TokenSet, first: TokenSet, state: CompensationState
+) -> tuple[Histograms, Vector]:
+    """What :meth:`LearningPasses.begin` gives, of the sequences ``data`` and ``first``."""
+    corrected = model.compensated(state.compensation(model.shape))
+    histograms = histogram_pass(corrected, data, state.thresholds)[0]
+    _require_finite(histograms.finite)
+    return histograms, _spreads(model, first)
+
+
 def learn_steps(
-    model: MaskedModel,
-    data: TokenSet,
-    top: DenseTop,
+    passes: LearningPasses,
     state: CompensationState,
     budget: Budget,
     options: CompensationOptions,
@@ -150,9 +252,7 @@ def learn_steps(
     """The state after ``steps`` more steps, at most to the last.
 
     Args:
-        model: its parameters may be frozen.
-        data: what the sequences are drawn from.
-        top: the dense model's top of them.
+        passes: over the model and the text that is learned from.
         state: where to go on.
         budget: what every vector of sparsities spends.
         options: of the whole run.
@@ -162,30 +262,21 @@ def learn_steps(
     Raises:
         InfeasibleError: gradients that are not finite.
     """
-    shape, n = model.shape, len(data.tokens)
+    shape, n = passes.shape, passes.n_sequences
     share = shape.params / shape.params.sum()
-    next_rows = data.part(step_rows(n, options, seed, state.done))
-    before = histogram_pass(model.compensated(state.compensation(shape)), next_rows, state.thresholds)[0]
-    _require_finite(before.finite)
-    histograms: Histograms | DeviceHistograms = before
-    still = Compensation.none(shape).flat()
-    units = _units(model, data.part(step_rows(n, options, seed, 0)), options)
+    rows, first_rows = (step_rows(n, options, seed, number) for number in (state.done, 0))
+    histograms, spreads = passes.begin(rows, first_rows, state)
+    still, units = Compensation.none(shape).flat(), _units(spreads, options)
     moved_by = torch.nn.Parameter(
         torch.from_numpy(np.divide(state.values - still, units, where=units > 0, out=still * 0))
     )
     optimiser = _optimiser(moved_by, state)
-    learned = model.learned_corrections()
     for number in range(state.done, min(state.done + steps, options.steps)):
         rows = step_rows(n, options, seed, number)
-        learned.start(_values(still, moved_by, units))
-        found = slope_pass(
-            *(model, data.part(rows), state.sparsities, histograms),
-            width=options.width,
-            learned=learned,
-            top=top[rows],
-        )
-        predicted = len(rows) * data.protocol.predicted_per_sequence
-        gradient = learned.gradient() / np.float32(predicted) * units
+        values = _values(still, moved_by, units)
+        found, gradient = passes.slopes(rows, state.sparsities, histograms, values, options.width)
+        predicted = len(rows) * passes.protocol.predicted_per_sequence
+        gradient = gradient / np.float32(predicted) * units
         _require_finite(bool(np.all(np.isfinite(gradient)) and np.all(np.isfinite(found.slopes))))
         moved_by.grad = torch.from_numpy(gradient)
         optimiser.param_groups[0]["lr"] = options.factor(number)
@@ -206,8 +297,8 @@ def _require_finite(finite: bool) -> None:
         raise InfeasibleError("compensation: the model's activations or gradients overflow; use bfloat16 or float32")
 
 
-def _units(model: MaskedModel, data: TokenSet, options: CompensationOptions) -> Vector:
-    """What a value moves by at Adam's rate 1: scales by their rate, constants by a share of the outputs' spread."""
+def _spreads(model: MaskedModel, data: TokenSet) -> Vector:
+    """The spread of each output, laid out like the scales."""
     backbone = getattr(model.model, "model", model.model)
 
     @torch.inference_mode()
@@ -215,7 +306,11 @@ def _units(model: MaskedModel, data: TokenSet, options: CompensationOptions) -> 
         for batch in model.batches(data):
             backbone(input_ids=batch, use_cache=False)
 
-    spreads = output_spreads(model.structure, forward)
+    return output_spreads(model.structure, forward)
+
+
+def _units(spreads: Vector, options: CompensationOptions) -> Vector:
+    """What a value moves by at Adam's rate 1: scales by their rate, constants by a share of the outputs' spread."""
     rates = np.full_like(spreads, options.scale_rate), np.float32(options.constant_rate) * spreads
     return np.concatenate(rates)
 

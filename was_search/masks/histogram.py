@@ -7,7 +7,7 @@ Scores are non-negative floats, so the top 16 bits of their float32 pattern (bfl
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -139,6 +139,43 @@ class DeviceHistograms:
         below = torch.where(at > 0, cumulative.gather(-1, (at - 1).clamp_(min=0)), 0)
         numbers = torch.stack([at, below, self.counts.gather(-1, at), cumulative[..., -1:]])[..., 0].cpu().numpy()
         return _interpolated(wanted, *numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCounts:
+    """Score counts to be sent: those of the bins from the first to the last that any projection has scores in.
+
+    Attributes:
+        first: the first such bin.
+        counts: int64 [L, 7, bins].
+    """
+
+    first: int
+    counts: IntArray
+
+    @classmethod
+    def of(cls, counts: Tensor) -> PackedCounts:
+        """``counts`` [L, 7, 32768], on any device."""
+        there = counts.any(0).any(0).nonzero()
+        first, last = (int(there[0]), int(there[-1]) + 1) if len(there) else (0, 0)
+        return cls(first, counts[..., first:last].cpu().numpy())
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedCounts]) -> PackedCounts:
+        """The counts of all parts."""
+        first = min(part.first for part in parts)
+        last = max(part.first + part.counts.shape[-1] for part in parts)
+        counts = np.zeros((*parts[0].counts.shape[:2], last - first), np.int64)
+        for part in parts:
+            begin = part.first - first
+            counts[..., begin : begin + part.counts.shape[-1]] += part.counts
+        return cls(first, counts)
+
+    def unpacked(self) -> Tensor:
+        """All of them, int64 [L, 7, 32768]."""
+        counts = torch.zeros((*self.counts.shape[:2], N_BINS), dtype=torch.int64)
+        counts[..., self.first : self.first + self.counts.shape[-1]] = torch.from_numpy(self.counts)
+        return counts
 
 
 def required_sparsities(sparsities: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:

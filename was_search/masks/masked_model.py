@@ -76,9 +76,12 @@ class MaskedModel:
         """The device of each block; what is learnt of a block stays there."""
         return [row[0].device for row in self.norms]
 
-    def batches(self, data: TokenSet) -> Iterator[Tensor]:
-        """The sequences of ``data`` in their order, on the model's device: int64 [at most batch_size, length] each."""
-        size = data.protocol.batch_size
+    def batches(self, data: TokenSet, size: int | None = None) -> Iterator[Tensor]:
+        """The sequences of ``data`` in their order, on the model's device: int64 [at most ``size``, length] each.
+
+        ``size`` is the protocol's batch size if it is not given.
+        """
+        size = size or data.protocol.batch_size
         for start in range(0, len(data.tokens), size):
             yield torch.as_tensor(data.tokens[start : start + size], dtype=torch.long, device=self.device)
 

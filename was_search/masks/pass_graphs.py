@@ -19,7 +19,6 @@ from torch import Tensor
 from was_search.masks.backward import TopRows, opened, recomputes
 from was_search.masks.ops import RecordOp
 from was_search.process.logs import event
-from was_search.texts.protocol import TokenSet
 
 if TYPE_CHECKING:
     from was_search.masks.masked_model import MaskedModel
@@ -89,20 +88,19 @@ class PassGraphs:
         self._seen.clear()
 
     def add_batches(
-        self, model: MaskedModel, data: TokenSet, point: SlopePoint, batches: Sequence[tuple[Tensor, TopRows | None]]
+        self, model: MaskedModel, point: SlopePoint, batches: Sequence[tuple[Tensor, TopRows | None]]
     ) -> bool:
         """Add what the passes of ``batches`` find to ``point``; False, and nothing is added, where the caller has to.
 
         Args:
             model: the model.
-            data: whose batches.
             point: has been started.
             batches: tokens, and the dense model's top or None.
         """
         if (
             self.refusal is not None
             or (point.corrections is not None and point.learned is None)
-            or not _can_be_recorded(model, data)
+            or not _can_be_recorded(model, point.protocol.sequence_length)
         ):
             return False
         kinds = [_kind(point, batch, top) for batch, top in batches]
@@ -113,24 +111,22 @@ class PassGraphs:
             if len(self._kept) + len(set(kinds) - self._kept.keys()) > MOST_KEPT:
                 del self._kept[other]
         for kind, (batch, top) in zip(kinds, batches, strict=True):
-            if kind not in self._kept and not self._keep(kind, model, data, point, batch, top):
+            if kind not in self._kept and not self._keep(kind, model, point, batch, top):
                 return False
         for kind, (batch, top) in zip(kinds, batches, strict=True):
             self._kept[kind].replay(batch, top, point)
         return True
 
-    def _keep(
-        self, kind: _Kind, model: MaskedModel, data: TokenSet, like: SlopePoint, batch: Tensor, top: TopRows | None
-    ) -> bool:
+    def _keep(self, kind: _Kind, model: MaskedModel, like: SlopePoint, batch: Tensor, top: TopRows | None) -> bool:
         """Record a kind; False where that is not possible."""
         learned = None if like.learned is None else model.learned_corrections()
         point = type(like)(model, like.protocol, like.width, learned)
         tokens, rows = batch.clone(), None if top is None else (top[0].clone(), top[1].clone())
 
-        recompute = recomputes(model, data)
+        recompute = recomputes(model, batch.numel())
 
         def launch() -> None:
-            with opened(model, data, point.masked, point.corrections, recompute) as backward:
+            with opened(model, point.protocol, point.masked, point.corrections, recompute) as backward:
                 point.nats.add_(backward(tokens, rows))
 
         try:
@@ -156,11 +152,11 @@ def _kind(point: SlopePoint, batch: Tensor, top: TopRows | None) -> _Kind:
     )
 
 
-def _can_be_recorded(model: MaskedModel, data: TokenSet) -> bool:
+def _can_be_recorded(model: MaskedModel, length: int) -> bool:
     """Whether all is on one GPU, and attention to whole texts needs no mask of transformers'."""
     if model.device.type != "cuda" or {model.device} != set(model.block_devices):
         return False
-    return _needs_no_mask(model.model.config, data.protocol.sequence_length)
+    return _needs_no_mask(model.model.config, length)
 
 
 def _needs_no_mask(config: Any, length: int) -> bool:

@@ -14,7 +14,8 @@ channels in a band around the threshold, as a kernel density estimate: ``s / (2 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from was_search.compensation import Vector
 from was_search.masks.backward import opened, recomputes
 from was_search.masks.corrections import Corrections, LearnedCorrections
 from was_search.masks.divergence import DenseTop
-from was_search.masks.histogram import N_BINS, DeviceHistograms, Histograms
+from was_search.masks.histogram import N_BINS, DeviceHistograms, Histograms, PackedCounts
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.ops import PLAIN, Ops
-from was_search.shape import N_PROJECTIONS, FloatArray
+from was_search.shape import N_PROJECTIONS, FloatArray, ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 
 BOUNDARY_WIDTH = 0.5
@@ -37,6 +39,14 @@ BOUNDARY_WIDTH = 0.5
 
 WINDOW = 0.04
 """Half width of the window of sparsity over which a slope is taken."""
+
+
+ENOUGH_FLOP = 2e13
+"""Work of a backward pass that keeps a GPU busy: sequences are taken together until a pass has so much.
+
+A pass over fewer waits for launches and memory instead, so that small models' passes are not worth dividing among
+workers; a large model's are of single sequences, and memory is that of one.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,93 @@ class Slopes:
     histograms: DeviceHistograms
     nats: float
     tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Where slopes are taken: the masks' thresholds, and the window of each projection.
+
+    Attributes:
+        thresholds: the masks', and the scores between which channels count, float32 [L, 7, 3].
+        widths: of the windows in sparsity, float64 [L, 7].
+    """
+
+    thresholds: npt.NDArray[np.float32]
+    widths: FloatArray
+
+    @classmethod
+    def around(cls, sparsities: FloatArray, histograms: Histograms | DeviceHistograms, half: float = WINDOW) -> Window:
+        """The windows of half width ``half`` around ``sparsities`` [L, 7], cut off at 0 and 0.99.
+
+        Raises:
+            InfeasibleError: sparsities outside [0, 1), or scores that are not finite.
+        """
+        lower, upper = (np.clip(sparsities + off, 0.0, 0.99) for off in (-half, half))
+        thresholds = np.stack([histograms.thresholds(point) for point in (sparsities, lower, upper)], axis=-1)
+        return cls(thresholds, np.maximum(upper - lower, 1e-9))
+
+
+@dataclass(frozen=True, eq=False)
+class SlopeSums:
+    """What the backward passes of some sequences add up to; those of several parts are added in their order.
+
+    Attributes:
+        change: of the loss over each projection's window, nats, float64 [L, 7]; of a shared mask at its first member.
+        counts: of the scores.
+        nats: the loss.
+        gradient: in the flat values of the compensation that is learned, float32; empty where none is.
+    """
+
+    change: FloatArray
+    counts: PackedCounts
+    nats: float
+    gradient: Vector
+
+    @classmethod
+    def of(cls, point: SlopePoint) -> SlopeSums:
+        gradient = np.zeros(0, np.float32) if point.learned is None else point.learned.gradient()
+        return cls(point.change(), PackedCounts.of(point.counts()), float(point.nats), gradient)
+
+    @classmethod
+    def joined(cls, parts: Sequence[SlopeSums]) -> SlopeSums:
+        """The sums of all parts, to the bit as one worker adds them."""
+        change, nats = np.zeros_like(parts[0].change), 0.0
+        gradient = np.zeros_like(parts[0].gradient)
+        for part in parts:
+            change, nats, gradient = change + part.change, nats + part.nats, gradient + part.gradient
+        return cls(change, PackedCounts.joined([part.counts for part in parts]), nats, gradient)
+
+    def slopes(self, shape: ModelShape, window: Window, protocol: EvaluationProtocol, sequences: int) -> Slopes:
+        """The slopes of a pass over so many sequences of ``protocol``."""
+        return _slopes(
+            *(shape, window, protocol, sequences),
+            change=self.change,
+            counts=self.counts.unpacked(),
+            nats=self.nats,
+        )
+
+
+def _slopes(
+    shape: ModelShape,
+    window: Window,
+    protocol: EvaluationProtocol,
+    sequences: int,
+    *,
+    change: FloatArray,
+    counts: Tensor,
+    nats: float,
+) -> Slopes:
+    n_tokens = sequences * protocol.predicted_per_sequence
+    for group in shape.groups:
+        counts[:, list(group)] = counts[:, [group[0]]]
+    slopes = shape.divided(change) / n_tokens / window.widths
+    return Slopes(slopes, DeviceHistograms(counts), nats / n_tokens, sequences * protocol.sequence_length)
+
+
+def sequences_together(shape: ModelShape, protocol: EvaluationProtocol) -> int:
+    """How many sequences one backward pass takes at once."""
+    work = 6.0 * float(shape.params.sum()) * protocol.sequence_length
+    return max(1, min(protocol.batch_size, math.ceil(ENOUGH_FLOP / work)))
 
 
 def slope_pass(
@@ -83,22 +180,38 @@ def slope_pass(
     Raises:
         InfeasibleError: sparsities outside [0, 1), or scores that are not finite.
     """
-    lower = np.clip(sparsities - window, 0.0, 0.99)
-    upper = np.clip(sparsities + window, 0.0, 0.99)
-    thresholds = np.stack([histograms.thresholds(point) for point in (sparsities, lower, upper)], axis=-1)
+    around = Window.around(sparsities, histograms, window)
+    point = slope_point(model, data, around, width=width, learned=learned, top=top)
+    return _slopes(
+        *(model.shape, around, data.protocol, len(data.tokens)),
+        change=point.change(),
+        counts=point.counts(),
+        nats=float(point.nats),
+    )
+
+
+def slope_point(
+    model: MaskedModel,
+    data: TokenSet,
+    window: Window,
+    *,
+    width: float,
+    learned: LearnedCorrections | None = None,
+    top: DenseTop | None = None,
+) -> SlopePoint:
+    """The backward passes of ``data`` at a window, and what they found; arguments as in :func:`slope_pass`."""
     point = SlopePoint(model, data.protocol, width, learned)
-    point.start(thresholds)
+    point.start(window.thresholds)
     batches, done = [], 0
-    for batch in model.batches(data):
+    for batch in model.batches(data, sequences_together(model.shape, data.protocol)):
         batches.append((batch, None if top is None else top[done : done + len(batch)].rows(batch.device)))
         done += len(batch)
-    if model.graphs is None or not model.graphs.add_batches(model, data, point, batches):
-        with opened(model, data, point.masked, point.corrections, recomputes(model, data)) as backward:
+    if model.graphs is None or not model.graphs.add_batches(model, point, batches):
+        recompute = recomputes(model, batches[0][0].numel())
+        with opened(model, data.protocol, point.masked, point.corrections, recompute) as backward:
             for batch, rows in batches:
                 point.nats.add_(backward(batch, rows))
-    n_tokens = len(data.tokens) * data.protocol.predicted_per_sequence
-    slopes = model.shape.divided(point.change()) / n_tokens / np.maximum(upper - lower, 1e-9)
-    return Slopes(slopes, point.histograms(), float(point.nats) / n_tokens, int(data.tokens.size))
+    return point
 
 
 class SlopePoint:
@@ -175,12 +288,9 @@ class SlopePoint:
         found: FloatArray = _together(self._changes.values(), torch.device("cpu")).numpy()
         return found
 
-    def histograms(self) -> DeviceHistograms:
-        """Those of the scores."""
-        counts = _together(self._counts.values(), self._devices[0])
-        for group in self._model.shape.groups:
-            counts[:, list(group)] = counts[:, [group[0]]]
-        return DeviceHistograms(counts)
+    def counts(self) -> Tensor:
+        """Of the scores, int64 [L, 7, 32768] on the first block's device; of a shared mask at its first member."""
+        return _together(self._counts.values(), self._devices[0])
 
 
 def _together(parts: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -224,6 +334,29 @@ class _Masked(torch.autograd.Function):
         return passed, None, None, None
 
 
+class SequenceDraws:
+    """Draws the sequences of one pass after another: all are used before one comes again.
+
+    Args:
+        n: sequences that there are.
+        each: of a pass, at most ``n``.
+        seed: decides their order.
+    """
+
+    def __init__(self, n: int, each: int, seed: int) -> None:
+        self._n = n
+        self._each = min(each, n)
+        self._rng = np.random.default_rng(seed)
+        self._order: list[int] = []
+
+    def next(self) -> list[int]:
+        """The sequences of the next pass."""
+        while len(self._order) < self._each:
+            self._order.extend(self._rng.permutation(self._n).tolist())
+        chosen, self._order = self._order[: self._each], self._order[self._each :]
+        return chosen
+
+
 class SlopeOracle:
     """Slopes on demand for one model: every call takes the next sequences and renews the histograms.
 
@@ -251,17 +384,13 @@ class SlopeOracle:
         self._model, self._data = model, data
         self._histograms: Histograms | DeviceHistograms = histograms
         self._width = width
-        self._per_call = min(per_call, len(data.tokens))
-        self._rng = np.random.default_rng(seed)
-        self._order: list[int] = []
+        self._draws = SequenceDraws(len(data.tokens), per_call, seed)
         self.tokens_seen = 0
 
     def __call__(self, sparsities: FloatArray) -> FloatArray:
         """Slopes [L, 7] at ``sparsities`` [L, 7], nats per token and unit of sparsity."""
-        while len(self._order) < self._per_call:
-            self._order.extend(self._rng.permutation(len(self._data.tokens)).tolist())
-        chosen, self._order = self._order[: self._per_call], self._order[self._per_call :]
-        found = slope_pass(self._model, self._data.part(chosen), sparsities, self._histograms, width=self._width)
+        chosen = self._data.part(self._draws.next())
+        found = slope_pass(self._model, chosen, sparsities, self._histograms, width=self._width)
         self._histograms = found.histograms
         self.tokens_seen += found.tokens
         return found.slopes

@@ -87,24 +87,55 @@ def descend(
     Raises:
         InfeasibleError: slopes that are not finite, or a budget that cannot be reached.
     """
-    share = budget.shape.params / budget.shape.params.sum()
-    point = budget.onto(start, HIGHEST_DESCENDED)
-    direction: FloatArray | None = None
-    kept: list[FloatArray] = []
-    first_kept = options.rounds - max(1, round(options.average * options.rounds))
-    for number in range(options.rounds):
-        slope = slopes(point)
-        if not np.all(np.isfinite(slope)):
+    descent = Descent(start, budget, options)
+    while descent.end is None:
+        descent.take(slopes(descent.point))
+    return descent.end
+
+
+class Descent:
+    """A descent whose slopes are taken elsewhere: at :attr:`point`, and given to :meth:`take`, until there is an end.
+
+    Args:
+        start: any point; it is projected onto the budget first.
+        budget: what every point spends; its shape weighs the projections.
+        options: how it runs.
+
+    Attributes:
+        point: where slopes are wanted next, [L, 7].
+        rounds: rounds done.
+        end: the average of the last points, once all rounds are done.
+    """
+
+    def __init__(self, start: FloatArray, budget: Budget, options: DescentOptions) -> None:
+        self._budget = budget
+        self._options = options
+        self._share = budget.shape.params / budget.shape.params.sum()
+        self._direction: FloatArray | None = None
+        self._kept: list[FloatArray] = []
+        self.point = budget.onto(start, HIGHEST_DESCENDED)
+        self.rounds = 0
+        self.end: FloatArray | None = None
+
+    def take(self, slopes: FloatArray) -> None:
+        """Move on by a round.
+
+        Raises:
+            InfeasibleError: ``slopes`` that are not finite, or a budget that cannot be reached.
+        """
+        if not np.all(np.isfinite(slopes)):
             raise InfeasibleError("slopes: must be finite; the model's gradients overflow, use bfloat16 or float32")
-        per_parameter = slope / share
-        if direction is None:
-            direction = per_parameter
+        options, per_parameter = self._options, slopes / self._share
+        if self._direction is None:
+            self._direction = per_parameter
         else:
-            direction = options.momentum * direction + (1.0 - options.momentum) * per_parameter
-        point = moved(point, direction, budget, _step(number, options), options.clip)
-        if number >= first_kept:
-            kept.append(point)
-    return budget.onto(np.mean(kept, axis=0), HIGHEST_DESCENDED)
+            self._direction = options.momentum * self._direction + (1.0 - options.momentum) * per_parameter
+        self.point = moved(self.point, self._direction, self._budget, _step(self.rounds, options), options.clip)
+        if self.rounds >= options.rounds - max(1, round(options.average * options.rounds)):
+            self._kept.append(self.point)
+        self.rounds += 1
+        if self.rounds == options.rounds:
+            self.end = self._budget.onto(np.mean(self._kept, axis=0), HIGHEST_DESCENDED)
 
 
 def moved(point: FloatArray, direction: FloatArray, budget: Budget, length: float, clip: float) -> FloatArray:

@@ -12,7 +12,7 @@ from was_search.checkpoints.structure import find_structure
 from was_search.compensation import Compensation
 from was_search.errors import InfeasibleError
 from was_search.masks.calibration import histogram_pass
-from was_search.masks.compensating import CompensationOptions, CompensationState, learn_steps, step_rows
+from was_search.masks.compensating import CompensationOptions, CompensationState, PassesHere, learn_steps, step_rows
 from was_search.masks.divergence import DenseTop
 from was_search.masks.evaluation import dense_top, evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
@@ -43,7 +43,7 @@ def learned(masked, data, start, options=OPTIONS, per_call=30, seed=0):
     budget, top = SparsityBudget(masked.shape, 0.6), dense_top(masked, data, 20)
     state = start
     while state.done < options.steps:
-        state = learn_steps(masked, data, top, state, budget, options, seed=seed, steps=per_call)
+        state = learn_steps(PassesHere(masked, data, top), state, budget, options, seed=seed, steps=per_call)
     return state, budget
 
 
@@ -137,7 +137,7 @@ def test_every_kind_of_model_learns(kind, make_data, tokens):
     options = dataclasses.replace(OPTIONS, steps=12)
     budget, top = SparsityBudget(masked.shape, 0.5), dense_top(masked, data, 20)
     state = CompensationState.start(masked.shape, sparsities, thresholds)
-    state = learn_steps(masked, data, top, state, budget, options, seed=0, steps=12)
+    state = learn_steps(PassesHere(masked, data, top), state, budget, options, seed=0, steps=12)
     found = state.mean_sparsities(budget, options)
     assert masked.shape.sparsity(found) == pytest.approx(0.5, abs=1e-9)
     for b, group in ((b, group) for b in range(masked.shape.n_blocks) for group in masked.shape.groups):
@@ -154,4 +154,4 @@ def test_numbers_that_are_not_finite(masked, data, start, where):
     else:
         top = DenseTop(top.indices, np.full_like(top.log_probs, np.inf))
     with pytest.raises(InfeasibleError, match="overflow; use bfloat16 or float32"):
-        learn_steps(masked, data, top, start, SparsityBudget(masked.shape, 0.6), OPTIONS, seed=0, steps=1)
+        learn_steps(PassesHere(masked, data, top), start, SparsityBudget(masked.shape, 0.6), OPTIONS, seed=0, steps=1)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from was_search.coordinator.divided_passes import PassesOnPool, parts_of
 from was_search.coordinator.model_calls import EvaluateThresholds, LearnCompensation
-from was_search.masks.compensating import CompensationOptions, CompensationState
+from was_search.masks.compensating import CompensationOptions, CompensationState, learn_steps
 from was_search.service.context import Context
 from was_search.service.reports.study_report import compensation_words
 from was_search.service.settings import Settings
@@ -135,13 +136,19 @@ def _learned(
     state = state or CompensationState.start(shape, np.round(sparsities, 9), point.thresholds)
     top, pool = dense_top(context, data, _top_k(context)), context.pool
     shared_data, shared_top = pool.share(data), pool.share(top)
+    rows = list(range(min(options.sequences, len(data.tokens))))
+    divided = pool.n_parallel > 1 and len(parts_of(rows, shape, data.protocol)) > 1
     left = -(-(options.steps - state.done) // STEPS_PER_CALL)
     with context.phase(f"learn a compensation on {data.protocol.brief()}", left) as advance:
         while state.done < options.steps:
-            call = LearnCompensation(
-                shared_data, shared_top, state, budget, options, context.settings.seed, STEPS_PER_CALL
-            )
-            (state,) = pool.map([call], phase="compensation", done=advance)
+            seed = context.settings.seed
+            if divided:
+                passes = PassesOnPool(pool, shape, shared_data, shared_top)
+                state = learn_steps(passes, state, budget, options, seed=seed, steps=STEPS_PER_CALL)
+                advance()
+            else:
+                call = LearnCompensation(shared_data, shared_top, state, budget, options, seed, STEPS_PER_CALL)
+                (state,) = pool.map([call], phase="compensation", done=advance)
             context.cache.replace("compensation", key, *_packed(state))
     return state
 

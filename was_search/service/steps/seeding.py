@@ -44,7 +44,7 @@ def seed(context: Context, question: Question | None = None, warm: list[Seed] | 
 
 
 def seed_descent(context: Context, question: Question, start: FloatArray) -> FloatArray:
-    """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``, on one worker."""
+    """Sparsities [L, 7] after ``seed_rounds`` steps from ``start``."""
     settings, data = question.settings, question.tokens.slopes
     options = seed_descent_options(settings)
     calibration, budget = question.calibration, question.budget
@@ -53,14 +53,14 @@ def seed_descent(context: Context, question: Question, start: FloatArray) -> Flo
     name = f"descend {settings.seed_rounds} rounds from the Fisher prices"
 
     def make() -> FloatArray:
-        from was_search.coordinator.model_calls import Descend
+        from was_search.coordinator.divided_passes import descend_on
 
         pool = context.pool
         with context.phase(name):
-            histograms = pool.share(calibration.histograms)
-            call = Descend(pool.share(data), histograms, start, budget, options, SEED_SEQUENCES, settings.seed)
-            (end,) = pool.map([call], phase="seed descent")
-        return end
+            shared = pool.share(data), pool.share(calibration.histograms)
+            return descend_on(
+                *(pool, *shared, start, budget, options, SEED_SEQUENCES, settings.seed), phase="seed descent"
+            )
 
     return cached(
         array_row(context.cache, "descent", key, calibration.shape.params.shape, np.float64),

@@ -13,6 +13,7 @@ from tests.doubles.workers_here import workers_here
 from tests.was_search.test_compensation import same
 from was_search.coordinator.model_calls import LearnCompensation
 from was_search.errors import DataError, PlanError
+from was_search.masks import slope
 from was_search.masks.compensating import CompensationState
 from was_search.plan import Plan
 from was_search.service.context import Context
@@ -122,7 +123,7 @@ def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
         monkeypatch.setattr(LearnCompensation, "run", patched)
 
     monkeypatch.setattr(step, "STEPS_PER_CALL", 3)
-    settings = dataclasses.replace(made.settings, compensation_steps=6)
+    settings = dataclasses.replace(made.settings, compensation_steps=6, workers=1)
 
     def compensated():
         with workers_here(), Context(settings) as context:
@@ -139,6 +140,30 @@ def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
     run_until(2)
     compensated()
     assert done == [0, 3]
+
+
+def test_more_workers_learn_the_same(made, monkeypatch):
+    """Steps of a large model are divided among workers; here a part is a sequence."""
+    monkeypatch.setattr(slope, "ENOUGH_FLOP", 0.0)
+    monkeypatch.setattr(step, "STEPS_PER_CALL", 3)
+    hashed, found = step.content_hash, {}
+    for workers in (1, 3):
+        if workers > 1:
+            monkeypatch.setattr(LearnCompensation, "run", None)
+        monkeypatch.setattr(step, "content_hash", lambda *parts, n=workers: hashed(n, *parts))
+        settings = dataclasses.replace(made.settings, compensation_steps=6, workers=workers)
+        with workers_here(), Context(settings) as context:
+            question = Question.of(context)
+            point = question.dense.point(best_sparsities(made), "the vector")
+            vector = best_sparsities(made)
+            found[workers] = learn_compensation(
+                question.dense, question.budget, learning_options(settings), vector, point, "the vector"
+            )
+    one, three = found.values()
+    np.testing.assert_array_equal(one.sparsities, three.sparsities)
+    np.testing.assert_array_equal(one.point.thresholds, three.point.thresholds)
+    assert same(one.point.compensation, three.point.compensation)
+    assert one.figures == three.figures
 
 
 def test_a_plan_without_one_gets_one(made, tmp_path):
