@@ -12,7 +12,7 @@ import numpy as np
 
 from was_search.coordinator.calls import Call, Shared, Work
 from was_search.coordinator.contracts import LONGEST_CALL_SECONDS, Outcome, WorkerPool
-from was_search.coordinator.divided_passes import DividedDescent, parts_of
+from was_search.coordinator.divided_passes import DividedDescent, worth_dividing
 from was_search.coordinator.lost_calls import LostCalls
 from was_search.coordinator.model_calls import Descend, descent_tokens
 from was_search.errors import InfeasibleError, TransientError
@@ -140,7 +140,8 @@ class Descents:
         chains, plan = range(len(self._plan.steps)), self._plan
         shape, protocol = self._budget.shape, plan.data.protocol
         self._divided = {}
-        if self._pool.n_parallel > len(chains) and len(parts_of([0] * plan.per_round, shape, protocol)) > 1:
+        n = min(plan.per_round, len(plan.data.tokens))
+        if self._pool.n_parallel > len(chains) and worth_dividing(self._pool, n, shape, protocol):
             self._divided = {chain: DividedDescent(**self._arguments(chain)) for chain in chains}
         self._waiting = deque(task for chain in chains for task in self._tasks(chain))
 

@@ -16,7 +16,7 @@ from was_search.coordinator.model_calls import BeginLearning, Descend, SlopePart
 from was_search.masks.compensating import CompensationState
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import DeviceHistograms, Histograms
-from was_search.masks.slope import SequenceDraws, Slopes, SlopeSums, Window, sequences_together
+from was_search.masks.slope import ENOUGH_FLOP, SequenceDraws, Slopes, SlopeSums, Window, part_flop, sequences_together
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget
@@ -27,6 +27,17 @@ def parts_of(rows: list[int], shape: ModelShape, protocol: EvaluationProtocol) -
     """The parts of a pass over the sequences ``rows``."""
     together = sequences_together(shape, protocol)
     return [rows[first : first + together] for first in range(0, len(rows), together)]
+
+
+def worth_dividing(pool: WorkerPool, n: int, shape: ModelShape, protocol: EvaluationProtocol) -> bool:
+    """Whether passes over ``n`` sequences take less time in parts, if all of the pool's workers take part.
+
+    A part costs its way to a worker and back, and the sums are read and added in one process: some hundredth of a
+    second each, which a GPU's part has to outlast. A CPU's always does.
+    """
+    if pool.n_parallel < 2 or len(parts_of(list(range(n)), shape, protocol)) < 2:
+        return False
+    return not pool.gpus_per_worker or part_flop(shape, protocol) >= ENOUGH_FLOP / 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,9 +188,9 @@ def descend_on(
         phase: for the log.
     """
     arguments = data, histograms, start, budget, options, per_round, seed
-    divided = DividedDescent(*arguments) if pool.n_parallel > 1 else None
-    if divided is None or divided.n_parts == 1:
+    if not worth_dividing(pool, min(per_round, len(data.value.tokens)), budget.shape, data.value.protocol):
         return pool.map([Descend(*arguments)], phase=phase)[0]
+    divided = DividedDescent(*arguments)
     while divided.end is None:
         sums = pool.map([divided.call(part) for part in range(divided.n_parts)])
         for part, found in enumerate(sums):

@@ -150,8 +150,16 @@ def _slopes(
 
 def sequences_together(shape: ModelShape, protocol: EvaluationProtocol) -> int:
     """How many sequences one backward pass takes at once."""
-    work = 6.0 * float(shape.params.sum()) * protocol.sequence_length
-    return max(1, min(protocol.batch_size, math.ceil(ENOUGH_FLOP / work)))
+    return max(1, min(protocol.batch_size, math.ceil(ENOUGH_FLOP / _sequence_flop(shape, protocol))))
+
+
+def part_flop(shape: ModelShape, protocol: EvaluationProtocol) -> float:
+    """Floating-point operations of the products of one such pass, forward and backward."""
+    return sequences_together(shape, protocol) * _sequence_flop(shape, protocol)
+
+
+def _sequence_flop(shape: ModelShape, protocol: EvaluationProtocol) -> float:
+    return 6.0 * float(shape.params.sum()) * protocol.sequence_length
 
 
 def slope_pass(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.pool_double import Given, PoolDouble
+from was_search.coordinator import divided_passes
 from was_search.coordinator.calls import Held
 from was_search.coordinator.descents import DescentPlan, Descents
 from was_search.coordinator.divided_passes import DividedDescent, PassesOnPool, descend_on, parts_of
@@ -75,6 +76,24 @@ def test_a_part_is_at_least_one_sequence_and_at_most_a_batch(masked, data, monke
     for flop, size in ((0.0, 1), (1e30, data.protocol.batch_size)):
         monkeypatch.setattr(slope, "ENOUGH_FLOP", flop)
         assert slope.sequences_together(masked.shape, data.protocol) == size
+
+
+@pytest.mark.parametrize(
+    ("n_workers", "gpus", "n", "flop", "worth"),
+    [
+        (2, 0.0, 5, 2.0, True),
+        (1, 0.0, 5, 2.0, False),  # one worker
+        (2, 0.0, 2, 2.0, False),  # one part
+        (2, 1.0, 5, 2.0, True),
+        (2, 1.0, 5, 100.0, False),  # batches of 4 sequences, which are little for a GPU
+        (2, 0.0, 5, 100.0, True),
+    ],
+)
+def test_when_a_pass_is_worth_dividing(masked, data, monkeypatch, n_workers, gpus, n, flop, worth):
+    monkeypatch.setattr(slope, "ENOUGH_FLOP", flop * 6.0 * float(masked.shape.params.sum()) * 17)
+    monkeypatch.setattr(divided_passes, "ENOUGH_FLOP", slope.ENOUGH_FLOP)
+    pool = PoolDouble(n_workers=n_workers, gpus_per_worker=gpus)
+    assert divided_passes.worth_dividing(pool, n, masked.shape, data.protocol) is worth
 
 
 @pytest.mark.parametrize(("n_workers", "last", "lose"), [(1, False, 0), (2, True, 0), (3, False, 0), (8, True, 4)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from was_search.coordinator.divided_passes import PassesOnPool, parts_of
+from was_search.coordinator.divided_passes import PassesOnPool, worth_dividing
 from was_search.coordinator.model_calls import EvaluateThresholds, LearnCompensation
 from was_search.masks.compensating import CompensationOptions, CompensationState, learn_steps
 from was_search.service.context import Context
@@ -136,8 +136,7 @@ def _learned(
     state = state or CompensationState.start(shape, np.round(sparsities, 9), point.thresholds)
     top, pool = dense_top(context, data, _top_k(context)), context.pool
     shared_data, shared_top = pool.share(data), pool.share(top)
-    rows = list(range(min(options.sequences, len(data.tokens))))
-    divided = pool.n_parallel > 1 and len(parts_of(rows, shape, data.protocol)) > 1
+    divided = worth_dividing(pool, min(options.sequences, len(data.tokens)), shape, data.protocol)
     left = -(-(options.steps - state.done) // STEPS_PER_CALL)
     with context.phase(f"learn a compensation on {data.protocol.brief()}", left) as advance:
         while state.done < options.steps:
