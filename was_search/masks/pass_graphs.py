@@ -18,11 +18,11 @@ from torch import Tensor
 
 from was_search.masks.backward import TopRows, opened, recomputes
 from was_search.masks.ops import RecordOp
+from was_search.masks.slope_point import SlopePoint
 from was_search.process.logs import event
 
 if TYPE_CHECKING:
     from was_search.masks.masked_model import MaskedModel
-    from was_search.masks.slope import SlopePoint
 
 _logger = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ class PassGraphs:
 
     def _keep(self, kind: _Kind, model: MaskedModel, like: SlopePoint, batch: Tensor, top: TopRows | None) -> bool:
         """Record a kind; False where that is not possible."""
-        learned = None if like.learned is None else model.learned_corrections()
-        point = type(like)(model, like.protocol, like.width, learned)
+        point = like.another()
         tokens, rows = batch.clone(), None if top is None else (top[0].clone(), top[1].clone())
 
         recompute = recomputes(model, batch.numel())

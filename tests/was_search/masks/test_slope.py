@@ -11,7 +11,8 @@ from tests.was_search.masks.by_autograd import backward_through
 from was_search.masks.calibration import histogram_pass
 from was_search.masks.evaluation import evaluate_thresholds
 from was_search.masks.masked_model import MaskedModel
-from was_search.masks.slope import SlopeOracle, _Mask, _Masked, slope_pass
+from was_search.masks.slope import SlopeOracle, slope_pass
+from was_search.masks.slope_point import _Mask, _Masked
 
 
 @pytest.fixture
