@@ -24,6 +24,10 @@ MOST_ROWS = 8
 """Rows of a whole step; products take any number."""
 
 _NUMBERS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+DTYPES = tuple(_NUMBERS)
+
+_LINE, _PAGE = 64, 4096
+"""Bytes of a cache line, and after which lines compete for the same few places of a first-level cache."""
 
 
 class _Map(ctypes.Structure):
@@ -34,6 +38,7 @@ class _Map(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("constant", ctypes.c_void_p),
         ("width", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
         ("list", ctypes.c_int64),
     )
 
@@ -86,7 +91,7 @@ class KeptMap:
     """A linear map that reads the columns of kept channels only.
 
     Attributes:
-        columns: W by columns, [d, width] contiguous, float32, bfloat16 or float16.
+        columns: W by columns, [d, width] with unit last stride, float32, bfloat16 or float16.
         cutoffs: the least magnitude of each channel that is kept, [d] in the same dtype; None: all are kept.
         bias: [width] in the same dtype, or None.
         correction: of the rows that are not dense; None: they are not corrected.
@@ -96,6 +101,16 @@ class KeptMap:
     cutoffs: Tensor | None
     bias: Tensor | None = None
     correction: Correction | None = None
+
+
+def spaced(columns: Tensor) -> Tensor:
+    """A copy of columns [d, width] that are not a multiple of 4 KB apart, with unit last stride.
+
+    Several columns are read side by side; at such distances their lines push each other out of the cache.
+    """
+    d, width = columns.shape
+    gap = _LINE // columns.element_size() if width * columns.element_size() % _PAGE == 0 else 0
+    return columns.new_empty((d, width + gap))[:, :width].copy_(columns)
 
 
 class KeptGroup:
@@ -126,7 +141,7 @@ class KeptGroup:
             entry.bias = _address(given.bias)
             entry.scale = None if correction is None else correction.scale.data_ptr()
             entry.constant = None if correction is None else correction.constant.data_ptr()
-            entry.width = given.columns.shape[1]
+            entry.width, entry.stride = given.columns.shape[1], given.columns.stride(0)
             entry.list = next(at for at in range(i + 1) if _same(wide[at], wide[i]))
             self.width += entry.width
         self._kept_alive.append(wide)
@@ -134,15 +149,11 @@ class KeptGroup:
 
     def _require(self, given: KeptMap) -> None:
         columns = given.columns
-        if (
-            columns.dim() != 2
-            or columns.shape[0] != self.d
-            or columns.dtype != self.dtype
-            or not columns.is_contiguous()
-        ):
+        by_columns = columns.dim() == 2 and (columns.stride(1) == 1 or columns.is_contiguous())
+        if not by_columns or columns.shape[0] != self.d or columns.dtype != self.dtype:
             raise ValueError(
-                f"columns: contiguous {self.dtype} [{self.d}, width] needed, got {columns.dtype} {list(columns.shape)} "
-                f"with strides {columns.stride()}"
+                f"columns: {self.dtype} [{self.d}, width] with unit last stride needed, got {columns.dtype} "
+                f"{list(columns.shape)} with strides {columns.stride()}"
             )
         if self.dtype not in _NUMBERS or columns.is_cuda:
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap
+from was_kernels.ops.compiled_step import DTYPES, CompiledStep, KeptGroup, KeptMap
 from was_kernels.ops.host_compiler import HostCompilerError
 from was_kernels.runtime.held_weight import HeldWeight
 
@@ -38,7 +38,7 @@ def _step_of(dtype: torch.dtype) -> CompiledStep | str:
 
 def compiled_step(dtype: torch.dtype) -> CompiledStep | None:
     """The compiled code for ``dtype``, compiled where no process has done so yet; None where that is impossible."""
-    found = _step_of(dtype)
+    found = _step_of(dtype) if dtype in DTYPES else ""
     return None if isinstance(found, str) else found
 
 

@@ -38,7 +38,8 @@ class CpuProduct:
         columns = held.columns.columns.detach()
         self._d, self._width = columns.shape
         self._dtype = held.dtype
-        self._bags = ColumnBags(columns, torch.get_num_threads())
+        # Columns that were spaced for compiled products cannot be cut; where those are slower, dense ones are taken.
+        self._bags = ColumnBags(columns, torch.get_num_threads()) if columns.is_contiguous() else None
         self._limits: dict[tuple[int, int], int] = {}
         self._kin = _alike.setdefault((self._d, self._width, self._dtype), WeakSet())
         self._kin.add(self)
@@ -47,9 +48,10 @@ class CpuProduct:
 
     @staticmethod
     def takes(held: HeldWeight) -> bool:
-        """Whether this weight can be cut into bags."""
+        """Whether this weight lies by columns, on a CPU and as stored."""
         columns = held.columns
-        return columns.scales is None and columns.columns.is_contiguous() and not held.tensor.is_cuda
+        by_columns = columns.columns.stride(1) == 1 or columns.columns.is_contiguous()
+        return columns.scales is None and by_columns and not held.tensor.is_cuda
 
     def masked(self, x: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
         """The product of x [B, d], up to 16 rows, where ``keep``, bool [B, d] contiguous: [B, width]."""
@@ -64,6 +66,8 @@ class CpuProduct:
 
     def most(self, rows: int, threads: int) -> int:
         """How many kept channels of all rows together are worth bags; below zero where a list is never worth it."""
+        if self._bags is None:
+            return -1
         limit = self._limits.get((rows, threads))
         if limit is None:
             limit = self._limits[rows, threads] = self._measured(rows, threads)
@@ -71,6 +75,7 @@ class CpuProduct:
 
     def listed(self, kept: KeptList, bias: Tensor | None) -> Tensor:
         """The product by bags."""
+        assert self._bags is not None
         y = self._bags.product(kept)
         return y if bias is None else y + bias
 

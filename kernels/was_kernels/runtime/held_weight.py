@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from was_kernels.ops.column_weight import ColumnWeight
+from was_kernels.ops.compiled_step import spaced as spaced_columns
 from was_search.checkpoints.quantised import QuantisedLinear
 from was_search.checkpoints.structure import Projection
 
@@ -44,12 +45,19 @@ class StoredWeight:
     """A linear map's own parameter, whose identity, name and dtype stay; only its storage becomes column-major.
 
     One weight at a time exists twice, for the moment of the copy.
+
+    Args:
+        linear: its bias is left alone.
+        spaced: for compiled products, see :func:`was_kernels.ops.compiled_step.spaced`; what is column-major already
+            stays where it is.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, spaced: bool = False) -> None:
         self.tensor = linear.weight
         self.dtype = linear.weight.dtype
-        self.tensor.data = self.tensor.data.t().contiguous().t()
+        columns = self.tensor.data.t()
+        copied = spaced_columns(columns) if spaced and not columns.is_contiguous() else columns.contiguous()
+        self.tensor.data = copied.t()
 
     @property
     def columns(self) -> ColumnWeight:
@@ -86,6 +94,6 @@ class RoundedWeight:
         """Nothing to do, as nothing was changed."""
 
 
-def hold(linear: Projection) -> HeldWeight:
+def hold(linear: Projection, *, spaced: bool = False) -> HeldWeight:
     """Take over the weight of ``linear``, which must not be used until it is restored."""
-    return RoundedWeight(linear) if isinstance(linear, QuantisedLinear) else StoredWeight(linear)
+    return RoundedWeight(linear) if isinstance(linear, QuantisedLinear) else StoredWeight(linear, spaced=spaced)

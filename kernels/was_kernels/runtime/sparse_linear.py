@@ -13,7 +13,7 @@ from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.ops.reference import kept_channels, score_mask_reference
-from was_kernels.runtime.compiled_product import CompiledProduct
+from was_kernels.runtime.compiled_product import CompiledProduct, compiled_step
 from was_kernels.runtime.counting import ProjectionCount
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import hold
@@ -102,7 +102,7 @@ class SparseLinear(nn.Module):
             self._mask_op = score_mask
             self._gemv = sparse_gemv
         self.train(linear.training)
-        self.held = hold(linear)
+        self.held = hold(linear, spaced=cpu and isinstance(linear, nn.Linear) and _compiles(linear.weight))
         self.weight = self.held.tensor
         columns = self.held.columns
         self.dtype = self.held.dtype
@@ -232,6 +232,10 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, threshold={self.threshold:.4g}, {kernels}"
         )
+
+
+def _compiles(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and compiled_step(weight.dtype) is not None
 
 
 def norms_like(values: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.column_bags import cutoffs
-from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap
+from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap, spaced
 from was_kernels.ops.correction import Correction
 from was_kernels.ops.host_compiler import openmp_runtime
 from was_kernels.ops.reference import kept_channels
@@ -148,12 +148,23 @@ def test_views_and_rows_apart_are_taken(step):
     assert step.products(group, x[:0]).shape == (0, 24)
 
 
+@pytest.mark.parametrize(("width", "gap"), [(2048, 64), (4096, 64), (1024, 0), (33, 0), (1, 0)])
+def test_columns_are_never_a_multiple_of_4_kb_apart(step, width, gap):
+    """Sizes are those of two-byte numbers."""
+    width = max(1, width * 2 // step.dtype.itemsize)
+    columns, x = drawn(40, width, seed=1).to(step.dtype), drawn(2, 40).to(step.dtype)
+    found = spaced(columns)
+    assert torch.equal(found, columns) and found.stride() == (width + gap // step.dtype.itemsize, 1)
+    both = [step.products(KeptGroup([KeptMap(each, None)]), x) for each in (found, columns)]
+    assert torch.equal(*both)
+
+
 def test_what_does_not_fit_is_refused(step):
     columns = drawn(8, 4).to(step.dtype)
     other = torch.float64
     for given, message in (
-        ([KeptMap(columns, None), KeptMap(columns[:7], None)], "columns: contiguous"),
-        ([KeptMap(columns.t(), None)], r"columns: contiguous .* with strides \(1, 4\)"),
+        ([KeptMap(columns, None), KeptMap(columns[:7], None)], "columns: .* with unit last stride needed"),
+        ([KeptMap(columns.t(), None)], r"columns: .* with strides \(1, 4\)"),
         (
             [KeptMap(columns.to(other), None)],
             "columns: float32, bfloat16 or float16 on a CPU needed, got torch.float64",

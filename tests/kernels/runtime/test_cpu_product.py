@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.kernels.products import WAYS, take
 from was_kernels.runtime import cpu_product
+from was_kernels.runtime.compiled_product import compiles_here
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import StoredWeight
 from was_kernels.runtime.positions import DensePrefix
@@ -120,9 +121,33 @@ def test_weights_that_cannot_be_cut_are_left_to_the_dense_product():
     linear = linear_of(torch.float32)
     linear.weight.data = torch.zeros(33, 130)[:, ::2]
     held = StoredWeight(linear)
-    assert CpuProduct.takes(held)  # holding it made it contiguous
+    assert CpuProduct.takes(held) and CpuProduct(held).most(1, 1) >= -1  # holding it made it contiguous
     held.tensor.data = torch.zeros(65, 66)[:, :33].t()
+    assert CpuProduct.takes(held) and CpuProduct(held).most(1, 1) == -1
+    held.tensor.data = torch.zeros(33, 65)
     assert not CpuProduct.takes(held)
+
+
+def test_spaced_weights_are_given_back_as_they_were(choice):
+    linear = linear_of(torch.bfloat16, sizes=(20, 2048))
+    before, x = linear.weight.detach().clone(), torch.randn(1, 20).bfloat16()
+    sparse = SparseLinear(linear, column_norms(linear.weight, "l2"), 0.3, prefix=None, triton=False, cpu=True)
+    with torch.no_grad():
+        expected = nn.functional.linear(masked(x, sparse.norms, 0.3).double(), before.double(), linear.bias.double())
+        torch.testing.assert_close(sparse(x).double(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(linear.weight, before)
+    assert linear.weight.stride() == (1, 2080) or not compiles_here(torch.bfloat16)[0] or choice in ("bags", "dense")
+    sparse.restore_layout()
+    assert torch.equal(linear.weight, before) and linear.weight.is_contiguous()
+    assert linear.weight.untyped_storage().nbytes() == before.untyped_storage().nbytes()
+
+
+def test_columns_that_lie_so_already_are_not_copied():
+    linear = linear_of(torch.bfloat16, sizes=(20, 2048))
+    linear.weight.data = linear.weight.data.t().contiguous().t()
+    where = linear.weight.data_ptr()
+    SparseLinear(linear, column_norms(linear.weight, "l2"), 0.3, prefix=None, triton=False, cpu=True)
+    assert linear.weight.data_ptr() == where and linear.weight.stride() == (1, 2048)
 
 
 def test_gradients_reach_the_input_and_other_dtypes_are_cast_by_autocast(choice):

@@ -12,12 +12,12 @@ constexpr int64_t MOST_AHEAD = 64;  // columns that a prefetch runs ahead at mos
 constexpr int64_t MOST_ROWS = 8;    // that one pass over the weights takes
 
 struct Map {
-    const void *columns;    // [d, width], contiguous
+    const void *columns;    // [d, width], one of them ``stride`` numbers after another
     const float *cutoffs;   // [d], of the least magnitudes that are kept; null: all are
     const void *bias;       // [width], or null
     const float *scale;     // [width], or null: with constant, what makes scale * y + constant of masked rows
     const float *constant;
-    int64_t width;
+    int64_t width, stride;
     int64_t list;           // the first map of the group that has the same mask
 };
 
@@ -104,13 +104,13 @@ static inline void make_list(List &list, const float *x, int64_t stride, const f
 
 // Adds COUNT columns to the sums [ROWS, sums_stride] of the outputs from ``from`` to ``to``.
 template <class T, int64_t ROWS, int64_t COUNT>
-static inline void add_columns(const T *columns, int64_t width, const int32_t *channels, const float *values,
+static inline void add_columns(const T *columns, int64_t stride, const int32_t *channels, const float *values,
                                int64_t ahead, float *sums, int64_t sums_stride, int64_t from, int64_t to) {
     constexpr int64_t PER_LINE = LINE / (int64_t)sizeof(T) / LANES;  // vectors of outputs in a cache line of weights
     const T *column[COUNT], *next[COUNT];
     for (int64_t c = 0; c < COUNT; c++) {
-        column[c] = columns + channels[c] * width;
-        next[c] = columns + channels[c + ahead] * width;
+        column[c] = columns + channels[c] * stride;
+        next[c] = columns + channels[c + ahead] * stride;
     }
     int64_t o = from;
     for (; o + PER_LINE * LANES <= to; o += PER_LINE * LANES) {
@@ -141,17 +141,17 @@ static inline void add_columns(const T *columns, int64_t width, const int32_t *c
 
 // The sums of the listed columns from ``start`` to ``end``, for the outputs from ``from`` to ``to``.
 template <class T, int64_t ROWS>
-static void add_part(const T *columns, int64_t width, const List &list, int64_t start, int64_t end, float *sums,
+static void add_part(const T *columns, int64_t stride, const List &list, int64_t start, int64_t end, float *sums,
                      int64_t sums_stride, int64_t from, int64_t to) {
     for (int64_t r = 0; r < ROWS; r++) memset(sums + r * sums_stride + from, 0, padded(to - from, LANES) * sizeof(float));
     int64_t ahead = padded(16384 / ((to - from) * (int64_t)sizeof(T) + 1), COLUMNS);
     ahead = ahead < COLUMNS ? COLUMNS : ahead > MOST_AHEAD ? MOST_AHEAD : ahead;
     int64_t i = start;
     for (; i + COLUMNS <= end; i += COLUMNS)
-        add_columns<T, ROWS, COLUMNS>(columns, width, list.channels + i, list.values + i * ROWS, ahead, sums,
+        add_columns<T, ROWS, COLUMNS>(columns, stride, list.channels + i, list.values + i * ROWS, ahead, sums,
                                       sums_stride, from, to);
     for (; i < end; i++)
-        add_columns<T, ROWS, 1>(columns, width, list.channels + i, list.values + i * ROWS, ahead, sums, sums_stride,
+        add_columns<T, ROWS, 1>(columns, stride, list.channels + i, list.values + i * ROWS, ahead, sums, sums_stride,
                                 from, to);
 }
 
@@ -186,7 +186,7 @@ static void add_share(const Group &group, const float *x, int64_t stride, int64_
             for (int64_t unit = begin; unit < end;) {
                 const int64_t part = unit / blocks, from = unit % blocks;
                 const int64_t to = end - unit < blocks - from ? from + end - unit : blocks;
-                add_part<T, ROWS>((const T *)map.columns, map.width, list, part_start(list.kept, part, parts),
+                add_part<T, ROWS>((const T *)map.columns, map.stride, list, part_start(list.kept, part, parts),
                                   part_start(list.kept, part + 1, parts), at + part * ROWS * sums_stride(map),
                                   sums_stride(map), from * BLOCK, to * BLOCK < map.width ? to * BLOCK : map.width);
                 unit += to - from;

@@ -48,9 +48,15 @@ static inline Floats load(const float *from) {
 }
 
 static inline Floats load(const BFloat16 *from) {
+#if defined(__AVX512F__)  // GCC would widen by halves
+    return (Floats)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
+#elif defined(__AVX2__)
+    return (Floats)((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)) << 16);
+#else
     Shorts value;
     memcpy(&value, from, sizeof value);
     return (Floats)(__builtin_convertvector(value, Words) << 16);
+#endif
 }
 
 static inline void store(float *to, Floats value) { memcpy(to, &value, sizeof value); }
