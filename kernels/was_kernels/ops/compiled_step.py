@@ -271,6 +271,11 @@ class CompiledStep:
         self._products.argtypes = (
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
         )
+        self._dense = library.was_dense
+        self._dense.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+        )
         self._decode = library.was_decode
         self._decode.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         library.was_openmp.restype = ctypes.c_void_p
@@ -308,6 +313,26 @@ class CompiledStep:
         )
         if failed:
             raise MemoryError(f"a product of {rows} rows with {group.d} x {group.width} weights")
+        return y
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product of x [B, d] with all of a weight [width, d] that lies by rows: [B, width], summed in float32.
+
+        Raises:
+            ValueError: x or the weight has another dtype, shape or layout.
+            MemoryError: there is too little memory.
+        """
+        (rows, d), width = x.shape, weight.shape[0]
+        if {x.dtype, weight.dtype} != {self.dtype} or weight.shape != (width, d) or weight.stride(1) != 1:
+            raise ValueError(
+                f"x, weight: {self.dtype} [B, d] and [width, d] with unit last stride needed, got {x.dtype} "
+                f"{list(x.shape)} and {weight.dtype} {list(weight.shape)} with strides {weight.stride()}"
+            )
+        x = x.contiguous()
+        y = torch.empty((rows, width), dtype=self.dtype)
+        given = weight.data_ptr(), weight.stride(0), x.data_ptr(), rows, d, y.data_ptr(), width
+        if self._dense(*given, torch.get_num_threads()):
+            raise MemoryError(f"a product of {rows} rows with {width} x {d} weights")
         return y
 
     def decode(

@@ -18,6 +18,7 @@ from was_kernels.ops import nvrtc
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.gather_step import HALF
 from was_kernels.runtime import cpu_step, decode_model
+from was_kernels.runtime.compiled_head import compile_head
 from was_kernels.runtime.compiled_product import compiles_here
 from was_kernels.runtime.counting import KeptCounts, ProjectionCount
 from was_kernels.runtime.decode_block import DecodeBlock, fits
@@ -76,6 +77,7 @@ class SparseModel:
         self._hooks: list[RemovableHandle] = []
         self._fused: list[nn.Module] = []
         self._fused_decoder: nn.Module | None = None
+        self._fused_head: nn.Module | None = None
         self._graphs: StepGraphs | None = None
         self._loop: DecodingLoop | None = None
 
@@ -154,6 +156,9 @@ class SparseModel:
         if self._fused_decoder is not None:
             unfuse(self._fused_decoder)
             self._fused_decoder = None
+        if self._fused_head is not None:
+            unfuse(self._fused_head)
+            self._fused_head = None
         while self._fused:
             unfuse(self._fused.pop())
         while self._swaps:
@@ -273,6 +278,8 @@ def sparsify(
             step = cpu_step.CpuModel(decoder, prefix, dense_above)
         elif len(steps) == len(structure.blocks) and decode_model.fits(decoder):
             step = DecodeModel(decoder, steps, prefix)
+        if chosen == "cpu":
+            handle._fused_head = compile_head(model)
         if step is not None:
             fuse(decoder, step)
             handle._fused_decoder = decoder

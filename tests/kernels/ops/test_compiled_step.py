@@ -159,6 +159,27 @@ def test_columns_are_never_a_multiple_of_4_kb_apart(step, width, gap):
     assert torch.equal(*both)
 
 
+@pytest.mark.parametrize("shape", [(65, 33), (1, 1), (576, 97), (130, 4099)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+def test_a_dense_product_by_rows(step, shape, rows, threads):
+    d, width = shape
+    x, weight = drawn(rows, 2 * d)[:, ::2].to(step.dtype), drawn(width, d + 3, seed=1)[:, :d].to(step.dtype)
+    apart = torch.empty(width, d + 3, dtype=step.dtype)[:, :d].copy_(weight)
+    found = []
+    for number in (1, 2, 3, 8):
+        torch.set_num_threads(number)
+        found.append(step.dense(x, weight.contiguous()))
+    assert all(torch.equal(found[0], other) for other in (*found[1:], step.dense(x, apart)))
+    require_close(found[0], x.double() @ weight.double().T, x.double().abs() @ weight.double().T.abs(), d)
+
+
+def test_what_is_no_dense_product_is_refused(step):
+    x, weight = torch.ones(2, 8, dtype=step.dtype), torch.ones(4, 8, dtype=step.dtype)
+    for given in ((x, weight[:, :7]), (x.double(), weight), (x, weight.double()), (x, torch.ones(8, 4).t().to(x))):
+        with pytest.raises(ValueError, match=r"x, weight: .* needed, got"):
+            step.dense(*given)
+
+
 def test_what_does_not_fit_is_refused(step):
     columns = drawn(8, 4).to(step.dtype)
     other = torch.float64

@@ -100,6 +100,67 @@ static int products(const Group &group, const T *x, const uint8_t *dense, int64_
     return 0;
 }
 
+// ---- the dense product with a weight [width, d] by rows, as a model's head has it
+
+// The outputs from ``from`` to ``to`` of ROWS rows x [ROWS, stride] in float32; the weight is read in one go.
+template <class T, int64_t ROWS>
+static void dense_rows(const T *weight, int64_t weight_stride, const float *x, int64_t stride, int64_t d, T *y,
+                       int64_t width, int64_t from, int64_t to) {
+    constexpr int64_t CHAINS = 4;  // of sums: one would wait for itself
+    for (int64_t o = from; o < to; o++) {
+        const T *row = weight + o * weight_stride;
+        Floats totals[ROWS][CHAINS] = {};
+        int64_t i = 0;
+        for (; i + CHAINS * LANES <= d; i += CHAINS * LANES) {
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < CHAINS; c++) {
+                const Floats weights = load(row + i + c * LANES);
+#pragma GCC unroll 4
+                for (int64_t r = 0; r < ROWS; r++) totals[r][c] += weights * load(x + r * stride + i + c * LANES);
+            }
+        }
+        for (; i < d; i += LANES) {
+            const Floats weights = load_some(row + i, d - i);
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; r++) totals[r][0] += weights * load_some(x + r * stride + i, d - i);
+        }
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < ROWS; r++) {
+            const Floats total = (totals[r][0] + totals[r][1]) + (totals[r][2] + totals[r][3]);
+            store_some(y + r * width + o, all(sum(total)), 1);
+        }
+    }
+}
+
+template <class T>
+static int dense(const T *weight, int64_t weight_stride, const T *x, int64_t rows, int64_t d, T *y, int64_t width,
+                 int64_t threads) {
+    const int64_t floats = padded(4 * padded(d, LANES), LINE);
+    float *memory = (float *)aligned_alloc(LINE, threads * floats * 4);
+    if (memory == nullptr) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), used = omp_get_num_threads();
+        const int64_t blocks = (width + LANES - 1) / LANES, last = share(blocks, thread + 1, used) * LANES;
+        const int64_t from = share(blocks, thread, used) * LANES, to = last < width ? last : width;
+        float *wide = memory + thread * floats;
+        const int64_t stride = padded(d, LANES);
+        for (int64_t r = 0; r < rows;) {
+            const int64_t some = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+            for (int64_t i = 0; i < some; i++) widen(x + (r + i) * d, wide + i * stride, d);
+            if (some == 4)
+                dense_rows<T, 4>(weight, weight_stride, wide, stride, d, y + r * width, width, from, to);
+            else if (some == 2)
+                dense_rows<T, 2>(weight, weight_stride, wide, stride, d, y + r * width, width, from, to);
+            else
+                dense_rows<T, 1>(weight, weight_stride, wide, stride, d, y + r * width, width, from, to);
+            r += some;
+        }
+    }
+    free(memory);
+    return 0;
+}
+
 // ---- steps of a decoder
 
 struct Memory {
@@ -274,6 +335,12 @@ void *was_openmp() { return (void *)&omp_get_num_threads; }
 // y [rows, sum of widths] of x [rows, d], both contiguous; ``dense`` [rows] or null flags rows that keep every channel.
 int was_products(const Group *group, const void *x, const uint8_t *dense, int64_t rows, void *y, int64_t threads) {
     return products(*group, (const NUMBER *)x, dense, rows, (NUMBER *)y, threads);
+}
+
+// y [rows, width] of x [rows, d], both contiguous, and a weight [width, d] whose rows are ``stride`` numbers apart.
+int was_dense(const void *weight, int64_t stride, const void *x, int64_t rows, int64_t d, void *y, int64_t width,
+              int64_t threads) {
+    return dense((const NUMBER *)weight, stride, (const NUMBER *)x, rows, d, (NUMBER *)y, width, threads);
 }
 
 // A step of up to MOST_ROWS rows.

@@ -107,6 +107,8 @@ template <class T, int64_t ROWS, int64_t COUNT>
 static inline void add_columns(const T *columns, int64_t stride, const int32_t *channels, const float *values,
                                int64_t ahead, float *sums, int64_t sums_stride, int64_t from, int64_t to) {
     constexpr int64_t PER_LINE = LINE / (int64_t)sizeof(T) / LANES;  // vectors of outputs in a cache line of weights
+    // In registers at once: AVX-512 has 32, and each row takes its value for all of them.
+    constexpr int64_t WIDE = VECTOR_BYTES == 64 && PER_LINE > 1 && ROWS > 2 ? 2 : 1;
     const T *column[COUNT], *next[COUNT];
     for (int64_t c = 0; c < COUNT; c++) {
         column[c] = columns + channels[c] * stride;
@@ -117,17 +119,27 @@ static inline void add_columns(const T *columns, int64_t stride, const int32_t *
 #pragma GCC unroll 8
         for (int64_t c = 0; c < COUNT; c++) __builtin_prefetch(next[c] + o);
 #pragma GCC unroll 8
-        for (int64_t v = 0; v < PER_LINE; v++) {
+        for (int64_t v = 0; v < PER_LINE; v += WIDE) {
             const int64_t at = o + v * LANES;
-            Floats weights[COUNT];
+            Floats weights[COUNT][WIDE];
 #pragma GCC unroll 8
-            for (int64_t c = 0; c < COUNT; c++) weights[c] = load(column[c] + at);
+            for (int64_t c = 0; c < COUNT; c++)
+#pragma GCC unroll 2
+                for (int64_t w = 0; w < WIDE; w++) weights[c][w] = load(column[c] + at + w * LANES);
 #pragma GCC unroll 8
             for (int64_t r = 0; r < ROWS; r++) {
-                Floats total = load(sums + r * sums_stride + at);
+                float *total = sums + r * sums_stride + at;
+                Floats totals[WIDE];
+#pragma GCC unroll 2
+                for (int64_t w = 0; w < WIDE; w++) totals[w] = load(total + w * LANES);
 #pragma GCC unroll 8
-                for (int64_t c = 0; c < COUNT; c++) total += weights[c] * values[c * ROWS + r];
-                store(sums + r * sums_stride + at, total);
+                for (int64_t c = 0; c < COUNT; c++) {
+                    const float value = values[c * ROWS + r];
+#pragma GCC unroll 2
+                    for (int64_t w = 0; w < WIDE; w++) totals[w] += weights[c][w] * value;
+                }
+#pragma GCC unroll 2
+                for (int64_t w = 0; w < WIDE; w++) store(total + w * LANES, totals[w]);
             }
         }
     }

@@ -142,6 +142,9 @@ static inline Floats absolute(Floats value) { return (Floats)((Words)value & 0x7
 
 // The sum of the lanes, in one order on a CPU.
 static inline float sum(Floats value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)value);
+#endif
     float numbers[LANES];
     store(numbers, value);
     for (int64_t half = LANES / 2; half > 0; half /= 2)
