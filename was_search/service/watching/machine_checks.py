@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def doctor(context: Context, *, start_services: bool = True) -> list[Check]:
-    """Look at Python, packages, GPU, Triton, Ray and Postgres, and at the model and the data, and show a table.
+    """Look at Python, packages, GPU, compilers, Ray and Postgres, and at the model and the data, and show a table.
 
     Args:
         context: its storage option is the database that is tried; model and data are looked at if they are set.
         start_services: also open the database and connect to Ray, which takes some seconds.
     """
-    checks = [_python(), _packages(), _gpu(), _triton(), _tasks(), *surroundings(context), *check_inputs(context)]
+    checks = [_python(), _packages(), _gpu(), _triton(), _compiler(), _tasks()]
+    checks += [*surroundings(context), *check_inputs(context)]
     if start_services:
         checks += [
             guarded("Postgres", lambda: _postgres(context.database)),
@@ -87,6 +88,14 @@ def _triton() -> Check:
     good, reason = triton_available()
     advice = "" if good else "decoding falls back to the plain reference, which is right but not faster"
     return Check("Triton kernels", good or None, reason, advice)
+
+
+def _compiler() -> Check:
+    from was_kernels.runtime.compiled_product import compiles_here
+
+    good, reason = compiles_here()
+    advice = "" if good else "decoding on a CPU takes torch's own products, which is right but slower"
+    return Check("C++ compiler", good or None, "compiles for this CPU" if good else reason, advice)
 
 
 def _tasks() -> Check:
