@@ -1,8 +1,9 @@
 """Compile C++ on the machine that runs it, with the system's own compiler, and keep what was compiled.
 
-The code may use OpenMP: it then runs on the threads of the runtime that torch has loaded, as a second runtime in a
-process would double the threads. A library is kept under a hash of all that it depends on and of its own bytes, is
-moved into its place whole, and is loaded only where those bytes are still there and belong to this user.
+The code may call functions of OpenMP (``cpu/threads.h``): it then runs on the threads of the runtime that torch has
+loaded, as a second runtime in a process would double the threads. A library is kept under a hash of all that it depends
+on and of its own bytes, is moved into its place whole, and is loaded only where those bytes are still there and belong
+to this user.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 SOURCES = Path(__file__).resolve().parent / "cpu"
 
 _FLAGS = (
-    *("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-w"),
+    *("-std=gnu++17", "-O3", "-march=native", "-fPIC", "-w"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"),
 )
 _SECONDS = 120
@@ -160,11 +161,10 @@ def _processor() -> str:
 
 
 def _compiled(source: Path, macros: Mapping[str, str], compiler: _Compiler, runtime: Path, work: Path) -> Path:
-    """Compile and link into ``work``; in two commands, as one would link an OpenMP runtime of the compiler's."""
-    made, library = work / "made.o", work / "made.so"
+    """Compile and link into ``work``."""
+    library = work / "made.so"
     defined = [f"-D{name}={value}" for name, value in macros.items()]
-    _run([*compiler.command, *_FLAGS, *defined, "-c", str(source), "-o", str(made)])
-    _run([*compiler.command, "-shared", str(made), str(runtime), "-o", str(library)])
+    _run([*compiler.command, *_FLAGS, *defined, "-shared", str(source), str(runtime), "-o", str(library)])
     return library
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from was_kernels.ops import host_compiler
 from was_kernels.ops.column_bags import cutoffs
 from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap, spaced
 from was_kernels.ops.correction import Correction
@@ -178,6 +180,27 @@ def test_what_is_no_dense_product_is_refused(step):
     for given in ((x, weight[:, :7]), (x.double(), weight), (x, weight.double()), (x, torch.ones(8, 4).t().to(x))):
         with pytest.raises(ValueError, match=r"x, weight: .* needed, got"):
             step.dense(*given)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of that kind")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["x86-64", "x86-64-v3"])
+def test_older_processors(dtype, kind, monkeypatch, threads):
+    """Without AVX-512, and without AVX: narrower vectors, and other code where vectors are narrowed and lists made."""
+    flags = tuple(flag for flag in host_compiler._FLAGS if not flag.startswith("-march"))
+    monkeypatch.setattr(host_compiler, "_FLAGS", (*flags, f"-march={kind}"))
+    older = CompiledStep(dtype, None)
+    assert older.lanes == {"x86-64": 4, "x86-64-v3": 8}[kind]
+    for shape in ((65, 33), (576, 192), (30, 4111)):
+        for rows in (1, 3, 9):
+            for kept in ("some", "none", "all"):
+                test_equals_the_masked_products_in_float64(older, shape, rows, kept)
+            test_the_number_of_threads_changes_no_bit(older, shape, rows, None)
+            test_a_dense_product_by_rows(older, shape, rows, None)
+    for threshold in (1e-30, 0.5, 1e30):
+        test_masks_are_those_of_the_scores_exactly(older, threshold, 1)
+        test_masks_are_those_of_the_scores_exactly(older, threshold, 4)
 
 
 def test_what_does_not_fit_is_refused(step):

@@ -17,13 +17,12 @@ from was_kernels.ops import host_compiler
 from was_kernels.ops.host_compiler import HostCompilerError, host_library, openmp_runtime
 
 SOURCE = """
-#include <omp.h>
 #include "answer.h"
+extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
+static void add(void *found) { __atomic_fetch_add((int *)found, ANSWER, __ATOMIC_RELAXED); }
 extern "C" int answer() {
     int found = 0;
-#pragma omp parallel num_threads(2)
-#pragma omp atomic
-    found += ANSWER;
+    GOMP_parallel(add, &found, 2, 0);
     return found;
 }
 """
@@ -61,7 +60,7 @@ def kept(folder: Path) -> list[Path]:
 def test_a_library_is_compiled_once(source, tmp_path, commands):
     folder = tmp_path / "some" / "folder"
     assert answer(source, folder) == answer(source, folder) == 42
-    assert len(commands) == 2 and len(kept(folder)) == 1  # compiled and linked
+    assert len(commands) == 1 and len(kept(folder)) == 1
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -74,7 +73,7 @@ def test_what_it_depends_on_is_in_its_name(source, tmp_path, commands, monkeypat
     assert answer(source, tmp_path / "kept") == 44
     monkeypatch.setenv("CXX", "c++ -g0")
     assert answer(source, tmp_path / "kept") == 44
-    assert len(kept(tmp_path / "kept")) == 5 and len(commands) == 10
+    assert len(kept(tmp_path / "kept")) == 5 and len(commands) == 5
     assert commands[-1][1] == "-g0"
 
 
@@ -89,7 +88,7 @@ def test_a_damaged_library_is_compiled_anew(damage, source, tmp_path, commands):
     bad = {"cut": whole[:100], "changed": whole[:-1] + bytes([whole[-1] ^ 1]), "empty": b""}[damage]
     (folder / library.name).write_bytes(bad)
     assert answer(source, folder) == 42
-    assert len(commands) == 4
+    assert len(commands) == 2
     assert [path.stem.split("-")[1] for path in kept(folder)] == [host_compiler._hash(kept(folder)[0].read_bytes())]
 
 
@@ -99,14 +98,14 @@ def test_what_others_may_write_to_is_not_loaded(which, source, tmp_path, command
     assert answer(source, folder) == 42
     (kept(folder)[0] if which == "file" else folder).chmod(0o777)
     assert answer(source, folder) == 42
-    assert len(commands) == 4
+    assert len(commands) == 2
 
 
 def test_another_users_library_is_not_loaded(source, tmp_path, commands, monkeypatch):
     assert answer(source, tmp_path / "kept") == 42
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert answer(source, tmp_path / "kept") == 42
-    assert len(commands) == 4
+    assert len(commands) == 2
 
 
 def test_without_a_folder_it_is_compiled_each_time(source, tmp_path, commands):
@@ -114,7 +113,7 @@ def test_without_a_folder_it_is_compiled_each_time(source, tmp_path, commands):
     for folder in (None, tmp_path / "file" / "below"):
         before = len(commands)
         assert answer(source, folder) == 42
-        assert len(commands) == before + 2
+        assert len(commands) == before + 1
 
 
 def test_a_folder_from_which_nothing_may_be_loaded_is_left_for_the_next(source, tmp_path, monkeypatch):
@@ -135,7 +134,9 @@ def test_a_folder_from_which_nothing_may_be_loaded_is_left_for_the_next(source, 
 
 def test_a_full_disk_is_said(source, tmp_path, monkeypatch):
     def full(*args, **given):
-        return subprocess.CompletedProcess(args, 1, "", "fatal error: error writing to made.o: No space left on device")
+        return subprocess.CompletedProcess(
+            args, 1, "", "fatal error: error writing to made.so: No space left on device"
+        )
 
     openmp = host_compiler._compiler()
     monkeypatch.setattr(host_compiler, "_compiler", lambda: openmp)
@@ -182,7 +183,7 @@ def test_a_compiler_that_does_not_answer_is_left(tmp_path, source, monkeypatch):
 
 def test_a_source_that_is_not_taken_is_said_in_a_line(source, tmp_path):
     source.write_text("#error not for you\n")
-    with pytest.raises(HostCompilerError, match="error: #error not for you") as caught:
+    with pytest.raises(HostCompilerError, match="error: (#error )?not for you") as caught:
         answer(source, tmp_path / "kept")
     assert "\n" not in str(caught.value)
     assert not kept(tmp_path / "kept")

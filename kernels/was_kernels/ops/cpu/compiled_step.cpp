@@ -3,11 +3,11 @@
 // Compiled on the machine that runs it (host_compiler.py) with NUMBER the type that the model is stored in; no header of
 // torch, and the OpenMP runtime is the one that torch has loaded. Numbers between operations are rounded to the model's dtype where torch's tensors would be.
 
-#include <omp.h>
 #include <stdlib.h>
 
 #include "attend.h"
 #include "kept_columns.h"
+#include "threads.h"
 
 struct Block {
     const void *input_norm, *output_norm;  // weights [hidden]
@@ -68,20 +68,16 @@ static int products(const Group &group, const T *x, const uint8_t *dense, int64_
     float *sums = (float *)memory;
     int64_t width = 0;
     for (int64_t m = 0; m < group.count; m++) width += group.maps[m].width;
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), used = omp_get_num_threads();
+    in_threads(threads, [&](int64_t thread, int64_t used) {
         char *own = memory + of_sums + thread * (of_x + of_lists);
         float *wide = (float *)own;
         for (int64_t first = 0; first < rows; first += MOST_ROWS) {
             const int64_t some = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
             const uint8_t *flags = dense ? dense + first : nullptr;
             for (int64_t r = 0; r < some; r++) widen(x + (first + r) * group.d, wide + r * d, group.d);
-            if (first > 0) {
-#pragma omp barrier
-            }
+            if (first > 0) wait_for_all();
             add_share<T>(slots, group, wide, d, some, flags, sums, own + of_x, thread, used);
-#pragma omp barrier
+            wait_for_all();
             const float *at = sums;
             int64_t beside = 0;
             for (int64_t m = 0; m < group.count; m++) {
@@ -95,7 +91,7 @@ static int products(const Group &group, const T *x, const uint8_t *dense, int64_
                 beside += map.width;
             }
         }
-    }
+    });
     free(memory);
     return 0;
 }
@@ -138,9 +134,7 @@ static int dense(const T *weight, int64_t weight_stride, const T *x, int64_t row
     const int64_t floats = padded(4 * padded(d, LANES), LINE);
     float *memory = (float *)aligned_alloc(LINE, threads * floats * 4);
     if (memory == nullptr) return 1;
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), used = omp_get_num_threads();
+    in_threads(threads, [&](int64_t thread, int64_t used) {
         const int64_t blocks = (width + LANES - 1) / LANES, last = share(blocks, thread + 1, used) * LANES;
         const int64_t from = share(blocks, thread, used) * LANES, to = last < width ? last : width;
         float *wide = memory + thread * floats;
@@ -156,7 +150,7 @@ static int dense(const T *weight, int64_t weight_stride, const T *x, int64_t row
                 dense_rows<T, 1>(weight, weight_stride, wide, stride, d, y + r * width, width, from, to);
             r += some;
         }
-    }
+    });
     free(memory);
     return 0;
 }
@@ -240,11 +234,11 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
     for (int64_t r = 0; r < rows; r++)
         rms_norm(memory.x + r * hidden, (const T *)block.input_norm, block.input_epsilon, hidden, normed + r * hidden_stride);
     add_share<T>(slots, block.qkv, normed, hidden_stride, rows, step.dense, memory.sums, lists, thread, threads);
-#pragma omp barrier
+    wait_for_all();
     const int64_t heads = model.heads + 2 * model.key_heads;
     for (int64_t i = share(rows * heads, thread, threads); i < share(rows * heads, thread + 1, threads); i++)
         finish_head<T>(model, block, cache, step, memory.sums, slots, i / heads, i % heads, memory.queries);
-#pragma omp barrier
+    wait_for_all();
     const int64_t length = step.position + 1, chunks = (length + CHUNK - 1) / CHUNK, stride = chunk_floats(size);
     const int64_t pieces = rows * model.key_heads * chunks;
     for (int64_t i = share(pieces, thread, threads); i < share(pieces, thread + 1, threads); i++) {
@@ -257,18 +251,18 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
                         model.scaling, step.mask, r, first, count,
                         memory.chunks + ((r * model.heads + h * group) * chunks + c) * stride, chunks * stride);
     }
-#pragma omp barrier
+    wait_for_all();
     for (int64_t i = share(rows * model.heads, thread, threads); i < share(rows * model.heads, thread + 1, threads); i++)
         join_chunks<T>(memory.chunks + i * chunks * stride, stride, chunks, size, memory.attended + i * size);
-#pragma omp barrier
+    wait_for_all();
     add_share<T>(slots, block.out, memory.attended, wide, rows, step.dense, memory.sums, lists, thread, threads);
-#pragma omp barrier
+    wait_for_all();
     add_to<T>(memory.x, hidden, block.out, memory.sums, slots, step, thread, threads);
-#pragma omp barrier
+    wait_for_all();
     for (int64_t r = 0; r < rows; r++)
         rms_norm(memory.x + r * hidden, (const T *)block.output_norm, block.output_epsilon, hidden, normed + r * hidden_stride);
     add_share<T>(slots, block.gate_up, normed, hidden_stride, rows, step.dense, memory.sums, lists, thread, threads);
-#pragma omp barrier
+    wait_for_all();
     const float *up_sums = memory.sums + sums_of<T>(block.gate_up.maps[0], slots);
     const int64_t blocks = inner_stride / LANES;
     for (int64_t r = 0; r < rows; r++)
@@ -278,11 +272,11 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
             const Floats up = rounded(total<T>(block.gate_up.maps[1], up_sums, slots, r, b * LANES, dense), (T *)nullptr);
             store(memory.active + r * inner_stride + b * LANES, rounded(rounded(silu(gate), (T *)nullptr) * up, (T *)nullptr));
         }
-#pragma omp barrier
+    wait_for_all();
     add_share<T>(slots, block.down, memory.active, inner_stride, rows, step.dense, memory.sums, lists, thread, threads);
-#pragma omp barrier
+    wait_for_all();
     add_to<T>(memory.x, hidden, block.down, memory.sums, slots, step, thread, threads);
-#pragma omp barrier
+    wait_for_all();
 }
 
 template <class T> static int decode(const Model &model, const Step &step, int64_t threads) {
@@ -306,9 +300,7 @@ template <class T> static int decode(const Model &model, const Step &step, int64
     memory.chunks = memory.sums + of_sums;
     memory.own = space + padded(floats * 4, LINE);
     widen((const T *)step.x, memory.x, rows * hidden);
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), used = omp_get_num_threads();
+    in_threads(threads, [&](int64_t thread, int64_t used) {
         for (int64_t b = 0; b < model.count; b++)
             run_block<T>(model, model.blocks[b], step.caches[b], step, memory, slots, thread, used);
         float *normed = (float *)(memory.own + thread * memory.own_bytes);
@@ -317,7 +309,7 @@ template <class T> static int decode(const Model &model, const Step &step, int64
             for (int64_t i = 0; i < hidden; i += LANES)
                 store_some((T *)step.y + r * hidden + i, load_some(normed + i, hidden - i), hidden - i);
         }
-    }
+    });
     free(space);
     return 0;
 }
@@ -330,7 +322,7 @@ extern "C" {
 int was_lanes() { return (int)LANES; }
 
 // The OpenMP runtime that runs the threads: the address of a function of it.
-void *was_openmp() { return (void *)&omp_get_num_threads; }
+void *was_openmp() { return (void *)&GOMP_parallel; }
 
 // y [rows, sum of widths] of x [rows, d], both contiguous; ``dense`` [rows] or null flags rows that keep every channel.
 int was_products(const Group *group, const void *x, const uint8_t *dense, int64_t rows, void *y, int64_t threads) {

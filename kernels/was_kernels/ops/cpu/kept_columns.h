@@ -40,72 +40,64 @@ static inline int64_t part_start(int64_t kept, int64_t part, int64_t parts) {
 // A list of the channels that any of some rows keeps, with each row's value, zero where that row drops the channel.
 struct List {
     int32_t *channels;  // [d + 2 MOST_AHEAD]; those after the last repeat it, so that prefetches need no check
-    float *values;      // [d, rows]
-    int64_t kept;
+    float *values;      // [rows, stride]
+    int64_t stride, kept;
 };
 
 static inline int64_t list_bytes(int64_t d, int64_t rows) {
-    return padded((d + 2 * MOST_AHEAD) * 4, LINE) + padded((d + LANES) * rows * 4, LINE);
+    return padded((d + 2 * MOST_AHEAD) * 4, LINE) + padded(d + LANES, LINE) * rows * 4;
 }
 
 static inline List list_at(char *memory, int64_t d) {
-    return List{(int32_t *)memory, (float *)(memory + padded((d + 2 * MOST_AHEAD) * 4, LINE)), 0};
+    float *values = (float *)(memory + padded((d + 2 * MOST_AHEAD) * 4, LINE));
+    return List{(int32_t *)memory, values, padded(d + LANES, LINE), 0};
 }
 
-static inline void list_row(List &list, const float *x, const float *cutoffs, int64_t d) {
+// Lists the kept channels of ``rows`` rows x [rows, d], of ``x_stride`` numbers each; values have ``slots`` >= rows of them.
+static inline void make_list(List &list, const float *x, int64_t x_stride, const float *cutoffs, int64_t d, int64_t rows,
+                             int64_t slots, const uint8_t *dense) {
+    const float *least[MOST_ROWS];  // of each row, or null
+    for (int64_t r = 0; r < rows; r++) least[r] = dense && dense[r] ? nullptr : cutoffs;
+    for (int64_t r = rows; r < slots; r++) memset(list.values + r * list.stride, 0, list.stride * sizeof(float));
     int64_t kept = 0, j = 0;
 #if defined(__AVX512F__)
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (; j + LANES <= d; j += LANES) {
-        const __m512 value = _mm512_loadu_ps(x + j);
-        const __mmask16 keep =
-            cutoffs ? _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_loadu_ps(cutoffs + j), _CMP_GE_OQ) : (__mmask16)-1;
-        _mm512_storeu_si512(list.channels + kept, _mm512_maskz_compress_epi32(keep, lane));
-        _mm512_storeu_ps(list.values + kept, _mm512_maskz_compress_ps(keep, value));
-        kept += __builtin_popcount(keep);
+        __mmask16 keep[MOST_ROWS], any = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + r * x_stride + j));
+            keep[r] = least[r] ? _mm512_cmp_ps_mask(size, _mm512_loadu_ps(least[r] + j), _CMP_GE_OQ) : (__mmask16)-1;
+            any |= keep[r];
+        }
+        _mm512_storeu_si512(list.channels + kept, _mm512_maskz_compress_epi32(any, lane));
+        for (int64_t r = 0; r < rows; r++) {
+            const __m512 value = _mm512_maskz_loadu_ps(keep[r], x + r * x_stride + j);
+            _mm512_storeu_ps(list.values + r * list.stride + kept, _mm512_maskz_compress_ps(any, value));
+        }
+        kept += __builtin_popcount(any);
         lane = _mm512_add_epi32(lane, _mm512_set1_epi32(LANES));
     }
 #endif
     for (; j < d; j++) {  // without a branch: half of them would be mispredicted
-        list.channels[kept] = (int32_t)j;
-        list.values[kept] = x[j];
-        kept += cutoffs == nullptr || __builtin_fabsf(x[j]) >= cutoffs[j];
-    }
-    list.kept = kept;
-}
-
-static inline void list_rows(List &list, const float *x, int64_t stride, const float *cutoffs, int64_t d, int64_t rows,
-                             int64_t slots, const uint8_t *dense) {
-    int64_t kept = 0;
-    for (int64_t j = 0; j < d; j++) {
         bool any = false;
-        for (int64_t r = 0; r < slots; r++) {
-            const float value = r < rows ? x[r * stride + j] : 0.0f;
-            const bool keep = r < rows && (cutoffs == nullptr || (dense && dense[r]) || __builtin_fabsf(value) >= cutoffs[j]);
-            list.values[kept * slots + r] = keep ? value : 0.0f;
+        for (int64_t r = 0; r < rows; r++) {
+            const float value = x[r * x_stride + j];
+            const bool keep = least[r] == nullptr || __builtin_fabsf(value) >= least[r][j];
+            list.values[r * list.stride + kept] = keep ? value : 0.0f;
             any |= keep;
         }
         list.channels[kept] = (int32_t)j;
         kept += any;
     }
     list.kept = kept;
-}
-
-// Lists the kept channels of ``rows`` rows x [rows, d], of ``stride`` numbers each; values have ``slots`` >= rows of them.
-static inline void make_list(List &list, const float *x, int64_t stride, const float *cutoffs, int64_t d, int64_t rows,
-                             int64_t slots, const uint8_t *dense) {
-    if (slots == 1)
-        list_row(list, x, dense && dense[0] ? nullptr : cutoffs, d);
-    else
-        list_rows(list, x, stride, cutoffs, d, rows, slots, dense);
-    const int32_t last = list.kept ? list.channels[list.kept - 1] : 0;
-    for (int64_t i = 0; i < 2 * MOST_AHEAD; i++) list.channels[list.kept + i] = last;
+    const int32_t last = kept ? list.channels[kept - 1] : 0;
+    for (int64_t i = 0; i < 2 * MOST_AHEAD; i++) list.channels[kept + i] = last;
 }
 
 // Adds COUNT columns to the sums [ROWS, sums_stride] of the outputs from ``from`` to ``to``.
 template <class T, int64_t ROWS, int64_t COUNT>
 static inline void add_columns(const T *columns, int64_t stride, const int32_t *channels, const float *values,
-                               int64_t ahead, float *sums, int64_t sums_stride, int64_t from, int64_t to) {
+                               int64_t values_stride, int64_t ahead, float *sums, int64_t sums_stride, int64_t from, int64_t to) {
     constexpr int64_t PER_LINE = LINE / (int64_t)sizeof(T) / LANES;  // vectors of outputs in a cache line of weights
     // In registers at once: AVX-512 has 32, and each row takes its value for all of them.
     constexpr int64_t WIDE = VECTOR_BYTES == 64 && PER_LINE > 1 && ROWS > 2 ? 2 : 1;
@@ -134,7 +126,7 @@ static inline void add_columns(const T *columns, int64_t stride, const int32_t *
                 for (int64_t w = 0; w < WIDE; w++) totals[w] = load(total + w * LANES);
 #pragma GCC unroll 8
                 for (int64_t c = 0; c < COUNT; c++) {
-                    const float value = values[c * ROWS + r];
+                    const float value = values[r * values_stride + c];
 #pragma GCC unroll 2
                     for (int64_t w = 0; w < WIDE; w++) totals[w] += weights[c][w] * value;
                 }
@@ -146,7 +138,7 @@ static inline void add_columns(const T *columns, int64_t stride, const int32_t *
     for (; o < to; o += LANES)
         for (int64_t r = 0; r < ROWS; r++) {
             Floats total = load(sums + r * sums_stride + o);
-            for (int64_t c = 0; c < COUNT; c++) total += load_some(column[c] + o, to - o) * values[c * ROWS + r];
+            for (int64_t c = 0; c < COUNT; c++) total += load_some(column[c] + o, to - o) * values[r * values_stride + c];
             store(sums + r * sums_stride + o, total);
         }
 }
@@ -160,10 +152,10 @@ static void add_part(const T *columns, int64_t stride, const List &list, int64_t
     ahead = ahead < COLUMNS ? COLUMNS : ahead > MOST_AHEAD ? MOST_AHEAD : ahead;
     int64_t i = start;
     for (; i + COLUMNS <= end; i += COLUMNS)
-        add_columns<T, ROWS, COLUMNS>(columns, stride, list.channels + i, list.values + i * ROWS, ahead, sums,
+        add_columns<T, ROWS, COLUMNS>(columns, stride, list.channels + i, list.values + i, list.stride, ahead, sums,
                                       sums_stride, from, to);
     for (; i < end; i++)
-        add_columns<T, ROWS, 1>(columns, stride, list.channels + i, list.values + i * ROWS, ahead, sums, sums_stride,
+        add_columns<T, ROWS, 1>(columns, stride, list.channels + i, list.values + i, list.stride, ahead, sums, sums_stride,
                                 from, to);
 }
 
