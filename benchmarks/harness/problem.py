@@ -225,17 +225,25 @@ class Engine:
     @cached_property
     def learning(self) -> tuple[TokenSet, DenseTop]:
         """What compensations are learned from, as a run divides its text, and the dense model's top of it."""
-        slopes = self.data["slope"]
-        n = len(slopes.tokens)
-        most = slopes.tokens[text_order(n, self.setup.order_seed) < n - max(1, round(0.15 * n))]
-        data = TokenSet.of(slopes.protocol, np.concatenate([self.data["search"].tokens, most]))
+        return self.learnt_from(learning_text(self.data, self.setup.order_seed))
+
+    def learnt_from(self, data: TokenSet) -> tuple[TokenSet, DenseTop]:
+        """Text to learn compensations from, and the dense model's top of it."""
         return data, dense_top(self.model, data, KL_TOP_K)
 
     def compensate(
-        self, problem: Problem, start: FloatArray, options: CompensationOptions, seed: int
+        self,
+        problem: Problem,
+        start: FloatArray,
+        options: CompensationOptions,
+        seed: int,
+        learning: tuple[TokenSet, DenseTop] | None = None,
     ) -> tuple[FloatArray, Compensation, int]:
-        """A compensation of the vector ``start``, as a run learns it: sparsities, vectors, and the tokens spent."""
-        data, top = self.learning
+        """A compensation of the vector ``start``, as a run learns it: sparsities, vectors, and the tokens spent.
+
+        It is learned from :attr:`learning` if nothing else is given.
+        """
+        data, top = learning or self.learning
         _, thresholds, _, _ = operating_point(self.run_pass, self.histograms_of(problem), start, problem.shape)
         budget = SparsityBudget(problem.shape, problem.target)
         call = LearnCompensation(
@@ -312,6 +320,14 @@ class Engine:
         """Channels of one sequence outside the dense prefix, [L, 7]."""
         protocol = self.data[split].protocol
         return np.asarray(self.shape.in_features) * (protocol.sequence_length - protocol.dense_prefix)
+
+
+def learning_text(data: dict[str, TokenSet], order_seed: int) -> TokenSet:
+    """What a run learns a compensation from: the search split, and most of the text that slopes are taken on."""
+    slopes = data["slope"]
+    n = len(slopes.tokens)
+    most = slopes.tokens[text_order(n, order_seed) < n - max(1, round(0.15 * n))]
+    return TokenSet.of(slopes.protocol, np.concatenate([data["search"].tokens, most]))
 
 
 def prepare(engine: Engine, targets: list[float]) -> list[Problem]:

@@ -183,7 +183,7 @@ def test_a_compiler_that_does_not_answer_is_left(tmp_path, source, monkeypatch):
 
 def test_a_source_that_is_not_taken_is_said_in_a_line(source, tmp_path):
     source.write_text("#error not for you\n")
-    with pytest.raises(HostCompilerError, match="error: (#error )?not for you") as caught:
+    with pytest.raises(HostCompilerError, match=r"error: (#error )?not for you") as caught:
         answer(source, tmp_path / "kept")
     assert "\n" not in str(caught.value)
     assert not kept(tmp_path / "kept")
