@@ -76,7 +76,8 @@ def _setup(options: argparse.Namespace, data: str) -> Setup:
 def rows(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Learn and evaluate all; one row a target and text."""
     learnt = {name: engine.learnt_from(text) for name, text in learning_texts(engine, options).items()}
-    dense, learning = engine.dense()["test_nats"], CompensationOptions(steps=options.steps)
+    move = {"move": 0.0} if options.still else {}
+    dense, learning = engine.dense()["test_nats"], CompensationOptions(steps=options.steps, **move)
     found = []
     for problem in prepare(engine, options.targets):
         job = Job("", options.method, "-", problem.target, options.seed, 0.05, (120.0,))
@@ -117,6 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.6])
     parser.add_argument("--written", type=int, default=0, help="sequences that the model writes itself")
     parser.add_argument("--steps", type=int, default=CompensationOptions.steps, help="of each compensation")
+    parser.add_argument("--still", action="store_true", help="leave the sparsities where they are")
     parser.add_argument("--method", default="descent-9", help="of benchmarks.search_quality, without a space")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
