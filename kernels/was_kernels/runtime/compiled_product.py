@@ -112,8 +112,9 @@ class CompiledProduct:
             x = torch.ones((rows, self._d), dtype=self._step.dtype)
             every = torch.ones((rows, self._d), dtype=torch.bool)
             turn = cycle(list(self._kin))
-            timed = quickest(lambda: next(turn)._dense(x, every), self._timed(x, 2.0), self._timed(x, 0.0))
-            _most_kept[key] = most_worth(*timed, self._d)
+            calls = (lambda: next(turn)._dense(x, every)), self._timed(x, 2.0), self._timed(x, 0.0)
+            dense, empty, full = quickest(*calls)
+            _most_kept[key] = most_worth(dense, empty, full, self._d)
         return _most_kept[key]
 
     def _timed(self, x: Tensor, cutoff: float) -> Callable[[], Any]:

@@ -90,10 +90,10 @@ class CpuProduct:
             x = torch.ones((rows, self._d), dtype=self._dtype)
             every = torch.ones((rows, self._d), dtype=torch.bool)
             turn = cycle(list(self._kin))
-            timed = quickest(
+            dense, empty, full = quickest(
                 lambda: next(turn).written(x, every, None),
                 lambda: next(turn).listed(KeptList.of(x, ~every), None),
                 lambda: next(turn).listed(KeptList.of(x, every), None),
             )
-            _most_kept[key] = most_worth(*timed, rows * self._d)
+            _most_kept[key] = most_worth(dense, empty, full, rows * self._d)
         return _most_kept[key]
