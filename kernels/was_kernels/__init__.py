@@ -1,4 +1,4 @@
-"""Sparse decoding: CUDA and Triton ops, and the runtime that applies a plan. Importing this imports no triton.
+"""Sparse decoding: ops in CUDA, Triton and C++ for CPUs, and the runtime that applies a plan. This imports no triton.
 
 It also tells transformers about checkpoints that carry a plan: ``AutoModelForCausalLM.from_pretrained`` then gives the
 sparse model.
