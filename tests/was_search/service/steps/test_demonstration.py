@@ -31,13 +31,15 @@ class Notes(Reporter):
 
 def test_it_says_how_fast_this_machine_decodes(monkeypatch) -> None:
     monkeypatch.setattr(
-        generate, "beside_each_other", lambda *_, **__: [TokenTimes(0.001, 0.008), TokenTimes(0.001, 0.005)]
+        generate,
+        "beside_each_other",
+        lambda *_, **__: [TokenTimes(0.001, 0.008), TokenTimes(0.001, 0.0064), TokenTimes(0.001, 0.005)],
     )
     with Context(demo_settings()) as context:
         model, _ = load_for(context, None)
         plan = replace(tiny_plan(model), fingerprint=context.model.fingerprint)
         said = decoding_speed(context, plan, "def")
-    speeds = r"dense 125 tokens/s, with the plan 200 tokens/s \(1\.60x\)"
+    speeds = r"dense 125 tokens/s, with the plan 200 tokens/s \(1\.60x; with every channel kept 1\.25x\)"
     assert re.fullmatch(rf"On \d+ thread\(s\) here: {speeds}, by turns through generate", said)
 
 
@@ -62,5 +64,5 @@ def test_fisher_beats_greedy_beats_uniform_on_the_test_text(postgres_url: str, t
         assert rows[name].calibration_achieved == pytest.approx(0.6, abs=0.005)
         assert rows[name].test.achieved == pytest.approx(0.6, abs=0.01)
     assert "def read_lines(path):" in capsys.readouterr().out
-    speeds = r"here: dense \d+ tokens/s, with the plan \d+ tokens/s \(\d\.\d\dx\)"
+    speeds = r"here: dense \d+ tokens/s, with the plan \d+ tokens/s \(\d+\.\d\dx; with every channel kept \d+\.\d\dx\)"
     assert sum(bool(re.search(speeds, note)) for note in notes.said) == 1
