@@ -35,20 +35,21 @@ OUTPUT = RESULTS / "foreign_text.jsonl"
 
 
 @torch.inference_mode()
-def written(model: Any, n: int, length: int, seed: int) -> IntArray:
-    """``n`` sequences that the model samples at temperature 1, int64 [n, length]; the first token of each is random."""
+def written(model: Any, n: int, length: int, seed: int, *, piece: int = 256, temperature: float = 1.0) -> IntArray:
+    """``n`` sequences of pieces that the model samples, each from a random token on, int64 [n, length]."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    found = torch.randint(model.config.vocab_size, (n, 1), device=device, generator=generator)
-    cache = StaticCache(config=model.config, max_cache_len=length)
+    pieces = n * -(-length // piece)
+    found = torch.randint(model.config.vocab_size, (pieces, 1), device=device, generator=generator)
+    cache = StaticCache(config=model.config, max_cache_len=piece)
     attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")  # the harness has attention to whole texts only
-    for _ in range(length - 1):
-        logits = model(input_ids=found[:, -1:], cache=cache, use_cache=True).logits[:, -1]
-        drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+    model.set_attn_implementation("sdpa")  # the engine's attends to whole texts only
+    for _ in range(piece - 1):
+        logits = model(input_ids=found[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        drawn = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
         found = torch.cat([found, drawn], 1)
     model.set_attn_implementation(attention)
-    return np.asarray(found.cpu().numpy(), np.int64)
+    return np.asarray(found.view(n, -1)[:, :length].cpu().numpy(), np.int64)
 
 
 def learning_texts(engine: Engine, options: argparse.Namespace) -> dict[str, TokenSet]:

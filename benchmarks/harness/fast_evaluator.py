@@ -1,9 +1,9 @@
 """Evaluate many vectors on one small model: thresholds on the device, forwards replayed from CUDA graphs.
 
 The results are those of :func:`was_search.masks.evaluation.evaluate_thresholds`, which it is tested against. Nothing in
-the forward may ask the host: thresholds are a tensor that the hooks read, and attention is a function of our own
-without a mask. transformers would compare position ids on the host before it decides to need no mask, and build one
-while a graph is captured, where it cannot compare.
+the forward may ask the host: thresholds are a tensor that the hooks read, and attention has no mask. transformers would
+compare position ids on the host before it decides to need none, and build one while a graph is captured, where it
+cannot compare.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.harness.fast_mask import masks
 from benchmarks.harness.replays import Replays, chunks
+from was_search.masks.attention import attend_whole_texts, needs_no_mask
 from was_search.masks.divergence import DenseTop, bucket_log_probs, divergence
 from was_search.masks.evaluation import sequence_nats
 from was_search.masks.masked_model import MaskedModel
 from was_search.shape import FloatArray, IntArray
 from was_search.texts.protocol import TokenSet
-
-_ATTENTION = "was_causal"
 
 
 class FastEvaluator:
@@ -118,35 +117,7 @@ def use_causal_attention(model: Any, protocol: Any, graphs: bool | None = None) 
 
     ``graphs`` is what was asked for; None: on a GPU.
     """
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and window < protocol.sequence_length:
+    if not needs_no_mask(model.config, protocol.sequence_length):
         return False
-    # A registered name without a mask function of its own gets no mask from transformers.
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_ATTENTION, _causal_attention)
-    model.set_attn_implementation(_ATTENTION)
+    attend_whole_texts(model)
     return next(model.parameters()).is_cuda if graphs is None else graphs
-
-
-def _causal_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention: [batch, heads, positions, head size] -> [batch, positions, heads, head size]; no cache.
-
-    Keys and values are repeated by hand: with ``enable_gqa`` float32 would take the slow kernel.
-    """
-    if attention_mask is not None:
-        raise ValueError("attention_mask: must be None, the benchmark evaluates whole sequences")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from was_search.checkpoints.structure import Structure
+from was_search.masks.attention import attention_in_order
 from was_search.masks.corrections import Corrections, corrected_outputs
 from was_search.masks.evaluation import sequence_nats, top_losses
 from was_search.masks.inputs import InputFunction, hook_inputs
@@ -73,6 +74,7 @@ def opened(
     """
     structure, predicted = model.structure, protocol.predicted_per_sequence
     with (
+        attention_in_order(model.model, protocol.sequence_length),
         _on_inputs(structure, function),
         corrected_outputs(structure, corrections, protocol.dense_prefix),
         _gradient_from_embeddings(model.model) as starts,

@@ -9,13 +9,13 @@ to the bit either way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from was_search.masks.attention import needs_no_mask
 from was_search.masks.backward import TopRows, opened, recomputes
 from was_search.masks.ops import RecordOp
 from was_search.masks.slope_point import SlopePoint
@@ -28,8 +28,6 @@ _logger = logging.getLogger(__name__)
 
 MOST_KEPT = 2
 """Recordings that are kept: of the whole batches of one text, and of its last."""
-
-_WHOLE_TEXTS = "was_whole_texts"
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,7 @@ class PassGraphs:
                 point.nats.add_(backward(tokens, rows))
 
         try:
-            with _whole_texts(model.model):
-                graph, _ = self._record(launch, model.device)
+            graph, _ = self._record(launch, model.device)
         except RuntimeError as error:
             self.refusal = str(error).splitlines()[0]
             event(_logger, "backward passes are not recorded", reason=self.refusal)
@@ -155,39 +152,4 @@ def _can_be_recorded(model: MaskedModel, length: int) -> bool:
     """Whether all is on one GPU, and attention to whole texts needs no mask of transformers'."""
     if model.device.type != "cuda" or {model.device} != set(model.block_devices):
         return False
-    return _needs_no_mask(model.model.config, length)
-
-
-def _needs_no_mask(config: Any, length: int) -> bool:
-    """Whether attention to texts of ``length`` tokens is plainly causal, by a function that makes that so."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    attention = config._attn_implementation
-    if attention != "sdpa" and attention in ALL_MASK_ATTENTION_FUNCTIONS:
-        return False
-    if not {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ()):
-        return False
-    window = getattr(config, "sliding_window", None)
-    return window is None or window >= length
-
-
-@contextmanager
-def _whole_texts(model: Any) -> Iterator[None]:
-    """While open, sdpa attends without asking transformers for a mask.
-
-    For whole texts it makes none, but while launches are recorded it cannot see that they are whole.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        yield
-        return
-    # A name without a mask function of its own gets no mask.
-    AttentionInterface.register(_WHOLE_TEXTS, sdpa_attention_forward)
-    model.set_attn_implementation(_WHOLE_TEXTS)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return needs_no_mask(model.model.config, length)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,22 +142,6 @@ def test_a_kind_that_is_still_needed_is_not_dropped_for_another(masked, make_dat
         )
         assert len(model.graphs._kept) <= pass_graphs.MOST_KEPT
     assert repeated.recorded == 4
-
-
-@pytest.mark.parametrize(
-    ("config", "plain"),
-    [
-        ({"_attn_implementation": "sdpa"}, True),
-        ({"_attn_implementation": "sdpa", "sliding_window": None, "layer_types": ["full_attention"]}, True),
-        ({"_attn_implementation": "sdpa", "sliding_window": 16, "layer_types": ["sliding_attention"]}, True),
-        ({"_attn_implementation": "sdpa", "sliding_window": 15, "layer_types": ["sliding_attention"]}, False),
-        ({"_attn_implementation": "sdpa", "layer_types": ["full_attention", "chunked_attention"]}, False),
-        ({"_attn_implementation": "eager"}, False),
-        ({"_attn_implementation": "a function without a mask"}, True),
-    ],
-)
-def test_what_attention_needs_no_mask(config, plain):
-    assert pass_graphs._needs_no_mask(SimpleNamespace(**config), 16) is plain
 
 
 def test_nothing_is_recorded_on_a_cpu(masked, make_data, tokens):
