@@ -57,20 +57,18 @@ NOT_ASKED = ("workers", "storage", "plan", "study", "ray", "metrics", "notify", 
 SEVEN_BILLION: dict[str, Any] = {
     "data": str(DEMO_FOLDER / "text"),
     "target": 0.5,
-    "trials": 24,
-    "sequence_length": 512,
-    "calibration_sequences": 16,
-    "pricing_sequences": 8,
-    "slope_sequences": 32,
-    "seed_rounds": 2,
-    "descent_rounds": 4,
-    "descent_sequences": 8,
-    "search_sequences": 16,
-    "test_sequences": 16,
-    "compensation_steps": 16,
-    "compensation_tokens": 1024,
+    "trials": 96,
+    "sequence_length": 1024,
+    "calibration_sequences": 32,
+    "pricing_sequences": 16,
+    "slope_sequences": 64,
+    "seed_rounds": 4,
+    "descent_rounds": 16,
+    "search_sequences": 24,
+    "test_sequences": 32,
+    "compensation_steps": 100,
 }
-"""A random model has no text that suits it: any will do, and few tokens show where the time goes."""
+"""A random model has no text that suits it: any will do, and a tenth of the usual tokens show where the time goes."""
 
 PROBLEMS: dict[str, Callable[[], Settings]] = {
     "demo": demo_settings,

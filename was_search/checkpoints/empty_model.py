@@ -42,14 +42,14 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     Raises:
         ModelError: as :func:`empty_model`, for what the configuration alone says.
     """
+    values = read_config(source)
+    check_values(source.folder, values)
     with collector_at_rest():
         import transformers
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    values = read_config(source)
-    check_values(source.folder, values)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if "auto_map" in values:

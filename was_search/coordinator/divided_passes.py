@@ -80,8 +80,9 @@ class PassesOnPool:
     ) -> tuple[Slopes, Vector]:
         window = Window.around(sparsities, histograms)
         parts = parts_of(rows, self.shape, self.protocol)
+        shared = self.pool.share(values)
         found = SlopeSums.joined(
-            self.pool.map([SlopePart(self.data, part, window, width, values, self.top) for part in parts])
+            self.pool.map([SlopePart(self.data, part, window, width, shared, self.top) for part in parts])
         )
         return found.slopes(self.shape, window, self.protocol, len(rows)), found.gradient
 

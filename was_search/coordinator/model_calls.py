@@ -216,7 +216,7 @@ class SlopePart(Call[SlopeSums]):
     rows: list[int]
     window: Window
     width: float
-    values: Vector | None = None
+    values: Shared[Vector] | None = None
     top: Shared[DenseTop] | None = None
 
     @property
@@ -226,7 +226,7 @@ class SlopePart(Call[SlopeSums]):
     def run(self, model: MaskedModel) -> SlopeSums:
         learned = None if self.values is None else model.learned_corrections()
         if learned is not None and self.values is not None:
-            learned.start(self.values)
+            learned.start(self.values.value)
         point = slope_point(
             *(model, self.data.value.part(self.rows), self.window),
             width=self.width,

@@ -179,7 +179,7 @@ class LearnedCorrections:
     def start(self, flat: Vector) -> None:
         """Take over the vectors of ``flat``; the gradient is zero again."""
         for device, vectors in self._vectors.items():
-            vectors.copy_(torch.from_numpy(flat).view_as(vectors))
+            vectors.copy_(torch.tensor(flat).view_as(vectors))  # Ray's values may not be written to
             self._sums[device].zero_()
 
     def start_like(self, other: LearnedCorrections) -> None:

@@ -143,39 +143,43 @@ class DeviceHistograms:
 
 @dataclass(frozen=True, eq=False)
 class PackedCounts:
-    """Score counts to be sent: those of the bins from the first to the last that any projection has scores in.
+    """Score counts to be sent: those that are not 0, a tenth of them.
 
     Attributes:
-        first: the first such bin.
-        counts: int64 [L, 7, bins].
+        n_blocks: L.
+        pieces: what adds up to them: places in the flat counts [L, 7, 32768] and the counts there, int32 where they
+            fit, each place once.
     """
 
-    first: int
-    counts: IntArray
+    n_blocks: int
+    pieces: tuple[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]], ...]
 
     @classmethod
     def of(cls, counts: Tensor) -> PackedCounts:
-        """``counts`` [L, 7, 32768], on any device."""
-        there = counts.any(0).any(0).nonzero()
-        first, last = (int(there[0]), int(there[-1]) + 1) if len(there) else (0, 0)
-        return cls(first, counts[..., first:last].cpu().numpy())
+        """``counts`` int64 [L, 7, 32768], on any device."""
+        flat = counts.flatten()
+        places = flat.nonzero()[:, 0]
+        found = flat[places]
+        return cls(len(counts), ((_narrow(places), _narrow(found)),))
 
     @classmethod
     def joined(cls, parts: Sequence[PackedCounts]) -> PackedCounts:
         """The counts of all parts."""
-        first = min(part.first for part in parts)
-        last = max(part.first + part.counts.shape[-1] for part in parts)
-        counts = np.zeros((*parts[0].counts.shape[:2], last - first), np.int64)
-        for part in parts:
-            begin = part.first - first
-            counts[..., begin : begin + part.counts.shape[-1]] += part.counts
-        return cls(first, counts)
+        return cls(parts[0].n_blocks, tuple(piece for part in parts for piece in part.pieces))
 
     def unpacked(self) -> Tensor:
         """All of them, int64 [L, 7, 32768]."""
-        counts = torch.zeros((*self.counts.shape[:2], N_BINS), dtype=torch.int64)
-        counts[..., self.first : self.first + self.counts.shape[-1]] = torch.from_numpy(self.counts)
-        return counts
+        counts = np.zeros(self.n_blocks * N_PROJECTIONS * N_BINS, np.int64)
+        for places, found in self.pieces:
+            counts[places] += found
+        return torch.from_numpy(counts).view(self.n_blocks, N_PROJECTIONS, N_BINS)
+
+
+def _narrow(numbers: Tensor) -> npt.NDArray[np.integer]:
+    """``numbers`` on the host, int32 where they fit."""
+    fits = not len(numbers) or int(numbers.max()) < 1 << 31
+    found: npt.NDArray[np.integer] = (numbers.int() if fits else numbers).cpu().numpy()
+    return found
 
 
 def required_sparsities(sparsities: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:

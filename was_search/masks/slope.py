@@ -116,7 +116,8 @@ class SlopeSums:
         change, nats = np.zeros_like(parts[0].change), 0.0
         gradient = np.zeros_like(parts[0].gradient)
         for part in parts:
-            change, nats, gradient = change + part.change, nats + part.nats, gradient + part.gradient
+            change, nats = change + part.change, nats + part.nats
+            gradient += part.gradient
         return cls(change, PackedCounts.joined([part.counts for part in parts]), nats, gradient)
 
     def slopes(self, shape: ModelShape, window: Window, protocol: EvaluationProtocol, sequences: int) -> Slopes:
@@ -141,7 +142,8 @@ def _slopes(
 ) -> Slopes:
     n_tokens = sequences * protocol.predicted_per_sequence
     for group in shape.groups:
-        counts[:, list(group)] = counts[:, [group[0]]]
+        if len(group) > 1:
+            counts[:, list(group)] = counts[:, [group[0]]]
     slopes = shape.divided(change) / n_tokens / window.widths
     return Slopes(slopes, DeviceHistograms(counts), nats / n_tokens, sequences * protocol.sequence_length)
 

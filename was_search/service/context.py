@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from types import TracebackType
@@ -96,7 +97,6 @@ class Context:
         from was_workers.worker import WorkerSpec
 
         settings, placement, source = self.settings, self.placement, self.model.source
-        empty_model(source)  # what no worker would load is refused before Ray is started
         spec = WorkerSpec(
             model=source.location,
             revision=source.revision,
@@ -108,22 +108,27 @@ class Context:
             spread=placement.gpus_per_worker > 1,
             weights=settings.weights,
         )
-        cluster = self.cluster
-        with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):
-            pool = self._stack.enter_context(
-                Pool(
-                    cluster,
-                    spec,
-                    n_workers=settings.worker_range,
-                    gpus_per_worker=placement.gpus_per_worker,
-                    useful=settings.trials,
-                    divide_threads=cluster.local,
-                    policy=QuarantinePolicy(
-                        settings.quarantine_slowdown, settings.quarantine_failures, settings.quarantine_seconds
-                    ),
+        policy = QuarantinePolicy(
+            settings.quarantine_slowdown, settings.quarantine_failures, settings.quarantine_seconds
+        )
+        # What no worker would load is refused here. Transformers takes as long to import as Ray and workers to start.
+        with ThreadPoolExecutor(1) as beside:
+            checked = beside.submit(empty_model, source)
+            cluster = self.cluster
+            with self.reporter.phase(f"load the model on {settings.workers} worker(s)"):
+                pool = self._stack.enter_context(
+                    Pool(
+                        cluster,
+                        spec,
+                        n_workers=settings.worker_range,
+                        gpus_per_worker=placement.gpus_per_worker,
+                        useful=settings.trials,
+                        divide_threads=cluster.local,
+                        policy=policy,
+                    )
                 )
-            )
-            pool.wait_for_least()
+                checked.result()
+                pool.wait_for_least()
         return pool
 
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
