@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.harness.problem import Engine, Setup, learning_text, prepare
 from benchmarks.harness.rows import append_row
 from benchmarks.harness.runs import Job, run_job
 from benchmarks.harness.standing import RESULTS, STANDING
+from was_kernels.runtime.positions import CACHES
 from was_search.masks.compensating import CompensationOptions
 from was_search.shape import IntArray
 from was_search.texts.protocol import TokenSet
@@ -42,10 +44,11 @@ def written(model: Any, n: int, length: int, seed: int, *, piece: int = 256, tem
     pieces = n * -(-length // piece)
     found = torch.randint(model.config.vocab_size, (pieces, 1), device=device, generator=generator)
     cache = StaticCache(config=model.config, max_cache_len=piece)
+    name = next(name for name in CACHES if name in signature(model.forward).parameters)  # transformers renamed it
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")  # the engine's attends to whole texts only
     for _ in range(piece - 1):
-        logits = model(input_ids=found[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=found[:, -1:], use_cache=True, **{name: cache}).logits[:, -1]
         drawn = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
         found = torch.cat([found, drawn], 1)
     model.set_attn_implementation(attention)

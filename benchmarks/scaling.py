@@ -12,8 +12,8 @@ worker has a GPU of its own, or one thread of a CPU. Each job runs in a new proc
 database of its own in an embedded Postgres, so that nothing comes from a cache. Rows are appended to a results file;
 what is there already is skipped, so a killed run is repeated with the same command.
 
-The plan must be the same, bit for bit, whatever the number of workers, and the status is 1 where it is not. Vectors of
-seeds and descents always are; a sampler's vector may differ, as it depends on which trials have ended before it.
+The plan must be the same, bit for bit, whatever the number of workers, and the status is 1 where it is not. With more
+than half as many workers as the sampler's lag only the vectors of seeds and descents must be.
 
 Seconds are those that the job reports (``--json``, the run's record, the log of descents). busy is the share of the
 workers' time, from the first one's readiness to the end, in which they were at calls; processor seconds are the

@@ -70,10 +70,12 @@ def run_job(settings: Settings, folder: Path) -> dict[str, Any]:
             "model": {"name": context.model.source.display_name, "fingerprint": context.model.fingerprint},
         }
     searched = snapshot.runs[-1].seconds
-    phases = phase_seconds(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    told = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    phases = phase_seconds(told)
     phases |= {"descents": descents.seconds, "trials": searched - descents.seconds}
     phases["other"] = max(0.0, figures["seconds"]["total"] - sum(phases.values()))
     figures["seconds"] |= {name: round(phases.get(name, 0.0), 3) for name in PHASES}
+    figures["told"] = told_seconds(told)
     figures["trials_per_minute"] = 60 * figures["finished"] / max(phases["trials"], 1e-9)
     return figures | result_hashes(found)
 
@@ -87,6 +89,15 @@ def phase_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
         if event["event"] == "phase" and event["state"] in ("finished", "cached"):
             seconds[phase_of(event["name"], searched=searched)] += event["seconds"]
     return dict(seconds)
+
+
+def told_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of what ``--json`` tells of, by its own names: the parts of :data:`PHASES`."""
+    seconds: Counter[str] = Counter()
+    for event in events:
+        if event["event"] == "phase" and event["state"] in ("finished", "cached"):
+            seconds[event["name"]] += event["seconds"]
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def phase_of(name: str, *, searched: bool) -> str:
@@ -103,8 +114,8 @@ def result_hashes(found: RunResult) -> dict[str, Any]:
     """What must not depend on the number of workers, as hashes.
 
     ``plan_hash`` is of the plan's sparsities and thresholds. ``descended_hash`` is of the vectors of seeds and
-    descents, and of the seeds' losses: how early a trial stops, and what a sampler suggests, depend on which others
-    have ended by then.
+    descents, and of the seeds' losses. With more workers than half the sampler's lag what it suggests, and how early
+    its trials stop, depend on which others have ended by then, so that plans may differ.
     """
     assert found.plan is not None
     plan = Plan.load(found.plan)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.rows import append_row, read_rows
-from benchmarks.harness.scaling_job import PHASES, InFlight, phase_seconds, run_job
+from benchmarks.harness.scaling_job import PHASES, InFlight, phase_seconds, run_job, told_seconds
 from benchmarks.scaling import main
 from tests.doubles.small_run import SMALL, small_model
 
@@ -57,6 +57,10 @@ def test_phases_are_told_by_their_names_and_by_the_search() -> None:
         "compensate": 192.0,
         "export": 288.0,
     }
+    told = told_seconds([*events, phase("start Ray", 0.5, "cached")])
+    assert told["start Ray"] == 1.5
+    assert told["price (Fisher) on text"] == 8.0
+    assert len(told) == 9
 
 
 def test_time_of_descents_side_by_side_counts_once() -> None:

@@ -1,11 +1,20 @@
-"""Chooses the vectors of a search: seeds, then what the descents end in, then what a sampler suggests."""
+"""Chooses the vectors of a search: seeds, then what the descents end in, then what a sampler suggests.
+
+The vector of a sampler's slot, and when its evaluation stops early, depend on the results of the slots that lie
+``options.lag`` or more before it, and on no others, even if those have ended. So a search is the same, to the bit,
+whatever the number of workers and the order in which they end, up to half as many workers. With more of them, each
+choice uses all that is known.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import logging
+import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +22,10 @@ import numpy as np
 from was_search.coordinator.descents import Descents
 from was_search.coordinator.lookahead import Lookahead
 from was_search.coordinator.options import SearchOptions
+from was_search.coordinator.settled import Settled
 from was_search.coordinator.slot_table import SlotTable
 from was_search.masks.early_stop import StopRule, estimated_loss, rung_cuts
+from was_search.process.logs import event
 from was_search.shape import FloatArray, ModelShape
 from was_search.studies.hand_outs import Proposal
 from was_search.studies.origin import Origin, OriginKind
@@ -22,6 +33,13 @@ from was_search.studies.sampling import MONOTONE, Suggester
 from was_search.studies.slots import Slot, SlotState, best_slot
 from was_search.vectors.seeds import Seed, point_seed
 from was_search.vectors.space import MonotoneSpace, Space, level_params, make_space, open_distributions
+
+_logger = logging.getLogger(__name__)
+
+_PATIENCE = 4.0
+"""Evaluations' usual times that a slot is waited for while workers are idle."""
+
+_LEAST_PATIENCE_SECONDS = 2.0
 
 
 class Chooser:
@@ -36,6 +54,7 @@ class Chooser:
         seeds: in the order of the first slots.
         options: how the search runs.
         descents: those of the search, None if there are none.
+        clock: seconds, to see whether a slot takes long.
     """
 
     def __init__(
@@ -46,6 +65,7 @@ class Chooser:
         seeds: list[Seed],
         options: SearchOptions,
         descents: Descents | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = slots
         self._shape = shape
@@ -58,14 +78,21 @@ class Chooser:
         self._suggester: Suggester | None = None
         self._distributions: Mapping[str, Any] = {}
         self._reference: FloatArray | None = None
-        ended = [s for s in slots.values() if s.source.kind is OriginKind.SAMPLER and s.losses is not None]
-        ended.sort(key=lambda s: (s.finished_at is None, s.finished_at, s.number))
-        self._trials: list[FloatArray] = [s.losses for s in ended if s.losses is not None]
+        self._back: float = options.lag
+        self._settled = Settled(slots)
+        self._untold: list[int] = []
+        self._clock = clock
+        self._waits_since: float | None = None
+        self._rules: dict[int, StopRule | None] = {}
 
     @property
     def ahead(self) -> set[int]:
         """Slots whose vectors were chosen before a worker asked, and are written down nowhere yet."""
         return {number for number, _ in self._ahead}
+
+    def fit(self, n_workers: int) -> None:
+        """Note how many workers there are: with too many for the lag, some would wait for results."""
+        self._back = self._options.lag if 2 * n_workers <= self._options.lag else -math.inf
 
     def forget_ahead(self) -> None:
         """Forget vectors that were chosen and not asked for."""
@@ -77,21 +104,27 @@ class Chooser:
 
     def finished(self, slot: Slot) -> None:
         """Learn from a slot that has just finished."""
-        if slot.source.kind is OriginKind.SAMPLER and slot.losses is not None:
-            self._trials.append(slot.losses)
+        self._rules.pop(slot.number, None)
+        self._settled.add(slot.number)
         if self._suggester is not None:
-            self._suggester.tell(slot.number, slot.state, self._told(slot))
+            heapq.heappush(self._untold, slot.number)
 
     def stop_rule(self, slot: Slot) -> StopRule | None:
         """The rule by which the slot's evaluation may stop early.
 
         None for seeds and descents' vectors: they are few, and each may become the centre of the space.
         """
-        best = self._slots.best
-        if not self._options.early_stopping or slot.source.kind is not OriginKind.SAMPLER or best is None:
+        if not self._options.early_stopping or slot.source.kind is not OriginKind.SAMPLER:
             return None
-        assert best.losses is not None
-        cuts = rung_cuts(self._trials, best.losses, self._options.rung_keep)
+        if slot.number not in self._rules:
+            self._rules[slot.number] = self._rule_for(slot.number)
+        return self._rules[slot.number]
+
+    def _rule_for(self, number: int) -> StopRule | None:
+        best, trials = self._settled.up_to(number - self._back)
+        if best is None or best.losses is None:
+            return None
+        cuts = rung_cuts(trials, best.losses, self._options.rung_keep)
         return StopRule(best.losses, self._options.significance, cuts)
 
     def next(self) -> tuple[int, Proposal | None] | None:
@@ -120,6 +153,8 @@ class Chooser:
                 if (proposal := self._descents.next_proposal()) is None:
                     return None
                 return number, self._fixed(number, *proposal)
+        if not self._may_sample(number):
+            return None
         return number, self._sampled(number)
 
     def choose_ahead(self, n_workers: int) -> bool:
@@ -131,6 +166,8 @@ class Chooser:
         wanted = self._lookahead.depth(n_workers)
         if self._suggester is None or len(self._ahead) >= wanted or (number := self._slots.first_free()) is None:
             return False
+        if not self._may_sample(number):
+            return False
         self._ahead.append((number, self._sampled(number)))
         return True
 
@@ -139,6 +176,23 @@ class Chooser:
         levels = self._shape.levels(sparsities)
         kinds = open_distributions(self._shape.n_blocks)
         return self._proposal(number, origin, level_params(levels), kinds, levels, sparsities)
+
+    def _may_sample(self, number: int) -> bool:
+        """Whether all results are there that the vector of the slot ``number`` depends on.
+
+        A slot that takes several times as long as an evaluation usually does is not waited for: a worker may hang.
+        """
+        if self._back < 0 or self._settled.reaches(number - self._back):
+            self._waits_since = None
+            return True
+        now = self._clock()
+        if self._waits_since is None:
+            self._waits_since = now
+        usual = self._lookahead.evaluation_seconds
+        if usual is None or now - self._waits_since < _PATIENCE * usual + _LEAST_PATIENCE_SECONDS:
+            return False
+        event(_logger, "a slot takes long, others are chosen without it", slot=self._settled.first_open, chosen=number)
+        return True
 
     def _sampled(self, number: int) -> Proposal:
         if self._suggester is None or self._space is None:
@@ -150,6 +204,9 @@ class Chooser:
             suggester.restore(self._in_space())
             self._suggester = suggester
         started = time.perf_counter()
+        while self._untold and self._untold[0] <= number - self._back:
+            told = self._slots[heapq.heappop(self._untold)]
+            self._suggester.tell(told.number, told.state, self._told(told))
         params = self._suggester.suggest(number)
         sparsities = self._space.sparsities(params)
         origin, levels = Origin.sampler(self._options.sampler), self._shape.levels(sparsities)

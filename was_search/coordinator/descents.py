@@ -142,7 +142,8 @@ class Descents:
         self._divided = {}
         n = min(plan.per_round, len(plan.data.tokens))
         if self._pool.n_parallel > len(chains) and worth_dividing(self._pool, n, shape, protocol):
-            self._divided = {chain: DividedDescent(**self._arguments(chain)) for chain in chains}
+            gpu = self._pool.gpus_per_worker > 0
+            self._divided = {chain: DividedDescent(**self._arguments(chain), gpu=gpu) for chain in chains}
         self._waiting = deque(task for chain in chains for task in self._tasks(chain))
 
     def _tasks(self, chain: int) -> list[_Task]:

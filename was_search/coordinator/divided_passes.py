@@ -2,7 +2,7 @@
 
 A part is what one backward pass takes at once (:func:`was_search.masks.slope.sequences_together`), whoever runs it,
 and parts are added in their order. So a pass of a large model, of one sequence a part, is divided among as many
-workers, and one of a small model is left whole: its parts would wait for launches.
+workers, and a small model's on a GPU is left whole: its parts would wait for launches.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from was_search.coordinator.model_calls import BeginLearning, Descend, SlopePart
 from was_search.masks.compensating import CompensationState
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import DeviceHistograms, Histograms
-from was_search.masks.slope import ENOUGH_FLOP, SequenceDraws, Slopes, SlopeSums, Window, part_flop, sequences_together
+from was_search.masks.slope import GPU_FLOP, SequenceDraws, Slopes, SlopeSums, Window, part_flop, sequences_together
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget
 from was_search.vectors.descent import Descent, DescentOptions
 
 
-def parts_of(rows: list[int], shape: ModelShape, protocol: EvaluationProtocol) -> list[list[int]]:
-    """The parts of a pass over the sequences ``rows``."""
-    together = sequences_together(shape, protocol)
+def parts_of(rows: list[int], shape: ModelShape, protocol: EvaluationProtocol, *, gpu: bool) -> list[list[int]]:
+    """The parts of a pass over the sequences ``rows``, on GPUs or on CPUs."""
+    together = sequences_together(shape, protocol, gpu=gpu)
     return [rows[first : first + together] for first in range(0, len(rows), together)]
 
 
@@ -35,9 +35,10 @@ def worth_dividing(pool: WorkerPool, n: int, shape: ModelShape, protocol: Evalua
     A part costs its way to a worker and back, and the sums are read and added in one process: some hundredth of a
     second each, which a GPU's part has to outlast. A CPU's always does.
     """
-    if pool.n_parallel < 2 or len(parts_of(list(range(n)), shape, protocol)) < 2:
+    gpu = pool.gpus_per_worker > 0
+    if pool.n_parallel < 2 or len(parts_of(list(range(n)), shape, protocol, gpu=gpu)) < 2:
         return False
-    return not pool.gpus_per_worker or part_flop(shape, protocol) >= ENOUGH_FLOP / 4
+    return not gpu or part_flop(shape, protocol, gpu=gpu) >= GPU_FLOP / 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class PassesOnPool:
         width: float,
     ) -> tuple[Slopes, Vector]:
         window = Window.around(sparsities, histograms)
-        parts = parts_of(rows, self.shape, self.protocol)
+        parts = parts_of(rows, self.shape, self.protocol, gpu=self.pool.gpus_per_worker > 0)
         shared = self.pool.share(values)
         found = SlopeSums.joined(
             self.pool.map([SlopePart(self.data, part, window, width, shared, self.top) for part in parts])
@@ -100,6 +101,7 @@ class DividedDescent:
         options: how it runs.
         per_round: sequences of a round.
         seed: decides their order.
+        gpu: whether workers are on GPUs.
     """
 
     def __init__(
@@ -111,8 +113,10 @@ class DividedDescent:
         options: DescentOptions,
         per_round: int,
         seed: int,
+        *,
+        gpu: bool,
     ) -> None:
-        self._data = data
+        self._data, self._gpu = data, gpu
         self._shape = budget.shape
         self._histograms: Histograms | DeviceHistograms = histograms.value
         self._width = options.width
@@ -159,7 +163,7 @@ class DividedDescent:
 
     def _begin_round(self) -> None:
         self._window = Window.around(self._descent.point, self._histograms)
-        self._parts = parts_of(self._draws.next(), self._shape, self._data.value.protocol)
+        self._parts = parts_of(self._draws.next(), self._shape, self._data.value.protocol, gpu=self._gpu)
         self._found: dict[int, SlopeSums] = {}
 
 
@@ -191,7 +195,7 @@ def descend_on(
     arguments = data, histograms, start, budget, options, per_round, seed
     if not worth_dividing(pool, min(per_round, len(data.value.tokens)), budget.shape, data.value.protocol):
         return pool.map([Descend(*arguments)], phase=phase)[0]
-    divided = DividedDescent(*arguments)
+    divided = DividedDescent(*arguments, gpu=pool.gpus_per_worker > 0)
     while divided.end is None:
         sums = pool.map([divided.call(part) for part in range(divided.n_parts)])
         for part, found in enumerate(sums):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 MIN_WORKERS = 8
-"""Smallest pool that chooses ahead: a vector chosen without the latest result is a loss, and a search with one worker
-is the same every time."""
+"""Smallest pool that chooses ahead: in a smaller one the next result that is due comes later than the choice."""
 
 MOST = 16
 WORTH = 0.001
@@ -21,6 +20,11 @@ class Lookahead:
     def __init__(self) -> None:
         self._evaluation: float | None = None
         self._choice: float | None = None
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """What an evaluation usually takes; None before the first."""
+        return self._evaluation
 
     def evaluated(self, seconds: float) -> None:
         self._evaluation = _smooth(self._evaluation, seconds)

@@ -115,7 +115,9 @@ class SearchLoop:
                 seconds_per_token=2.0 * options.trial_timeout / data.protocol.predicted_tokens,
                 max_attempts=options.max_attempts,
             )
-        self._chooser = Chooser(self._slots, shape=shape, seeds=seeds, options=options, descents=self._descents)
+        self._chooser = Chooser(
+            self._slots, shape=shape, seeds=seeds, options=options, descents=self._descents, clock=clock
+        )
 
     def run(self) -> list[Slot]:
         """All slots at the end; some are unfinished if :attr:`ending` says that the loop did not reach it.
@@ -151,6 +153,7 @@ class SearchLoop:
         control = self._steering.steer()
         changed = (control is not None and self._fit(control)) or was_paused != self._steering.paused
         self._pool.need(self._slots.n_unfinished)
+        self._chooser.fit(self._pool.n_loaded)
         if changed or self._pool.state != self._pool_shown:
             self._report(None)
         if self._steering.cancelled:

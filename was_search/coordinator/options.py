@@ -30,6 +30,7 @@ class SearchOptions:
     rung_keep: float
     trial_timeout: float
     max_attempts: int
+    lag: int = 16
     descents: DescentPlan | None = None
     space: SpaceName = "levels"
     limits: Limits = NO_LIMITS

@@ -232,6 +232,13 @@ class Settings:
         "Share of trials that go on after 1/8, 1/4 and 1/2 of the sequences; 1 leaves these rungs out.",
         _SHARE,
     )
+    sampler_lag: int = setting(
+        16,
+        Group.SEARCH,
+        "Trials right before its own that a sampler's vector does not depend on, so that up to half as many workers "
+        "find the same; 1 uses all that is known.",
+        _SOME,
+    )
     metrics: str = setting(
         "",
         Group.SEARCH,

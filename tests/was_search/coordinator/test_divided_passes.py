@@ -30,7 +30,7 @@ DESCENT = DescentOptions(rounds=5)
 @pytest.fixture(autouse=True)
 def small_parts(masked, monkeypatch):
     """Two sequences a part."""
-    monkeypatch.setattr(slope, "ENOUGH_FLOP", 2 * 6.0 * float(masked.shape.params.sum()) * 17)
+    monkeypatch.setattr(slope, "CPU_FLOP", 2 * 6.0 * float(masked.shape.params.sum()) * 17)
 
 
 @pytest.fixture
@@ -68,14 +68,15 @@ class Pool(PoolDouble):
 
 
 def test_parts_are_what_one_pass_takes(masked, data):
-    assert parts_of([7, 3, 9, 1, 4], masked.shape, data.protocol) == [[7, 3], [9, 1], [4]]
-    assert parts_of([5], masked.shape, data.protocol) == [[5]]
+    assert parts_of([7, 3, 9, 1, 4], masked.shape, data.protocol, gpu=False) == [[7, 3], [9, 1], [4]]
+    assert parts_of([5], masked.shape, data.protocol, gpu=False) == [[5]]
 
 
-def test_a_part_is_at_least_one_sequence_and_at_most_a_batch(masked, data, monkeypatch):
+@pytest.mark.parametrize(("name", "gpu"), [("CPU_FLOP", False), ("GPU_FLOP", True)])
+def test_a_part_is_at_least_one_sequence_and_at_most_a_batch(masked, data, monkeypatch, name, gpu):
     for flop, size in ((0.0, 1), (1e30, data.protocol.batch_size)):
-        monkeypatch.setattr(slope, "ENOUGH_FLOP", flop)
-        assert slope.sequences_together(masked.shape, data.protocol) == size
+        monkeypatch.setattr(slope, name, flop)
+        assert slope.sequences_together(masked.shape, data.protocol, gpu=gpu) == size
 
 
 @pytest.mark.parametrize(
@@ -90,8 +91,9 @@ def test_a_part_is_at_least_one_sequence_and_at_most_a_batch(masked, data, monke
     ],
 )
 def test_when_a_pass_is_worth_dividing(masked, data, monkeypatch, n_workers, gpus, n, flop, worth):
-    monkeypatch.setattr(slope, "ENOUGH_FLOP", flop * 6.0 * float(masked.shape.params.sum()) * 17)
-    monkeypatch.setattr(divided_passes, "ENOUGH_FLOP", slope.ENOUGH_FLOP)
+    enough = flop * 6.0 * float(masked.shape.params.sum()) * 17
+    monkeypatch.setattr(slope, "GPU_FLOP" if gpus else "CPU_FLOP", enough)
+    monkeypatch.setattr(divided_passes, "GPU_FLOP", enough)
     pool = PoolDouble(n_workers=n_workers, gpus_per_worker=gpus)
     assert divided_passes.worth_dividing(pool, n, masked.shape, data.protocol) is worth
 
@@ -117,7 +119,7 @@ def test_parts_add_up_to_a_pass_that_was_not_divided(masked, data, histograms, b
     top = dense_top(masked, data, 20)
     start = CompensationState.start(masked.shape, START, histograms.thresholds(START))
     found = learn_steps(PassesHere(masked, data, top), start, budget, OPTIONS, seed=0, steps=1)
-    monkeypatch.setattr(slope, "ENOUGH_FLOP", 1e30)
+    monkeypatch.setattr(slope, "CPU_FLOP", 1e30)
     whole = learn_steps(PassesHere(masked, data, top), start, budget, OPTIONS, seed=0, steps=1)
     np.testing.assert_allclose(found.values, whole.values, atol=1e-6)
     np.testing.assert_allclose(found.sparsities, whole.sparsities, atol=1e-6)
@@ -130,7 +132,7 @@ def test_a_divided_descent_ends_where_a_whole_one_does(masked, make_data, tokens
     histograms = histogram_pass(model, data, None)[0]
     arguments = Held(data), Held(histograms), START, budget, DESCENT, 7, 11
     expected = Descend(*arguments).run(model)
-    divided = DividedDescent(*arguments)
+    divided = DividedDescent(*arguments, gpu=False)
     while divided.end is None:
         number = divided.rounds
         for part in reversed(range(divided.n_parts)):

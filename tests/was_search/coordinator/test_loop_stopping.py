@@ -40,7 +40,7 @@ def test_rungs_compare_with_the_trials_before(run) -> None:
         return in_steps(s, rule)
 
     store = MemorySlots(60)
-    slots = run(store, answer, significance=1e-9, sampler="random")
+    slots = run(store, answer, significance=1e-9, sampler="random", lag=1)
     assert [rule.cuts for rule in rules[3:7]] == [()] * 4  # two workers: four trials have ended at the seventh
     assert [cut.sequences for cut in rules[-1].cuts] == [1, 2, 4]
     seen = [len(slot.losses) for slot in slots[3:]]

@@ -126,6 +126,7 @@ def _search_named(
             early_stopping=settings.early_stopping,
             significance=settings.significance,
             rung_keep=settings.rung_keep,
+            lag=settings.sampler_lag,
             trial_timeout=settings.trial_timeout,
             max_attempts=settings.max_attempts,
             descents=descent_plan(question),

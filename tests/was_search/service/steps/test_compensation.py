@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_where_it_was(made, monkeypatch):
 
 def test_more_workers_learn_the_same(made, monkeypatch):
     """Steps of a large model are divided among workers; here a part is a sequence."""
-    monkeypatch.setattr(slope, "ENOUGH_FLOP", 0.0)
+    monkeypatch.setattr(slope, "CPU_FLOP", 0.0)
     monkeypatch.setattr(step, "STEPS_PER_CALL", 3)
     hashed, found = step.content_hash, {}
     for workers in (1, 3):

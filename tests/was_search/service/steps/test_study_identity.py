@@ -30,6 +30,7 @@ NOT_IDENTITY = {
     "how far a trial is evaluated; finished ones have the same losses": (
         *("early_stopping", "significance", "rung_keep"),
     ),
+    "what a trial is chosen from, as what becomes of an interrupted run": ("sampler_lag",),
     "what becomes of workers and calls": (
         *("trial_timeout", "max_attempts", "quarantine_slowdown", "quarantine_failures", "quarantine_seconds"),
     ),
