@@ -15,8 +15,17 @@ from was_search.coordinator.contracts import WorkerPool
 from was_search.coordinator.model_calls import BeginLearning, Descend, SlopePart
 from was_search.masks.compensating import CompensationState
 from was_search.masks.divergence import DenseTop
-from was_search.masks.histogram import DeviceHistograms, Histograms
-from was_search.masks.slope import GPU_FLOP, SequenceDraws, Slopes, SlopeSums, Window, part_flop, sequences_together
+from was_search.masks.histogram import DeviceHistograms, Histograms, no_counts
+from was_search.masks.slope import (
+    GPU_FLOP,
+    SequenceDraws,
+    Slopes,
+    SlopeSums,
+    SumsOfParts,
+    Window,
+    part_flop,
+    sequences_together,
+)
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget
@@ -69,7 +78,7 @@ class PassesOnPool:
         self, rows: list[int], first_rows: list[int], state: CompensationState
     ) -> tuple[DeviceHistograms, Vector]:
         ((counts, spreads),) = self.pool.map([BeginLearning(self.data, rows, first_rows, state)])
-        return DeviceHistograms(counts.unpacked()), spreads
+        return DeviceHistograms(counts.add_to(no_counts(self.shape.n_blocks))), spreads
 
     def slopes(
         self,
@@ -82,9 +91,10 @@ class PassesOnPool:
         window = Window.around(sparsities, histograms)
         parts = parts_of(rows, self.shape, self.protocol, gpu=self.pool.gpus_per_worker > 0)
         shared = self.pool.share(values)
-        found = SlopeSums.joined(
-            self.pool.map([SlopePart(self.data, part, window, width, shared, self.top) for part in parts])
-        )
+        found = SumsOfParts(self.shape.n_blocks)
+        calls = [SlopePart(self.data, part, window, width, shared, self.top) for part in parts]
+        for number, sums in enumerate(self.pool.map(calls)):
+            found.add(number, sums)
         return found.slopes(self.shape, window, self.protocol, len(rows)), found.gradient
 
 
@@ -149,12 +159,11 @@ class DividedDescent:
         Raises:
             InfeasibleError: slopes that are not finite.
         """
-        self._found[part] = sums
+        self._found.add(part, sums)
         if len(self._found) < len(self._parts):
             return False
-        joined = SlopeSums.joined([self._found[number] for number in range(len(self._parts))])
         protocol = self._data.value.protocol
-        slopes = joined.slopes(self._shape, self._window, protocol, sum(map(len, self._parts)))
+        slopes = self._found.slopes(self._shape, self._window, protocol, sum(map(len, self._parts)))
         self._histograms = slopes.histograms
         self._descent.take(slopes.slopes)
         if self._descent.end is None:
@@ -164,7 +173,7 @@ class DividedDescent:
     def _begin_round(self) -> None:
         self._window = Window.around(self._descent.point, self._histograms)
         self._parts = parts_of(self._draws.next(), self._shape, self._data.value.protocol, gpu=self._gpu)
-        self._found: dict[int, SlopeSums] = {}
+        self._found = SumsOfParts(self._shape.n_blocks)
 
 
 def descend_on(

@@ -7,7 +7,7 @@ Scores are non-negative floats, so the top 16 bits of their float32 pattern (bfl
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -146,33 +146,29 @@ class PackedCounts:
     """Score counts to be sent: those that are not 0, a tenth of them.
 
     Attributes:
-        n_blocks: L.
-        pieces: what adds up to them: places in the flat counts [L, 7, 32768] and the counts there, int32 where they
-            fit, each place once.
+        places: where they are among the flat counts [L, 7, 32768], int32 where that is enough.
+        counts: int32 where they fit.
     """
 
-    n_blocks: int
-    pieces: tuple[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]], ...]
+    places: npt.NDArray[np.integer]
+    counts: npt.NDArray[np.integer]
 
     @classmethod
     def of(cls, counts: Tensor) -> PackedCounts:
         """``counts`` int64 [L, 7, 32768], on any device."""
         flat = counts.flatten()
         places = flat.nonzero()[:, 0]
-        found = flat[places]
-        return cls(len(counts), ((_narrow(places), _narrow(found)),))
+        return cls(_narrow(places), _narrow(flat[places]))
 
-    @classmethod
-    def joined(cls, parts: Sequence[PackedCounts]) -> PackedCounts:
-        """The counts of all parts."""
-        return cls(parts[0].n_blocks, tuple(piece for part in parts for piece in part.pieces))
+    def add_to(self, counts: Tensor) -> Tensor:
+        """Add them to ``counts`` int64 [L, 7, 32768] on the host, in place; returns that."""
+        counts.view(-1).numpy()[self.places] += self.counts  # each place comes once
+        return counts
 
-    def unpacked(self) -> Tensor:
-        """All of them, int64 [L, 7, 32768]."""
-        counts = np.zeros(self.n_blocks * N_PROJECTIONS * N_BINS, np.int64)
-        for places, found in self.pieces:
-            counts[places] += found
-        return torch.from_numpy(counts).view(self.n_blocks, N_PROJECTIONS, N_BINS)
+
+def no_counts(n_blocks: int) -> Tensor:
+    """Zeros, int64 [L, 7, 32768]."""
+    return torch.zeros((n_blocks, N_PROJECTIONS, N_BINS), dtype=torch.int64)
 
 
 def _narrow(numbers: Tensor) -> npt.NDArray[np.integer]:

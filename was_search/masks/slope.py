@@ -15,8 +15,7 @@ channels in a band around the threshold, as a kernel density estimate: ``s / (2 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from was_search.compensation import Vector
 from was_search.masks.backward import opened, recomputes
 from was_search.masks.corrections import LearnedCorrections
 from was_search.masks.divergence import DenseTop
-from was_search.masks.histogram import DeviceHistograms, Histograms, PackedCounts
+from was_search.masks.histogram import DeviceHistograms, Histograms, PackedCounts, no_counts
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.slope_point import SlopePoint
 from was_search.shape import FloatArray, ModelShape
@@ -95,7 +94,7 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class SlopeSums:
-    """What the backward passes of some sequences add up to; those of several parts are added in their order.
+    """What the backward passes of some sequences add up to.
 
     Attributes:
         change: of the loss over each projection's window, nats, float64 [L, 7]; of a shared mask at its first member.
@@ -114,24 +113,50 @@ class SlopeSums:
         gradient = np.zeros(0, np.float32) if point.learned is None else point.learned.gradient()
         return cls(point.change(), PackedCounts.of(point.counts()), float(point.nats), gradient)
 
-    @classmethod
-    def joined(cls, parts: Sequence[SlopeSums]) -> SlopeSums:
-        """The sums of all parts, to the bit as one worker adds them."""
-        change, nats = np.zeros_like(parts[0].change), 0.0
-        gradient = np.zeros_like(parts[0].gradient)
+
+class SumsOfParts:
+    """What the parts of a pass add up to, to the bit as one worker adds them, whichever comes first.
+
+    Args:
+        n_blocks: L.
+    """
+
+    def __init__(self, n_blocks: int) -> None:
+        self._counts = no_counts(n_blocks)
+        self._parts: dict[int, SlopeSums] = {}
+
+    def __len__(self) -> int:
+        """Parts that have come."""
+        return len(self._parts)
+
+    def add(self, part: int, sums: SlopeSums) -> None:
+        """Take in what the part of that number found."""
+        sums.counts.add_to(self._counts)
+        self._parts[part] = replace(sums, counts=_NOTHING)  # floats are added in order, and last
+
+    @property
+    def gradient(self) -> Vector:
+        """As :class:`SlopeSums` has it, of all parts."""
+        parts = self._ordered
+        total = np.zeros_like(parts[0].gradient)
         for part in parts:
-            change, nats = change + part.change, nats + part.nats
-            gradient += part.gradient
-        return cls(change, PackedCounts.joined([part.counts for part in parts]), nats, gradient)
+            total += part.gradient
+        return total
 
     def slopes(self, shape: ModelShape, window: Window, protocol: EvaluationProtocol, sequences: int) -> Slopes:
-        """The slopes of a pass over so many sequences of ``protocol``."""
-        return _slopes(
-            *(shape, window, protocol, sequences),
-            change=self.change,
-            counts=self.counts.unpacked(),
-            nats=self.nats,
-        )
+        """The slopes of a pass over so many sequences of ``protocol``; asked for once, when all parts have come."""
+        parts = self._ordered
+        change, nats = np.zeros_like(parts[0].change), 0.0
+        for part in parts:
+            change, nats = change + part.change, nats + part.nats
+        return _slopes(shape, window, protocol, sequences, change=change, counts=self._counts, nats=nats)
+
+    @property
+    def _ordered(self) -> list[SlopeSums]:
+        return [self._parts[number] for number in sorted(self._parts)]
+
+
+_NOTHING = PackedCounts(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 def _slopes(

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from was_search.errors import InfeasibleError, StorageError
-from was_search.masks.histogram import N_BINS, DeviceHistograms, Histograms, bin_counts, bin_edges
+from was_search.masks.histogram import (
+    N_BINS,
+    DeviceHistograms,
+    Histograms,
+    PackedCounts,
+    bin_counts,
+    bin_edges,
+    no_counts,
+)
 
 BIN_WIDTH = 2.0**-7
 """Relative width of a bin: bfloat16 keeps 7 bits of the mantissa."""
@@ -198,3 +206,18 @@ def test_refuses_damaged_bytes():
     ]:
         with pytest.raises(StorageError, match=rf"{n_blocks * size} bytes expected for {n_blocks} blocks, got \d+"):
             Histograms.from_bytes(wrong, n_blocks)
+
+
+def test_packed_counts_add_up_whatever_comes_first():
+    drawn = np.random.default_rng(0)
+    counts = torch.from_numpy(drawn.integers(0, 3, (4, 2, 7, N_BINS)) * (drawn.random((4, 2, 7, N_BINS)) < 0.01))
+    counts[0, 1, 6, -1] = 1 << 40  # more than an int32 holds
+    packed = [PackedCounts.of(each) for each in counts]
+    assert packed[1].counts.dtype == packed[1].places.dtype == np.int32
+    assert len(packed[1].places) == int((counts[1] != 0).sum())
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        total = no_counts(2)
+        for number in order:
+            packed[number].add_to(total)
+        assert torch.equal(total, counts.sum(0))
+    assert torch.equal(PackedCounts.of(no_counts(2)).add_to(no_counts(2)), no_counts(2))
