@@ -16,16 +16,8 @@ from was_search.coordinator.model_calls import BeginLearning, Descend, SlopePart
 from was_search.masks.compensating import CompensationState
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import DeviceHistograms, Histograms, no_counts
-from was_search.masks.slope import (
-    GPU_FLOP,
-    SequenceDraws,
-    Slopes,
-    SlopeSums,
-    SumsOfParts,
-    Window,
-    part_flop,
-    sequences_together,
-)
+from was_search.masks.slope import GPU_FLOP, SequenceDraws, part_flop, sequences_together
+from was_search.masks.slope_sums import Slopes, SlopeSums, SumsOfParts, Window
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget

@@ -31,7 +31,8 @@ from was_search.masks.histogram import Histograms, PackedCounts
 from was_search.masks.masked_model import MaskedModel
 from was_search.masks.masking import Masking
 from was_search.masks.pricing import price_sums
-from was_search.masks.slope import SlopeOracle, SlopeSums, Window, slope_point
+from was_search.masks.slope import SlopeOracle, slope_point
+from was_search.masks.slope_sums import SlopeSums, Window
 from was_search.shape import FloatArray, IntArray
 from was_search.texts.protocol import Evaluation, EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget

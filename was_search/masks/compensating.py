@@ -28,7 +28,8 @@ from was_search.masks.corrections import LearnedCorrections, output_spreads
 from was_search.masks.divergence import DenseTop
 from was_search.masks.histogram import DeviceHistograms, Histograms
 from was_search.masks.masked_model import MaskedModel
-from was_search.masks.slope import Slopes, slope_pass
+from was_search.masks.slope import slope_pass
+from was_search.masks.slope_sums import Slopes
 from was_search.shape import FloatArray, ModelShape
 from was_search.texts.protocol import EvaluationProtocol, TokenSet
 from was_search.vectors.budget import Budget
