@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from was_search.errors import ConfigError, WasError
+from was_search.errors import ConfigError, ModelError, WasError
 from was_search.service.context import Context
 from was_search.service.reports.progress import Reporter
 from was_search.service.settings import Settings
-from was_search.service.steps.demonstration import demo_settings
+from was_search.service.steps.demonstration import DEMO_FOLDER, demo_settings
 from was_search.service.steps.exporting import export
 from was_search.service.steps.profiling import profile
 from was_search.service.steps.seeding import seed
@@ -96,3 +99,55 @@ def test_what_reads_or_fetches_much_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with Context(demo_settings(model="org/model", data="wikitext2"), told := Told()) as context:
         tokens_here(context, "test")
     assert told.names == ["load wikitext2 [test]", "fetch org/model from the hub", "tokenise wikitext2 [test]"]
+
+
+class Pool:
+    """Stands for the workers' pool: says what becomes of it."""
+
+    told: list[str]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.told.append("pool started")
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.told.append("pool closed")
+
+    def wait_for_least(self) -> None:
+        self.told.append("waited")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a context does with Ray and with workers, none of which are there."""
+    told: list[str] = []
+
+    @contextmanager
+    def connect(*args: Any, **options: Any) -> Iterator[Any]:
+        told.append("Ray started")
+        yield SimpleNamespace(local=True)
+        told.append("Ray closed")
+
+    monkeypatch.setattr("was_workers.cluster.connect", connect)
+    monkeypatch.setattr("was_workers.pool.Pool", type("Told", (Pool,), {"told": told}))
+    return told
+
+
+def test_the_model_is_checked_while_workers_start(told: list[str]) -> None:
+    with Context(demo_settings()) as context:
+        assert context.pool is not None
+    assert told == ["Ray started", "pool started", "waited", "pool closed", "Ray closed"]
+
+
+def test_a_model_that_no_worker_would_load_leaves_nothing_running(told: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_FOLDER / "model", folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4000}))
+    with Context(demo_settings(model=str(folder))) as context:
+        with pytest.raises(ModelError, match="4000 layers"):
+            _ = context.pool
+        assert "pool" not in vars(context)
+    assert told == ["Ray started", "pool started", "pool closed", "Ray closed"]
