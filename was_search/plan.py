@@ -261,8 +261,9 @@ class Plan:
             _require_all(folder / JSON_NAME, document["shape"], ("in_features", "out_features", "masks"))
             payload = _read(tensors_path, _MAX_TENSORS_BYTES)
             if len(payload) != declared["bytes"]:
+                why = "truncated" if len(payload) < declared["bytes"] else "put together from two"
                 raise PlanError(
-                    f"{tensors_path}: {declared['bytes']} bytes expected, got {len(payload)}; the plan is truncated, "
+                    f"{tensors_path}: {declared['bytes']} bytes expected, got {len(payload)}; the plan is {why}, "
                     "copy it again"
                 )
             if hashlib.sha256(payload).hexdigest() != declared["sha256"]:
@@ -347,6 +348,9 @@ def _plan_nearby(folder: Path) -> str:
 
 def _read_document(folder: Path) -> dict[str, Any]:
     path = folder / JSON_NAME
+    if folder.is_file():
+        around = f"; did you mean {str(folder.parent)!r}?" if (folder.parent / JSON_NAME).is_file() else ""
+        raise PlanError(f"{folder}: is a file; a plan is a folder with {JSON_NAME} and {TENSORS_NAME}{around}")
     try:
         document = json.loads(_read(path, _MAX_JSON_BYTES))
     except OSError as error:

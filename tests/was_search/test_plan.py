@@ -152,6 +152,18 @@ def test_truncated_tensors(folder, drop):
         Plan.load(folder)
 
 
+def test_tensors_of_another_plan(folder):
+    path = folder / TENSORS_NAME
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(PlanError, match=r"bytes expected, got .*; the plan is put together from two"):
+        Plan.load(folder)
+
+
+def test_a_file_in_place_of_the_folder(folder):
+    with pytest.raises(PlanError, match=rf"plan\.json: is a file; a plan is a folder with .*; did you mean '{folder}'"):
+        Plan.load(folder / JSON_NAME)
+
+
 def test_a_changed_digit_of_the_json(folder):
     path = folder / JSON_NAME
     text = path.read_text()
@@ -276,10 +288,10 @@ def test_a_shape_that_does_not_fit_the_tensors(folder):
 def test_paths_that_are_no_plan(tmp_path, folder):
     file = tmp_path / "file"
     file.write_text("x")
-    match = r"plan\.json: cannot be read \({}\); a plan is a folder with plan\.json and plan\.safetensors"
-    with pytest.raises(PlanError, match=match.format("Not a directory")):
+    words = r"a plan is a folder with plan\.json and plan\.safetensors"
+    with pytest.raises(PlanError, match=rf"file: is a file; {words}$"):
         Plan.load(file)
-    with pytest.raises(PlanError, match=match.format("No such file or directory")):
+    with pytest.raises(PlanError, match=rf"plan\.json: cannot be read \(No such file or directory\); {words}"):
         Plan.load(tmp_path / "none")
     (folder / TENSORS_NAME).unlink()
     with pytest.raises(PlanError, match=r"plan\.safetensors: not found; a plan is a folder with"):

@@ -1,9 +1,10 @@
 """Chooses the vectors of a search: seeds, then what the descents end in, then what a sampler suggests.
 
-The vector of a sampler's slot, and when its evaluation stops early, depend on the results of the slots that lie
-``options.lag`` or more before it, and on no others, even if those have ended. So a search is the same, to the bit,
-whatever the number of workers and the order in which they end, up to half as many workers. With more of them, each
-choice uses all that is known.
+The vector of a sampler's slot, and when its evaluation stops early, depend on the results of the slots that lie a lag
+or more before it, and on no others, even if those have ended. So a search is the same, to the bit, whatever the number
+of workers and the order in which they end, up to half as many workers as the lag. With more of them, each choice uses
+all that is known. The lag is ``options.lag``, or a sixth of the slots where they are few: the first slots of a sampler
+cannot be stopped by what others found.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Chooser:
         self._suggester: Suggester | None = None
         self._distributions: Mapping[str, Any] = {}
         self._reference: FloatArray | None = None
-        self._back: float = options.lag
+        self._back: float = math.inf
+        self.fit(1)
         self._settled = Settled(slots)
         self._untold: list[int] = []
         self._clock = clock
@@ -92,7 +94,8 @@ class Chooser:
 
     def fit(self, n_workers: int) -> None:
         """Note how many workers there are: with too many for the lag, some would wait for results."""
-        self._back = self._options.lag if 2 * n_workers <= self._options.lag else -math.inf
+        lag = min(self._options.lag, max(1, len(self._slots) // 6))
+        self._back = lag if 2 * n_workers <= max(2, lag) else -math.inf
 
     def forget_ahead(self) -> None:
         """Forget vectors that were chosen and not asked for."""

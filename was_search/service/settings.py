@@ -235,8 +235,8 @@ class Settings:
     sampler_lag: int = setting(
         16,
         Group.SEARCH,
-        "Trials right before its own that a sampler's vector does not depend on, so that up to half as many workers "
-        "find the same; 1 uses all that is known.",
+        "Trials right before its own that a sampler's vector does not depend on, at most a sixth of all, so that up to "
+        "half as many workers find the same; 1 uses all that is known.",
         _SOME,
     )
     metrics: str = setting(

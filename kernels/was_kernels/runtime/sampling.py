@@ -12,6 +12,9 @@ from torch import Tensor
 
 from was_search.errors import ConfigError
 
+_LEAST_TEMPERATURE = 1e-6
+"""Under it logits divided by it may be more than a float32 holds, and a draw is the likeliest token anyway."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,7 +23,7 @@ class Sampling:
     Attributes:
         repetition_penalty: logits of tokens that are in the prompt or the text so far are divided by it where they are
             positive and multiplied where negative (Keskar et al., 2019, CTRL); 1 leaves them.
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        temperature: logits are divided by it; 0, or less than a millionth, takes the likeliest token.
         top_k: sample from the likeliest so many tokens only; 0 from all.
         top_p: sample from the fewest likeliest tokens whose probabilities reach it (Holtzman et al., 2020); 1 from all.
         seed: of the random draws: the same seed gives the same text on the same device with the same versions.
@@ -36,7 +39,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("repetition_penalty", self.repetition_penalty, "over 0", lambda x: 0.0 < x < math.inf)
+        _require("repetition_penalty", self.repetition_penalty, "from 0.001 to 1000", lambda x: 1e-3 <= x <= 1e3)
         _require("temperature", self.temperature, "a number from 0 on", lambda x: 0.0 <= x < math.inf)
         _require("top_k", self.top_k, "a whole number from 0 on", lambda x: x >= 0, whole=True)
         _require("top_p", self.top_p, "over 0 and at most 1", lambda x: 0.0 < x <= 1.0)
@@ -45,7 +48,7 @@ class Sampling:
     @property
     def form(self) -> Form:
         """Which operations the choice needs."""
-        random = self.temperature > 0.0
+        random = self.temperature >= _LEAST_TEMPERATURE
         return Form(
             random,
             self.repetition_penalty != 1.0,

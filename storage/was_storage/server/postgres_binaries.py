@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pwd
@@ -102,8 +103,17 @@ def initialise(folder: Path, account: pwd.struct_passwd | None) -> None:
     unfinished.mkdir(mode=0o700)
     hand_over(unfinished, account)
     arguments = ["--auth=trust", "--encoding=UTF8", "--no-locale", "-U", SUPERUSER, "-D", str(unfinished)]
-    with unnamed_user.named() as variables:
-        run(programs / "initdb", arguments, account, variables=variables)
+    try:
+        with unnamed_user.named() as variables:
+            run(programs / "initdb", arguments, account, variables=variables)
+    except StorageError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise StorageError(
+            f"embedded Postgres: no space left for it in {folder.parent} (some 50 MB to begin with); free some, or set "
+            "WAS_SEARCH_HOME to a folder with more"
+        ) from error
     unfinished.rename(folder)
 
 

@@ -98,7 +98,10 @@ def _read(url: str) -> dict[str, str]:
         raise StorageError(f"storage: not a database URL; {_EXAMPLE}")
     if unknown:
         raise StorageError("storage: an argument after '?' in the URL is not one that Postgres knows")
-    raise StorageError(f"storage: the URL cannot be read (is the port a number?); {_ESCAPE}; {_EXAMPLE}")
+    raise StorageError(
+        "storage: the URL cannot be read (is the port a number, and each '%' followed by two digits?); "
+        f"{_ESCAPE}; {_EXAMPLE}"
+    )
 
 
 def _check_delimiters(rest: str) -> None:

@@ -60,6 +60,16 @@ def test_draws_have_the_distribution_of_transformers(sampling, dtype):
         assert chisquare(observed, predicted * observed.sum() / predicted.sum()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-40, 1e-20, 9e-7, 1e-6, 1e-5])
+@pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 1e-300}, {"repetition_penalty": 1e3}])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature, others):
+    sampling = Sampling(temperature=temperature, **others)
+    sampler = Sampler(sampling.form, 1, VOCABULARY, torch.device("cpu"))
+    sampler.begin(sampling, torch.tensor([[3]]), None)
+    logits = torch.linspace(-30, 90, VOCABULARY)[None].roll(7)
+    assert sampler.choose(logits).tolist() == [6]
+
+
 def test_what_was_drawn_is_penalised_and_padding_is_not():
     sampling = Sampling(repetition_penalty=100.0)
     sampler = Sampler(sampling.form, 2, 4, torch.device("cpu"))
@@ -83,7 +93,8 @@ def test_what_was_drawn_is_penalised_and_padding_is_not():
         ({"top_k": -1}, "top_k: must be a whole number from 0 on, got -1"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_k": True}, "top_k"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: must be over 0, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: must be from 0.001 to 1000, got 0.0"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
         ({"seed": -1}, "seed: must be a whole number from 0 to"),
         ({"seed": 1.5}, "seed"),
     ],

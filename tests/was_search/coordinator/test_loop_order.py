@@ -32,7 +32,7 @@ def shuffled(n_workers: int, seed: int, lose: int = 0):
     return make
 
 
-def searched(run, pool, n: int = 60, **options):
+def searched(run, pool, n: int = 100, **options):
     slots = run(MemorySlots(n), lambda _, s, rule: in_steps(s, rule), pool=pool, significance=1e-9, **options)
     return [(slot.origin, slot.state, slot.params, tuple(slot.losses)) for slot in slots]
 
@@ -65,8 +65,15 @@ def test_more_workers_than_half_the_lag_do_not_wait(run):
         pool.wait = lambda seconds: (idle.append(pool.n_idle), ordinary(seconds))[1]
         return pool
 
-    searched(run, make, n=60, lag=16)
+    searched(run, make, lag=16)
     assert sum(idle[3:-9]) == 0
+
+
+def test_of_few_slots_a_sixth_is_the_lag(run):
+    expected = searched(run, shuffled(1, 0), n=48)
+    assert expected == searched(run, shuffled(4, 5), n=48)
+    assert expected == searched(run, shuffled(1, 0), n=48, lag=8)
+    assert expected != searched(run, shuffled(1, 0), n=48, lag=4)
 
 
 def test_a_slot_that_takes_long_is_not_waited_for(run, monkeypatch):

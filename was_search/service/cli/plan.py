@@ -35,7 +35,7 @@ def evaluate(
     *,
     plan: PlanIn = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on: calibration, search or test.")] = "test",
-    tasks: Annotated[str, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = "",
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated lm-eval tasks instead of perplexity.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
     weights: Annotated[
@@ -66,7 +66,11 @@ def evaluate(
     if tasks and continuations:
         raise ConfigError("continuations: are of text; leave out --tasks")
     formats = [form.strip() for form in weights.split(",") if form.strip()]
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise ConfigError("tasks: names none; leave it out for perplexity")
+    if limit is not None and tasks is None:
+        raise ConfigError("limit: is of tasks; give --tasks")
     if len(formats) == 1:
         invocation.flags.update(weights=formats[0])
 
@@ -134,8 +138,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="What clients call the model; if not given, its own name.")] = "",
     api_key: Annotated[
-        str, typer.Option(envvar="WAS_SEARCH_API_KEY", help="Key that clients must send; better in the environment.")
-    ] = "",
+        str | None,
+        typer.Option(envvar="WAS_SEARCH_API_KEY", help="Key that clients must send; better in the environment."),
+    ] = None,
     most_new: Annotated[int, typer.Option("--max-new-tokens", help="New tokens of one request at most.")] = 1024,
     most_requests: Annotated[
         int, typer.Option("--max-requests", help="Requests at a time, most of them waiting.")
@@ -146,7 +151,9 @@ def serve(
     from was_search.service.steps import serving
 
     loaded, base = load_plan(plan)
-    options = serving.ServerOptions(host, port, name, api_key, most_new, most_requests)
+    if api_key == "":
+        raise ConfigError("API key: is empty; leave --api-key out to serve without one")
+    options = serving.ServerOptions(host, port, name, api_key or "", most_new, most_requests)
     invocation.run(lambda context: serving.serve(context, loaded, options, gpus=gpus), base)
 
 
@@ -240,13 +247,19 @@ def read_prompt(given: str) -> str:
         raise ConfigError(f"prompt: standard input is no text in UTF-8 (byte {error.start}); convert it") from error
 
 
-def load_plan(folder: Path | None) -> tuple[Plan | None, Settings | None]:
-    """A plan and the settings that it was made with."""
+def load_plan(folder: Path | None, also: tuple[str, ...] = ()) -> tuple[Plan | None, Settings | None]:
+    """A plan and the settings that it was made with, ``also`` among them."""
     if folder is None:
         return None, None
+    if folder == Path():
+        raise ConfigError("plan: is empty; give a plan's folder")
     plan = Plan.load(folder)
     recorded = plan.provenance.get("settings")
-    made_with = {name: recorded[name] for name in _OF_A_PLAN if name in recorded} if isinstance(recorded, dict) else {}
+    made_with = (
+        {name: recorded[name] for name in (*_OF_A_PLAN, *also) if name in recorded}
+        if isinstance(recorded, dict)
+        else {}
+    )
     try:
         load_settings(None, made_with)
     except ConfigError as error:
@@ -274,3 +287,6 @@ _OF_A_PLAN = (
     *("dense_prefix", "calibration_sequences", "search_sequences", "test_sequences"),
 )
 """Settings that a plan may bring along: as it comes from anywhere, none that names a database, address or file."""
+
+OF_A_COMPENSATION = ("compensation_steps", "compensation_tokens", "slope_sequences", "kl_top_k")
+"""Further settings of a plan that say how its compensation was learned."""

@@ -165,10 +165,10 @@ def compensate(
     ] = None,
 ) -> None:
     """Learn a compensation for a plan, on its own text or on another, and write the compensated plan."""
-    from was_search.service.cli.plan import load_plan
+    from was_search.service.cli.plan import OF_A_COMPENSATION, load_plan
     from was_search.service.steps import plan_compensation
 
-    loaded, base = load_plan(plan)
+    loaded, base = load_plan(plan, OF_A_COMPENSATION)
     folder = output or plan.with_name(f"{plan.absolute().name}-compensated")
 
     def step(context: Any) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from was_search.errors import WasError
 from was_search.process.plain_json import dumps
-from was_search.service.serving.engine import DecodingFailed, Ended, Engine, Prompt
+from was_search.service.serving.engine import DecodingFailed, Ended, Engine, Job, NoPlace, Prompt, ServerEnds
 from was_search.service.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -90,7 +91,7 @@ class _Answer:
 
     server: Server
     asked: Any
-    prompt: Prompt
+    job: Job
     chat: bool
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -100,19 +101,19 @@ class _Answer:
     async def parts(self) -> AsyncIterator[str | Ended]:
         """Of the text, with what the figures want of them."""
         figures = self.server.figures
-        async with aclosing(self.server.engine.decode(self.prompt)) as parts:  # type: ignore[type-var]
+        async with aclosing(self.server.engine.decode(self.job)) as parts:  # type: ignore[type-var]
             async for part in parts:
                 if not self.began:
                     self.began = True
                     figures.first.observe(time.perf_counter() - self.started)
                 if isinstance(part, Ended):
                     figures.seconds.observe(time.perf_counter() - self.started)
-                    figures.tokens.labels("prompt").inc(len(self.prompt.ids))
+                    figures.tokens.labels("prompt").inc(len(self.job.prompt.ids))
                     figures.tokens.labels("new").inc(part.tokens)
                 yield part
 
     def usage(self, ended: Ended) -> dict[str, int]:
-        there = len(self.prompt.ids)
+        there = len(self.job.prompt.ids)
         return {"prompt_tokens": there, "completion_tokens": ended.tokens, "total_tokens": there + ended.tokens}
 
     def whole(self, text: str, ended: Ended) -> dict[str, Any]:
@@ -187,7 +188,8 @@ class Server:
                 if error.status == 429:
                     response.headers["Retry-After"] = "1"
             except DecodingFailed as error:
-                response = JSONResponse(_failed(error).to_json(), 500)
+                failed = _failed(error)
+                response = JSONResponse(failed.to_json(), failed.status)
             self.figures.requests.labels(request.url.path, response.status_code).inc()
             return response
 
@@ -246,16 +248,13 @@ class Server:
 
     async def _answered(self, request: Request, asked: Any, ids: list[int], usual: int, *, chat: bool) -> Response:
         prompt = self._prompt(asked, ids, usual, chat)
-        if self.engine.full:
-            raise RequestError(
-                429,
-                f"{self.engine.requests} requests are waited for already; try again",
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-            )
-        answer = _Answer(self, asked, prompt, chat)
+        try:
+            job = self.engine.admit(prompt)
+        except NoPlace as error:
+            raise RequestError(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded") from error
+        answer = _Answer(self, asked, job, chat)
         if asked.stream:
-            return StreamingResponse(_events(answer), media_type="text/event-stream")
+            return _Stream(answer)
         return await _whole(request, answer)
 
     def _prompt(self, asked: _Request, ids: list[int], usual: int, chat: bool) -> Prompt:
@@ -291,6 +290,20 @@ class Server:
 
     async def _metrics(self, _: Request) -> Response:
         return PlainTextResponse(generate_latest(self.figures.registry), media_type="text/plain; version=0.0.4")
+
+
+class _Stream(StreamingResponse):
+    """A streamed answer, whose place is given back also where its client goes before it begins."""
+
+    def __init__(self, answer: _Answer) -> None:
+        super().__init__(_events(answer), media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.server.engine.leave(self._answer.job)
 
 
 async def _whole(request: Request, answer: _Answer) -> Response:
@@ -341,6 +354,8 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _failed(error: DecodingFailed) -> RequestError:
+    if isinstance(error, ServerEnds):
+        return RequestError(503, str(error), kind="server_error", code="service_unavailable")
     return RequestError(500, f"decoding failed: {error}", kind="server_error")
 
 
@@ -349,10 +364,13 @@ async def _body(request: Request) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "the body must be JSON, with Content-Type: application/json")
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MOST_BYTES:
-            raise RequestError(413, f"the body is longer than {MOST_BYTES} bytes")
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MOST_BYTES:
+                raise RequestError(413, f"the body is longer than {MOST_BYTES} bytes")
+    except ClientDisconnect as error:  # nobody reads this
+        raise RequestError(400, "the body ended early") from error
     return bytes(body)
 
 

@@ -45,12 +45,25 @@ class Ended:
     tokens: int
 
 
+_ENDS = "the server is shutting down"
+
+
 class DecodingFailed(Exception):  # noqa: N818 - what happened
     """Decoding ended with an error of the model's; the server goes on."""
 
 
+class ServerEnds(DecodingFailed):
+    """The server is shutting down."""
+
+
+class NoPlace(Exception):  # noqa: N818 - what happened
+    """As many requests as are wanted are there already."""
+
+
 @dataclass(eq=False)
-class _Job:
+class Job:
+    """A text that is decoded or waits for that; it has a place in the engine from :meth:`Engine.admit` on."""
+
     prompt: Prompt
     events: asyncio.AbstractEventLoop
     parts: asyncio.Queue[str | Ended | BaseException] = field(default_factory=asyncio.Queue)
@@ -74,8 +87,9 @@ class Engine:
         self._loop = loop
         self._tokenizer = tokenizer
         self._most = most
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
-        self._there: set[_Job] = set()
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._there: set[Job] = set()
+        self._stopped = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
         self._thread.start()
 
@@ -85,38 +99,59 @@ class Engine:
         return len(self._there)
 
     @property
-    def full(self) -> bool:
-        return len(self._there) >= self._most
-
-    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    async def decode(self, prompt: Prompt) -> AsyncIterator[str | Ended]:
-        """The parts of the text after ``prompt``, then its end; leaving in the middle stops decoding.
+    def admit(self, prompt: Prompt) -> Job:
+        """Take a place for the text after ``prompt``, which :meth:`decode` or :meth:`leave` gives back.
+
+        Raises:
+            NoPlace: there is none.
+            ServerEnds: after :meth:`stop`.
+        """
+        if self._stopped:
+            raise ServerEnds(_ENDS)
+        if len(self._there) >= self._most:
+            raise NoPlace(f"{self.requests} requests are waited for already; try again")
+        job = Job(prompt, asyncio.get_running_loop())
+        self._there.add(job)
+        return job
+
+    def leave(self, job: Job) -> None:
+        """Give the place back; what is still decoded of the text is given up."""
+        job.cancelled.set()
+        self._there.discard(job)
+
+    async def decode(self, job: Job) -> AsyncIterator[str | Ended]:
+        """The parts of the job's text, then its end; leaving in the middle stops decoding.
 
         Raises:
             DecodingFailed: with the reason.
         """
-        job = _Job(prompt, asyncio.get_running_loop())
-        self._there.add(job)
         self._jobs.put(job)
         try:
             while True:
                 part = await job.parts.get()
+                if isinstance(part, DecodingFailed):
+                    raise part
                 if isinstance(part, BaseException):
                     raise DecodingFailed(str(part)) from part
                 yield part
                 if isinstance(part, Ended):
                     return
         finally:
+            self.leave(job)
+
+    def stop(self) -> None:
+        """Admit nothing more, and end what is there with :class:`ServerEnds`."""
+        self._stopped = True
+        for job in list(self._there):
             job.cancelled.set()
-            self._there.discard(job)
+            job.tell(ServerEnds(_ENDS))
 
     def close(self) -> None:
         """End the thread; texts that are not finished end where they are."""
-        for job in list(self._there):
-            job.cancelled.set()
+        self.stop()
         self._jobs.put(None)
         self._thread.join(timeout=30)
 
@@ -132,7 +167,7 @@ class Engine:
                 _LOG.exception("decoding failed")
                 job.tell(error)
 
-    def _decode(self, job: _Job) -> None:
+    def _decode(self, job: Job) -> None:
         from was_kernels import TextStream
 
         asked = job.prompt

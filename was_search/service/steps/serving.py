@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from was_search.service.steps.evaluation import load_for
 
 if TYPE_CHECKING:
     from was_search.service.serving.application import Served
+
+_FINISHING_SECONDS = 4.0
+"""Time that answers get to finish once the server has been asked to end."""
 
 _LIBRARIES = ("starlette", "uvicorn", "pydantic")
 
@@ -45,11 +49,12 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port: must be from 0 to 65535, got {self.port}")
-        for name in ("most_new", "most_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for option, value in (("max_new_tokens", self.most_new), ("max_requests", self.most_requests)):
+            if value < 1:
+                raise ConfigError(f"{option}: must be at least 1, got {value}")
         if not (self.api_key.isascii() and self.api_key.isprintable()) or " " in self.api_key:
-            raise ConfigError("api_key: must be of printable ASCII characters without blanks")
+            # What follows "api_key:" in a message is hidden, as a key would be.
+            raise ConfigError("API key: must be of printable ASCII characters without blanks")
 
 
 def serve(
@@ -103,9 +108,18 @@ def serve(
             api_key=options.api_key,
             chat_ends=loop.eos | ends_of_answers(tokenizer),
         )
-        application = Server(served, Engine(loop, tokenizer, options.most_requests)).application
+        engine = Engine(loop, tokenizer, options.most_requests)
+        application = Server(served, engine).application
         config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=5, lifespan="on")
-        server = uvicorn.Server(config)
+
+        class Ending(uvicorn.Server):
+            """Tells those whose answers are not finished soon that it ends, before their tasks are cancelled."""
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                asyncio.get_running_loop().call_later(_FINISHING_SECONDS, engine.stop)
+                await super().shutdown(sockets)
+
+        server = Ending(config)
         started(server)
         for line in _lines(context, served, plan, options, listening.getsockname()[1]):
             context.reporter.note(line)

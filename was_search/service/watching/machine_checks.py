@@ -70,7 +70,7 @@ def _gpu() -> Check:
         advice = (
             "searches run on CPU, which suits small models only"
             if built
-            else "this is a CPU build of torch; for a GPU install a CUDA build (see README)"
+            else "this is a CPU build of torch; for a GPU install a CUDA build (pytorch.org/get-started)"
         )
         return Check("GPU", None, "no CUDA device", advice)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -22,7 +22,7 @@ from was_search.compensation import Compensation
 from was_search.errors import ConfigError, PlanError
 from was_search.plan import Plan
 from was_search.service.cli.main import app
-from was_search.service.cli.plan import load_plan
+from was_search.service.cli.plan import OF_A_COMPENSATION, load_plan
 from was_search.service.context import Context
 from was_search.service.steps import continuations
 from was_search.service.steps.demonstration import DEMO_FOLDER
@@ -185,6 +185,8 @@ def test_continuations_are_of_the_plans_own_format(rounded, short_texts):
         (["--continuations", "2", "--weights", "int8"], "decoding takes weights as the plan has them; give --weights"),
         (["--against", "PLAN", "--tasks", "arc"], "against: compares two plans on text; give --plan, no --tasks"),
         (["--against", "PLAN", "--weights", "none,int8"], "and one format of --weights"),
+        (["--limit", "5"], "limit: is of tasks; give --tasks"),
+        (["--tasks", " ,"], "tasks: names none; leave it out for perplexity"),
     ],
 )  # fmt: skip
 def test_refuses_what_cannot_be_compared(plan, given, words):
@@ -192,6 +194,25 @@ def test_refuses_what_cannot_be_compared(plan, given, words):
     found = run(app, ["evaluate", "--plan", str(plan), "--device", "cpu", *given])
     assert isinstance(found.exception, ConfigError)
     assert words in str(found.exception) and "\n" not in str(found.exception)
+
+
+def test_an_empty_plan_and_key_are_refused(plan):
+    for given, words in (
+        (["evaluate", "--plan", ""], "plan: is empty; give a plan's folder"),
+        (["serve", "--plan", str(plan), "--api-key", ""], "API key: is empty; leave --api-key out"),
+    ):
+        found = run(app, given)
+        assert isinstance(found.exception, ConfigError) and words in str(found.exception)
+
+
+def test_a_compensation_is_learned_as_the_plans_was(plan, tmp_path):
+    made = Plan.load(plan)
+    settings = {**made.provenance["settings"], "compensation_steps": 3, "slope_sequences": 8}
+    changed = dataclasses.replace(made, provenance={**made.provenance, "settings": settings})
+    changed.save(tmp_path / "plan")
+    assert load_plan(tmp_path / "plan")[1].compensation_steps == 150
+    base = load_plan(tmp_path / "plan", OF_A_COMPENSATION)[1]
+    assert (base.compensation_steps, base.slope_sequences) == (3, 8)
 
 
 def test_refuses_to_compare_without_a_plan(plan):

@@ -189,7 +189,7 @@ def test_a_text_that_is_interrupted_ends_its_line(plan, monkeypatch):
         (["--temperature", "nan"], "temperature: must be a number from 0 on, got nan"),
         (["--top-p", "0"], "top_p: must be over 0 and at most 1, got 0.0"),
         (["--top-k", "-1"], "top_k: must be a whole number from 0 on, got -1"),
-        (["--repetition-penalty", "0"], "repetition_penalty: must be over 0, got 0.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty: must be from 0.001 to 1000, got 0.0"),
         (["--seed", "-1"], "seed: must be a whole number from 0 to 2^63 - 1, got -1"),
         (["--stop", ""], "stop: a string that ends the text must not be empty"),
         (["--prompt", ""], "prompt 2 of 2: must not be empty"),

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class Running:
 
     def post(self, path: str, **asked: Any) -> httpx.Response:
         return self.client.post(f"/v1/{path}", json={"model": "tiny", "temperature": 0, **asked})
+
+    def request(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """What httpx.post takes, for a client of its own."""
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return {"url": f"{self.url}/v1/{path}", "json": asked, "headers": headers, "timeout": 60}
 
     def streamed(self, path: str, **asked: Any) -> list[Any]:
         with self.client.stream(
@@ -293,6 +299,47 @@ def test_more_requests_than_wanted_are_sent_away(server, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_places_are_taken_at_once(server, monkeypatch, stream):
+    """Of twelve requests that come together two are answered, however late they begin to be decoded."""
+    slow(monkeypatch, 0.1)
+    asked = {"model": "tiny", "temperature": 0, "prompt": "abc", "max_tokens": 12, "stream": stream}
+    with ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(lambda _: httpx.post(**server.request("completions", asked)).status_code, range(12)))
+    assert sorted(found) == [200] * 2 + [429] * 10
+    settled(server)
+
+
+def test_a_client_that_goes_before_its_body_has_come(server, caplog):
+    for length in (100, -1):
+        connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        connection.sendall(f'{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{{"mod'.encode())
+        time.sleep(0.2)
+        connection.close()
+    assert server.post("completions", prompt="abc", max_tokens=3).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_that_are_not_finished_when_the_server_ends(folder, monkeypatch, caplog, stream):
+    slow(monkeypatch, 0.1)
+    monkeypatch.setattr("was_search.service.steps.serving._FINISHING_SECONDS", 0.5)
+    running = Running(folder)
+    asked = {"model": "tiny", "temperature": 0, "prompt": "abc", "max_tokens": 400, "stream": stream}
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(lambda: httpx.post(**running.request("completions", asked)))
+        while running.in_flight() < 1:
+            time.sleep(0.02)
+        running.close()
+        found = answer.result(30)
+    assert found.status_code == (200 if stream else 503)
+    last = json.loads(found.text.split("data: ")[-2]) if stream else found.json()
+    assert last["error"]["message"] == "the server is shutting down"
+    assert last["error"]["code"] == "service_unavailable"
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("stream", [True, False])
 def test_an_error_of_the_model_is_said_and_the_server_goes_on(server, monkeypatch, stream):
     from was_kernels import DecodingLoop
 
@@ -328,9 +375,9 @@ def test_a_port_in_use_and_other_wrong_options(folder):
             serve(context, None, ServerOptions(host="192.0.2.1", port=0))
     for options, message in (
         ({"port": 65536}, "port: must be from 0 to 65535, got 65536"),
-        ({"most_new": 0}, "most_new: must be at least 1"),
-        ({"most_requests": 0}, "most_requests: must be at least 1"),
-        ({"api_key": "with blanks"}, "api_key: must be of printable ASCII characters"),
+        ({"most_new": 0}, "max_new_tokens: must be at least 1"),
+        ({"most_requests": 0}, "max_requests: must be at least 1"),
+        ({"api_key": "with blanks"}, "API key: must be of printable ASCII characters"),
     ):
         with pytest.raises(ConfigError, match=message):
             ServerOptions(**options)
