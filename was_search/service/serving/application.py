@@ -255,7 +255,10 @@ class Server:
         answer = _Answer(self, asked, job, chat)
         if asked.stream:
             return _Stream(answer)
-        return await _whole(request, answer)
+        try:
+            return await _whole(request, answer)
+        finally:
+            self.engine.leave(job)
 
     def _prompt(self, asked: _Request, ids: list[int], usual: int, chat: bool) -> Prompt:
         from was_kernels import Sampling
