@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _start(address: str, workers: int) -> None:
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Ray's processes find our packages as this one does and inherit no password: workers never touch the database. An
     # inherited address would win over "local" in them.
-    with _environment({"PYTHONPATH": path, "RAY_ADDRESS": None, **dict.fromkeys(SECRET_VARIABLES)}):
+    with _environment({"PYTHONPATH": path, "RAY_ADDRESS": None, **dict.fromkeys(SECRET_VARIABLES)}), _groups_apart():
         ray.init(
             address="local",
             num_cpus=max(workers, os.cpu_count() or 1),
@@ -167,6 +168,23 @@ def _start(address: str, workers: int) -> None:
             log_to_driver=False,
             **_in_a_short_folder(),
         )
+
+
+@contextmanager
+def _groups_apart() -> Iterator[None]:
+    """Processes of Ray that are started inside the block get no signal that our process group does.
+
+    ``timeout`` signals all of a command's group: Ray's processes would die before the command has closed what they
+    hold, and Ray ends a command whose own processes have gone. They still end with it, whatever ends it.
+    """
+    import ray._private.services as services
+
+    plain = services.ConsolePopen
+    services.ConsolePopen = partial(plain, process_group=0)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain  # type: ignore[misc]
 
 
 def _in_a_short_folder() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from was_search.process.file_lock import LockedFile
@@ -123,3 +124,29 @@ def test_under_nohup_a_hang_up_is_nothing(dashboard, home: Path) -> None:
     process.terminate()
     _, stderr = process.communicate(timeout=SECONDS)
     assert (process.returncode, stderr) == (143, "ended by SIGTERM\n")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("words", ["start Ray", "calibrate on"])
+def test_a_signal_to_all_of_a_run_ends_it_like_one_to_itself(home: Path, words: str) -> None:
+    """As ``timeout`` sends it: Ray's own processes must not go first."""
+    folders = [str(ROOT / folder) for folder in (".", "storage", "workers", "kernels")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "was_search", "demo", "--plan", str(home / "plan")],
+        env={**os.environ, "WAS_SEARCH_HOME": str(home), "PYTHONPATH": os.pathsep.join(folders)},
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    said = next(line for line in process.stdout if words in line)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in each.name() for each in below), said
+    os.killpg(process.pid, signal.SIGTERM)
+    *_, last = process.stdout.read().splitlines()
+    process.communicate(timeout=SECONDS)
+    assert (process.returncode, last) == (143, "ended by SIGTERM")
+    assert not psutil.wait_procs(below, timeout=20)[1]
+    assert not runs(home)
