@@ -83,21 +83,26 @@ def run_job(settings: Settings, folder: Path) -> dict[str, Any]:
 def phase_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Seconds of the phases that ``--json`` tells of, by :data:`PHASES`; those of the search are not among them."""
     seconds: Counter[str] = Counter()
-    searched = False
-    for event in events:
-        searched |= event["event"] in ("trial", "search")
-        if event["event"] == "phase" and event["state"] in ("finished", "cached"):
-            seconds[phase_of(event["name"], searched=searched)] += event["seconds"]
+    for name, lasted, searched in _ended_phases(events):
+        seconds[phase_of(name, searched=searched)] += lasted
     return dict(seconds)
 
 
 def told_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Seconds of what ``--json`` tells of, by its own names: the parts of :data:`PHASES`."""
     seconds: Counter[str] = Counter()
-    for event in events:
-        if event["event"] == "phase" and event["state"] in ("finished", "cached"):
-            seconds[event["name"]] += event["seconds"]
+    for name, lasted, _ in _ended_phases(events):
+        seconds[name] += lasted
     return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def _ended_phases(events: Iterable[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
+    """Name and seconds of each phase that has ended, and whether it did after the search began."""
+    searched = False
+    for event in events:
+        searched |= event["event"] in ("trial", "search")
+        if event["event"] == "phase" and event["state"] in ("finished", "cached"):
+            yield event["name"], event["seconds"], searched
 
 
 def phase_of(name: str, *, searched: bool) -> str:

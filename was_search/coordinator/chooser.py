@@ -79,7 +79,6 @@ class Chooser:
         self._suggester: Suggester | None = None
         self._distributions: Mapping[str, Any] = {}
         self._reference: FloatArray | None = None
-        self._back: float = math.inf
         self.fit(1)
         self._settled = Settled(slots)
         self._untold: list[int] = []
@@ -95,7 +94,7 @@ class Chooser:
     def fit(self, n_workers: int) -> None:
         """Note how many workers there are: with too many for the lag, some would wait for results."""
         lag = min(self._options.lag, max(1, len(self._slots) // 6))
-        self._back = lag if 2 * n_workers <= max(2, lag) else -math.inf
+        self._back: float = lag if 2 * n_workers <= max(2, lag) else -math.inf
 
     def forget_ahead(self) -> None:
         """Forget vectors that were chosen and not asked for."""

@@ -143,7 +143,7 @@ class DeviceHistograms:
 
 @dataclass(frozen=True, eq=False)
 class PackedCounts:
-    """Score counts to be sent: those that are not 0, a tenth of them.
+    """Score counts to be sent: those that are not 0, a small part of them.
 
     Attributes:
         places: where they are among the flat counts [L, 7, 32768], int32 where that is enough.

@@ -58,7 +58,7 @@ def test_the_same_numbers_as_without_it(kind, window):
     assert settings_of(model) == before
 
 
-def test_only_attention_is_asked_for_an_order():
+def test_only_attention_is_asked_for_an_order(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     tokens = torch.arange(16)[None] % model.config.vocab_size
     modes = {}
@@ -79,18 +79,15 @@ def test_only_attention_is_asked_for_an_order():
         query.register_hook(lambda grad: seen.append(torch.get_deterministic_debug_mode()))
         return attend(query, *args, **kwargs)
 
-    torch.nn.functional.scaled_dot_product_attention = watched
-    try:
-        with attention_in_order(model, 16):
-            gradient(model, tokens)
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = attend
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with attention_in_order(model, 16):
+        gradient(model, tokens)
     assert seen == [2] * model.config.num_hidden_layers
     assert len(modes) == 7
     assert set.union(*modes.values()) == {0}
 
 
-def test_a_failed_pass_leaves_no_switch_on():
+def test_a_failed_pass_leaves_no_switch_on(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     before = settings_of(model)
 
@@ -102,12 +99,9 @@ def test_a_failed_pass_leaves_no_switch_on():
         return attend(query, *args, **kwargs)
 
     attend = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = stumble
-    try:
-        with pytest.raises(RuntimeError, match="no memory"), attention_in_order(model, 16):
-            gradient(model, torch.arange(16)[None] % model.config.vocab_size)
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = attend
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", stumble)
+    with pytest.raises(RuntimeError, match="no memory"), attention_in_order(model, 16):
+        gradient(model, torch.arange(16)[None] % model.config.vocab_size)
     assert settings_of(model) == before
 
 

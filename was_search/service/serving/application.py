@@ -296,7 +296,7 @@ class Server:
 
 
 class _Stream(StreamingResponse):
-    """A streamed answer, whose place is given back also where its client goes before it begins."""
+    """A streamed answer; its place is given back where it ends, and where its client goes, even before it begins."""
 
     def __init__(self, answer: _Answer) -> None:
         super().__init__(_events(answer), media_type="text/event-stream")

@@ -103,7 +103,7 @@ class Engine:
         return self._thread.is_alive()
 
     def admit(self, prompt: Prompt) -> Job:
-        """Take a place for the text after ``prompt``, which :meth:`decode` or :meth:`leave` gives back.
+        """Take a place for the text after ``prompt``; whoever takes it gives it back by :meth:`leave`.
 
         Raises:
             NoPlace: there is none.
@@ -123,24 +123,21 @@ class Engine:
         self._there.discard(job)
 
     async def decode(self, job: Job) -> AsyncIterator[str | Ended]:
-        """The parts of the job's text, then its end; leaving in the middle stops decoding.
+        """The parts of the job's text, then its end.
 
         Raises:
             DecodingFailed: with the reason.
         """
         self._jobs.put(job)
-        try:
-            while True:
-                part = await job.parts.get()
-                if isinstance(part, DecodingFailed):
-                    raise part
-                if isinstance(part, BaseException):
-                    raise DecodingFailed(str(part)) from part
-                yield part
-                if isinstance(part, Ended):
-                    return
-        finally:
-            self.leave(job)
+        while True:
+            part = await job.parts.get()
+            if isinstance(part, DecodingFailed):
+                raise part
+            if isinstance(part, BaseException):
+                raise DecodingFailed(str(part)) from part
+            yield part
+            if isinstance(part, Ended):
+                return
 
     def stop(self) -> None:
         """Admit nothing more, and end what is there with :class:`ServerEnds`."""
