@@ -251,7 +251,7 @@ def load_plan(folder: Path | None, also: tuple[str, ...] = ()) -> tuple[Plan | N
     """A plan and the settings that it was made with, ``also`` among them."""
     if folder is None:
         return None, None
-    if folder == Path():
+    if folder == Path() and not (folder / JSON_NAME).is_file():  # "." and "" are one path
         raise ConfigError("plan: is empty; give a plan's folder")
     plan = Plan.load(folder)
     recorded = plan.provenance.get("settings")

@@ -205,6 +205,11 @@ def test_an_empty_plan_and_key_are_refused(plan):
         assert isinstance(found.exception, ConfigError) and words in str(found.exception)
 
 
+def test_the_working_directory_may_be_a_plan(plan, monkeypatch):
+    monkeypatch.chdir(plan)
+    assert load_plan(Path("."))[0].fingerprint == Plan.load(plan).fingerprint
+
+
 def test_a_compensation_is_learned_as_the_plans_was(plan, tmp_path):
     made = Plan.load(plan)
     settings = {**made.provenance["settings"], "compensation_steps": 3, "slope_sequences": 8}
