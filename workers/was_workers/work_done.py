@@ -8,6 +8,9 @@ from typing import Any
 
 from was_workers.calls_in_flight import CallEnd
 
+_MOST_WITH_A_REPLY = 100 * 1024
+"""Bytes of a result from which on Ray keeps it in its object store, by default."""
+
 
 @dataclass
 class WorkDone:
@@ -39,11 +42,13 @@ class WorkDone:
 
 
 def _stored_bytes(reference: Any) -> int:
-    """Size of an object of our own in the object store, as this process knows it; 0 where no node holds it."""
+    """Size of an object of our own in the object store, as this process knows it; 0 where it came with a reply."""
     from ray.exceptions import RayError
     from ray.experimental import get_object_locations
 
     with suppress(RayError):  # a figure less is no reason to end a search
         found = get_object_locations([reference], timeout_ms=1000).get(reference, {})
-        return int(found["object_size"] or 0) if found.get("node_ids") else 0
+        size = int(found.get("object_size") or 0)
+        # for some microseconds after a result's coming, the node that holds it is not known yet
+        return size if found.get("node_ids") or size > _MOST_WITH_A_REPLY else 0
     return 0

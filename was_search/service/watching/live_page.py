@@ -85,9 +85,10 @@ class LivePage:
 
 
 @contextmanager
-def kept_fresh(live: LivePage, run: Run, *, least_seconds: float = 15.0) -> Iterator[Refresher]:
+def kept_fresh(live: LivePage, run: Run, *, least_seconds: float = 15.0, share: float = 0.01) -> Iterator[Refresher]:
     """Keep the page fresh during the block, and write down how it ends: as ``run`` says then, or with its error."""
-    with Refresher(live.write, "the study's page in optuna-dashboard", least_seconds=least_seconds) as refresher:
+    what = "the study's page in optuna-dashboard"
+    with Refresher(live.write, what, least_seconds=least_seconds, share=share) as refresher:
         try:
             yield refresher
         except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -70,7 +71,10 @@ def search(
     each: Callable[[int], Any],
     drain: threading.Event | None = None,
 ) -> Run:
-    """A search whose page may be refreshed every 50 ms; ``each(call)`` is called in every evaluation."""
+    """A search whose page is refreshed again after 50 ms; ``each(call)`` is called in every evaluation.
+
+    A usual page's pause would be ten times as long as its last refresh, or longer: minutes on a busy machine.
+    """
 
     def answer(call: int, sparsities: np.ndarray, rule: Any) -> Any:
         each(call)
@@ -78,7 +82,7 @@ def search(
 
     run = Run(ControlSession(database, session), LAST_SLOT)
     live = LivePage(session, PAGE, session.slots(), {})
-    with kept_fresh(live, run, least_seconds=0.05) as refresher:
+    with kept_fresh(live, run, least_seconds=0.05, share=math.inf) as refresher:
         loop = SearchLoop(
             session,
             two_workers(answer),
