@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,33 @@ def tiny_plan(
         norms=tuple(tuple(n.cpu().numpy() for n in row) for row in masked.norms),
         weights=structure.weights,
     )
+
+
+def plan_apart(model: Any, plan: Plan, tokens: torch.Tensor) -> Plan:
+    """The plan with each threshold in the widest gap nearby that scores of ``tokens``, under its masks, leave.
+
+    float32 sums in another order, which every kind of CPU has of its own, then move no score across it.
+    """
+    masked = MaskedModel.of(model, plan.score, plan.shape.masks)
+    thresholds = plan.thresholds.copy()
+    for b, p in zip(*np.nonzero(thresholds), strict=True):
+        found: list[np.ndarray] = []
+
+        def observe(block: int, projection: int, scores: torch.Tensor, at: Any = (b, p), into: Any = found) -> None:
+            if (block, projection) == at:
+                into.append(scores.flatten().cpu().double().numpy())
+
+        masking = Masking(masked, thresholds, dense_prefix=plan.dense_prefix, observer=observe)
+        with torch.inference_mode(), masking:
+            model(tokens.to(next(model.parameters()).device), use_cache=False)
+        if found:  # maps that share a mask have the threshold of the first
+            scores = np.sort(np.concatenate(found))
+            near = np.searchsorted(scores, thresholds[b, p]) + np.arange(-len(scores) // 20, len(scores) // 20)
+            near = near[(near >= 0) & (near < len(scores) - 1)]
+            low = near[np.argmax(scores[near + 1] - scores[near])]
+            thresholds[b, p] = (scores[low] + scores[low + 1]) / 2.0
+            thresholds = plan.shape.copied(thresholds)
+    return replace(plan, thresholds=thresholds)
 
 
 def masked_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from was_kernels.runtime import compiled_product
-from was_kernels.runtime.compiled_product import CompiledProduct, compiles_here
+from was_kernels.runtime import compiled_code
+from was_kernels.runtime.compiled_code import compiles_here
+from was_kernels.runtime.compiled_product import CompiledProduct
 from was_kernels.runtime.cpu_product import CpuProduct
 
 WAYS = ("compiled", "bags", "dense")
@@ -26,4 +27,4 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there is no compiler."""
-    monkeypatch.setattr(compiled_product, "_step_of", lambda dtype: "no compiler")
+    monkeypatch.setattr(compiled_code, "_step_of", lambda dtype: "no compiler")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class ColumnWeight:
     def as_stored(columns: Tensor) -> ColumnWeight:
         """A weight that is not rounded: ``columns`` [d_in, width] is the transposed weight of a linear map."""
         return ColumnWeight(columns, None, columns.element_size() * 8, 1, columns.shape[-1])
+
+    def detached(self) -> ColumnWeight:
+        """The same numbers apart from any parameter that holds them."""
+        return replace(self, columns=self.columns.detach())
 
     @property
     def format(self) -> tuple[bool, int, int]:

@@ -1,7 +1,7 @@
 """Products with kept columns and whole one-token steps on a CPU, by C++ that is compiled where it runs.
 
 ``y[b] = sum over kept j of x[b, j] * W[:, j]``, summed in float32: the kept columns are cut into a fixed number of
-parts, so that the bits do not depend on the number of threads. Masks are those of
+parts, so that the bits do not depend on the number of threads. W is as stored, or rounded. Masks are those of
 :func:`was_kernels.ops.column_bags.cutoffs`; a bias or a correction is added in float32, and the result rounded once.
 The source is ``cpu/compiled_step.cpp``; the structures here are those there.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from was_kernels.ops.column_weight import ColumnWeight
 from was_kernels.ops.correction import Correction
 from was_kernels.ops.host_compiler import SOURCES, host_library
 
@@ -33,12 +34,15 @@ _LINE, _PAGE = 64, 4096
 class _Map(ctypes.Structure):
     _fields_ = (
         ("columns", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("cutoffs", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("constant", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("stride", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
         ("list", ctypes.c_int64),
     )
 
@@ -91,13 +95,13 @@ class KeptMap:
     """A linear map that reads the columns of kept channels only.
 
     Attributes:
-        columns: W by columns, [d, width] with unit last stride, float32, bfloat16 or float16.
-        cutoffs: the least magnitude of each channel that is kept, [d] in the same dtype; None: all are kept.
+        weight: W. As stored, it is float32, bfloat16 or float16; rounded, its columns may lie apart.
+        cutoffs: the least magnitude of each channel that is kept, [d] in the inputs' dtype; None: all are kept.
         bias: [width] in the same dtype, or None.
         correction: of the rows that are not dense; None: they are not corrected.
     """
 
-    columns: Tensor
+    weight: ColumnWeight
     cutoffs: Tensor | None
     bias: Tensor | None = None
     correction: Correction | None = None
@@ -117,56 +121,53 @@ class KeptGroup:
     """Linear maps of one input, as the compiled code takes them; equal masks are listed once.
 
     Args:
-        maps: of one dtype and d; their tensors are kept alive, and must stay where they are.
+        maps: of one d; their tensors are kept alive, and must stay where they are.
+        dtype: of inputs, outputs, cutoffs, biases and weights as stored: float32, bfloat16 or float16.
 
     Raises:
         ValueError: they differ, or a tensor has another dtype, shape or layout than :class:`KeptMap` says.
     """
 
-    def __init__(self, maps: Sequence[KeptMap]) -> None:
-        self.d: int = maps[0].columns.shape[0]
-        self.dtype = maps[0].columns.dtype
+    def __init__(self, maps: Sequence[KeptMap], dtype: torch.dtype) -> None:
+        self.d: int = maps[0].weight.columns.shape[0]
+        self.dtype = dtype
         self.width = 0
         self._kept_alive: list[Any] = [maps]
-        self._array = (_Map * len(maps))()
+        self.maps = (_Map * len(maps))()
         wide: list[Tensor | None] = []
         for i, given in enumerate(maps):
             self._require(given)
             # A mask is found in float32, where the cutoffs of every dtype are exact.
             wide.append(None if given.cutoffs is None else given.cutoffs.float().contiguous())
-            correction = given.correction
-            entry = self._array[i]
-            entry.columns = given.columns.data_ptr()
+            correction, weight = given.correction, given.weight
+            entry = self.maps[i]
+            entry.columns, entry.scales = weight.columns.data_ptr(), _address(weight.scales)
             entry.cutoffs = _address(wide[i])
             entry.bias = _address(given.bias)
             entry.scale = None if correction is None else correction.scale.data_ptr()
             entry.constant = None if correction is None else correction.constant.data_ptr()
-            entry.width, entry.stride = given.columns.shape[1], given.columns.stride(0)
+            entry.width, entry.stride = weight.width, weight.columns.stride(0)
+            entry.bits, entry.group = weight.bits, weight.group
             entry.list = next(at for at in range(i + 1) if _same(wide[at], wide[i]))
             self.width += entry.width
         self._kept_alive.append(wide)
-        self.struct = _Group(ctypes.cast(self._array, ctypes.POINTER(_Map)), len(maps), self.d)
+        self.struct = _Group(ctypes.cast(self.maps, ctypes.POINTER(_Map)), len(maps), self.d)
 
     def _require(self, given: KeptMap) -> None:
-        columns = given.columns
-        by_columns = columns.dim() == 2 and (columns.stride(1) == 1 or columns.is_contiguous())
-        if not by_columns or columns.shape[0] != self.d or columns.dtype != self.dtype:
+        weight = given.weight
+        if self.dtype not in _NUMBERS or weight.columns.is_cuda:
             raise ValueError(
-                f"columns: {self.dtype} [{self.d}, width] with unit last stride needed, got {columns.dtype} "
-                f"{list(columns.shape)} with strides {columns.stride()}"
+                f"columns: float32, bfloat16 or float16 on a CPU needed, got {self.dtype} on {weight.columns.device}"
             )
-        if self.dtype not in _NUMBERS or columns.is_cuda:
-            raise ValueError(
-                f"columns: float32, bfloat16 or float16 on a CPU needed, got {self.dtype} on {columns.device}"
-            )
-        for name, vector, length in (("cutoffs", given.cutoffs, self.d), ("bias", given.bias, columns.shape[1])):
+        weight.require(self.d, self.dtype)
+        for name, vector, length in (("cutoffs", given.cutoffs, self.d), ("bias", given.bias, weight.width)):
             if vector is None or (vector.shape == (length,) and vector.dtype == self.dtype and vector.is_contiguous()):
                 continue
             raise ValueError(
                 f"{name}: contiguous {self.dtype} [{length}] needed, got {vector.dtype} {list(vector.shape)}"
             )
         if given.correction is not None:
-            given.correction.require(columns.shape[1])
+            given.correction.require(weight.width)
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,9 @@ class CompiledStep:
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
         )
+        self._write_out = library.was_write_out
+        self._write_out.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        self._write_out.restype = None
         self._decode = library.was_decode
         self._decode.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         library.was_openmp.restype = ctypes.c_void_p
@@ -333,6 +337,19 @@ class CompiledStep:
         given = weight.data_ptr(), weight.stride(0), x.data_ptr(), rows, d, y.data_ptr(), width
         if self._dense(*given, torch.get_num_threads()):
             raise MemoryError(f"a product of {rows} rows with {width} x {d} weights")
+        return y
+
+    def written_out(self, weight: ColumnWeight) -> Tensor:
+        """The numbers that a rounded weight stands for, [d, width], as :meth:`ColumnWeight.written_out` has them.
+
+        Raises:
+            ValueError: the weight is not rounded, or not on a CPU.
+        """
+        if weight.scales is None:
+            raise ValueError(f"weight: a rounded one needed, got {weight.columns.dtype} as stored")
+        group = KeptGroup([KeptMap(weight, None)], self.dtype)
+        y = torch.empty((group.d, weight.width), dtype=self.dtype)
+        self._write_out(ctypes.addressof(group.maps), group.d, y.data_ptr(), torch.get_num_threads())
         return y
 
     def decode(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.compiled_step import MOST_ROWS, CompiledStep, Norm, StepBlock, StepCaches, StepModel
-from was_kernels.runtime.compiled_product import compiled_step
+from was_kernels.runtime.compiled_code import compiled_step
 from was_kernels.runtime.growing_cache import Room
 from was_kernels.runtime.masked_group import MaskedGroup
 from was_kernels.runtime.sparse_linear import SparseLinear

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from was_kernels.ops.compiled_step import MOST_ROWS, CompiledStep
-from was_kernels.runtime.compiled_product import compiled_step, quickest
+from was_kernels.runtime.compiled_code import compiled_step
+from was_kernels.runtime.compiled_product import quickest
 from was_kernels.runtime.fused_forward import fuse
 
 _is_faster: dict[tuple[Any, ...], bool] = {}

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
-from was_kernels.ops.compiled_step import DTYPES, CompiledStep, KeptGroup, KeptMap
-from was_kernels.ops.host_compiler import HostCompilerError
+from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap
+from was_kernels.runtime.compiled_code import compiled_step
 from was_kernels.runtime.held_weight import HeldWeight
 
 if TYPE_CHECKING:
@@ -28,26 +25,6 @@ _alike: dict[tuple[Any, ...], WeakSet[CompiledProduct]] = {}
 """Products of the same shapes and dtype, whose weights take turns where they are timed: a step finds none cached."""
 
 
-@lru_cache(maxsize=8)
-def _step_of(dtype: torch.dtype) -> CompiledStep | str:
-    try:
-        return CompiledStep(dtype, _folder())
-    except HostCompilerError as error:
-        return str(error)
-
-
-def compiled_step(dtype: torch.dtype) -> CompiledStep | None:
-    """The compiled code for ``dtype``, compiled where no process has done so yet; None where that is impossible."""
-    found = _step_of(dtype) if dtype in DTYPES else ""
-    return None if isinstance(found, str) else found
-
-
-def compiles_here(dtype: torch.dtype = torch.float32) -> tuple[bool, str]:
-    """Whether products on a CPU can be compiled here, and why not in one line."""
-    found = _step_of(dtype)
-    return (False, found) if isinstance(found, str) else (True, "")
-
-
 class CompiledProduct:
     """The products of linear maps of one input by one call.
 
@@ -55,18 +32,19 @@ class CompiledProduct:
     dtype; the process keeps the answer, so that equal inputs give equal outputs from then on.
 
     Args:
-        weights: of the maps, on a CPU, as stored.
+        weights: of the maps, on a CPU, as stored or rounded.
         step: the compiled code for their dtype.
     """
 
     def __init__(self, weights: Sequence[HeldWeight], step: CompiledStep) -> None:
         self._weights = list(weights)
         self._step = step
-        self._columns = [held.columns.columns.detach() for held in weights]
-        self._d: int = self._columns[0].shape[0]
+        self._columns = [held.columns.detached() for held in weights]
+        self._d: int = self._columns[0].columns.shape[0]
         self._built: tuple[Any, KeptGroup] | None = None
         self._limits: dict[tuple[int, int], int] = {}
-        self._shapes = (self._d, tuple(columns.shape[1] for columns in self._columns), step.dtype)
+        formats = tuple((columns.width, columns.bits, columns.group) for columns in self._columns)
+        self._shapes = (self._d, formats, step.dtype)
         self._kin = _alike.setdefault(self._shapes, WeakSet())
         self._kin.add(self)
 
@@ -94,7 +72,7 @@ class CompiledProduct:
                 KeptMap(columns, each.cutoffs if each.threshold > 0.0 else None, _plain(each.bias), each.correction)
                 for columns, each in zip(self._columns, maps, strict=True)
             ]
-            self._built = state, KeptGroup(kept)
+            self._built = state, KeptGroup(kept, self._step.dtype)
         return self._built[1]
 
     def is_worth(self, rows: int, threads: int, sparsity: float = 0.5) -> bool:
@@ -119,8 +97,8 @@ class CompiledProduct:
 
     def _timed(self, x: Tensor, cutoff: float) -> Callable[[], Any]:
         cutoffs = torch.full((self._d,), cutoff, dtype=self._step.dtype)
-        groups = [KeptGroup([KeptMap(columns, cutoffs) for columns in each._columns]) for each in self._kin]
-        turn = cycle(groups)
+        each_group = ([KeptMap(columns, cutoffs) for columns in each._columns] for each in self._kin)
+        turn = cycle([KeptGroup(maps, self._step.dtype) for maps in each_group])
         return lambda: self._step.products(next(turn), x)
 
     def _dense(self, x: Tensor, keep: Tensor) -> None:
@@ -159,14 +137,6 @@ def quickest(*calls: Callable[[], Any]) -> list[float]:
             took = time.perf_counter() - started
             fastest[i], spent = min(fastest[i], took), spent + took
     return fastest
-
-
-def _folder() -> Path | None:
-    try:
-        found = user_cache_path("was-search")
-    except RuntimeError:  # nobody's home, as in containers
-        return None
-    return found / "compiled" if found.is_absolute() else None  # an older platformdirs leaves "~" in it
 
 
 def _plain(bias: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """One-token products on a CPU by torch alone: bags of kept columns or the dense product, whichever is faster.
 
-They are taken where :mod:`was_kernels.runtime.compiled_product` finds no compiler, or is slower.
+They are taken where :mod:`was_kernels.runtime.compiled_code` finds no compiler, or what it compiles is slower.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ class CpuProduct:
     the answer, so that equal inputs give equal outputs from then on.
 
     Args:
-        held: a weight on a CPU, as stored.
+        held: a weight on a CPU; one that is rounded has no bags.
     """
 
     def __init__(self, held: HeldWeight) -> None:
         self._held = held
-        columns = held.columns.columns.detach()
-        self._d, self._width = columns.shape
+        weight = held.columns.detached()
+        self._d, self._width = weight.columns.shape[0], weight.width
         self._dtype = held.dtype
         # Columns that were spaced for compiled products cannot be cut; where those are slower, dense ones are taken.
-        self._bags = ColumnBags(columns, torch.get_num_threads()) if columns.is_contiguous() else None
+        cut = weight.scales is None and weight.columns.is_contiguous()
+        self._bags = ColumnBags(weight.columns, torch.get_num_threads()) if cut else None
         self._limits: dict[tuple[int, int], int] = {}
         self._kin = _alike.setdefault((self._d, self._width, self._dtype), WeakSet())
         self._kin.add(self)
@@ -48,10 +49,9 @@ class CpuProduct:
 
     @staticmethod
     def takes(held: HeldWeight) -> bool:
-        """Whether this weight lies by columns, on a CPU and as stored."""
-        columns = held.columns
-        by_columns = columns.columns.stride(1) == 1 or columns.columns.is_contiguous()
-        return columns.scales is None and by_columns and not held.tensor.is_cuda
+        """Whether this weight lies by columns on a CPU."""
+        columns = held.columns.columns
+        return (columns.stride(1) == 1 or columns.is_contiguous()) and not columns.is_cuda
 
     def masked(self, x: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
         """The product of x [B, d], up to 16 rows, where ``keep``, bool [B, d] contiguous: [B, width]."""

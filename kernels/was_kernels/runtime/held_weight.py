@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from was_kernels.ops.column_weight import ColumnWeight
 from was_kernels.ops.compiled_step import spaced as spaced_columns
+from was_kernels.runtime.compiled_code import compiled_step
 from was_search.checkpoints.quantised import QuantisedLinear
 from was_search.checkpoints.structure import Projection
 
@@ -88,7 +89,9 @@ class RoundedWeight:
         self._dense_weight = linear.dense_weight
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self._dense_weight(x.dtype), bias)
+        step = None if x.is_cuda or torch.compiler.is_compiling() else compiled_step(x.dtype)
+        weight = self._dense_weight(x.dtype) if step is None else step.written_out(self.columns).t()
+        return F.linear(x, weight, bias)
 
     def restore(self) -> None:
         """Nothing to do, as nothing was changed."""

@@ -13,7 +13,8 @@ from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
 from was_kernels.ops.gather_step import HALF, MAX_CHANNELS, GatherStep
 from was_kernels.ops.reference import kept_channels, score_mask_reference
-from was_kernels.runtime.compiled_product import CompiledProduct, compiled_step
+from was_kernels.runtime.compiled_code import compiled_step
+from was_kernels.runtime.compiled_product import CompiledProduct
 from was_kernels.runtime.counting import ProjectionCount
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import hold

@@ -18,8 +18,8 @@ from was_kernels.ops import nvrtc
 from was_kernels.ops.gather_launch import counters
 from was_kernels.ops.gather_step import HALF
 from was_kernels.runtime import cpu_step, decode_model
+from was_kernels.runtime.compiled_code import compiles_here
 from was_kernels.runtime.compiled_head import compile_head
-from was_kernels.runtime.compiled_product import compiles_here
 from was_kernels.runtime.counting import KeptCounts, ProjectionCount
 from was_kernels.runtime.decode_block import DecodeBlock, fits
 from was_kernels.runtime.decode_model import DecodeModel

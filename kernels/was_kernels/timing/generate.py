@@ -69,8 +69,7 @@ def token_times(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> 
 
 
 def beside_each_other(
-    model: Any,
-    plans: Sequence[Plan | None],
+    runs: Sequence[tuple[Any, Plan | None]],
     prompt: Tensor,
     *,
     new_tokens: int = 32,
@@ -78,10 +77,10 @@ def beside_each_other(
     backend: Backend = "auto",
     **options: Any,
 ) -> list[TokenTimes]:
-    """Times of each of ``plans``, None for dense, over ``rounds`` rounds in which all take turns."""
-    found: list[list[list[float]]] = [[] for _ in plans]
+    """Times of each model with its plan, or dense for None, over ``rounds`` rounds in which all take turns."""
+    found: list[list[list[float]]] = [[] for _ in runs]
     for _ in range(rounds):
-        for times, plan in zip(found, plans, strict=True):
+        for times, (model, plan) in zip(found, runs, strict=True):
             if plan is None:
                 times.append(token_times(model, prompt, new_tokens, **options))
                 continue

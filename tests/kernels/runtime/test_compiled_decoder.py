@@ -15,8 +15,8 @@ from transformers import DynamicCache, StaticCache
 from tests.doubles.tiny_models import logits_of_steps, model_of, tiny_plan, tokens_of
 from tests.kernels.products import compile_nothing, take
 from was_kernels.ops.compiled_step import MOST_ROWS
+from was_kernels.runtime.compiled_code import compiles_here
 from was_kernels.runtime.compiled_decoder import CompiledDecoder
-from was_kernels.runtime.compiled_product import compiles_here
 from was_kernels.runtime.sparse_model import sparsify
 from was_search.plan import Plan
 

@@ -13,8 +13,8 @@ from tests.doubles.tiny_models import model_of, tiny_plan, tokens_of
 from tests.kernels.products import compile_nothing
 from was_kernels.ops.compiled_step import CompiledStep
 from was_kernels.runtime import compiled_head
+from was_kernels.runtime.compiled_code import compiles_here
 from was_kernels.runtime.compiled_head import CompiledHead, compile_head
-from was_kernels.runtime.compiled_product import compiles_here
 from was_kernels.runtime.fused_forward import unfuse
 from was_kernels.runtime.sparse_model import sparsify
 

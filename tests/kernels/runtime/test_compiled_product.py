@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tests.doubles.tiny_models import logits_of_steps, model_of, tiny_plan, tokens_of
 from tests.kernels.products import compile_nothing, take
 from was_kernels.ops.column_bags import KeptList
-from was_kernels.runtime import compiled_product
-from was_kernels.runtime.compiled_product import CompiledProduct, compiled_step, compiles_here, most_worth
+from was_kernels.runtime import compiled_code, compiled_product
+from was_kernels.runtime.compiled_code import compiled_step, compiles_here
+from was_kernels.runtime.compiled_product import CompiledProduct, most_worth
 from was_kernels.runtime.masked_group import MaskedGroup
 from was_kernels.runtime.sparse_linear import SparseLinear
 from was_kernels.runtime.sparse_model import sparsify
@@ -26,11 +27,11 @@ D = 65
 @pytest.fixture
 def no_answers(monkeypatch):
     """Nothing was measured or compiled in this process yet."""
-    compiled_product._step_of.cache_clear()
+    compiled_code._step_of.cache_clear()
     monkeypatch.setattr(compiled_product, "_most_kept", {})
     monkeypatch.setattr(compiled_product, "_alike", {})
     yield
-    compiled_product._step_of.cache_clear()
+    compiled_code._step_of.cache_clear()
 
 
 def sparse_map(width: int, threshold: float, seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseLinear:
@@ -95,7 +96,7 @@ def test_what_was_measured_is_kept(no_answers, monkeypatch):
         assert product.is_worth(2, 2, 0.6) and not product.is_worth(2, 2, 0.4)
     assert len(timed) == 6  # dense, no channel and all, of one row and of two
     assert compiled_product._most_kept == {
-        (D, (32,), torch.float32, 2, rows): most_worth(8.0, 2.0, 10.0, D) for rows in (1, 2)
+        (D, ((32, 32, 1),), torch.float32, 2, rows): most_worth(8.0, 2.0, 10.0, D) for rows in (1, 2)
     }
 
 
@@ -112,7 +113,7 @@ def test_without_a_compiler_torch_makes_the_same_products(no_answers, monkeypatc
     plan, tokens = tiny_plan(model), tokens_of(2, 16)
     with sparsify(copy.deepcopy(model), plan) as sparse:
         usual = logits_of_steps(sparse, tokens, 8)
-    compiled_product._step_of.cache_clear()
+    compiled_code._step_of.cache_clear()
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiles_here() == (False, f"CXX: {str(tmp_path / 'none')!r} is no C++ compiler that can be run")
@@ -140,8 +141,8 @@ def test_nobodys_home_keeps_nothing(home, monkeypatch):
             return home
         raise home
 
-    monkeypatch.setattr(compiled_product, "user_cache_path", found)
-    assert compiled_product._folder() is None
+    monkeypatch.setattr(compiled_code, "user_cache_path", found)
+    assert compiled_code._folder() is None
 
 
 def test_why_a_model_is_not_compiled(monkeypatch):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.kernels.products import WAYS, take
 from was_kernels.runtime import cpu_product
-from was_kernels.runtime.compiled_product import compiles_here
+from was_kernels.runtime.compiled_code import compiles_here
 from was_kernels.runtime.cpu_product import CpuProduct
 from was_kernels.runtime.held_weight import StoredWeight
 from was_kernels.runtime.positions import DensePrefix

@@ -21,6 +21,8 @@ from tests.doubles.tiny_models import (
     tiny_plan,
     tokens_of,
 )
+from tests.kernels.products import take
+from was_kernels.runtime.compiled_decoder import CompiledDecoder
 from was_kernels.runtime.sparse_linear import SparseLinear
 from was_kernels.runtime.sparse_model import sparsify
 from was_kernels.timing.step import projection_bytes
@@ -123,6 +125,33 @@ def test_fused_steps_equal_the_plain_path(op_device, dtype, family, batch, bits)
     finally:
         handle.restore()
     if op_device == "cpu":
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_as_exact(found, expected, exact_steps(model, plan, tokens, 8))
+
+
+@pytest.mark.parametrize("way", ["compiled", "dense"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_on_a_cpu_equal_the_plain_path(way, form, batch, dtype, monkeypatch):
+    """By compiled code, nine rows by maps of their own; and by torch, where there is no compiler."""
+    take(way, monkeypatch)
+    model = rounded(model_of("qwen3", "cpu", dtype), form)
+    plan = tiny_plan(model)
+    tokens = tokens_of(batch, 14)
+    taken: list[int] = []
+    run = CompiledDecoder.run
+    monkeypatch.setattr(CompiledDecoder, "run", lambda self, x, *a, **k: taken.append(len(x)) or run(self, x, *a, **k))
+    with sparsify(model, plan, backend="reference", dense_above=None) as plain:
+        expected = logits_of_steps(plain, tokens, 8)
+    handle = sparsify(model, plan, dense_above=None)
+    try:
+        assert handle.backend == "cpu" and handle.fused == 2
+        found = logits_of_steps(model, tokens, 8)
+    finally:
+        handle.restore()
+    assert taken == ([batch] * 6 if way == "compiled" and batch < 9 else [])
+    if dtype == torch.float32:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_as_exact(found, expected, exact_steps(model, plan, tokens, 8))
 

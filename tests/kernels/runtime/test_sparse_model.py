@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.doubles.tiny_models import FAMILIES, FUSED_FAMILIES, masked_logits, tiny_model, tiny_plan
+from tests.doubles.tiny_models import FAMILIES, FUSED_FAMILIES, masked_logits, plan_apart, tiny_model, tiny_plan
 from was_kernels.ops.gather_launch import counters
 from was_kernels.runtime import sparse_model
 from was_kernels.runtime.sparse_linear import SparseLinear
@@ -70,8 +70,8 @@ def test_prefill_equals_the_masked_model(family, masks, prefix):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_token_steps_equal_prefill(family, masks, batch):
     model = tiny_model(family)
-    plan = tiny_plan(model, dense_prefix=2, masks=masks)
     tokens = random_tokens(batch, 11)
+    plan = plan_apart(model, tiny_plan(model, dense_prefix=2, masks=masks), tokens)
     expected = masked_logits(model, plan, tokens)
     for prompt in (1, 4):
         with torch.inference_mode(), sparsify(model, plan):
@@ -80,7 +80,9 @@ def test_one_token_steps_equal_prefill(family, masks, batch):
             for t in range(prompt, 11):
                 step = model(tokens[:, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
                 found.append(step.logits)
-        torch.testing.assert_close(torch.cat(found, dim=1), expected, **CLOSE)
+        # transformers' Gemma 2 takes norms in float32, whatever the model's dtype.
+        close = {"rtol": 0.0, "atol": 1e-4} if family == "gemma2" else CLOSE
+        torch.testing.assert_close(torch.cat(found, dim=1), expected, **close)
 
 
 @pytest.mark.parametrize(

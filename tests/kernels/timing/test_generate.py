@@ -33,7 +33,7 @@ def test_plans_and_dense_take_turns(monkeypatch):
         return [float(len(seen)), 10.0, 20.0]
 
     monkeypatch.setattr(timing, "token_times", times)
-    dense, sparse = beside_each_other(model, [None, plan], tokens_of(1, 9), new_tokens=4, rounds=2)
+    dense, sparse = beside_each_other([(model, None), (model, plan)], tokens_of(1, 9), new_tokens=4, rounds=2)
     assert seen == [False, True, False, True]
     assert (dense, sparse) == (TokenTimes(1.0, 10.0), TokenTimes(2.0, 10.0))
     assert dense.tokens_per_s == 0.1

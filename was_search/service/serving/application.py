@@ -403,4 +403,4 @@ def _within_rows(ids: list[int], served: Served) -> list[int]:
 
 async def _not_there(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(RequestError(error.status_code, message).to_json(), error.status_code)
+    return JSONResponse(RequestError(error.status_code, message).to_json(), error.status_code, error.headers)

@@ -63,7 +63,7 @@ class StreamOptions(BaseModel):
 class _Request(BaseModel):
     """What both kinds of requests have. Other parameters are left alone, unless they would change the answer."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str
     max_tokens: StrictInt | None = Field(default=None, ge=1)

@@ -60,7 +60,8 @@ def decoding_speed(context: Context, plan: Plan, prompt: str, *, new_tokens: int
     model, _ = load_for(context, plan)
     ids = torch.from_numpy(prompt_ids(prompt, load_tokenizer(context.model.source)))[None]
     whole = replace(plan, thresholds=np.full_like(plan.thresholds, np.finfo(np.float32).tiny))
-    dense, unskipped, sparse = beside_each_other(model, [None, whole, plan], ids, new_tokens=new_tokens, rounds=rounds)
+    runs = [(model, each) for each in (None, whole, plan)]
+    dense, unskipped, sparse = beside_each_other(runs, ids, new_tokens=new_tokens, rounds=rounds)
     return (
         f"On {torch.get_num_threads()} thread(s) here: dense {dense.tokens_per_s:.0f} tokens/s, with the plan "
         f"{sparse.tokens_per_s:.0f} tokens/s ({dense.median / sparse.median:.2f}x; with every channel kept "

@@ -91,7 +91,7 @@ def _triton() -> Check:
 
 
 def _compiler() -> Check:
-    from was_kernels.runtime.compiled_product import compiles_here
+    from was_kernels.runtime.compiled_code import compiles_here
 
     good, reason = compiles_here()
     advice = "" if good else "decoding on a CPU takes torch's own products, which is right but slower"

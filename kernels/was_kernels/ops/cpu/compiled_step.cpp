@@ -61,15 +61,15 @@ static inline int64_t share(int64_t n, int64_t thread, int64_t threads) { return
 template <class T>
 static int products(const Group &group, const T *x, const uint8_t *dense, int64_t rows, T *y, int64_t threads) {
     const int64_t slots = slots_of(rows < MOST_ROWS ? rows : MOST_ROWS), d = padded(group.d, LANES);
-    const int64_t of_lists = list_bytes(group.d, slots), of_x = padded(slots * d * 4, LINE);
-    const int64_t of_sums = sums_of<T>(group, slots) * 4;
-    char *memory = (char *)aligned_alloc(LINE, of_sums + threads * (of_x + of_lists));
+    const int64_t of_own = own_bytes(group, slots), of_x = padded(slots * d * 4, LINE);
+    const int64_t of_sums = sums_of(group, slots) * 4;
+    char *memory = (char *)aligned_alloc(LINE, of_sums + threads * (of_x + of_own));
     if (memory == nullptr) return 1;
     float *sums = (float *)memory;
     int64_t width = 0;
     for (int64_t m = 0; m < group.count; m++) width += group.maps[m].width;
     in_threads(threads, [&](int64_t thread, int64_t used) {
-        char *own = memory + of_sums + thread * (of_x + of_lists);
+        char *own = memory + of_sums + thread * (of_x + of_own);
         float *wide = (float *)own;
         for (int64_t first = 0; first < rows; first += MOST_ROWS) {
             const int64_t some = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
@@ -87,7 +87,7 @@ static int products(const Group &group, const T *x, const uint8_t *dense, int64_
                     for (int64_t b = share(blocks, thread, used); b < share(blocks, thread + 1, used); b++)
                         store_some(y + (first + r) * width + beside + b * LANES,
                                    total<T>(map, at, slots, r, b * LANES, flags && flags[r]), map.width - b * LANES);
-                at += sums_of<T>(map, slots);
+                at += sums_of(map, slots);
                 beside += map.width;
             }
         }
@@ -163,14 +163,15 @@ struct Memory {
     int64_t own_bytes, of_normed;
 };
 
-template <class T> static int64_t most_sums(const Model &model, int64_t slots) {
+// The most of what ``size`` says of a group.
+static int64_t most_of(const Model &model, int64_t slots, int64_t (*size)(const Group &, int64_t)) {
     int64_t most = 0;
     for (int64_t b = 0; b < model.count; b++) {
         const Block &block = model.blocks[b];
         const Group *groups[] = {&block.qkv, &block.out, &block.gate_up, &block.down};
         for (const Group *group : groups) {
-            const int64_t floats = sums_of<T>(*group, slots);
-            most = floats > most ? floats : most;
+            const int64_t found = size(*group, slots);
+            most = found > most ? found : most;
         }
     }
     return most;
@@ -196,7 +197,7 @@ static void finish_head(const Model &model, const Block &block, const Cache &cac
     const int64_t size = model.size, half = size / 2;
     const int64_t which = h < model.heads ? 0 : h < model.heads + model.key_heads ? 1 : 2;
     const int64_t head = which == 0 ? h : which == 1 ? h - model.heads : h - model.heads - model.key_heads;
-    for (int64_t m = 0; m < which; m++) sums += sums_of<T>(block.qkv.maps[m], slots);
+    for (int64_t m = 0; m < which; m++) sums += sums_of(block.qkv.maps[m], slots);
     float numbers[size], turned[size];
     for (int64_t i = 0; i < size; i += LANES) {
         const Floats value = total<T>(block.qkv.maps[which], sums, slots, r, head * size + i, step.dense && step.dense[r]);
@@ -229,11 +230,11 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
     const int64_t hidden_stride = padded(hidden, LANES), inner_stride = padded(model.inner, LANES);
     const int64_t wide = model.heads * size;
     float *normed = (float *)(memory.own + thread * memory.own_bytes);
-    char *lists = memory.own + thread * memory.own_bytes + memory.of_normed;
+    char *own = memory.own + thread * memory.own_bytes + memory.of_normed;
 
     for (int64_t r = 0; r < rows; r++)
         rms_norm(memory.x + r * hidden, (const T *)block.input_norm, block.input_epsilon, hidden, normed + r * hidden_stride);
-    add_share<T>(slots, block.qkv, normed, hidden_stride, rows, step.dense, memory.sums, lists, thread, threads);
+    add_share<T>(slots, block.qkv, normed, hidden_stride, rows, step.dense, memory.sums, own, thread, threads);
     wait_for_all();
     const int64_t heads = model.heads + 2 * model.key_heads;
     for (int64_t i = share(rows * heads, thread, threads); i < share(rows * heads, thread + 1, threads); i++)
@@ -255,15 +256,15 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
     for (int64_t i = share(rows * model.heads, thread, threads); i < share(rows * model.heads, thread + 1, threads); i++)
         join_chunks<T>(memory.chunks + i * chunks * stride, stride, chunks, size, memory.attended + i * size);
     wait_for_all();
-    add_share<T>(slots, block.out, memory.attended, wide, rows, step.dense, memory.sums, lists, thread, threads);
+    add_share<T>(slots, block.out, memory.attended, wide, rows, step.dense, memory.sums, own, thread, threads);
     wait_for_all();
     add_to<T>(memory.x, hidden, block.out, memory.sums, slots, step, thread, threads);
     wait_for_all();
     for (int64_t r = 0; r < rows; r++)
         rms_norm(memory.x + r * hidden, (const T *)block.output_norm, block.output_epsilon, hidden, normed + r * hidden_stride);
-    add_share<T>(slots, block.gate_up, normed, hidden_stride, rows, step.dense, memory.sums, lists, thread, threads);
+    add_share<T>(slots, block.gate_up, normed, hidden_stride, rows, step.dense, memory.sums, own, thread, threads);
     wait_for_all();
-    const float *up_sums = memory.sums + sums_of<T>(block.gate_up.maps[0], slots);
+    const float *up_sums = memory.sums + sums_of(block.gate_up.maps[0], slots);
     const int64_t blocks = inner_stride / LANES;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t b = share(blocks, thread, threads); b < share(blocks, thread + 1, threads); b++) {
@@ -273,7 +274,7 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
             store(memory.active + r * inner_stride + b * LANES, rounded(rounded(silu(gate), (T *)nullptr) * up, (T *)nullptr));
         }
     wait_for_all();
-    add_share<T>(slots, block.down, memory.active, inner_stride, rows, step.dense, memory.sums, lists, thread, threads);
+    add_share<T>(slots, block.down, memory.active, inner_stride, rows, step.dense, memory.sums, own, thread, threads);
     wait_for_all();
     add_to<T>(memory.x, hidden, block.down, memory.sums, slots, step, thread, threads);
     wait_for_all();
@@ -282,12 +283,11 @@ static void run_block(const Model &model, const Block &block, const Cache &cache
 template <class T> static int decode(const Model &model, const Step &step, int64_t threads) {
     const int64_t rows = step.rows, slots = slots_of(rows), hidden = model.hidden, wide = model.heads * model.size;
     const int64_t chunks = (step.position + CHUNK) / CHUNK;
-    const int64_t longest = hidden > model.inner ? hidden > wide ? hidden : wide : model.inner > wide ? model.inner : wide;
     Memory memory;
     memory.of_normed = padded(rows * padded(hidden, LANES) * 4, LINE);
-    memory.own_bytes = memory.of_normed + list_bytes(longest, slots);
+    memory.own_bytes = memory.of_normed + most_of(model, slots, own_bytes);
     const int64_t of_x = padded(rows * hidden, LINE), of_heads = padded(rows * wide, LINE);
-    const int64_t of_active = padded(rows * padded(model.inner, LANES), LINE), of_sums = most_sums<T>(model, slots);
+    const int64_t of_active = padded(rows * padded(model.inner, LANES), LINE), of_sums = most_of(model, slots, sums_of);
     const int64_t of_chunks = rows * model.heads * chunks * chunk_floats(model.size);
     const int64_t floats = of_x + 2 * of_heads + of_active + of_sums + of_chunks;
     char *space = (char *)aligned_alloc(LINE, padded(floats * 4, LINE) + threads * memory.own_bytes);
@@ -333,6 +333,17 @@ int was_products(const Group *group, const void *x, const uint8_t *dense, int64_
 int was_dense(const void *weight, int64_t stride, const void *x, int64_t rows, int64_t d, void *y, int64_t width,
               int64_t threads) {
     return dense((const NUMBER *)weight, stride, (const NUMBER *)x, rows, d, (NUMBER *)y, width, threads);
+}
+
+// y [d, width], contiguous: the numbers that a map's rounded columns stand for.
+void was_write_out(const Map *map, int64_t d, void *y, int64_t threads) {
+    const Packed weight = packed(*map);
+    in_threads(threads, [&](int64_t thread, int64_t used) {
+        for (int64_t j = share(d, thread, used); j < share(d, thread + 1, used); j++) {
+            NUMBER *to = (NUMBER *)y + j * map->width;
+            map->bits == 8 ? write_out<8>(weight, j, map->width, to) : write_out<4>(weight, j, map->width, to);
+        }
+    });
 }
 
 // A step of up to MOST_ROWS rows.

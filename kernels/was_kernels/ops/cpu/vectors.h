@@ -26,6 +26,7 @@ typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Signed __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t Shorts __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4)));
 
 struct BFloat16 {
     uint16_t bits;
@@ -57,6 +58,38 @@ static inline Floats load(const BFloat16 *from) {
     memcpy(&value, from, sizeof value);
     return (Floats)(__builtin_convertvector(value, Words) << 16);
 #endif
+}
+
+// LANES bytes, each in a word of its own.
+static inline Words load_bytes(const uint8_t *from) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    Bytes value;
+    memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(value, Words);
+#endif
+}
+
+static inline Floats whole(Words value) { return __builtin_convertvector((Signed)value, Floats); }
+
+// The lowest four bits.
+static inline Floats whole_nibble(Words value) {
+#if defined(__AVX512F__)  // one look-up for a mask and a conversion: it takes the lowest four bits of each word
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Floats)_mm512_permutexvar_ps((__m512i)value, table);
+#else
+    return whole(value & 15u);
+#endif
+}
+
+// a's and b's numbers by turns: the first LANES of them, or the second.
+static inline Floats by_turns(Floats a, Floats b, bool second) {
+    Floats value;
+    for (int64_t i = 0; i < LANES; i++) value[i] = (i % 2 ? b : a)[(second ? LANES / 2 : 0) + i / 2];
+    return value;
 }
 
 static inline void store(float *to, Floats value) { memcpy(to, &value, sizeof value); }
@@ -104,6 +137,13 @@ static inline void store(Float16 *to, Floats value) {
 }
 #else
 #define NO_FLOAT16  // weights of that type are then refused by the compiler, and another product takes them
+static inline Floats load(const Float16 *from) {
+    Shorts value;
+    memcpy(&value, from, sizeof value);
+    const Words bits = __builtin_convertvector(value, Words), size = bits & 0x7fffu;
+    const Words special = (Words)(size > 0x7bffu) & 0x7f800000u;  // infinities and NaN, which the product misses
+    return (Floats)((Words)((Floats)(size << 13) * 0x1p112f) | special | (bits & 0x8000u) << 16);
+}
 #endif
 
 #ifndef NO_FLOAT16

@@ -233,9 +233,16 @@ def test_bodies_paths_and_keys_that_are_refused(server):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {b"Authorization": b"Bearer \xe9"}):
         found = post(url, json={"model": "tiny", "prompt": "a"}, headers=headers)
         assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
-    for method, path in (("GET", "/v1/nothing"), ("GET", "/v1/completions"), ("POST", "/health")):
+    found = post(url, content=b'{"model": "tiny", "prompt": "a", "temperature": NaN}', headers=typed)
+    assert found.status_code == 400 and "temperature: Input should be a finite number" in found.text
+    for method, path, allowed in (
+        ("GET", "/v1/nothing", None),
+        ("GET", "/v1/completions", {"POST"}),
+        ("POST", "/health", {"GET", "HEAD"}),
+    ):
         found = server.client.request(method, path)
-        assert found.status_code in (404, 405) and found.json()["error"]["message"]
+        assert found.status_code == (405 if allowed else 404) and found.json()["error"]["message"]
+        assert allowed is None or set(found.headers["Allow"].split(", ")) == allowed
 
 
 def settled(server: Running) -> None:
