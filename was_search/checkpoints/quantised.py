@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from was_search.checkpoints.column_product import column_product
 from was_search.checkpoints.rounding import dequantise, quantise
 from was_search.weight_format import WeightFormat
 
@@ -64,7 +64,7 @@ class QuantisedLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        return column_product(x, self.dense_weight(x.dtype).t(), self.bias)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -77,7 +77,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantisedLinear) -> Tensor:
         ctx.linear = linear
-        return x @ linear.dense_weight(x.dtype).t()
+        return column_product(x, linear.dense_weight(x.dtype).t())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

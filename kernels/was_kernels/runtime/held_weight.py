@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from was_kernels.ops.column_weight import ColumnWeight
 from was_kernels.ops.compiled_step import spaced as spaced_columns
 from was_kernels.runtime.compiled_code import compiled_step
+from was_search.checkpoints.column_product import column_product
 from was_search.checkpoints.quantised import QuantisedLinear
 from was_search.checkpoints.structure import Projection
 
@@ -65,11 +65,7 @@ class StoredWeight:
         return ColumnWeight.as_stored(self.tensor.t())
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.tensor.dtype == torch.float16 and x.dtype == torch.float16 and self.tensor.device.type == "cpu":
-            # torch multiplies float16 on CPUs slowly, and column-major weights some twenty times more so.
-            y = F.linear(x.float(), self.tensor.float(), None if bias is None else bias.float())
-            return y.to(x.dtype)
-        return F.linear(x, self.tensor, bias)
+        return column_product(x, self.tensor.t(), bias)
 
     def restore(self) -> None:
         self.tensor.data = self.tensor.data.contiguous()
@@ -90,8 +86,8 @@ class RoundedWeight:
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         step = None if x.is_cuda or torch.compiler.is_compiling() else compiled_step(x.dtype)
-        weight = self._dense_weight(x.dtype) if step is None else step.written_out(self.columns).t()
-        return F.linear(x, weight, bias)
+        columns = self._dense_weight(x.dtype).t() if step is None else step.written_out(self.columns)
+        return column_product(x, columns, bias)
 
     def restore(self) -> None:
         """Nothing to do, as nothing was changed."""
