@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from was_search.process.quickest import quickest
 
 _CLEARLY = 4.0
 """How many times as fast float32 has to be: some 75 on a CPU without AVX-512, below 1 on one that has it."""
@@ -43,14 +43,5 @@ def _is_widened(dtype: torch.dtype) -> bool:
 @torch.no_grad()
 def _is_slow(dtype: torch.dtype) -> bool:
     x, columns = torch.ones((16, 256), dtype=dtype), torch.ones((256, 256), dtype=dtype)
-    own = _least_seconds(lambda: F.linear(x, columns.t()))
-    return own > _CLEARLY * _least_seconds(lambda: F.linear(x.float(), columns.float().t()).to(dtype))
-
-
-def _least_seconds(call: Callable[[], Tensor]) -> float:
-    found = []
-    for _ in range(4):  # the first one starts threads and fills caches
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return min(found)
+    own, wide = quickest(lambda: F.linear(x, columns.t()), lambda: F.linear(x.float(), columns.float().t()).to(dtype))
+    return own > _CLEARLY * wide

@@ -95,7 +95,7 @@ class KeptMap:
     """A linear map that reads the columns of kept channels only.
 
     Attributes:
-        weight: W. As stored, it is float32, bfloat16 or float16; rounded, its columns may lie apart.
+        weight: W, rounded, or as stored in the inputs' dtype; its columns may then lie apart.
         cutoffs: the least magnitude of each channel that is kept, [d] in the inputs' dtype; None: all are kept.
         bias: [width] in the same dtype, or None.
         correction: of the rows that are not dense; None: they are not corrected.

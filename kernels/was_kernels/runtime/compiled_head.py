@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from was_kernels.ops.compiled_step import MOST_ROWS, CompiledStep
 from was_kernels.runtime.compiled_code import compiled_step
-from was_kernels.runtime.compiled_product import quickest
 from was_kernels.runtime.fused_forward import fuse
+from was_search.process.quickest import quickest
 
 _is_faster: dict[tuple[Any, ...], bool] = {}
 """What was measured in this process, by shape, dtype, threads and rows."""

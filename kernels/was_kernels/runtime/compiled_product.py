@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from was_kernels.ops.compiled_step import CompiledStep, KeptGroup, KeptMap
 from was_kernels.runtime.compiled_code import compiled_step
 from was_kernels.runtime.held_weight import HeldWeight
+from was_search.process.quickest import quickest
 
 if TYPE_CHECKING:
     from was_kernels.runtime.sparse_linear import SparseLinear
@@ -118,25 +118,6 @@ def most_worth(dense: float, empty: float, full: float, channels: int) -> int:
     if full <= dense:
         return channels
     return -1 if dense <= empty else int((dense - empty) / (full - empty) * channels)
-
-
-_LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_SECONDS = 4, 10, 0.06
-
-
-def quickest(*calls: Callable[[], Any]) -> list[float]:
-    """Seconds of the shortest of a few of each of ``calls``, which take turns: what disturbs one disturbs all."""
-    for call in calls:
-        call()
-    fastest, spent = [float("inf")] * len(calls), 0.0
-    for rounds in range(_MOST_ROUNDS):
-        if rounds >= _LEAST_ROUNDS and spent > _ENOUGH_SECONDS:
-            break
-        for i, call in enumerate(calls):
-            started = time.perf_counter()
-            call()
-            took = time.perf_counter() - started
-            fastest[i], spent = min(fastest[i], took), spent + took
-    return fastest
 
 
 def _plain(bias: Tensor | None) -> Tensor | None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from was_kernels.ops.column_bags import ColumnBags, KeptList
-from was_kernels.runtime.compiled_product import most_worth, quickest
+from was_kernels.runtime.compiled_product import most_worth
 from was_kernels.runtime.held_weight import HeldWeight
+from was_search.process.quickest import quickest
 
 _most_kept: dict[tuple[Any, ...], int] = {}
 """What was measured in this process, by shape, dtype, threads and rows."""

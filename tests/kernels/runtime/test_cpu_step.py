@@ -80,7 +80,7 @@ def test_equals_the_reference(family, batch, prefix, runs, choice):
 def test_half_precision_is_as_exact_as_the_reference(half, batch, runs, choice):
     model = model_of("llama", "cpu", half)
     plan = tiny_plan(model)
-    tokens = tokens_of(batch, 20)
+    tokens = tokens_of(batch, 20, 9)
     with sparsify(copy.deepcopy(model).double(), plan, backend="reference") as exact:
         expected = logits_of_steps(exact, tokens, 8)
     with sparsify(model, plan, backend="reference") as sparse:
