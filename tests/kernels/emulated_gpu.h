@@ -18,6 +18,10 @@ struct Index {
 };
 static Index threadIdx, blockIdx, gridDim;
 
+struct alignas(8) float2 {
+    float x, y;
+};
+
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -107,8 +111,11 @@ static inline unsigned __ballot_sync(unsigned, bool vote) {
     });
 }
 
+static inline void __syncwarp() { warp_meets[threadIdx.x / 32].arrive_and_wait(32); }
+
 static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 static inline float __uint_as_float(unsigned v) { return same_bits<float>(v); }
+static inline unsigned __float_as_uint(float v) { return same_bits<unsigned>(v); }
 static inline float __int_as_float(int v) { return same_bits<float>(v); }
 static inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 static inline float emulated_exp(float v) { return expf(v); }

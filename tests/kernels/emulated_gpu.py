@@ -1,7 +1,8 @@
 """Run the CUDA sources on a CPU: ``cuda/*.cu`` as C++, with stand-ins for what only a GPU has (``emulated_gpu.h``).
 
 Nothing of the sources' arithmetic, indexing or order is replaced: only functions with inline assembly are, each by the
-one below with its name. Launches are those of the real Python code; blocks run one after another, in any order wanted.
+one below with its name. Launches are those of the real Python code; blocks run one after another, in any order wanted in
+which none waits for a later one.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ STAND_INS = {
     "wait_for_input": "",
     "let_next_start": "",
     "arrives_last": "return __atomic_fetch_add(counter, 1, __ATOMIC_SEQ_CST) == total - 1;",
+    "read_share": "return *(const volatile u32*)from;",
+    "write_share": "*(volatile u32*)to = bits;",
     "read_once": "return 0;",
     "fetch_line": "(void)*(const volatile float*)p;",
     "stream": "return aligned_read(p);",
@@ -91,6 +94,9 @@ class _Kernel:
     def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], *, overlap: bool = False) -> None:
         self._gpu.launches.append((self._name, self._macros, grid))
         order = np.random.default_rng(self._gpu.seed).permutation(grid[0] * grid[1]).astype(np.int32)
+        if self._name == "gather_gemv":  # blocks of the last share wait for others, which a GPU starts before them
+            waits = order >= grid[0] * (grid[1] - 1)
+            order = np.concatenate((order[~waits], np.sort(order[waits])))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         self._library.launch(pointers, *grid, threads, order.ctypes.data_as(ctypes.c_void_p))
 

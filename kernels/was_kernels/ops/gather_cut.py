@@ -10,7 +10,7 @@ from was_kernels.ops.nvrtc import ceil_div
 WARPS = 8
 """Warps of a block."""
 
-_STRIPE = 16
+_STRIPE = 32
 _SHARED_BYTES = (48 << 10) - 768  # shared memory that every device gives without asking, less the kernel's small arrays
 
 
@@ -56,7 +56,7 @@ def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int,
     wide = compiled_rows == 1 or mma
     columns = 256 if wide and sum(ceil_div(width, 256) for width in widths) >= 32 else 128
     per_lane = 8 if bits == 16 else max(8, min(128 // bits, 32 // compiled_rows))
-    unroll = 8
+    unroll = 5 if compiled_rows == 1 else 8  # of one row's launches fewer in flight disturb each other less
     if bits < 16:  # leaves registers for the sums: of 32 columns at 4 bits, of two rows of 16
         residents, unroll = {1: 3 if bits == 4 else 4}.get(compiled_rows, 2), 4
     lanes = columns // per_lane
@@ -66,8 +66,10 @@ def choose_cut(d_in: int, widths: tuple[int, ...], rows: int, n_processors: int,
     if mma:  # half-precision inputs and the list; the sums take their place
         most = (_SHARED_BYTES // (2 + 2 * compiled_rows) - 2 * threads) // threads * threads
     else:
-        sums_bytes = 4 * WARPS * columns  # a float of each column for each warp
-        most = (_SHARED_BYTES - sums_bytes) // (2 + 4 * compiled_rows) // threads * threads
+        channel_bytes = 2 + 4 * compiled_rows  # its number and its inputs
+        sums_bytes = 4 * (WARPS + compiled_rows) * columns  # a float of each column for each warp, and of the share's
+        first_bytes = WARPS * unroll * (32 // (columns // per_lane)) * channel_bytes  # warps' lists, of 16 bits only
+        most = (_SHARED_BYTES - sums_bytes - first_bytes) // channel_bytes // threads * threads
     # A thread keeps its channels' inputs of all rows in registers while it scores them.
     most = min(most, threads * 64 // compiled_rows) if mma else most
     shares = max(shares, ceil_div(d_in, most))

@@ -14,6 +14,7 @@ from was_kernels.ops.gather_step import GatherStep
 from was_kernels.ops.nvrtc import SOURCES, address, cuda_kernel
 
 _COUNTERS = 1 << 12
+_SHARES = 1 << 20
 
 
 class _Projection(ctypes.Structure):
@@ -37,8 +38,11 @@ _GROUPS = {n: type(f"_Group{n}", (ctypes.Structure,), {"_fields_": (("part", _Pr
 
 
 def counters(device: torch.device) -> Tensor:
-    """Zeros, int32, in which the ops count arrived blocks; one set for each model, whose kernels run one by one."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    """Zeros, int32: where the ops count arrived blocks, and where blocks leave sums for one another.
+
+    One for each model, whose kernels run one by one; zeros again when a launch has ended.
+    """
+    return torch.zeros(_COUNTERS + _SHARES, dtype=torch.int32, device=device)
 
 
 def launch_gather(
@@ -79,10 +83,9 @@ def launch_gather(
             f"arrived: must be on {x.device} with x, got {arrived.device}; a model that runs a plan must not be moved: "
             "restore() it first"
         )
-    if n_blocks > len(arrived):
-        raise ValueError(f"arrived: {n_blocks} counters needed, got {len(arrived)}")
-    n_parts = n_blocks * cut.shares * cut.rows * cut.lanes * cut.per_lane
-    parts = torch.empty(n_parts, dtype=torch.float32, device=x.device)
+    parts = arrived[_COUNTERS:]
+    if (n_parts := n_blocks * cut.shares * cut.rows * cut.lanes * cut.per_lane) > len(parts):
+        parts = torch.zeros(n_parts, dtype=torch.int32, device=x.device)
     own_squares = torch.empty((rows, n_blocks), dtype=torch.float32, device=x.device) if want_squares else None
     attended = x if isinstance(x, AttentionParts) else None
     plain = x if isinstance(x, Tensor) else None
@@ -113,7 +116,6 @@ def launch_gather(
         address(step.residual),
         address(step.dense),
         address(parts),
-        address(arrived),
         address(None if attended is None else attended.parts),
         address(None if attended is None else attended.length),
         address(squares),

@@ -183,6 +183,14 @@ def test_gather_gemv_corrects_masked_rows(gpu, rows, dtype, d_in, widths, option
     assert macros["CORRECTED"]
 
 
+def test_a_launch_with_more_shares_than_there_is_room_for(gpu):
+    launch = Launch(1, 1544, [344, 344], HALF, gated=True)
+    expected, _ = launch.run()
+    launch.arrived = launch.arrived[: gather_launch._COUNTERS + 7]
+    found, _ = launch.run()
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "corrected"), [(1, False), (2, False), (5, False), (1, True)])
 def test_gather_gemv_of_rounded_weights(gpu, bits, rows, corrected):

@@ -2,8 +2,8 @@
 //
 // A block owns COLUMNS outputs of one projection and a share of the input channels. It scores its channels, lists the
 // kept ones in shared memory, and its warps stream their weight rows: every lane reads 16 contiguous bytes, UNROLL
-// rows in flight. The block that arrives last adds the shares in their order, so that two runs give the same bits.
-// When GATED, blocks of gate and up alternate and the last of both makes silu(gate) * up.
+// rows in flight. The block of the last share adds all in their order, so that two runs give the same bits.
+// When GATED, blocks of gate and up alternate and up's makes silu(gate) * up.
 //
 // With several rows and BITS 16 the products are tensor cores' (MMA): a warp takes 64 outputs and 16 listed channels at
 // a time, of which a lane reads 8 outputs of 4 channels; the rows of x are columns of the product, in tiles of 8.
@@ -76,8 +76,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             const u16* __restrict__ norm_weight, // [d_in], NORMED only
             const u16* __restrict__ residual,    // like out or null: added to the output
             const u8* __restrict__ dense,        // [rows] or null: rows that keep every channel
-            float* __restrict__ parts,           // [blocks, SHARES, ROWS, COLUMNS]
-            int* __restrict__ arrived,           // [column blocks], zero before and after
+            u32* parts,                          // [blocks, SHARES, ROWS, COLUMNS] floats, zero bits before and after
             const float* __restrict__ attended,  // parts of attention, SPLITS only
             long long* length,                   // of the sequence that attended, made one longer; SPLITS only
             const float* __restrict__ squares_of_x,  // [rows, n_squares]: sums of x's squares, NORMED 2 only
@@ -95,6 +94,11 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     __shared__ u16 list[CAPACITY];
     __shared__ Values values[CAPACITY];
     __shared__ Sums sums[WARPS];
+    __shared__ float own_sums[ROWS * COLUMNS];
+#if FIRST
+    __shared__ u16 first_list[WARPS][FIRST];
+    __shared__ Values first_values[WARPS][FIRST];
+#endif
 #endif
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, share = blockIdx.y;
 
@@ -112,8 +116,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const int first_column = (block - (int)own.first_block) * COLUMNS;
 
     // What does not depend on the kernel before. The residual was made by an earlier one.
+    const bool adds = share == SHARES - 1 && (!GATED || which == 1);  // the others' shares to its own
 #if CORRECTED
-    if (share == 0) fetch_corrections(own, first_column);
+    if (share == SHARES - 1) fetch_corrections(own, first_column);
 #endif
     float norms[PASSES];
     read_channels(norms, own.norms, d_in);
@@ -143,30 +148,41 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     read_inputs(input, source);
 #endif
 
-    int n = list_kept(list, values, input, norms, own.threshold, whole, rows, d_in);
+    Kept kept = kept_channels(input, norms, own.threshold, whole, rows, d_in);
 
     const unsigned long long policy = read_once();
-    // Shares lie as [column block, gate or up, share, row, column].
-    float* shares = parts + (long long)block * SUMS * SHARES * (ROWS * COLUMNS);
-    float* mine = shares + ((SUMS == 2 ? which : 0) * SHARES + share) * (ROWS * COLUMNS);
+    u32* shares = parts + (long long)block * SUMS * SHARES * (ROWS * COLUMNS);
+    u32* mine = adds ? nullptr : shares + ((GATED ? which : 0) * SHARES + share) * (ROWS * COLUMNS);
 #if MMA
+    const int n = list_kept(list, values, kept, input, d_in);
     const int column = first_column + (warp % ACROSS) * 64 + lane / 4 * 8;
     float total[TILES][4][4];  // [tile of rows][pair of outputs][output 0 and rows 2q, 2q + 1; output 1 likewise]
 #pragma unroll
     for (int i = 0; i < TILES * 16; i++) (&total[0][0][0])[i] = 0.0f;
     accumulate(total, list, values, n, own, column < own.width ? column : -1, policy);
     leave_share(mine, sums, total, rows);
+    const float* own_sums = &sums[0][0][0];
 #else
     const int column = first_column + (lane % LANES) * PER_LANE;
-    if (column >= own.width) n = 0;
+    const bool there = column < own.width;
     float total[ROWS][PER_LANE];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) total[r][c] = 0.0f;
-    accumulate(total, list, values, n, own, column, policy);
-    leave_share(mine, sums, total);
+#if FIRST
+    const int n_first = list_first(first_list[warp], first_values[warp], kept, input, d_in);
+    const Weights ahead = read_weights(own, column, first_list[warp], lane / LANES, OF_WARP, there ? n_first : 0, policy);
 #endif
-    if (!is_last(arrived + block)) return;
-    write_results(group, which, block, first_column, shares, {residual, out_stride, squares_of_out, rows, whole});
+    const int n = list_kept(list, values, kept, input, d_in);
+#if FIRST
+    add_products(total, ahead, first_values[warp], lane / LANES, OF_WARP, n_first);
+#endif
+    accumulate(total, list, values, there ? n : 0, own, column, policy);
+    leave_share(mine, own_sums, sums, total, rows);
+#endif
+    if (!adds) return;
+    __syncthreads();
+    write_results(group, which, block, first_column, shares, own_sums,
+                  {residual, out_stride, squares_of_out, rows, whole});
 }

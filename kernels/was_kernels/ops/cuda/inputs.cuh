@@ -1,9 +1,9 @@
 // What a thread scores and multiplies: the inputs of its channels in every row, read or merged from parts of attention,
-// and normed. A block's share of the channels is every SHARES-th stripe of 16, as neighbours tend to be kept together;
+// and normed. A block's share of the channels is every SHARES-th stripe of 32, as neighbours tend to be kept together;
 // a thread has one channel of it in each of PASSES passes.
 // ROWS, PASSES, THREADS, WARPS, SHARES, NORMED, SPLITS and THERE are macros of gather_gemv.cu, which includes this.
 
-#define STRIPE 16
+#define STRIPE 32
 
 struct Channel {
     int number;
@@ -54,7 +54,9 @@ __device__ __forceinline__ void read_inputs(float (&input)[ROWS][PASSES], const 
             const Channel channel = channel_of(pass, from.d_in);
             const bool there = channel.there && THERE(r);
 #ifdef SPLITS
-            input[r][pass] = there ? merged_attention(from.attended, r, channel.number, from.d_in) : 0.0f;
+            // Every lane takes part; a warp's channels are a stripe, which is there as a whole and lies in one head.
+            const float merged = merged_attention(from.attended, THERE(r) ? r : 0, there ? channel.number : 0, from.d_in);
+            input[r][pass] = there ? merged : 0.0f;
 #else
             input[r][pass] = there ? widen(from.x[r * from.stride + channel.number]) : 0.0f;
 #endif

@@ -1,6 +1,7 @@
 // The channels of a block's share that any row keeps, listed in shared memory with their inputs.
 // A row keeps a channel if |input| * norm reaches the threshold, or if it keeps every channel.
-// ROWS, PASSES, WARPS, MMA and THERE are macros of gather_gemv.cu; PITCH, DEEP and STEPS of accumulate_mma.cuh.
+// ROWS, PASSES, WARPS, MMA and THERE are macros of gather_gemv.cu; PITCH, DEEP and STEPS of accumulate_mma.cuh, FIRST of
+// accumulate_half.cuh (0 or undefined: no lists of warps).
 
 #if MMA
 typedef u16 Values[PITCH];  // of a row; the list's order
@@ -27,22 +28,71 @@ __device__ __forceinline__ u32 rows_that_keep(const float (&input)[ROWS][PASSES]
     return keep;
 }
 
-// Returns how many are listed. The list is in the order of the channels; a row's input of a channel that it does not
-// keep is 0. Every thread of the block calls this, and may read the list when it returns.
-__device__ __forceinline__ int list_kept(u16* list, Values* values, const float (&input)[ROWS][PASSES],
-                                         const float (&norms)[PASSES], float threshold, u32 whole, int rows, int d_in) {
-    __shared__ u8 counts[PASSES * WARPS];
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    u32 ballots[PASSES];
-    u32 kept[PASSES];  // rows that keep the thread's channel
+// What is kept of the channels of a warp's threads.
+struct Kept {
+    u32 rows[PASSES];     // that keep the thread's channel, a bit each
+    u32 ballots[PASSES];  // lanes whose channel any row keeps
+};
+
+__device__ __forceinline__ Kept kept_channels(const float (&input)[ROWS][PASSES], const float (&norms)[PASSES],
+                                              float threshold, u32 whole, int rows, int d_in) {
+    Kept kept;
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
-        kept[pass] = 0;
+        kept.rows[pass] = 0;
         if (channel_of(pass, d_in).there)
-            kept[pass] = rows_that_keep(input, pass, norms[pass], threshold, whole, rows);
-        ballots[pass] = __ballot_sync(~0u, kept[pass] != 0);
-        if (lane == 0) counts[pass * WARPS + warp] = (u8)__popc(ballots[pass]);
+            kept.rows[pass] = rows_that_keep(input, pass, norms[pass], threshold, whole, rows);
+        kept.ballots[pass] = __ballot_sync(~0u, kept.rows[pass] != 0);
     }
+    return kept;
+}
+
+// Writes a channel that `keep` some rows into a list at place `at`; a row's input that it does not keep is 0.
+__device__ __forceinline__ void list_channel(u16* list, Values* values, int at, int channel, u32 keep,
+                                             const float (&input)[ROWS][PASSES], int pass) {
+    list[at] = (u16)channel;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float value = (keep >> r) & 1u ? input[r][pass] : 0.0f;
+#if MMA
+        values[r][at] = narrow(value);
+#else
+        values[at][r] = value;
+#endif
+    }
+}
+
+#if FIRST
+// Takes the first FIRST of a warp's kept channels out of `kept` into a list of its own, which the warp may read when
+// this returns: their weights are asked for while the block lists the others. Returns how many there are.
+__device__ __forceinline__ int list_first(u16* list, Values* values, Kept& kept, const float (&input)[ROWS][PASSES],
+                                          int d_in) {
+    const int lane = threadIdx.x % 32;
+    int n = 0;
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int at = n + __popc(kept.ballots[pass] & ((1u << lane) - 1u));
+        n += __popc(kept.ballots[pass]);
+        if (kept.rows[pass] && at < FIRST) {
+            list_channel(list, values, at, channel_of(pass, d_in).number, kept.rows[pass], input, pass);
+            kept.rows[pass] = 0;
+        }
+        kept.ballots[pass] = __ballot_sync(~0u, kept.rows[pass] != 0);
+    }
+    __syncwarp();
+    return n < FIRST ? n : FIRST;
+}
+#endif
+
+// Lists the block's channels of `kept` in their order; returns how many there are. Every thread of the block calls this,
+// and may read the list when it returns.
+__device__ __forceinline__ int list_kept(u16* list, Values* values, const Kept& kept,
+                                         const float (&input)[ROWS][PASSES], int d_in) {
+    __shared__ u8 counts[PASSES * WARPS];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++)
+        if (lane == 0) counts[pass * WARPS + warp] = (u8)__popc(kept.ballots[pass]);
     __syncthreads();
     int n = 0;
 #pragma unroll
@@ -53,19 +103,9 @@ __device__ __forceinline__ int list_kept(u16* list, Values* values, const float 
             if (w == warp) mine = n;
             n += counts[pass * WARPS + w];
         }
-        if (kept[pass]) {
-            const int at = mine + __popc(ballots[pass] & ((1u << lane) - 1u));
-            list[at] = (u16)channel_of(pass, d_in).number;
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const float value = (kept[pass] >> r) & 1u ? input[r][pass] : 0.0f;
-#if MMA
-                values[r][at] = narrow(value);
-#else
-                values[at][r] = value;
-#endif
-            }
-        }
+        const int at = mine + __popc(kept.ballots[pass] & ((1u << lane) - 1u));
+        if (kept.rows[pass])
+            list_channel(list, values, at, channel_of(pass, d_in).number, kept.rows[pass], input, pass);
     }
 #if MMA
     // What the last step of a warp reads past the list's end.

@@ -5,36 +5,40 @@
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
 
 #ifdef SPLITS
-#define AT_ONCE (SPLITS < 16 ? SPLITS : 16)  // parts that are read together
+#define TAKEN (SPLITS < 16 ? SPLITS : 16)  // parts that are read together
 
-// Channel `channel` of the output of row `row`, from parts [rows, key heads, SPLITS, QUERIES, PART].
+__device__ __forceinline__ float most_of_warp(float v) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
+    return v;
+}
+
+// Channel `channel` of the output of row `row`, from parts [rows, key heads, SPLITS, QUERIES, PART]. All lanes of a warp
+// call this, for channels of one head: each weighs one of its parts for all.
 __device__ __forceinline__ float merged_attention(const float* parts, int row, int channel, int channels) {
     const int head = channel / HEAD, key_head = head / QUERIES, key_heads = channels / (HEAD * QUERIES);
+    const int lane = threadIdx.x % 32;
     const long long first = ((long long)row * key_heads + key_head) * SPLITS * QUERIES + head % QUERIES;
     const float* own = parts + first * PART;
     float peak = NOTHING, mass = 0.0f, sum = 0.0f;
 #pragma unroll 1
-    for (int first = 0; first < SPLITS; first += AT_ONCE) {
-        float sums[AT_ONCE], peaks[AT_ONCE], masses[AT_ONCE], top = peak;
+    for (int first = 0; first < SPLITS; first += TAKEN) {
+        const bool weighs = lane < TAKEN && first + lane < SPLITS;
+        const float* end = own + (weighs ? first + lane : 0) * QUERIES * PART + HEAD;
+        const float2 weighed = __ldcg(reinterpret_cast<const float2*>(end));  // peak and mass
+        float sums[TAKEN];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const bool there = SPLITS % AT_ONCE == 0 || first + i < SPLITS;
-            const float* part = own + (there ? first + i : 0) * QUERIES * PART;
-            peaks[i] = there ? __ldcg(part + HEAD) : NOTHING;
-            masses[i] = __ldcg(part + HEAD + 1);
-            sums[i] = __ldcg(part + channel % HEAD);
-            top = fmaxf(top, peaks[i]);
+        for (int i = 0; i < TAKEN; i++) {
+            const bool there = SPLITS % TAKEN == 0 || first + i < SPLITS;
+            sums[i] = __ldcg(own + (there ? first + i : 0) * QUERIES * PART + channel % HEAD);
         }
-        const float keep = top == NOTHING ? 0.0f : exp2f(peak - top);
-        mass *= keep;
+        const float own_peak = weighs ? weighed.x : NOTHING, top = fmaxf(peak, most_of_warp(own_peak));
+        const float keep = top == NOTHING ? 0.0f : exp2f(peak - top), take = top == NOTHING ? 0.0f : exp2f(own_peak - top);
+        mass = mass * keep + sum_of_warp(weighs ? weighed.y * take : 0.0f);
         sum *= keep;
         peak = top;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const float take = top == NOTHING ? 0.0f : exp2f(peaks[i] - top);
-            mass += masses[i] * take;
-            sum += sums[i] * take;
-        }
+        for (int i = 0; i < TAKEN; i++) sum += sums[i] * __shfl_sync(~0u, take, i);
     }
     return rounded(mass == 0.0f ? 0.0f : sum / mass);
 }

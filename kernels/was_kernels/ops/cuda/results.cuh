@@ -27,9 +27,10 @@ struct Output {
     u32 whole;  // rows that are dense, a bit each
 };
 
-// Of the outputs from `first_column` on of projection `which`, or of the gated pair; `shares` are those of the block.
-__device__ __forceinline__ void write_results(const Group& group, int which, int block, int first_column,
-                                              const float* shares, const Output& to) {
+// Of the outputs from `first_column` on of projection `which`, or of the gated pair; `shares` are those of the outputs,
+// and `own` is the block's.
+__device__ __forceinline__ void write_results(const Group& group, int which, int block, int first_column, u32* shares,
+                                              const float* own, const Output& to) {
     __shared__ __align__(16) float squares[ROWS * COLUMNS / 32];
     const int thread = threadIdx.x, width = group.part[which].width;
     for (int first_pass = 0; first_pass < RESULT_PASSES; first_pass += TOGETHER) {
@@ -55,7 +56,7 @@ __device__ __forceinline__ void write_results(const Group& group, int which, int
 #endif
             }
         }
-        add_shares(sum, shares, first_pass);
+        add_shares(sum, shares, own, first_pass, to.rows);
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) {
             const int i = (first_pass + t) * THREADS + thread;
