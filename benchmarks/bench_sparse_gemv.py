@@ -28,7 +28,7 @@ from benchmarks.harness.conditions import conditions
 from benchmarks.harness.rows import append_row
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.gather_gemv import gather_gemv
-from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_launch import new_workspace
 from was_kernels.ops.gather_step import GatherStep
 from was_kernels.ops.sparse_gemv import sparse_gemv
 from was_kernels.timing.step import read_bandwidth
@@ -104,13 +104,13 @@ def dense_times(x: Tensor, weights_t: list[Tensor], replays: int) -> tuple[float
 
 def product(kernel: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """The named kernel as a function: x [B, d_in], weight_t [d_in, d_out], norms [d_in], threshold -> [B, d_out]."""
-    arrived = counters(torch.device("cuda"))
+    workspace = new_workspace(torch.device("cuda"))
 
     def call(x: Tensor, weight_t: Tensor, norms: Tensor, threshold: float) -> Tensor:
         sparse = SparseMap(ColumnWeight.as_stored(weight_t), norms, threshold)
         if kernel == "triton":
             return sparse_gemv(x, sparse)
-        return gather_gemv(GatherStep(x, [sparse]), arrived, early=True)
+        return gather_gemv(GatherStep(x, [sparse]), workspace, early=True)
 
     return call
 

@@ -1,8 +1,8 @@
 """Run the CUDA sources on a CPU: ``cuda/*.cu`` as C++, with stand-ins for what only a GPU has (``emulated_gpu.h``).
 
 Nothing of the sources' arithmetic, indexing or order is replaced: only functions with inline assembly are, each by the
-one below with its name. Launches are those of the real Python code; blocks run one after another, in any order wanted in
-which none waits for a later one.
+one below with its name. Launches are those of the real Python code; blocks run one after another, in any order wanted
+in which none waits for a later one.
 """
 
 from __future__ import annotations

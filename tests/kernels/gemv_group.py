@@ -10,7 +10,7 @@ from torch import Tensor
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
-from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_launch import new_workspace
 from was_kernels.ops.gather_step import GatherStep
 from was_search.checkpoints.rounding import dequantise, quantise
 from was_search.weight_format import WeightFormat
@@ -64,7 +64,7 @@ class Group:
         self.biases: list[Tensor | None] = [random(width) if bias else None for width in widths]
         self.norm_weight = 1.0 + random(d_in) / 8
         self.residual = random(rows, sum(widths))
-        self.arrived = counters(torch.device(device))
+        self.workspace = new_workspace(torch.device(device))
         drawn = [[torch.randn(2, width, generator=made).to(device) for width in widths] for _ in range(corrected)]
         self.vectors = [(1.0 + pair[0] / 8, pair[1] / 4) for pairs in drawn for pair in pairs]
 
@@ -107,10 +107,10 @@ class Group:
 
     def run(self, thresholds: list[float], **options: Any) -> Tensor:
         step = self.step(thresholds, **options)
-        found = gather_gemv(step, self.arrived)
-        again = gather_gemv(step, self.arrived, early=True)
+        found = gather_gemv(step, self.workspace)
+        again = gather_gemv(step, self.workspace, early=True)
         assert torch.equal(found.view(torch.int16), again.view(torch.int16))  # to the bit, NaN included
-        assert not self.arrived.any()
+        assert not self.workspace.any()
         return found
 
 

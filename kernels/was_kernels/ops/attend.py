@@ -104,7 +104,7 @@ def choose_walk(heads: int, queries: int, head: int, longest: int, processors: i
 
 
 def _launch(
-    step: AttendStep, out: Tensor | None, arrived: Tensor | None, *, early: bool = False, advance: bool = False
+    step: AttendStep, out: Tensor | None, workspace: Tensor | None, *, early: bool = False, advance: bool = False
 ) -> Tensor:
     """Compute the attention's parts, which are returned, and if ``out`` is given the attention itself, into ``out``.
 
@@ -146,7 +146,7 @@ def _launch(
         address(step.length),
         address(out),
         address(parts),
-        address(arrived),
+        address(workspace),
         _Strides(*keys.stride()[:3]),
         _Strides(*values.stride()[:3]),
         ctypes.c_longlong(cos.stride(0) if cos.shape[0] > 1 else 0),
@@ -186,7 +186,7 @@ def _reference(step: AttendStep) -> Tensor:
     "was::attend",
     mutates_args=("keys", "values"),
     schema=(
-        "(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor cos, Tensor sin, Tensor arrived, "
+        "(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor cos, Tensor sin, Tensor workspace, "
         "int query_heads, float scaling, Tensor? q_norm=None, Tensor? k_norm=None, float epsilon=0.0, "
         "Tensor? mask=None) -> Tensor"
     ),
@@ -198,7 +198,7 @@ def _attend_op(
     length: Tensor,
     cos: Tensor,
     sin: Tensor,
-    arrived: Tensor,
+    workspace: Tensor,
     query_heads: int,
     scaling: float,
     q_norm: Tensor | None = None,
@@ -211,7 +211,7 @@ def _attend_op(
     if not qkv.is_cuda:
         return _reference(step)
     out = step.new_output()
-    _launch(step, out, arrived)
+    _launch(step, out, workspace)
     return out
 
 
@@ -220,14 +220,14 @@ def _(qkv: Tensor, keys: Tensor, *_: Any, **__: Any) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))  # without keys and values
 
 
-def attend(step: AttendStep, arrived: Tensor, *, early: bool = False) -> Tensor:
+def attend(step: AttendStep, workspace: Tensor, *, early: bool = False) -> Tensor:
     """The attention of one new token over a static cache: norms of heads, rotation, append and softmax in one launch.
 
     Positions after the new token are never used, whatever the cache holds there.
 
     Args:
         step: the inputs; their length is one more afterwards.
-        arrived: from :func:`was_kernels.ops.gather_launch.counters`.
+        workspace: from :func:`was_kernels.ops.gather_launch.new_workspace`.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
             ``qkv``, and must itself have waited for the one before it: all else is read before it has ended. Not used
             in compiled graphs, whose kernels come in another order.
@@ -237,7 +237,7 @@ def attend(step: AttendStep, arrived: Tensor, *, early: bool = False) -> Tensor:
     """
     if step.qkv.is_cuda and not torch.compiler.is_compiling():
         out = step.new_output()
-        _launch(step, out, arrived, early=early, advance=True)
+        _launch(step, out, workspace, early=early, advance=True)
         return out
     # The op leaves the length alone: Inductor may compute what depends on it after an op that changes it in place.
     y: Tensor = torch.ops.was.attend(
@@ -247,7 +247,7 @@ def attend(step: AttendStep, arrived: Tensor, *, early: bool = False) -> Tensor:
         step.length,
         step.cos,
         step.sin,
-        arrived,
+        workspace,
         step.query_heads,
         step.scaling,
         step.q_norm,

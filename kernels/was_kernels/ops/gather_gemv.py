@@ -24,7 +24,7 @@ from was_kernels.ops.gather_step import GatherStep, gather_reference
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor[] columns, Tensor[] scales, int bits, int group, int[] widths, Tensor[] norms, "
-        "float[] thresholds, Tensor?[] biases, Tensor arrived, bool gated=False, Tensor? norm_weight=None, "
+        "float[] thresholds, Tensor?[] biases, Tensor workspace, bool gated=False, Tensor? norm_weight=None, "
         "float epsilon=0.0, Tensor? residual=None, Tensor? dense=None, bool early=False, "
         "Tensor[]? corrections=None) -> Tensor"
     ),
@@ -39,7 +39,7 @@ def _gather_gemv_op(
     norms: list[Tensor],
     thresholds: list[float],
     biases: list[Tensor | None],
-    arrived: Tensor,
+    workspace: Tensor,
     gated: bool = False,
     norm_weight: Tensor | None = None,
     epsilon: float = 0.0,
@@ -64,7 +64,7 @@ def _gather_gemv_op(
         step = replace(step, x=x.contiguous())
     if residual is not None:
         step = replace(step, residual=residual.contiguous())
-    return launch_gather(step, arrived, early=early)[0]
+    return launch_gather(step, workspace, early=early)[0]
 
 
 @_gather_gemv_op.register_fake
@@ -78,7 +78,7 @@ def _(
     norms: list[Tensor],
     thresholds: list[float],
     biases: list[Tensor | None],
-    arrived: Tensor,
+    workspace: Tensor,
     gated: bool = False,
     *_: Any,
     **__: Any,
@@ -86,7 +86,7 @@ def _(
     return x.new_empty((x.shape[0], widths[0] if gated else sum(widths)))
 
 
-def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Tensor:
+def gather_gemv(step: GatherStep, workspace: Tensor, *, early: bool = False) -> Tensor:
     """The sparse projections of ``step`` in one launch.
 
     Each projection and each row of x has its own mask. Weights of a channel that all rows drop are not read. Sums are
@@ -95,7 +95,8 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
 
     Args:
         step: the inputs; x is a tensor, not parts of attention.
-        arrived: from :func:`was_kernels.ops.gather_launch.counters`; not to be shared by kernels that may run at once.
+        workspace: from :func:`was_kernels.ops.gather_launch.new_workspace`; not to be shared by kernels that may run
+            at once.
         early: on Hopper and newer, start while the kernel before ends. Then that kernel must have made nothing but
             ``x``; norms, ``norm_weight`` and corrections are read before it has ended.
 
@@ -118,7 +119,7 @@ def gather_gemv(step: GatherStep, arrived: Tensor, *, early: bool = False) -> Te
         [sparse.norms for sparse in step.maps],
         [sparse.threshold for sparse in step.maps],
         [sparse.bias for sparse in step.maps],
-        arrived,
+        workspace,
         step.gated,
         step.norm_weight,
         step.epsilon,

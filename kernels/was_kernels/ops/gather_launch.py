@@ -37,8 +37,8 @@ class _Projection(ctypes.Structure):
 _GROUPS = {n: type(f"_Group{n}", (ctypes.Structure,), {"_fields_": (("part", _Projection * n),)}) for n in (1, 2, 3)}
 
 
-def counters(device: torch.device) -> Tensor:
-    """Zeros, int32: where the ops count arrived blocks, and where blocks leave sums for one another.
+def new_workspace(device: torch.device) -> Tensor:
+    """Zeros, int32: where the ops count blocks that have arrived, and where blocks leave sums for one another.
 
     One for each model, whose kernels run one by one; zeros again when a launch has ended.
     """
@@ -47,7 +47,7 @@ def counters(device: torch.device) -> Tensor:
 
 def launch_gather(
     step: GatherStep,
-    arrived: Tensor,
+    workspace: Tensor,
     *,
     squares: Tensor | None = None,
     want_squares: bool = False,
@@ -58,7 +58,7 @@ def launch_gather(
     Args:
         step: x has a unit last stride and rows that start at multiples of 16 bytes; parts of attention are merged, and
             make their sequence one position longer.
-        arrived: from :func:`counters`.
+        workspace: from :func:`new_workspace`.
         squares: float32 [B, n]: sums of the squares of parts of each row of x, from the launch that made x; so the
             RMSNorm need not read all of x in every block.
         want_squares: return sums of squares of the result, one part for each block of columns; takes one map.
@@ -68,7 +68,7 @@ def launch_gather(
         The result and, if wanted, the squares of its parts.
 
     Raises:
-        ValueError: ``arrived`` is on another device, or too short.
+        ValueError: ``workspace`` is on another device.
     """
     x = step.x
     rows, d_in = x.shape
@@ -78,12 +78,12 @@ def launch_gather(
     cut = choose_cut(d_in, tuple(sparse.weight.width for sparse in step.maps), rows, processors, first.bits)
     out = torch.empty((rows, step.width), dtype=x.dtype, device=x.device)
     n_blocks = sum(cut.blocks)
-    if arrived.device != x.device:
+    if workspace.device != x.device:
         raise ValueError(
-            f"arrived: must be on {x.device} with x, got {arrived.device}; a model that runs a plan must not be moved: "
-            "restore() it first"
+            f"workspace: must be on {x.device} with x, got {workspace.device}; a model that runs a plan must not be "
+            "moved: restore() it first"
         )
-    parts = arrived[_COUNTERS:]
+    parts = workspace[_COUNTERS:]
     if (n_parts := n_blocks * cut.shares * cut.rows * cut.lanes * cut.per_lane) > len(parts):
         parts = torch.zeros(n_parts, dtype=torch.int32, device=x.device)
     own_squares = torch.empty((rows, n_blocks), dtype=torch.float32, device=x.device) if want_squares else None

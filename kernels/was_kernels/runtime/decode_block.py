@@ -36,7 +36,7 @@ class DecodeBlock:
     Args:
         layer: of a class in :data:`FAMILIES`, its seven projections swapped for :class:`SparseLinear`.
         prefix: tells which tokens are dense.
-        arrived: counters of the model.
+        workspace: the model's, of :func:`was_kernels.ops.gather_launch.new_workspace`.
         dense_above: leave steps of more rows to the modules, which then keep every channel; None: run all.
 
     Attributes:
@@ -44,7 +44,7 @@ class DecodeBlock:
     """
 
     def __init__(
-        self, layer: Any, prefix: DensePrefix | None, arrived: Tensor, *, dense_above: int | None = None
+        self, layer: Any, prefix: DensePrefix | None, workspace: Tensor, *, dense_above: int | None = None
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._projections: tuple[SparseLinear, ...] = (
@@ -59,7 +59,7 @@ class DecodeBlock:
         self._layer = layer
         self._modules = tuple(layer.modules())
         self._prefix = prefix
-        self._arrived = arrived
+        self._workspace = workspace
         self._index: int = attention.layer_idx
         self._head: int = attention.head_dim
         self._heads = attention.q_proj.out_features // attention.head_dim
@@ -83,7 +83,7 @@ class DecodeBlock:
         layer, angles, mask = self._cache_layer(given), given.get("position_embeddings"), given.get("attention_mask")
         if layer is None or angles is None or layer.keys.dtype != hidden.dtype:
             return False
-        if layer.keys.device != hidden.device or self._arrived.device != hidden.device or is_hooked(self._modules):
+        if layer.keys.device != hidden.device or self._workspace.device != hidden.device or is_hooked(self._modules):
             return False
         if layer.keys.shape[0] != hidden.shape[0]:
             return False
@@ -131,7 +131,7 @@ class DecodeBlock:
             epsilon=0.0 if q_norm is None else q_norm.variance_epsilon,
             mask=None if mask is None else mask[:, 0, 0],
         )
-        attended = attend_in_parts(inputs, early=True) if direct else attend(inputs, self._arrived, early=True)
+        attended = attend_in_parts(inputs, early=True) if direct else attend(inputs, self._workspace, early=True)
         if isinstance(cache, Room):
             cache.length += 1
         x, squares = self._gather(attended, (3,), None, dense, residual=x)
@@ -159,8 +159,8 @@ class DecodeBlock:
             dense,
         )
         if isinstance(x, AttentionParts) or (x.is_cuda and not torch.compiler.is_compiling()):
-            return launch_gather(step, self._arrived, squares=squares, want_squares=residual is not None, early=True)
-        return gather_gemv(step, self._arrived, early=True), None
+            return launch_gather(step, self._workspace, squares=squares, want_squares=residual is not None, early=True)
+        return gather_gemv(step, self._workspace, early=True), None
 
     def _cache_layer(self, given: dict[str, Any]) -> Any:
         """What :func:`filled` says of this block's layer of the cache, if that holds something; else None."""

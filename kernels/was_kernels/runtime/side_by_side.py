@@ -52,21 +52,22 @@ class SideBySide:
     Args:
         weight: [sum of widths, d], which is copied: it may be freed afterwards.
         parts: by rows of the weight.
-        arrived: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
+        workspace: of :func:`was_kernels.ops.gather_launch.new_workspace`, to use the CUDA kernel where it fits; None:
+            never.
         bias: [sum of widths], which whoever calls adds to every product; None: nothing.
     """
 
     def __init__(
-        self, weight: Tensor, parts: Sequence[Part], *, arrived: Tensor | None = None, bias: Tensor | None = None
+        self, weight: Tensor, parts: Sequence[Part], *, workspace: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
         self._parts = _merged(parts if bias is None else _before_bias(parts, bias))
         rows = torch.split(weight.detach(), [part.width for part in self._parts])
-        self.maps = [_sparse(*pair, arrived) for pair in zip(rows, self._parts, strict=True)]
+        self.maps = [_sparse(*pair, workspace) for pair in zip(rows, self._parts, strict=True)]
         on_cpu = all(held.bags is not None for held in self.maps)
         dropped = sum(part.width * part.sparsity for part in self._parts) / sum(part.width for part in self._parts)
         self._bags = MaskedGroup(self.maps, dropped) if on_cpu else None
-        gathers = len(self.maps) <= 3 and all(held.counters is not None for held in self.maps)
-        self._arrived = arrived if gathers else None
+        gathers = len(self.maps) <= 3 and all(held.workspace is not None for held in self.maps)
+        self._workspace = workspace if gathers else None
         self._worth: dict[tuple[int, int], bool] = {}
 
     def step(self, x: Tensor, dense: Tensor | None = None) -> Tensor:
@@ -83,8 +84,8 @@ class SideBySide:
             return self.whole(x)
         if self._bags is not None:
             return self._bags.beside(x, dense)
-        if self._arrived is not None:
-            return gather_gemv(GatherStep(x, [held.sparse for held in self.maps], dense=dense), self._arrived)
+        if self._workspace is not None:
+            return gather_gemv(GatherStep(x, [held.sparse for held in self.maps], dense=dense), self._workspace)
         return _beside([_masked(x, held, dense) for held in self.maps])
 
     def whole(self, x: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
     return merged
 
 
-def _sparse(rows: Tensor, part: Part, arrived: Tensor | None) -> SparseLinear:
+def _sparse(rows: Tensor, part: Part, workspace: Tensor | None) -> SparseLinear:
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(rows, requires_grad=False)
     norms = norms_like(part.norms, rows.device)
@@ -132,7 +133,7 @@ def _sparse(rows: Tensor, part: Part, arrived: Tensor | None) -> SparseLinear:
         part.threshold,
         prefix=None,
         triton=False,
-        counters=arrived,
+        workspace=workspace,
         cpu=rows.device.type == "cpu",
         compensation=part.compensation,
     )

@@ -38,7 +38,7 @@ class SparseLinear(nn.Module):
 
     The weight is laid out column-major, and inputs are masked; a compensation corrects the outputs of masked tokens.
 
-    One-token steps of up to 16 rows use the CUDA sparse GEMV (``counters``; up to 8 rows if weights are rounded), the
+    One-token steps of up to 16 rows use the CUDA sparse GEMV (``workspace``; up to 8 rows if weights are rounded), the
     Triton one (``triton=True``) or bags on a CPU (``cpu=True``), unless they have more than ``dense_above`` rows, which
     makes them dense; everything else masks the input and multiplies densely. For inference: none passes a gradient.
 
@@ -49,7 +49,8 @@ class SparseLinear(nn.Module):
         prefix: tells which tokens are dense; None masks every token.
         triton: use the Triton kernels.
         dense_prompts: mask one-token steps only.
-        counters: of :func:`was_kernels.ops.gather_launch.counters`, to use the CUDA kernel where it fits; None: never.
+        workspace: of :func:`was_kernels.ops.gather_launch.new_workspace`, to use the CUDA kernel where it fits; None:
+            never.
         cpu: use :class:`was_kernels.runtime.cpu_product.CpuProduct` where it takes the weight.
         dense_above: one-token steps of more rows keep every channel; None: none do.
         compensation: makes ``scale * y + constant`` of a masked token's output y, whatever the threshold; None: nothing
@@ -63,7 +64,7 @@ class SparseLinear(nn.Module):
         dtype: what the model computes in.
         channel_bytes: bytes of the weight of one input channel, with scales and offsets.
         bags: the products with few rows on a CPU; None where other code makes them.
-        counters: those of the CUDA kernel; None where it does not take this map.
+        workspace: that of the CUDA kernel; None where it does not take this map.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SparseLinear(nn.Module):
         prefix: DensePrefix | None,
         triton: bool,
         dense_prompts: bool = False,
-        counters: Tensor | None = None,
+        workspace: Tensor | None = None,
         cpu: bool = False,
         dense_above: int | None = DENSE_ABOVE,
         compensation: Vectors | None = None,
@@ -110,7 +111,7 @@ class SparseLinear(nn.Module):
         self.channel_bytes = columns.channel_bytes
         self._max_rows = columns.max_rows
         fits = self.out_features % columns.multiple == 0 and self.in_features <= MAX_CHANNELS and self.dtype in HALF
-        self.counters = counters if fits else None
+        self.workspace = workspace if fits else None
         self.bags = CpuProduct(self.held) if cpu and CpuProduct.takes(self.held) else None
         self._compiled: CompiledProduct | None = None
         self._cutoffs: tuple[int, Tensor] | None = None
@@ -178,8 +179,8 @@ class SparseLinear(nn.Module):
         rows = x.shape[0]
         if x.dtype != self.dtype:
             return None
-        if self.counters is not None and rows <= self._max_rows:
-            return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self.counters, early=True)
+        if self.workspace is not None and rows <= self._max_rows:
+            return gather_gemv(GatherStep(x, (self.sparse,), dense=dense), self.workspace, early=True)
         if self._triton and rows <= MAX_ROWS:
             return self._gemv(x, self.sparse, dense)
         if self.bags is not None and rows <= MAX_ROWS and self._on_cpu(x):
@@ -228,7 +229,7 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         here = "reference" if self.bags is None else "cpu"
-        kernels = "cuda" if self.counters is not None else "triton" if self._triton else here
+        kernels = "cuda" if self.workspace is not None else "triton" if self._triton else here
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, threshold={self.threshold:.4g}, {kernels}"

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from was_kernels import triton_available
 from was_kernels.ops import nvrtc
-from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_launch import new_workspace
 from was_kernels.ops.gather_step import HALF
 from was_kernels.runtime import cpu_step, decode_model
 from was_kernels.runtime.compiled_code import compiles_here
@@ -241,10 +241,10 @@ def sparsify(
     chosen = _choose_backend(backend, structure)
     prefix = DensePrefix(plan.dense_prefix) if plan.dense_prefix > 0 else None
     handle = SparseModel(model, plan, structure.shape, chosen)
-    arrived: dict[torch.device, Tensor] = {}
+    workspaces: dict[torch.device, Tensor] = {}
     if chosen == "cuda":
         devices = {device_of(linear) for linear in _linears(structure)}
-        arrived = {device: counters(device) for device in devices}
+        workspaces = {device: new_workspace(device) for device in devices}
     compensation = _vectors(plan, structure)
     try:
         for masked in structure.inputs():
@@ -261,7 +261,7 @@ def sparsify(
                         prefix=prefix,
                         triton=chosen in ("cuda", "triton"),
                         dense_prompts=plan.prefill == "dense",
-                        counters=arrived.get(device_of(linear)),
+                        workspace=workspaces.get(device_of(linear)),
                         cpu=chosen == "cpu",
                         dense_above=dense_above,
                         compensation=next(compensation),
@@ -271,7 +271,7 @@ def sparsify(
                 setattr(parent, name, sparse)
         steps: list[DecodeBlock] = []
         if chosen == "cuda":
-            steps = _fuse_blocks(handle, structure, prefix, arrived, dense_above)
+            steps = _fuse_blocks(handle, structure, prefix, workspaces, dense_above)
         decoder = _decoder(model, structure)
         step: DecodeModel | None = None
         if chosen == "cpu" and cpu_step.fits(decoder):
@@ -318,15 +318,15 @@ def _fuse_blocks(
     handle: SparseModel,
     structure: Structure,
     prefix: DensePrefix | None,
-    arrived: dict[torch.device, Tensor],
+    workspaces: dict[torch.device, Tensor],
     dense_above: int | None,
 ) -> list[DecodeBlock]:
     steps: list[DecodeBlock] = []
     for block in structure.blocks:
         layer: Any = block.module
         if fits(layer) and len({weight.device for weight in layer.parameters()}) == 1:
-            counter = arrived[layer.self_attn.q_proj.norms.device]
-            steps.append(DecodeBlock(layer, prefix, counter, dense_above=dense_above))
+            workspace = workspaces[layer.self_attn.q_proj.norms.device]
+            steps.append(DecodeBlock(layer, prefix, workspace, dense_above=dense_above))
             fuse(layer, steps[-1])
             handle._fused.append(layer)
     return steps

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from was_kernels.ops import nvrtc
-from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_launch import new_workspace
 from was_kernels.ops.vllm_linear import vllm_linear
 from was_kernels.runtime.plan_files import plan_folder
 from was_kernels.runtime.side_by_side import Part, SideBySide
@@ -50,7 +50,7 @@ class PlanConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is in an env
         self._said = said
         self._folder: Path | None = None
         self._claimed: set[tuple[int, int]] = set()
-        self._counters: dict[torch.device, Tensor] = {}
+        self._workspaces: dict[torch.device, Tensor] = {}
 
     def get_name(self) -> str:
         return PLAN_METHOD
@@ -135,13 +135,13 @@ class PlanConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is in an env
         by = self.plan.compensation
         return None if by is None else (torch.tensor(by.scales[block][p]), torch.tensor(by.constants[block][p]))
 
-    def arrived(self, device: torch.device) -> Tensor | None:
-        """The counters of the CUDA kernel; None where it cannot run."""
+    def workspace(self, device: torch.device) -> Tensor | None:
+        """The workspace of the CUDA kernel; None where it cannot run."""
         if device.type != "cuda" or not nvrtc.compiles_here()[0]:
             return None
-        if device not in self._counters:
-            self._counters[device] = counters(device)
-        return self._counters[device]
+        if device not in self._workspaces:
+            self._workspaces[device] = new_workspace(device)
+        return self._workspaces[device]
 
 
 @register_weight_loader_v2_supported_method
@@ -181,7 +181,7 @@ class PlanLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         config.require_all_claimed()
         parts = config.parts(self._block, self._members)
         bias = getattr(layer, "bias", None)
-        held = SideBySide(weight.data, parts, arrived=config.arrived(weight.device), bias=bias)
+        held = SideBySide(weight.data, parts, workspace=config.workspace(weight.device), bias=bias)
         layer.weight = nn.Parameter(weight.data.new_empty(0), requires_grad=False)
         self._layers[f"{_KEY}:{self._prefix}"] = held, config.plan.dense_prefix
 

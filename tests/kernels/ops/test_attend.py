@@ -15,7 +15,7 @@ from was_kernels.ops.attend import AttendStep, attend, attend_in_parts, choose_w
 from was_kernels.ops.attention_parts import AttentionParts
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.gather_gemv import gather_gemv
-from was_kernels.ops.gather_launch import counters, launch_gather
+from was_kernels.ops.gather_launch import launch_gather, new_workspace
 from was_kernels.ops.gather_step import GatherStep
 
 
@@ -66,9 +66,9 @@ def copied(given: AttendStep, device: str = "cpu", dtype: torch.dtype | None = N
 
 
 def run(given: AttendStep, **options: Any) -> Tensor:
-    arrived = counters(given.qkv.device)
-    found = attend(given, arrived, **options)
-    assert not arrived.any()
+    workspace = new_workspace(given.qkv.device)
+    found = attend(given, workspace, **options)
+    assert not workspace.any()
     return found
 
 
@@ -197,7 +197,7 @@ def test_the_op_is_well_formed(op_device):
     given = inputs(1, 2, 2, 64, 16, 3, torch.float16, op_device)
     without_nan(given)
     before = (given.qkv, given.keys, given.values, given.length, given.cos, given.sin)
-    arguments = (*before, counters(torch.device(op_device)), given.query_heads, given.scaling)
+    arguments = (*before, new_workspace(torch.device(op_device)), given.query_heads, given.scaling)
     torch.library.opcheck(torch.ops.was.attend, arguments, test_utils="test_schema")
     torch.library.opcheck(torch.ops.was.attend, arguments, test_utils="test_faketensor")
 
@@ -241,7 +241,7 @@ def test_the_reader_merges_parts_and_moves_the_length_on(cuda, dtype, case):
     given = inputs(*case, dtype, "cuda")
     width, channels = 136, heads * queries * head
     weight = torch.randn(channels, width, device=cuda).to(dtype)
-    norms, arrived = torch.ones(channels, device=cuda), counters(cuda)
+    norms, workspace = torch.ones(channels, device=cuda), new_workspace(cuda)
     parts = attend_in_parts(given)
     merged = parts.merged()
     scores = merged.abs().float().flatten().sort().values
@@ -250,13 +250,13 @@ def test_the_reader_merges_parts_and_moves_the_length_on(cuda, dtype, case):
     residual = torch.randn(rows, width, device=cuda).to(dtype)
     sparse = SparseMap(ColumnWeight.as_stored(weight), norms, threshold)
     step = GatherStep(parts, [sparse], residual=residual)
-    found, squares = launch_gather(step, arrived, want_squares=True, early=True)
-    expected = gather_gemv(replace(step, x=merged), arrived)
+    found, squares = launch_gather(step, workspace, want_squares=True, early=True)
+    expected = gather_gemv(replace(step, x=merged), workspace)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=2 * unit, atol=8 * unit)
     torch.testing.assert_close(squares.sum(1), found.float().square().sum(1), rtol=1e-5, atol=1e-5)
     assert int(given.length) == filled + 1
-    assert not arrived.any()
+    assert not workspace.any()
 
 
 @pytest.mark.parametrize("head", [32, 64, 128, 256])

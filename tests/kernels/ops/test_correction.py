@@ -60,7 +60,7 @@ def test_a_scale_of_one_and_a_constant_of_zero_change_no_bit(op_device, rows):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_op_is_well_formed(op_device):
     group = Group(op_device, torch.float16, 2, 64, [16, 16], corrected=True)
-    inputs = (group.x, group.floats, [], 16, 1, [16, 16], group.norms, [0.1, 0.0], group.biases, group.arrived)
+    inputs = (group.x, group.floats, [], 16, 1, [16, 16], group.norms, [0.1, 0.0], group.biases, group.workspace)
     vectors = [vector for pair in group.vectors for vector in pair]
     torch.library.opcheck(torch.ops.was.gather_gemv, inputs, {"corrections": vectors})
 
@@ -70,14 +70,14 @@ def test_bad_corrections_are_refused(op_device):
     step = group.step([0.1, 0.1])
     first, second = step.maps
     with pytest.raises(ValueError, match="all with a correction needed, or none"):
-        gather_gemv(replace(step, maps=[first, replace(second, correction=None)]), group.arrived)
+        gather_gemv(replace(step, maps=[first, replace(second, correction=None)]), group.workspace)
     scale, constant = group.vectors[0]
     for wrong, message in (
         (Correction(scale.double(), constant), r"scale: contiguous float32 \[8\] needed, got torch.float64 \[8\]"),
         (Correction(scale, constant[:7]), r"constant: contiguous float32 \[8\] needed, got torch.float32 \[7\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            gather_gemv(replace(step, maps=[replace(first, correction=wrong), second]), group.arrived)
+            gather_gemv(replace(step, maps=[replace(first, correction=wrong), second]), group.workspace)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])

@@ -26,7 +26,7 @@ from was_kernels.ops.attention_parts import AttentionParts
 from was_kernels.ops.column_weight import ColumnWeight, SparseMap
 from was_kernels.ops.correction import Correction
 from was_kernels.ops.gather_gemv import gather_gemv
-from was_kernels.ops.gather_launch import counters, launch_gather
+from was_kernels.ops.gather_launch import launch_gather, new_workspace
 from was_kernels.ops.gather_step import GatherStep, gather_reference
 from was_kernels.ops.nvrtc import SOURCES
 from was_kernels.ops.reference import rms_norm
@@ -76,7 +76,7 @@ class Launch:
         self.residual = torch.randn(rows, width, generator=made).to(dtype)
         self.dense = torch.arange(rows) % 2 == 1
         self.vectors = [(torch.rand(n, generator=made) + 0.5, torch.randn(n, generator=made)) for n in widths]
-        self.arrived = counters(CPU)
+        self.workspace = new_workspace(CPU)
 
     def how(self) -> dict[str, Any]:
         given = self.options
@@ -113,9 +113,9 @@ class Launch:
     def run(self, step: GatherStep | None = None) -> tuple[Tensor, Tensor | None]:
         step = self.step(self.x.dtype) if step is None else step
         found = launch_gather(
-            step, self.arrived, squares=self.squares(), want_squares=self.options.get("residual", False)
+            step, self.workspace, squares=self.squares(), want_squares=self.options.get("residual", False)
         )
-        assert not self.arrived.any()
+        assert not self.workspace.any()
         return found
 
     def expected(self) -> Tensor:
@@ -186,7 +186,7 @@ def test_gather_gemv_corrects_masked_rows(gpu, rows, dtype, d_in, widths, option
 def test_a_launch_with_more_shares_than_there_is_room_for(gpu):
     launch = Launch(1, 1544, [344, 344], HALF, gated=True)
     expected, _ = launch.run()
-    launch.arrived = launch.arrived[: gather_launch._COUNTERS + 7]
+    launch.workspace = launch.workspace[: gather_launch._COUNTERS + 7]
     found, _ = launch.run()
     assert torch.equal(found, expected)
 
@@ -198,7 +198,7 @@ def test_gather_gemv_of_rounded_weights(gpu, bits, rows, corrected):
     stored = launch.step(HALF)
     maps = [replace(sparse, weight=rounded(sparse.weight.columns.t().contiguous(), bits, 32)) for sparse in stored.maps]
     step = replace(stored, maps=maps)
-    expected = gather_gemv(step, launch.arrived)
+    expected = gather_gemv(step, launch.workspace)
     found, _ = launch.run(step)
     torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
 
@@ -241,19 +241,19 @@ def check_attention(gpu, case, normed_and_masked):
     if normed_and_masked:
         given = masked(normed(given))
     exact = without_nan(copied(given, "cpu", torch.float64))
-    expected = attend(exact, counters(CPU))
+    expected = attend(exact, new_workspace(CPU))
     close_to = {"rtol": 2e-3, "atol": 5e-4}  # tiles round the weights of positions to halves
     parts = attend_in_parts(copied(given))
     torch.testing.assert_close(parts.merged().double(), expected, **close_to)
     assert int(parts.length) == filled
     for seed in range(2):
         gpu.seed = seed
-        own, arrived = copied(given), counters(CPU)
+        own, workspace = copied(given), new_workspace(CPU)
         found = own.new_output()
-        attend_module._launch(own, found, arrived, advance=True)
+        attend_module._launch(own, found, workspace, advance=True)
         torch.testing.assert_close(found.double(), expected, **close_to)
         assert int(own.length) == filled + 1
-        assert not arrived.any()
+        assert not workspace.any()
         key = own.keys[:, :, filled].double()
         torch.testing.assert_close(key, exact.keys[:, :, filled], rtol=2e-3, atol=2e-3)
         assert torch.equal(own.values[:, :, filled], given.qkv.view(rows, -1, head)[:, -heads:])

@@ -173,7 +173,7 @@ def test_bad_inputs_are_refused(op_device):
     step = group.step([0.1, 0.1])
 
     def run(**changes: object) -> None:
-        gather_gemv(replace(step, **changes), group.arrived)
+        gather_gemv(replace(step, **changes), group.workspace)
 
     def with_weights(floats: list[Tensor]) -> None:
         run(maps=[replace(m, weight=ColumnWeight.as_stored(w)) for m, w in zip(step.maps, floats, strict=True)])
@@ -194,7 +194,7 @@ def test_bad_inputs_are_refused(op_device):
         run(maps=[replace(step.maps[0], norms=group.norms[0].double())])
     odd = Group(op_device, torch.float16, 1, 60, [8])
     with pytest.raises(ValueError, match="multiple of 8 channels"):
-        gather_gemv(odd.step([0.1], norm_weight=odd.norm_weight), odd.arrived)
+        gather_gemv(odd.step([0.1], norm_weight=odd.norm_weight), odd.workspace)
     with pytest.raises(ValueError, match=r"x: \[1 to 16"):
         run(x=group.x.repeat(17, 1))
 
@@ -202,7 +202,7 @@ def test_bad_inputs_are_refused(op_device):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_op_is_well_formed(op_device):
     group = Group(op_device, torch.float16, 2, 64, [16, 16])
-    inputs = (group.x, group.floats, [], 16, 1, [16, 16], group.norms, [0.1, 0.0], group.biases, group.arrived)
+    inputs = (group.x, group.floats, [], 16, 1, [16, 16], group.norms, [0.1, 0.0], group.biases, group.workspace)
     torch.library.opcheck(torch.ops.was.gather_gemv, inputs)
     torch.library.opcheck(torch.ops.was.gather_gemv, (*inputs, True))
 
@@ -254,7 +254,7 @@ def test_two_streams_at_once(cuda):
         found = []
         for group, step, stream in zip(groups, steps, streams, strict=True):
             with torch.cuda.stream(stream):
-                found.append(gather_gemv(step, group.arrived, early=True))
+                found.append(gather_gemv(step, group.workspace, early=True))
         for stream in streams:
             stream.synchronize()
         assert all(map(torch.equal, found, expected))
@@ -265,7 +265,7 @@ def test_two_streams_at_once(cuda):
 def test_on_a_device_that_is_not_the_current_one():
     with torch.cuda.device(0):
         found = [
-            gather_gemv(group.step([0.5]), group.arrived)
+            gather_gemv(group.step([0.5]), group.workspace)
             for group in (Group(device, torch.float16, 1, 64, [256]) for device in ("cuda:0", "cuda:1"))
         ]
     assert found[1].device == torch.device("cuda:1")

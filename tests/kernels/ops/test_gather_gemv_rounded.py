@@ -105,7 +105,7 @@ def test_other_weights_are_refused():
     for unlike in (other, as_stored):
         maps = [*group.step([0.1]).maps, *unlike.step([0.1]).maps]
         with pytest.raises(ValueError, match="one format for all needed"):
-            gather_gemv(replace(group.step([0.1]), maps=maps), group.arrived)
+            gather_gemv(replace(group.step([0.1]), maps=maps), group.workspace)
 
 
 def test_the_op_compiles_whole(op_device):
@@ -113,7 +113,7 @@ def test_the_op_compiles_whole(op_device):
     thresholds = group.thresholds(0.5)
 
     def call(x: Tensor) -> Tensor:
-        return gather_gemv(replace(group.step(thresholds), x=x + 0), group.arrived)
+        return gather_gemv(replace(group.step(thresholds), x=x + 0), group.workspace)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(group.x), call(group.x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.products import WAYS, compile_nothing, take
-from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_launch import new_workspace
 from was_kernels.ops.vllm_linear import made_by, vllm_linear
 from was_kernels.runtime.compiled_product import CompiledProduct
 from was_kernels.runtime.cpu_product import CpuProduct
@@ -93,11 +93,11 @@ def test_masked_rows_are_corrected_before_the_callers_bias(shared, kernel, monke
     dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
     weight, parts = case(dtype, shared=shared)
     parts, bias = corrected(parts), torch.randn(sum(WIDTHS), generator=torch.Generator().manual_seed(5)).to(dtype)
-    arrived = counters(torch.device("cpu")) if kernel == "cuda" else None
+    workspace = new_workspace(torch.device("cpu")) if kernel == "cuda" else None
     x = torch.randn((3, D), generator=torch.Generator().manual_seed(6)).to(dtype)
     dense = torch.tensor([False, True, False])
     for own in (bias, None):
-        held, added = SideBySide(weight, parts, arrived=arrived, bias=own), 0.0 if own is None else own.double()
+        held, added = SideBySide(weight, parts, workspace=workspace, bias=own), 0.0 if own is None else own.double()
         assert len(held.maps) == (1 if shared else 3)
         for rows, flags in ((x, dense), (x, None), (x[:1], None)):
             close(held.step(rows, flags).double() + added, exact(rows, weight, parts, flags, own))
@@ -162,8 +162,8 @@ def test_the_cuda_op_takes_all_projections_at_once(rows, monkeypatch):
     """On a CPU the op is plain torch: what is tested is what it is given."""
     monkeypatch.setattr(CpuProduct, "takes", staticmethod(lambda held: False))
     weight, parts = case(torch.bfloat16)
-    held = SideBySide(weight, parts, arrived=counters(torch.device("cpu")))
-    assert held._arrived is not None and held._bags is None
+    held = SideBySide(weight, parts, workspace=new_workspace(torch.device("cpu")))
+    assert held._workspace is not None and held._bags is None
     x = torch.randn((rows, D), generator=torch.Generator().manual_seed(3)).bfloat16()
     dense = torch.arange(rows) == 2
     close(held.step(x, dense), exact(x, weight, parts, dense))
@@ -174,8 +174,8 @@ def test_the_cuda_op_takes_all_projections_at_once(rows, monkeypatch):
 def test_where_no_kernel_fits_inputs_are_masked(monkeypatch):
     monkeypatch.setattr(CpuProduct, "takes", staticmethod(lambda held: False))
     weight, parts = case(torch.float32)
-    held = SideBySide(weight, parts, arrived=counters(torch.device("cpu")))  # float32: not the kernel's
-    assert held._arrived is None
+    held = SideBySide(weight, parts, workspace=new_workspace(torch.device("cpu")))  # float32: not the kernel's
+    assert held._workspace is None
     x = torch.randn(3, D)
     close(held.step(x), exact(x, weight, parts))
 
@@ -184,7 +184,7 @@ def test_where_no_kernel_fits_inputs_are_masked(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 8])
 def test_on_a_gpu(rows, cuda):
     weight, parts = case(torch.bfloat16)
-    held = SideBySide(weight.to(cuda), parts, arrived=counters(cuda))
+    held = SideBySide(weight.to(cuda), parts, workspace=new_workspace(cuda))
     x = torch.randn((rows, D), generator=torch.Generator().manual_seed(3)).bfloat16()
     dense = torch.arange(rows) == 0
     close(held.step(x.to(cuda), dense.to(cuda)).cpu(), exact(x, weight, parts, dense))

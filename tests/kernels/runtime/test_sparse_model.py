@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tests.doubles.tiny_models import FAMILIES, FUSED_FAMILIES, masked_logits, plan_apart, tiny_model, tiny_plan
-from was_kernels.ops.gather_launch import counters
+from was_kernels.ops.gather_launch import new_workspace
 from was_kernels.runtime import sparse_model
 from was_kernels.runtime.sparse_linear import SparseLinear
 from was_kernels.runtime.sparse_model import sparsify
@@ -315,9 +315,9 @@ def test_the_weight_is_held_once_and_column_major():
     ],
 )
 def test_a_projection_shows_the_kernels_that_it_uses(dtype, counted, triton, kernels):
-    given = counters(torch.device("cpu")) if counted else None
+    given = new_workspace(torch.device("cpu")) if counted else None
     linear = nn.Linear(64, 64, dtype=dtype)
-    found = SparseLinear(linear, torch.ones(64), 0.3, prefix=None, triton=triton, counters=given)
+    found = SparseLinear(linear, torch.ones(64), 0.3, prefix=None, triton=triton, workspace=given)
     assert repr(found).endswith(f"threshold=0.3, {kernels})")
 
 
