@@ -14,7 +14,7 @@ from was_kernels.ops.gather_step import GatherStep
 from was_kernels.ops.nvrtc import SOURCES, address, cuda_kernel
 
 _COUNTERS = 1 << 12
-_SHARES = 1 << 20
+_SHARES = 1 << 22  # more than a step of 16 rows of a 7B needs, or one of 8 rows of a 70B
 
 
 class _Projection(ctypes.Structure):
@@ -40,7 +40,7 @@ _GROUPS = {n: type(f"_Group{n}", (ctypes.Structure,), {"_fields_": (("part", _Pr
 def new_workspace(device: torch.device) -> Tensor:
     """Zeros, int32: where the ops count blocks that have arrived, and where blocks leave sums for one another.
 
-    One for each model, whose kernels run one by one; zeros again when a launch has ended.
+    One for each model, whose launches are all in one stream; zeros again when a launch has ended.
     """
     return torch.zeros(_COUNTERS + _SHARES, dtype=torch.int32, device=device)
 
@@ -83,9 +83,9 @@ def launch_gather(
             f"workspace: must be on {x.device} with x, got {workspace.device}; a model that runs a plan must not be "
             "moved: restore() it first"
         )
-    parts = workspace[_COUNTERS:]
-    if (n_parts := n_blocks * cut.shares * cut.rows * cut.lanes * cut.per_lane) > len(parts):
-        parts = torch.zeros(n_parts, dtype=torch.int32, device=x.device)
+    shares = workspace[_COUNTERS:]
+    if (n_sums := n_blocks * cut.shares * cut.rows * cut.lanes * cut.per_lane) > len(shares):
+        shares = torch.zeros(n_sums, dtype=torch.int32, device=x.device)
     own_squares = torch.empty((rows, n_blocks), dtype=torch.float32, device=x.device) if want_squares else None
     attended = x if isinstance(x, AttentionParts) else None
     plain = x if isinstance(x, Tensor) else None
@@ -115,7 +115,7 @@ def launch_gather(
         address(step.norm_weight),
         address(step.residual),
         address(step.dense),
-        address(parts),
+        address(shares),
         address(None if attended is None else attended.parts),
         address(None if attended is None else attended.length),
         address(squares),

@@ -183,6 +183,12 @@ def test_gather_gemv_corrects_masked_rows(gpu, rows, dtype, d_in, widths, option
     assert macros["CORRECTED"]
 
 
+def test_a_residual_beside_several_maps(gpu):
+    launch = Launch(2, 520, [264, 64, 64], HALF, residual=True)
+    found, _ = launch_gather(launch.step(HALF), launch.workspace)
+    close(found, launch.expected())
+
+
 def test_a_launch_with_more_shares_than_there_is_room_for(gpu):
     launch = Launch(1, 1544, [344, 344], HALF, gated=True)
     expected, _ = launch.run()

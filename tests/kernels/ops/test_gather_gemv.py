@@ -72,6 +72,13 @@ def test_residual_bias_and_dense_rows(op_device, rows):
     close(found, group.residual.double() + group.exact(thresholds, dense)[0])
 
 
+def test_a_residual_beside_several_projections(op_device):
+    group = Group(op_device, torch.float16, 1, 256, [64, 24])
+    thresholds = group.thresholds(0.5)
+    found = group.run(thresholds, residual=group.residual)
+    close(found, group.residual.double() + torch.cat(group.exact(thresholds), dim=1))
+
+
 @pytest.mark.gpu
 def test_all_dropped_leaves_the_bias_and_reads_no_weight(cuda):
     group = Group("cuda", torch.float16, 1, 512, [256], bias=True)
@@ -225,7 +232,7 @@ def test_cuts_cover_everything_and_fit(rows, d_in, widths):
     else:
         firsts = 8 * cut.unroll * 32 // cut.lanes
         shared = (cut.capacity + firsts) * (2 + 4 * cut.rows) + (8 + cut.rows) * columns * 4
-    assert shared + 512 <= 48 << 10
+    assert shared + 512 <= 48 << 10  # the small arrays: counts, squares, scales
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
-// Products of the listed channels with weights of 16 bits on the plain cores: a group of LANES lanes takes every
-// so-many-th channel, a lane 8 of their outputs, UNROLL channels in flight. Macros and Projection are those of
-// gather_gemv.cu.
+// Products of the listed channels with weights of 16 bits on the plain cores: groups of LANES lanes take the channels in
+// turn, a lane 8 of their outputs, UNROLL channels in flight. Macros and Projection are those of gather_gemv.cu.
 //
 // The first round is of channels that a warp kept itself, so that it is on its way while the block makes its list.
 
@@ -12,7 +11,7 @@ struct Weights {
     uint4 of[UNROLL];
 };
 
-// A group's weights of the channels `first`, `first + step`, ... of a list of n.
+// A group's weights of the channels at places `first`, `first + step`, ... of a list of n.
 __device__ __forceinline__ Weights read_weights(const Projection& own, int column, const u16* list, int first, int step,
                                                 int n, unsigned long long policy) {
     const u16* weight = own.weight + column;

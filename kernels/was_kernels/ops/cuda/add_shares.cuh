@@ -3,8 +3,10 @@
 // bits. Shares lie as [column block, gate or up, share, row, column].
 //
 // A sum is its own flag: memory is all zero bits before and after a launch, a sum of zero is left as minus zero, and
-// whoever adds one writes the zero bits back. So it takes one trip to L2 from a share to its sum, and no counter. Blocks
-// start in the order of their numbers: when one of the last share waits, all others of its outputs have been started.
+// whoever adds one writes the zero bits back. So it takes one trip to L2 from a share to its sum, and no counter.
+//
+// Blocks start in the order of their numbers, though CUDA does not promise it: when one of the last share waits, all
+// others of its outputs have been started. In another order a launch that fits on the device would end as well.
 //
 // ROWS, COLUMNS, PER_LANE, LANES, BITS, THREADS, WARPS, SHARES, SUMS and MMA are macros of gather_gemv.cu; ACROSS, DEEP
 // and TILES are those of accumulate_mma.cuh.
@@ -34,8 +36,8 @@ __device__ __forceinline__ void leave_sum(u32* to, float sum) {
 #if MMA
 typedef float Sums[ROWS][COLUMNS];  // of a warp along the channels
 
-// Adds the block's warps and leaves the sums in `share`, or for itself in the first of `sums` if that is null. `sums` may
-// lie where the inputs do.
+// Adds the block's warps and leaves the sums in `share`, or for itself in the first of `sums` if `share` is null. `sums`
+// may lie where the inputs do.
 __device__ __forceinline__ void leave_share(u32* share, Sums* sums, const float (&total)[TILES][4][4], int rows) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quarter = lane % 4;
     const int in_block = (warp % ACROSS) * 64 + lane / 4 * 8;
@@ -68,7 +70,7 @@ typedef float Sums[COLUMNS];  // of a warp
 #define PLACE(l, c) ((l) * PER_LANE + ((c) + (l)) % PER_LANE)
 #endif
 
-// Adds the block's warps, row by row, and leaves the sums in `share`, or in `own` if that is null.
+// Adds the block's warps, row by row, and leaves the sums in `share`, or in `own` if `share` is null.
 __device__ __forceinline__ void leave_share(u32* share, float* own, Sums* sums, float (&total)[ROWS][PER_LANE],
                                             int rows) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -107,7 +109,7 @@ __device__ __forceinline__ void add_shares(float (&sum)[TOGETHER][SUMS], u32* sh
     for (int first = 0; first < SHARES; first += AT_ONCE) {
         u32 v[TOGETHER][SUMS][AT_ONCE];
         bool waits = true, again = false;
-        while (waits) {
+        while (waits) {  // all are asked for before one is looked at
             waits = false;
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++)

@@ -2,7 +2,8 @@
 //
 // A block owns COLUMNS outputs of one projection and a share of the input channels. It scores its channels, lists the
 // kept ones in shared memory, and its warps stream their weight rows: every lane reads 16 contiguous bytes, UNROLL
-// rows in flight. The block of the last share adds all in their order, so that two runs give the same bits.
+// rows in flight, the first of them before the list is made where weights are of 16 bits and not MMA. The block of the
+// last share adds all in their order, so that two runs give the same bits.
 // When GATED, blocks of gate and up alternate and up's makes silu(gate) * up.
 //
 // With several rows and BITS 16 the products are tensor cores' (MMA): a warp takes 64 outputs and 16 listed channels at
@@ -76,7 +77,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
             const u16* __restrict__ norm_weight, // [d_in], NORMED only
             const u16* __restrict__ residual,    // like out or null: added to the output
             const u8* __restrict__ dense,        // [rows] or null: rows that keep every channel
-            u32* parts,                          // [blocks, SHARES, ROWS, COLUMNS] floats, zero bits before and after
+            u32* every_share,                    // [blocks, SHARES, ROWS, COLUMNS] bits of floats, 0 before and after
             const float* __restrict__ attended,  // parts of attention, SPLITS only
             long long* length,                   // of the sequence that attended, made one longer; SPLITS only
             const float* __restrict__ squares_of_x,  // [rows, n_squares]: sums of x's squares, NORMED 2 only
@@ -115,8 +116,9 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     const Projection& own = group.part[which];
     const int first_column = (block - (int)own.first_block) * COLUMNS;
 
-    // What does not depend on the kernel before. The residual was made by an earlier one.
     const bool adds = share == SHARES - 1 && (!GATED || which == 1);  // the others' shares to its own
+
+    // What does not depend on the kernel before.
 #if CORRECTED
     if (share == SHARES - 1) fetch_corrections(own, first_column);
 #endif
@@ -151,7 +153,7 @@ gather_gemv(const u16* __restrict__ x,           // [rows, d_in], rows `x_stride
     Kept kept = kept_channels(input, norms, own.threshold, whole, rows, d_in);
 
     const unsigned long long policy = read_once();
-    u32* shares = parts + (long long)block * SUMS * SHARES * (ROWS * COLUMNS);
+    u32* shares = every_share + (long long)block * SUMS * SHARES * (ROWS * COLUMNS);
     u32* mine = adds ? nullptr : shares + ((GATED ? which : 0) * SHARES + share) * (ROWS * COLUMNS);
 #if MMA
     const int n = list_kept(list, values, kept, input, d_in);

@@ -54,9 +54,9 @@ __device__ __forceinline__ void read_inputs(float (&input)[ROWS][PASSES], const 
             const Channel channel = channel_of(pass, from.d_in);
             const bool there = channel.there && THERE(r);
 #ifdef SPLITS
-            // Every lane takes part; a warp's channels are a stripe, which is there as a whole and lies in one head.
-            const float merged = merged_attention(from.attended, THERE(r) ? r : 0, there ? channel.number : 0, from.d_in);
-            input[r][pass] = there ? merged : 0.0f;
+            // A warp's channels are a stripe, which is there as a whole and lies in one head: all lanes take part, or none.
+            input[r][pass] = 0.0f;
+            if (there) input[r][pass] = merged_attention(from.attended, r, channel.number, from.d_in);
 #else
             input[r][pass] = there ? widen(from.x[r * from.stride + channel.number]) : 0.0f;
 #endif

@@ -1,7 +1,7 @@
 // The channels of a block's share that any row keeps, listed in shared memory with their inputs.
 // A row keeps a channel if |input| * norm reaches the threshold, or if it keeps every channel.
 // ROWS, PASSES, WARPS, MMA and THERE are macros of gather_gemv.cu; PITCH, DEEP and STEPS of accumulate_mma.cuh, FIRST of
-// accumulate_half.cuh (0 or undefined: no lists of warps).
+// accumulate_half.cuh (undefined: warps have no lists of their own).
 
 #if MMA
 typedef u16 Values[PITCH];  // of a row; the list's order
@@ -84,7 +84,7 @@ __device__ __forceinline__ int list_first(u16* list, Values* values, Kept& kept,
 }
 #endif
 
-// Lists the block's channels of `kept` in their order; returns how many there are. Every thread of the block calls this,
+// Lists what is left in `kept` of the block's channels, in their order; returns how many there are. Every thread of the block calls this,
 // and may read the list when it returns.
 __device__ __forceinline__ int list_kept(u16* list, Values* values, const Kept& kept,
                                          const float (&input)[ROWS][PASSES], int d_in) {

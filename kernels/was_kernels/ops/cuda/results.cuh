@@ -1,7 +1,7 @@
 // What the sums of shares become: with bias, or scale and constant where a row is masked (CORRECTED), SiLU and product
 // (GATED) and residual, the launch's results, and sums of their squares for the norm of whoever reads them. Each step is
 // rounded as the plain ops round.
-// ROWS, COLUMNS, THREADS, SUMS, GATED and CORRECTED are macros of gather_gemv.cu, RESULT_PASSES and TOGETHER of
+// ROWS, COLUMNS, THREADS, SUMS, PARTS, GATED and CORRECTED are macros of gather_gemv.cu, RESULT_PASSES and TOGETHER of
 // add_shares.cuh.
 
 #if CORRECTED
@@ -33,6 +33,7 @@ __device__ __forceinline__ void write_results(const Group& group, int which, int
                                               const float* own, const Output& to) {
     __shared__ __align__(16) float squares[ROWS * COLUMNS / 32];
     const int thread = threadIdx.x, width = group.part[which].width;
+    const int first_of_map = PARTS > 1 && !GATED ? (int)(group.part[which].out - group.part[0].out) : 0;  // in a row
     for (int first_pass = 0; first_pass < RESULT_PASSES; first_pass += TOGETHER) {
         float sum[TOGETHER][SUMS], added[TOGETHER][SUMS], beside[TOGETHER];
 #if CORRECTED
@@ -42,7 +43,7 @@ __device__ __forceinline__ void write_results(const Group& group, int which, int
         for (int t = 0; t < TOGETHER; t++) {
             const int i = (first_pass + t) * THREADS + thread, r = i / COLUMNS, out = first_column + i % COLUMNS;
             const bool there = r < to.rows && out < width;
-            beside[t] = there && to.residual != nullptr ? widen(to.residual[r * to.stride + out]) : 0.0f;
+            beside[t] = there && to.residual != nullptr ? widen(to.residual[r * to.stride + first_of_map + out]) : 0.0f;
 #pragma unroll
             for (int f = 0; f < SUMS; f++) {
                 const Projection& part = group.part[GATED ? f : which];
