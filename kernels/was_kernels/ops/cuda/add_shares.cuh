@@ -97,6 +97,9 @@ __device__ __forceinline__ void leave_share(u32* share, float* own, Sums* sums, 
 }
 #endif
 
+// Whether share s of result i of the f-th projection is another block's: all are but the last of the last.
+#define IS_OTHERS(f, s, i) ((s) < SHARES - ((f) == SUMS - 1) && (i) < rows * COLUMNS)
+
 // Sums of TOGETHER results of this thread, the first of them in pass `first_pass`: of the block's outputs, whose last
 // share is the block's own. Waits until they are there.
 __device__ __forceinline__ void add_shares(float (&sum)[TOGETHER][SUMS], u32* shares, const float* own, int first_pass,
@@ -119,9 +122,8 @@ __device__ __forceinline__ void add_shares(float (&sum)[TOGETHER][SUMS], u32* sh
                     for (int s = 0; s < AT_ONCE; s++) {
                         const int i = (first_pass + t) * THREADS + (int)threadIdx.x;
                         const u32* from = shares + (f * SHARES + first + s) * (ROWS * COLUMNS) + i;
-                        const bool others = first + s < SHARES - (f == SUMS - 1) && i < rows * COLUMNS;
                         if (!again) v[t][f][s] = 0u;
-                        if (others && v[t][f][s] == 0u) v[t][f][s] = read_share(from);
+                        if (IS_OTHERS(f, first + s, i) && v[t][f][s] == 0u) v[t][f][s] = read_share(from);
                     }
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++)
@@ -130,8 +132,7 @@ __device__ __forceinline__ void add_shares(float (&sum)[TOGETHER][SUMS], u32* sh
 #pragma unroll
                     for (int s = 0; s < AT_ONCE; s++) {
                         const int i = (first_pass + t) * THREADS + (int)threadIdx.x;
-                        const bool others = first + s < SHARES - (f == SUMS - 1) && i < rows * COLUMNS;
-                        if (others && v[t][f][s] == 0u) waits = true;
+                        if (IS_OTHERS(f, first + s, i) && v[t][f][s] == 0u) waits = true;
                     }
             again = true;
         }

@@ -3,7 +3,7 @@
 // a thread has one channel of it in each of PASSES passes.
 // ROWS, PASSES, THREADS, WARPS, SHARES, NORMED, SPLITS and THERE are macros of gather_gemv.cu, which includes this.
 
-#define STRIPE 32
+#define STRIPE 32  // channels: those of a warp in a pass
 
 struct Channel {
     int number;

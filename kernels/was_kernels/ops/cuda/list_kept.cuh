@@ -47,7 +47,7 @@ __device__ __forceinline__ Kept kept_channels(const float (&input)[ROWS][PASSES]
     return kept;
 }
 
-// Writes a channel that `keep` some rows into a list at place `at`; a row's input that it does not keep is 0.
+// Writes a channel, which the rows of the bits `keep` keep, into a list at place `at`; a row's input that it does not keep is 0.
 __device__ __forceinline__ void list_channel(u16* list, Values* values, int at, int channel, u32 keep,
                                              const float (&input)[ROWS][PASSES], int pass) {
     list[at] = (u16)channel;
@@ -84,8 +84,8 @@ __device__ __forceinline__ int list_first(u16* list, Values* values, Kept& kept,
 }
 #endif
 
-// Lists what is left in `kept` of the block's channels, in their order; returns how many there are. Every thread of the block calls this,
-// and may read the list when it returns.
+// Lists what is left in `kept` of the block's channels, in their order; returns how many there are. Every thread of the
+// block calls this, and may read the list when it returns.
 __device__ __forceinline__ int list_kept(u16* list, Values* values, const Kept& kept,
                                          const float (&input)[ROWS][PASSES], int d_in) {
     __shared__ u8 counts[PASSES * WARPS];
