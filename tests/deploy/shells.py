@@ -61,6 +61,7 @@ class Terminal:
         self._machine = machine
         self._exports = machine.folder / f"{name}.exports"
         self._exports.touch()
+        self.folder = machine.folder
         self.log = machine.folder / f"{name}.log"
 
     def type(self, text: str, *, answers: str = "", seconds: float = 600.0) -> str:

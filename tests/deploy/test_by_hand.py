@@ -10,6 +10,7 @@ import json
 import secrets
 import shlex
 import shutil
+import signal
 import tempfile
 import time
 import tomllib
@@ -37,6 +38,9 @@ RAY_HERE = (
     "--node-ip-address=127.0.0.1 --num-cpus=1 --object-store-memory=80000000 --min-worker-port=0 --max-worker-port=0"
 )
 """Several Ray nodes on one machine share its address and its memory."""
+
+TOO_SLOW = GUIDE.said("node timed out during startup")
+"""What Ray says of a node that it did not see in time."""
 
 SMALL_RUN = {**SMALL, "device": "cpu", "study": "by-hand"}
 
@@ -102,6 +106,31 @@ def get(url: str, seconds: float = 300.0) -> Any:
         time.sleep(0.25)
 
 
+def start(terminal: Terminal, text: str) -> None:
+    """Start a node of Ray; as the guide says, again where a busy machine did not keep Ray's 30 s."""
+    for left in reversed(range(3)):
+        before = processes.of_run(terminal.folder)
+        try:
+            terminal.type(text)
+            return
+        except AssertionError as error:
+            if not left or TOO_SLOW not in str(error):
+                raise
+        for pid in {*processes.of_run(terminal.folder)} - {*before}:  # `ray stop` would end every Ray on this machine
+            processes.send(pid, signal.SIGKILL)
+
+
+def test_a_node_that_was_too_slow_is_started_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(folder, Path("/nowhere"), {})
+    terminal = Terminal(machine, "node")
+    slow = f"sleep 600 &\n[ -e there ] || {{ touch there; echo 'The current {TOO_SLOW}'; exit 1; }}"
+    start(terminal, slow)
+    (left,) = (pid for pid in processes.of_run(folder) if "sleep" in processes.command(pid))
+    with pytest.raises(AssertionError, match="exit code 1 of"):
+        start(terminal, "exit 1")
+    assert processes.alive(left), "what was there before stays"
+
+
 @pytest.mark.postgres
 @pytest.mark.ray
 @pytest.mark.slow(seconds=75)
@@ -130,11 +159,11 @@ def test_the_guide_leads_from_nothing_to_a_plan(folder: Path, server: TcpServer)
 
     head = Terminal(machine, "head")
     ray_start = {"ray start": f"ray start {RAY_HERE}", "6379": ray_port}
-    head.type(typed(reader.next("2. Ray"), ray_start))
+    start(head, typed(reader.next("2. Ray"), ray_start))
     assert (machine.home / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
     node = typed(reader.next("2. Ray"), ray_start)
     for name in ("node-1", "node-2"):
-        Terminal(machine, name).type(node)
+        start(Terminal(machine, name), node)
     status = f"{GUIDE.said('ray status')} --address=127.0.0.1:{ray_port}"
     end = time.monotonic() + 300
     while "/3.0 CPU" not in (shown := head.type(status)):  # the head and two nodes, with a processor each

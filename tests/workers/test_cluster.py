@@ -112,22 +112,19 @@ def test_a_busy_machine_is_given_time(monkeypatch: pytest.MonkeyPatch, caplog) -
             raise too_slow
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cluster_resources", dict)
     monkeypatch.setattr(local_ray, "_NEEDED", ("sleep",))
     with connect("local", workers=1):
         pass
-    for process in starts[:2]:
-        process.wait(60)
-    assert [process.poll() is None for process in starts] == [False, False, True], "what failed leaves nothing behind"
+    assert [process.wait(60) for process in starts] == 3 * [-signal.SIGKILL], "nothing stays behind"
     assert caplog.text.count("the local Ray did not start within 30 s; it is tried again") == 2
-    starts.pop().kill()
     left[0] = 9
     with pytest.raises(ResourceError, match=r"none could be started .*timed out during"), connect("local", workers=1):
         pytest.fail("it was started")
     assert left[0] == 6
-    for process in starts:
-        process.kill()
-        process.wait()
+    assert [process.wait(60) for process in starts[3:]] == 3 * [-signal.SIGKILL]
 
 
 def raising(error: Exception) -> Any:

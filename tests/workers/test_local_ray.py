@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import ray._private.worker
@@ -20,7 +21,7 @@ from tests.doubles.ask import Ask
 from tests.doubles.bowl_worker import bowl_worker
 from was_search.errors import ResourceError
 from was_workers.cluster import Cluster, connect
-from was_workers.local_ray import dead_process
+from was_workers.local_ray import dead_process, end_processes, family
 from was_workers.pool import Pool
 from was_workers.worker import WorkerSpec
 
@@ -64,6 +65,45 @@ def test_a_killed_raylet_costs_the_calls_in_flight(
     )
     printed = "".join(capfd.readouterr())
     assert "state-dump" not in printed and "(raylet)" not in printed
+
+
+@pytest.mark.ray
+@pytest.mark.own_ray
+@pytest.mark.slow
+def test_nothing_of_a_raylet_that_has_no_time_to_end_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine: Ray kills it after a second, and its agents would live for another minute."""
+    with connect("local", workers=1):
+        node = ray._private.worker._global_node
+        (raylet,) = node.all_processes["raylet"]
+        agents = psutil.Process(raylet.process.pid).children(recursive=True)
+        assert any("Agent" in each.name() for each in agents)
+        end = node.kill_all_processes
+
+        def frozen(**options: Any) -> None:
+            os.kill(raylet.process.pid, signal.SIGSTOP)
+            end(**options)
+
+        monkeypatch.setattr(node, "kill_all_processes", frozen)
+    assert not psutil.wait_procs(agents, timeout=5)[1]
+
+
+def test_a_process_that_took_the_id_of_another_is_left_alone() -> None:
+    process = subprocess.Popen(["bash", "-c", "sleep 600 & wait"])
+    (child,) = wait_for(lambda: psutil.Process(process.pid).children())
+    found = family({process.pid})
+    assert set(found) == {process.pid, child.pid}
+    end_processes({**found, process.pid: "1"})
+    assert not psutil.wait_procs([child], timeout=20)[1]
+    assert process.wait(20) == 0, "bash was not killed: it ended after its child"
+    assert not family({process.pid})
+
+
+def wait_for(look: Any) -> Any:
+    end = time.monotonic() + 60
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from was_search.process.collector import collector_at_rest
 from was_search.process.redaction import SECRET_VARIABLES
 from was_search.process.signals import Terminated, handler_kept
 from was_workers.addresses import require_ray
-from was_workers.local_ray import end_processes, ray_processes
+from was_workers.local_ray import end_processes, family, ray_processes
 from was_workers.session_folder import rays_choice, session_folder
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -68,7 +68,7 @@ def connect(ray_option: str, *, workers: int) -> Iterator[Cluster]:
         offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(address == "local", address, float(offered.get("CPU", 0)), float(offered.get("GPU", 0)))
     finally:
-        ray.shutdown()
+        _shut_down()
 
 
 def start_anew(cluster: Cluster) -> None:
@@ -77,10 +77,22 @@ def start_anew(cluster: Cluster) -> None:
     Raises:
         ResourceError: none can be started.
     """
+    _shut_down()
+    _started(cluster.address, int(cluster.cpus))
+
+
+def _shut_down(*, but: Set[int] = frozenset()) -> None:
+    """Leave Ray; of a local one nothing stays behind, except for processes of Ray that are spared by ``but``.
+
+    Ray gives its raylet a second. Where that was too little, on a busy machine, the raylet's agents find out two
+    seconds later, and then for a minute try to tell the control store, which has gone too.
+    """
     import ray
 
+    left = family(ray_processes() - but)
     ray.shutdown()
-    _started(cluster.address, int(cluster.cpus))
+    if not ray.is_initialized():
+        end_processes(left)
 
 
 def _started(address: str, workers: int) -> None:
@@ -111,11 +123,12 @@ def _start_patiently(address: str, workers: int) -> None:
         before = ray_processes()
         try:
             return _start(address, workers)
-        except Exception as error:
+        except BaseException as error:  # a signal's too
+            if ray_processes() - before:
+                _shut_down(but=before)
             if not left or address != "local" or _TOO_SLOW not in str(error):
                 raise
         _logger.warning("the local Ray did not start within 30 s; it is tried again")
-        end_processes(ray_processes() - before)
 
 
 def _failure(address: str, error: Exception) -> str:
