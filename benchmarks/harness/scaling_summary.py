@@ -105,7 +105,7 @@ def _html(jobs: dict[str, Rows], path: Path) -> None:
         sizes = [size(row) for row in rows]
         shown = {"ideal": [each / sizes[0] for each in sizes], **speed_ups(rows)}
         for part, values in shown.items():
-            colour = "grey" if part == "ideal" else qualitative.Dark24[PARTS.index(part)]
+            colour = "black" if part == "ideal" else qualitative.Dark24[PARTS.index(part)]
             trace = go.Scatter(
                 x=sizes,
                 y=values,
@@ -116,7 +116,7 @@ def _html(jobs: dict[str, Rows], path: Path) -> None:
                 line={"color": colour, "dash": "dash" if part == "ideal" else "solid"},
             )
             figure.add_trace(trace, 1, column)
-        figure.update_xaxes(title_text="GPUs, or workers on CPUs", row=1, col=column)
+        figure.update_xaxes(title_text="GPUs, or workers on CPUs", tickvals=sizes, row=1, col=column)
     figure.update_yaxes(title_text="times as fast", row=1, col=1)
     figure.update_layout(template="plotly_white")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,10 +132,10 @@ def _png(jobs: dict[str, Rows], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(jobs), figsize=(5 * len(jobs), 5), squeeze=False)
     for axis, (words, rows) in zip(axes[0], jobs.items(), strict=True):
         sizes = [size(row) for row in rows]
-        axis.plot(sizes, [each / sizes[0] for each in sizes], "--", color="grey", label="ideal")
+        axis.plot(sizes, [each / sizes[0] for each in sizes], "--", color="black", label="ideal")
         for part, values in speed_ups(rows).items():
             axis.plot(sizes, values, marker=".", label=part, linewidth=3.0 if part == "total" else 1.2)
-        axis.set(xlabel="GPUs, or workers on CPUs")
+        axis.set(xlabel="GPUs, or workers on CPUs", xticks=sizes)
         axis.set_title(words, fontsize=8)
     axes[0][0].set_ylabel("times as fast")
     axes[0][-1].legend(fontsize=7)
