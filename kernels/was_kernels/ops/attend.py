@@ -109,9 +109,17 @@ def _launch(
     """Compute the attention's parts, which are returned, and if ``out`` is given the attention itself, into ``out``.
 
     With ``advance`` the length becomes one more; otherwise whoever merges the parts does that.
+
+    Raises:
+        ValueError: ``workspace`` is on another device, or has no counter for each row and key head.
     """
     qkv, keys, values, cos, mask = step.qkv, step.keys, step.values, step.cos, step.mask
     rows, (_, heads, longest, head) = qkv.shape[0], keys.shape
+    if workspace is not None and (workspace.device != qkv.device or len(workspace) <= rows * heads):
+        raise ValueError(
+            f"workspace: must be on {qkv.device} with qkv and have more than {rows * heads} counters, got "
+            f"{len(workspace)} on {workspace.device}"
+        )
     queries = step.query_heads // heads
     processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     walk = choose_walk(rows * heads, queries, head, longest, processors)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import was_kernels.ops.attend as attend_module
 from tests.kernels.gemv_group import NAN
 from was_kernels.ops.attend import AttendStep, attend, attend_in_parts, choose_walk
 from was_kernels.ops.attention_parts import AttentionParts
@@ -175,6 +176,12 @@ def test_nan_and_infinity_stay_in_their_row(op_device):
     assert torch.equal(found[1, 64:], clean[1, 64:])
     assert found[2, 5] == float("inf")
     assert torch.equal(found[2, 64:], clean[2, 64:])
+
+
+def test_a_workspace_without_a_counter_for_each_head_is_refused():
+    given = inputs(3, 2, 1, 64, 20, 7, torch.float16, "cpu")
+    with pytest.raises(ValueError, match="must be on cpu with qkv and have more than 6 counters, got 6 on cpu"):
+        attend_module._launch(given, given.new_output(), new_workspace(given.qkv.device)[:6])
 
 
 def test_inputs_that_are_not_contiguous(op_device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,8 +152,8 @@ def serve(
     from was_search.service.steps import serving
 
     loaded, base = load_plan(plan)
-    if api_key == "":
-        raise ConfigError("API key: is empty; leave --api-key out to serve without one")
+    if api_key == "" or (api_key is None and os.environ.get("WAS_SEARCH_API_KEY") == ""):  # which click takes for unset
+        raise ConfigError("API key: is empty; leave --api-key and WAS_SEARCH_API_KEY out to serve without one")
     options = serving.ServerOptions(host, port, name, api_key or "", most_new, most_requests)
     invocation.run(lambda context: serving.serve(context, loaded, options, gpus=gpus), base)
 

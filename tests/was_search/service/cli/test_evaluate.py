@@ -199,10 +199,19 @@ def test_refuses_what_cannot_be_compared(plan, given, words):
 def test_an_empty_plan_and_key_are_refused(plan):
     for given, words in (
         (["evaluate", "--plan", ""], "plan: is empty; give a plan's folder"),
-        (["serve", "--plan", str(plan), "--api-key", ""], "API key: is empty; leave --api-key out"),
+        (
+            ["serve", "--plan", str(plan), "--api-key", ""],
+            "API key: is empty; leave --api-key and WAS_SEARCH_API_KEY out",
+        ),
     ):
         found = run(app, given)
         assert isinstance(found.exception, ConfigError) and words in str(found.exception)
+
+
+def test_a_key_in_the_environment_that_is_empty_is_refused(plan, monkeypatch):
+    monkeypatch.setenv("WAS_SEARCH_API_KEY", "")
+    found = run(app, ["serve", "--plan", str(plan)])
+    assert isinstance(found.exception, ConfigError) and "API key: is empty" in str(found.exception)
 
 
 def test_the_working_directory_may_be_a_plan(plan, monkeypatch):
