@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,13 @@ class Postgres(TcpServer):
         """Rows of a query of the harness's own."""
         with self._engine.connect() as connection:
             return list(connection.execute(text(statement), values))
+
+    @contextmanager
+    def writes_held(self) -> Iterator[None]:
+        """Who writes to the slots inside the block waits in its transaction until the block ends."""
+        with self._engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
+            connection.execute(text("LOCK TABLE was.slot IN SHARE MODE"))
+            yield
 
 
 class RayNode:

@@ -98,8 +98,18 @@ def restart_postgres(mode: str) -> Fault:
 
 
 def cut_connection(cluster: Cluster, rng: random.Random) -> Hit | None:
-    """A session of the coordinator ends in mid-transaction."""
-    end = time.monotonic() + 5.0
+    """A session of the coordinator ends in mid-transaction, before it has written or after.
+
+    Transactions last a moment, and on a busy machine none may be seen: then one is made to wait before it writes.
+    """
+    if cut := _cut_in_transaction(cluster, 2.0):
+        return cut
+    with cluster.postgres.writes_held():
+        return _cut_in_transaction(cluster, 10.0)
+
+
+def _cut_in_transaction(cluster: Cluster, seconds: float) -> Hit | None:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         cut = cluster.postgres.query(_IN_TRANSACTION)
         if cut and cluster.running():
