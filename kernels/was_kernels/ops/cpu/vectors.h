@@ -184,6 +184,10 @@ static inline Floats absolute(Floats value) { return (Floats)((Words)value & 0x7
 static inline float sum(Floats value) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)value);
+#elif defined(__AVX__)
+    __m128 part = _mm_add_ps(_mm256_castps256_ps128((__m256)value), _mm256_extractf128_ps((__m256)value, 1));
+    part = _mm_add_ps(part, _mm_movehl_ps(part, part));
+    return _mm_cvtss_f32(_mm_add_ss(part, _mm_movehdup_ps(part)));
 #endif
     float numbers[LANES];
     store(numbers, value);
