@@ -120,7 +120,7 @@ def start(terminal: Terminal, text: str) -> None:
             processes.send(pid, signal.SIGKILL)
 
 
-def test_a_node_that_was_too_slow_is_started_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_was_too_slow_is_started_again(folder: Path) -> None:
     machine = Machine(folder, Path("/nowhere"), {})
     terminal = Terminal(machine, "node")
     slow = f"sleep 600 &\n[ -e there ] || {{ touch there; echo 'The current {TOO_SLOW}'; exit 1; }}"

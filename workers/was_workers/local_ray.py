@@ -53,10 +53,10 @@ def family(numbers: Iterable[int]) -> dict[int, str]:
     return found
 
 
-def end_processes(family: Mapping[int, str]) -> None:
-    """Kill those that still live; a process that has got the id of one that ended meanwhile is left alone."""
+def end_processes(found: Mapping[int, str]) -> None:
+    """Kill those of a :func:`family` that still live; who has got the id of one that ended meanwhile is left alone."""
     processes = _processes()
-    for number, at in family.items():
+    for number, at in found.items():
         if number in processes and processes[number][2] == at:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
