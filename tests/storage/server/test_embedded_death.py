@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,13 @@ def home(server_home: Path) -> Path:
 
 
 def postmaster(folder: Path) -> psutil.Process:
-    return psutil.Process(int((folder / "postmaster.pid").read_text().splitlines()[0]))
+    """Of the server, once it has said so: whoever looks for it every two seconds may be starting it again."""
+    end = time.monotonic() + 60
+    while True:
+        with suppress(FileNotFoundError, IndexError, psutil.NoSuchProcess):
+            return psutil.Process(int((folder / "postmaster.pid").read_text().splitlines()[0]))
+        assert time.monotonic() < end, f"no server runs in {folder}"
+        time.sleep(0.01)
 
 
 def kill_postmaster(folder: Path) -> None:
@@ -59,9 +66,11 @@ def kill_all(folder: Path) -> None:
 
 
 def end_all(process: psutil.Process) -> None:
-    for each in [process, *process.children(recursive=True)]:
-        each.kill()
-    psutil.wait_procs([process], timeout=30)
+    processes = [process, *process.children(recursive=True)]
+    for each in processes:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    assert not psutil.wait_procs(processes, timeout=30)[1]
 
 
 def kill_a_session(folder: Path) -> None:
