@@ -90,12 +90,14 @@ def test_nothing_of_a_raylet_that_has_no_time_to_end_stays_behind(monkeypatch: p
 def test_a_process_that_took_the_id_of_another_is_left_alone() -> None:
     process = subprocess.Popen(["bash", "-c", "sleep 600 & wait"])
     (child,) = wait_for(lambda: psutil.Process(process.pid).children())
-    found = family({process.pid})
-    assert set(found) == {process.pid, child.pid}
-    end_processes({**found, process.pid: "1"})
+    bash = psutil.Process(process.pid)
+    found = family([psutil.Process(process.pid)])
+    assert {each.pid for each in found} == {process.pid, child.pid}
+    found[0]._ident = (process.pid, 1.0)  # as if it had been another that was started long ago
+    end_processes(found)
     assert not psutil.wait_procs([child], timeout=20)[1]
     assert process.wait(20) == 0, "bash was not killed: it ended after its child"
-    assert not family({process.pid})
+    assert not family([child, bash])
 
 
 def wait_for(look: Any) -> Any:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from psutil import Process
+
 from was_search.errors import ResourceError, WasError
 from was_search.process.collector import collector_at_rest
 from was_search.process.redaction import SECRET_VARIABLES
@@ -81,7 +83,7 @@ def start_anew(cluster: Cluster) -> None:
     _started(cluster.address, int(cluster.cpus))
 
 
-def _shut_down(*, but: Set[int] = frozenset()) -> None:
+def _shut_down(*, but: Set[Process] = frozenset()) -> None:
     """Leave Ray; of a local one nothing stays behind, except for processes of Ray that are spared by ``but``.
 
     Ray gives its raylet a second. Where that was too little, on a busy machine, the raylet's agents find out two

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
+
+from psutil import NoSuchProcess, Process
 
 _NEEDED = ("raylet", "gcs_server")
 """Processes without which nothing runs; of the others Ray itself makes do."""
@@ -33,42 +32,30 @@ def _how(status: int) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def ray_processes() -> set[int]:
-    """Ids of the raylets and control stores that this process has started and not waited for."""
-    return {number for number, (name, parent, _) in _processes().items() if name in _NEEDED and parent == os.getpid()}
+def ray_processes() -> set[Process]:
+    """The raylets and control stores that this process has started and not waited for."""
+    found = set()
+    for each in Process().children():
+        with suppress(NoSuchProcess):  # it has ended meanwhile
+            if each.name() in _NEEDED:
+                found.add(each)
+    return found
 
 
-def family(numbers: Iterable[int]) -> dict[int, str]:
-    """Ids and start times of those of ``numbers`` that live, and of all that descend from them.
+def family(processes: Iterable[Process]) -> list[Process]:
+    """Those of ``processes`` that live, and all that descend from them.
 
     To be asked for before the first of them ends: what is left is then nobody's child any more.
     """
-    processes = _processes()
-    found = {number: processes[number][2] for number in numbers if number in processes}
-    more = True
-    while more:
-        below = {n: at for n, (_, parent, at) in processes.items() if parent in found and n not in found}
-        found |= below
-        more = bool(below)
+    found = []
+    for each in processes:
+        with suppress(NoSuchProcess):
+            found += [each, *each.children(recursive=True)] if each.is_running() else []
     return found
 
 
-def end_processes(found: Mapping[int, str]) -> None:
-    """Kill those of a :func:`family` that still live; who has got the id of one that ended meanwhile is left alone."""
-    processes = _processes()
-    for number, at in found.items():
-        if number in processes and processes[number][2] == at:
-            with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-
-
-def _processes() -> dict[int, tuple[str, int, str]]:
-    """Name, parent and start time of every process, by id; none where there is no /proc."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
-            number, _, rest = stat.read_text().partition(" (")
-            name, _, after = rest.rpartition(") ")
-            fields = after.split()
-            found[int(number)] = (name, int(fields[1]), fields[19])
-    return found
+def end_processes(processes: Iterable[Process]) -> None:
+    """Kill those that still live; who has got the id of one that ended meanwhile is left alone."""
+    for each in processes:
+        with suppress(NoSuchProcess):
+            each.kill()
